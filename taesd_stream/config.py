@@ -1,0 +1,211 @@
+"""Every setting of the daemon: one frozen model a section, its defaults, limits and meaning in one place.
+
+Order: defaults < file (TOML) < environment (TAESD_STREAM_SECTION__KEY) < `--set section.key=value`. Loading is pure.
+configs/default.toml shows every key; a test holds it equal to this.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from taesd_stream.errors import ConfigError
+from taesd_stream.frames import RecordMode
+
+AUTO = "auto"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class BrokerConfig(_Section):
+    """Where samplers connect, and what is kept for them."""
+
+    bind: str = "tcp://127.0.0.1:5760"
+    """Where samplers connect. Port 0 takes a free one. Loopback only, for now."""
+    workers_bind: str = AUTO
+    """Where decode workers and the streamer connect; "auto" is a socket file of this daemon's own."""
+    idle_interval_s: float = Field(default=2.0, gt=0, le=60)
+    """While nobody watches a stream, one frame this often is kept ready for a late viewer."""
+    max_fps: float = Field(default=30.0, gt=0, le=240)
+    """Most frames a second that a watched stream is asked for."""
+    max_streams: int = Field(default=1000, ge=1, le=65536)
+    """Most runs open at once; more are refused."""
+    log_folder: str = AUTO
+    """Folder of the latent log; "auto" is .latents in the recording folder."""
+    log_max_bytes: int = Field(default=0, ge=0)
+    """Most bytes of latents that wait to be recorded; 0 is half of what the disk has free at start."""
+
+
+class DecoderConfig(_Section):
+    """How latents become pictures."""
+
+    device: str = "auto"
+    """Device of the decoders: "auto", "cpu", "cuda", "cuda:1"…; auto leaves a busy GPU to its sampler."""
+    choice: Literal["auto", "tiny", "linear"] = "auto"
+    """Decoder of live views: "auto" takes the tiny decoder where its weights are found, else the linear projection."""
+    max_batch_size: int = Field(default=16, ge=1, le=256)
+    """Most frames in one batch. Higher: more throughput, more memory, longer waits."""
+    max_job_s: float = Field(default=0.25, gt=0, le=10)
+    """Longest job in seconds: what a newer frame of another stream may have to wait."""
+    memory_bytes: int = Field(default=1 << 30, ge=64 << 20)
+    """Most bytes of activations at once; larger batches are decoded in slices."""
+    min_free_bytes: int = Field(default=4 << 30, ge=0)
+    """A GPU with less free memory at start is left alone by device "auto"."""
+    threads: int = Field(default=0, ge=0, le=256)
+    """Threads of the CPU decoder; 0 lets torch choose."""
+    job_deadline_s: float = Field(default=20.0, gt=0, le=600)
+    """A worker that reports no progress for so long has lost its job."""
+
+
+class StreamerConfig(_Section):
+    """From the decode workers to viewers and files."""
+
+    packets_bind: str = AUTO
+    """Where decode workers push their packets; "auto" is a socket file of this daemon's own."""
+    live_max_px: int = Field(default=1280, ge=64, le=8192)
+    """Long side of a live picture; larger frames are scaled down. Recordings keep their size."""
+    thumb_max_px: int = Field(default=256, ge=32, le=1024)
+    """Long side of a tile's picture on the page."""
+
+
+class WebConfig(_Section):
+    """The page and the HTTP interface."""
+
+    bind: str = "127.0.0.1:8765"
+    """Address of the page, host:port. Port 0 takes a free one. Loopback only, for now."""
+
+
+class RecordingConfig(_Section):
+    """What is kept, and where."""
+
+    folder: str = AUTO
+    """Folder of recordings; "auto" is taesd-stream in the user's Videos folder."""
+    default: RecordMode = "off"
+    """What is kept of a stream that does not say: "off", "last" (its final frame) or "all"."""
+    lost_after_s: float = Field(default=60.0, gt=0)
+    """The file of a sampler that vanished is finished after so long."""
+    window_bytes: int = Field(default=64 << 20, ge=1 << 20)
+    """Most bytes of latents between the log and the files, of all recordings together."""
+
+
+class WeightsConfig(_Section):
+    """Weights of the tiny decoders."""
+
+    folder: str = ""
+    """Folder with weight files, as ComfyUI's models/vae_approx; empty looks in the user's cache folder only."""
+
+
+class Config(BaseSettings):
+    """The whole configuration, resolved."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TAESD_STREAM_", env_nested_delimiter="__", frozen=True, extra="forbid"
+    )
+
+    broker: BrokerConfig = BrokerConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    streamer: StreamerConfig = StreamerConfig()
+    web: WebConfig = WebConfig()
+    recording: RecordingConfig = RecordingConfig()
+    weights: WeightsConfig = WeightsConfig()
+
+    @property
+    def recording_folder(self) -> Path:
+        """`recording.folder`, resolved."""
+        if self.recording.folder != AUTO:
+            return Path(self.recording.folder).expanduser()
+        return platformdirs.user_videos_path() / "taesd-stream"
+
+    @property
+    def log_folder(self) -> Path:
+        """`broker.log_folder`, resolved."""
+        if self.broker.log_folder != AUTO:
+            return Path(self.broker.log_folder).expanduser()
+        return self.recording_folder / ".latents"
+
+    @property
+    def weights_folder(self) -> Path | None:
+        """`weights.folder`, None when none was given."""
+        return Path(self.weights.folder).expanduser() if self.weights.folder else None
+
+    def with_values(self, **sections: Mapping[str, Any]) -> Config:
+        """A copy with some keys replaced: with_values(broker={"bind": …})."""
+        changed = {name: getattr(self, name).model_copy(update=dict(values)) for name, values in sections.items()}
+        return self.model_copy(update=changed)
+
+    def to_json(self) -> str:
+        """One line that load_config("-") of a role takes."""
+        return json.dumps(self.model_dump())
+
+
+SECTIONS: Mapping[str, type[BaseModel]] = {
+    name: field.annotation for name, field in Config.model_fields.items() if isinstance(field.annotation, type)
+}
+
+
+def load_config(file: Path | None = None, sets: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
+    """Read a TOML file (None: none), the environment and `--set` words; `values` stand in for a file.
+
+    Raises: ConfigError naming the key, what came, what is allowed, and the nearest known key.
+    """
+    from_file = dict(values) if values is not None else _read_toml(file) if file else {}
+    from_sets = _parse_sets(sets)
+
+    class Loaded(Config):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 pydantic-settings passes all four by name
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=from_file)
+
+    try:
+        loaded = Loaded(**from_sets)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+    return Config.model_construct(**{name: getattr(loaded, name) for name in SECTIONS})
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def _parse_sets(sets: Sequence[str]) -> dict[str, dict[str, Any]]:
+    nested: dict[str, dict[str, Any]] = {}
+    for word in sets:
+        path, equals, value = word.partition("=")
+        section, dot, key = path.strip().partition(".")
+        if not equals or not dot or not key:
+            raise ConfigError(f"--set {word}: expected section.key=value, as in --set web.bind=127.0.0.1:9000")
+        nested.setdefault(section, {})[key] = value.strip()
+    return nested
+
+
+def _explain(item: Any) -> str:
+    path = [str(part) for part in item["loc"]]
+    key = ".".join(path)
+    if item["type"] != "extra_forbidden":
+        return f"{key}: {item['msg']}, got {item['input']!r}"
+    known = [f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields]
+    nearest = difflib.get_close_matches(key, [*known, *SECTIONS], n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]}?" if nearest else f"; sections: {', '.join(SECTIONS)}"
+    return f"{key}: there is no such key{hint}"

@@ -1,0 +1,280 @@
+"""Append-only files of wire messages: what must be kept lies here, acked, before anybody decodes it.
+
+One run is a chain of segments `RUN.NNNN.latents`. A record is `length, crc32, header length` (big-endian uint32), then
+the header and the payload just as they travel. Each segment begins with the run's OPEN, so that any one of them can be
+read, and published again, alone. A torn tail is cut when the file is opened next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from taesd_stream import wire
+from taesd_stream.errors import TaesdStreamError, WireError
+from taesd_stream.frames import LatentFrame, StreamInfo
+from taesd_stream.messages import End, Part
+
+SUFFIX: Final = ".latents"
+SEGMENT_BYTES: Final = 64 << 20
+
+_HEAD = struct.Struct(">III")
+_FILE = re.compile(r"([0-9a-f]{16})\.([0-9]{4,8})\.latents")
+_ALLOWED = (StreamInfo, LatentFrame, End)
+
+
+class LogError(TaesdStreamError):
+    """The log could not take a record (disk full, say); the file ends at its last whole one."""
+
+
+def _record(message: StreamInfo | LatentFrame | End) -> list[Part]:
+    header, *payload = wire.pack(message)
+    body: Part = payload[0] if payload else b""
+    crc = zlib.crc32(body, zlib.crc32(header))
+    return [_HEAD.pack(len(header) + len(body), crc, len(header)), header, body]
+
+
+def _read_exactly(fd: int, count: int, offset: int) -> bytes:
+    data = os.pread(fd, count, offset) if hasattr(os, "pread") else _seek_and_read(fd, count, offset)
+    while len(data) < count:
+        more = os.pread(fd, count - len(data), offset + len(data)) if hasattr(os, "pread") else b""
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _seek_and_read(fd: int, count: int, offset: int) -> bytes:  # Windows has no pread
+    os.lseek(fd, offset, os.SEEK_SET)
+    return os.read(fd, count)
+
+
+def _read_record(fd: int, offset: int) -> tuple[Any, int] | None:
+    """The message at `offset` and the offset behind it; None at the end, at a torn or at a damaged record."""
+    head = _read_exactly(fd, _HEAD.size, offset)
+    if len(head) < _HEAD.size:
+        return None
+    length, crc, header_bytes = _HEAD.unpack(head)
+    if length > wire.MAX_MESSAGE_BYTES or header_bytes > length:
+        return None
+    body = _read_exactly(fd, length, offset + _HEAD.size)
+    if len(body) < length or zlib.crc32(body) != crc:
+        return None
+    parts = [body[:header_bytes]] + ([memoryview(body)[header_bytes:]] if header_bytes < length else [])
+    try:
+        return wire.unpack(parts, _ALLOWED), offset + _HEAD.size + length
+    except WireError:
+        return None
+
+
+def read_messages(path: Path) -> Iterator[StreamInfo | LatentFrame | End]:
+    """Every whole record of one segment file, in order; stops at a torn or damaged one."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        offset = 0
+        while (found := _read_record(fd, offset)) is not None:
+            message, offset = found
+            yield message
+    finally:
+        os.close(fd)
+
+
+@dataclass(slots=True)
+class _Segment:
+    number: int
+    path: Path
+    fd: int
+    first_seq: int | None = None
+    offsets: list[int] = field(default_factory=list)  # of frame first_seq + i
+    end: int = 0  # behind the last whole record
+
+
+class RunLog:
+    """The log of one kept run. One thread appends; any thread may read what was appended."""
+
+    def __init__(self, folder: Path, info: StreamInfo, *, segment_bytes: int = SEGMENT_BYTES) -> None:
+        """Begin an empty log; no file is made before the first append."""
+        self.info = info
+        self.ended: End | None = None
+        self._folder = folder
+        self._segment_bytes = segment_bytes
+        self._segments: list[_Segment] = []
+        self._next_number = 0
+
+    @classmethod
+    def reopen(cls, folder: Path, run: str, *, segment_bytes: int = SEGMENT_BYTES) -> RunLog | None:
+        """The log that a former process left; torn tails are cut. None when no segment holds its OPEN."""
+        log: RunLog | None = None
+        for path in sorted(folder.glob(f"{run}.*{SUFFIX}"), key=_number_of):
+            segment = _Segment(_number_of(path), path, os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0)))
+            info, end = _scan(segment)
+            if info is None:
+                os.close(segment.fd)
+                path.unlink()  # torn before its first record was whole: it holds nothing
+                continue
+            log = log or cls(folder, info, segment_bytes=segment_bytes)
+            log.info, log.ended = info, end
+            log._segments.append(segment)
+            log._next_number = segment.number + 1
+        return log
+
+    @property
+    def first_seq(self) -> int | None:
+        """seq of the oldest frame still here, None when there is none."""
+        return next((segment.first_seq for segment in self._segments if segment.first_seq is not None), None)
+
+    @property
+    def next_seq(self) -> int | None:
+        """seq that the next frame must have; None: any."""
+        for segment in reversed(self._segments):
+            if segment.first_seq is not None:
+                return segment.first_seq + len(segment.offsets)
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(segment.end for segment in self._segments)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The segment files, oldest first."""
+        return [segment.path for segment in self._segments]
+
+    def append(self, frame: LatentFrame) -> None:
+        """Append the next frame. Raises: ValueError when its seq leaves a hole; LogError when the disk takes it not."""
+        expected = self.next_seq
+        if expected is not None and frame.seq != expected:
+            raise ValueError(f"run {frame.run}: expected seq {expected}, got {frame.seq}")
+        segment = self._segment()
+        offset = self._write(segment, _record(frame))
+        if segment.first_seq is None:
+            segment.first_seq = frame.seq
+        segment.offsets.append(offset)
+
+    def end(self, end: End) -> None:
+        """Append the END of the run."""
+        self._write(self._segment(), _record(end))
+        self.ended = end
+
+    def read(self, seq: int) -> LatentFrame | None:
+        """The frame `seq`, None when it is not here (any more)."""
+        for segment in self._segments:
+            first = segment.first_seq
+            if first is not None and first <= seq < first + len(segment.offsets):
+                found = _read_record(segment.fd, segment.offsets[seq - first])
+                return found[0] if found else None
+        return None
+
+    def size_of(self, seq: int) -> int:
+        """Bytes of the frame's record on disk, 0 when it is not here."""
+        for segment in self._segments:
+            first = segment.first_seq
+            if first is not None and first <= seq < first + len(segment.offsets):
+                place = seq - first
+                behind = segment.offsets[place + 1] if place + 1 < len(segment.offsets) else segment.end
+                return behind - segment.offsets[place]
+        return 0
+
+    def release(self, before_seq: int) -> None:
+        """Free whole segments, but the last, whose frames are all older than `before_seq`."""
+        while len(self._segments) > 1:
+            oldest = self._segments[0]
+            if oldest.first_seq is None or oldest.first_seq + len(oldest.offsets) > before_seq:
+                return
+            self._remove(oldest)
+
+    def sync(self) -> None:
+        """Force what was appended to the disk."""
+        if self._segments:
+            with contextlib.suppress(OSError):
+                os.fsync(self._segments[-1].fd)
+
+    def delete(self) -> None:
+        """Remove every segment."""
+        while self._segments:
+            self._remove(self._segments[0])
+
+    def close(self) -> None:
+        """Close the files; they stay."""
+        for segment in self._segments:
+            os.close(segment.fd)
+        self._segments = []
+
+    def _remove(self, segment: _Segment) -> None:
+        self._segments.remove(segment)
+        os.close(segment.fd)
+        segment.path.unlink(missing_ok=True)
+
+    def _segment(self) -> _Segment:
+        if self._segments and self._segments[-1].end < self._segment_bytes:
+            return self._segments[-1]
+        path = self._folder / f"{self.info.run}.{self._next_number:04d}{SUFFIX}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        try:
+            segment = _Segment(self._next_number, path, os.open(path, flags, 0o600))
+        except OSError as error:
+            raise LogError(f"{path}: {error.strerror}") from error
+        try:
+            self._write(segment, _record(self.info))
+        except LogError:
+            os.close(segment.fd)
+            path.unlink(missing_ok=True)
+            raise
+        self._segments.append(segment)
+        self._next_number += 1
+        return segment
+
+    @staticmethod
+    def _write(segment: _Segment, record: list[Part]) -> int:
+        offset = segment.end
+        data = memoryview(b"".join(record))
+        try:
+            os.lseek(segment.fd, offset, os.SEEK_SET)
+            while data:
+                data = data[os.write(segment.fd, data) :]  # a short write is no exception
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(segment.fd, offset)
+            raise LogError(f"{segment.path}: {error.strerror}") from error
+        segment.end = os.lseek(segment.fd, 0, os.SEEK_CUR)
+        return offset
+
+
+def _number_of(path: Path) -> int:
+    match = _FILE.fullmatch(path.name)
+    return int(match[2]) if match else -1
+
+
+def _scan(segment: _Segment) -> tuple[StreamInfo | None, End | None]:
+    """Index the segment's frames and cut its torn tail."""
+    info: StreamInfo | None = None
+    end: End | None = None
+    offset = 0
+    while (found := _read_record(segment.fd, offset)) is not None:
+        message, behind = found
+        if isinstance(message, StreamInfo):
+            info = message
+        elif isinstance(message, End):
+            end = message
+        else:
+            if segment.first_seq is None:
+                segment.first_seq = message.seq
+            segment.offsets.append(offset)
+        offset = behind
+    segment.end = offset
+    os.ftruncate(segment.fd, offset)
+    return info, end
+
+
+def runs_in(folder: Path) -> list[str]:
+    """The runs that have segments in `folder`."""
+    matches = (_FILE.fullmatch(path.name) for path in folder.glob(f"*{SUFFIX}"))
+    return sorted({match[1] for match in matches if match})

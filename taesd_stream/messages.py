@@ -1,0 +1,256 @@
+"""The small signals of the protocol: all that is said besides latents (OPEN, FRAME) and pictures (PACKET).
+
+What travels is in frames.py; how any of it becomes bytes, and what may be in each field, is in wire.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+from taesd_stream.frames import Demand, EndReason, Kind, RecordMode, Rendition, WireDtype
+
+Part: TypeAlias = bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunHello:
+    """One run in a publisher's HELLO. stoppable: the program reads `publisher.stopped`."""
+
+    next_seq: int
+    kept_from: int | None = None
+    stoppable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublisherHello:
+    """publisher -> broker, each second. echo_ns: its clock now; offset_ns: its guess of broker clock minus its own."""
+
+    runs: dict[str, RunHello]
+    echo_ns: int
+    offset_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """publisher -> broker: the run is over. last_seq: -1 when nothing was published; text: why, for `failed`."""
+
+    run: str
+    last_seq: int
+    reason: EndReason
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemandUpdate:
+    """broker -> publisher: who wants this run. record: what is kept, once settled."""
+
+    TYPE: ClassVar[str] = "DEMAND"
+    run: str
+    level: Demand
+    max_fps: float
+    record: RecordMode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ack:
+    """broker -> publisher: the log has every kept frame up to seq (-1: none yet). ended: the END too."""
+
+    run: str
+    seq: int
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopRun:
+    """broker -> publisher: a person pressed stop."""
+
+    TYPE: ClassVar[str] = "STOP"
+    run: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """broker -> publisher: this run is not taken. Codes: taken (`use` is free), unknown_run, format, limit."""
+
+    stream: str
+    run: str
+    code: str
+    text: str
+    use: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Echo:
+    """broker -> anyone who said HELLO: its echo_ns back, and the broker's clock. Least round trip gives the offset."""
+
+    echo_ns: int
+    now_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerHello:
+    """worker -> broker, each second. engines: latent format -> {decoder, reason}; memories: run -> next index."""
+
+    ROLE: ClassVar[str] = "worker"
+    device: str
+    credits: int
+    engines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    memories: dict[str, int] = field(default_factory=dict)
+    echo_ns: int = 0
+    offset_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """worker -> broker: one slice more of the job is done; its deadline counts from here."""
+
+    job: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """worker -> broker: the job's packets are on their way. One credit comes back."""
+
+    job: int
+    ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """worker -> broker: items (places in the job; empty: all) gave no picture. One credit comes back.
+
+    retry: another try may help (out of memory); else the frame itself is at fault.
+    Codes: bad_frame, no_decoder, memory, internal.
+    """
+
+    job: int
+    items: list[int]
+    code: str
+    text: str
+    retry: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobItem:
+    """One frame to decode. keyframe: its renditions must start anew here; pts in 1/90000 s; times as in Stamps."""
+
+    stream: str
+    run: str
+    seq: int
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: WireDtype
+    renditions: tuple[Rendition, ...]
+    attempt: int
+    keyframe: bool
+    pts: int
+    step: int
+    total_steps: int | None
+    sigma: float | None
+    sent_ns: int
+    received_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """broker -> worker: decode these items, all of one latent format and shape, send the packets to `packets_to`."""
+
+    job: int
+    latent_format: str
+    items: tuple[JobItem, ...]
+    packets_to: str
+    payloads: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forget:
+    """broker -> worker: drop the encoders and memories of a run."""
+
+    run: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """broker -> worker: no more jobs come; finish and exit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cursor:
+    """streamer -> broker: the recording of a run holds seq up to `written`; up to `synced` for ever (-1: none)."""
+
+    run: str
+    attempt: int
+    written: int
+    synced: int
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamerHello:
+    """streamer -> broker, each second. endpoint: where workers push packets; cursors: what the files hold."""
+
+    ROLE: ClassVar[str] = "streamer"
+    endpoint: str
+    cursors: tuple[Cursor, ...] = ()
+    echo_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """streamer -> broker: so many viewers of a rendition of a stream (0: nobody any more)."""
+
+    stream: str
+    rendition: Rendition
+    viewers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keyframe:
+    """streamer -> broker: a viewer needs a picture to begin with."""
+
+    stream: str
+    rendition: Rendition
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """streamer -> broker: from now on keep this of the stream's newest run, or of its next one."""
+
+    stream: str
+    mode: RecordMode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopStream:
+    """streamer -> broker: a person pressed stop."""
+
+    TYPE: ClassVar[str] = "STOP"
+    stream: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """broker -> streamer (and to STATS): everything that people see, whole."""
+
+    streams: list[dict[str, Any]]
+    runs: dict[str, dict[str, Any]]
+    workers: list[dict[str, Any]]
+    stats: dict[str, Any]
+    desired_workers: int
+    now_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """broker -> streamer: this kept frame can't be decoded; the recording's cursor passes it."""
+
+    run: str
+    seq: int
+    attempt: int
+    code: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """anyone -> broker: answered with STATE."""
