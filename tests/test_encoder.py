@@ -1,0 +1,209 @@
+"""Planes become packets that other programs decode to the same picture at the same time."""
+
+from __future__ import annotations
+
+import io
+
+import av
+import numpy as np
+import pytest
+from av.video.frame import VideoFrame
+from numpy.typing import NDArray
+from PIL import Image
+
+from taesd_stream.media.encoder import JpegEncoder, VideoEncoder, VideoRendition
+
+PATCHES = [
+    (255, 255, 255),
+    (0, 0, 0),
+    (255, 0, 0),
+    (0, 255, 0),
+    (0, 0, 255),
+    (255, 255, 0),
+    (0, 255, 255),
+    (255, 0, 255),
+]
+
+
+def patches() -> NDArray[np.uint8]:
+    """Eight flat columns of 32x64 pixels."""
+    return np.repeat(np.repeat(np.array([PATCHES], np.uint8), 32, axis=1), 64, axis=0)
+
+
+def to_planes(rgb: NDArray[np.uint8], *, full_range: bool = False) -> NDArray[np.uint8]:
+    """I420 of an (H, W, 3) picture by the matrix of its standard: BT.601 full range, or BT.709 limited."""
+    kr, kb = (0.299, 0.114) if full_range else (0.2126, 0.0722)
+    red, green, blue = np.moveaxis(rgb.astype(np.float64) / 255, -1, 0)
+    luma = kr * red + (1 - kr - kb) * green + kb * blue
+    chroma = [(blue - luma) / (2 - 2 * kb), (red - luma) / (2 - 2 * kr)]
+    scale, offset, chroma_scale = (255, 0, 255) if full_range else (219, 16, 224)
+    rows = [luma * scale + offset]
+    for plane in chroma:
+        height, width = plane.shape
+        small = plane.reshape(height // 2, 2, width // 2, 2).mean(axis=(1, 3))
+        rows.append((small * chroma_scale + 128).reshape(-1, width))
+    planes: NDArray[np.uint8] = np.clip(np.rint(np.concatenate(rows)), 0, 255).astype(np.uint8)
+    return planes
+
+
+def moving(number: int, height: int = 64, width: int = 96) -> NDArray[np.uint8]:
+    """Planes of a picture whose mean luma tells its number."""
+    ramp = np.arange(width, dtype=np.uint8)[None] % 16
+    luma = np.broadcast_to(ramp + (20 + 3 * number), (height, width))
+    return np.concatenate([luma, np.full((height // 2, width), 128)]).astype(np.uint8)
+
+
+def decode(payloads: list[bytes]) -> list[VideoFrame]:
+    """What a decoder makes of the access units."""
+    context = av.CodecContext.create("h264", "r")
+    frames: list[VideoFrame] = []
+    for payload in payloads:
+        frames += context.decode(av.Packet(payload))
+    return frames + context.decode(None)
+
+
+def nal_types(payload: bytes) -> list[int]:
+    """Types of the NAL units of an Annex B access unit."""
+    return [part[0] & 31 for part in payload.split(b"\0\0\1")[1:]]
+
+
+@pytest.mark.parametrize("rendition", ["live", "record"])
+def test_each_picture_gives_one_packet_that_decodes_to_it(rendition: VideoRendition) -> None:
+    """Ten pictures give ten access units, and each decodes to its own picture."""
+    encoder = VideoEncoder(rendition)
+    pictures = [encoder.encode(moving(i), i * 9000) for i in range(10)]
+    frames = decode([picture.payload for picture in pictures])
+    assert [picture.is_keyframe for picture in pictures] == [True] + [False] * 9
+    for number, frame in enumerate(frames):
+        difference = frame.to_ndarray(format="yuv420p").astype(int) - moving(number)
+        assert np.abs(difference).mean() < 2
+    assert len(frames) == 10
+
+
+def test_every_keyframe_can_start_a_decoder() -> None:
+    """A keyframe on demand is an IDR that brings SPS and PPS; a later decoder starts there."""
+    encoder = VideoEncoder("live")
+    pictures = [encoder.encode(moving(i), i + 1, force_keyframe=i == 3) for i in range(6)]
+    assert [picture.is_keyframe for picture in pictures] == [True, False, False, True, False, False]
+    types = nal_types(pictures[3].payload)
+    assert types[:2] == [7, 8]
+    assert types[-1] == 5
+    assert len(decode([picture.payload for picture in pictures[3:]])) == 3
+
+
+def test_record_has_a_keyframe_every_30_pictures() -> None:
+    """The recording's chain can be entered every 30 pictures, and nowhere else by itself."""
+    encoder = VideoEncoder("record")
+    noise = np.random.default_rng(1)
+    pictures = [encoder.encode(noise.integers(16, 235, (48, 32), np.uint8), i) for i in range(61)]
+    assert [i for i, picture in enumerate(pictures) if picture.is_keyframe] == [0, 30, 60]
+
+
+def test_video_carries_its_colours() -> None:
+    """White, black and six patches come back within 4 of 255 by the tags that the stream itself carries."""
+    frame = decode([VideoEncoder("record").encode(to_planes(patches()), 0).payload])[0]
+    assert (frame.color_range, frame.colorspace, frame.color_primaries, frame.color_trc) == (1, 1, 1, 1)
+    rgb = frame.to_ndarray(format="rgb24", src_colorspace=frame.colorspace, src_color_range=frame.color_range)
+    for i, colour in enumerate(PATCHES):
+        assert np.abs(rgb[32, i * 32 + 16].astype(int) - colour).max() <= 4
+
+
+@pytest.mark.parametrize("rendition", ["thumb", "jpeg"])
+def test_jpeg_carries_its_colours(rendition: str) -> None:
+    """White, black and six patches come back within 4 of 255 from a JPEG as Pillow reads it."""
+    encoder = JpegEncoder("jpeg" if rendition == "jpeg" else "thumb")
+    picture = encoder.encode(to_planes(patches(), full_range=True))
+    image = Image.open(io.BytesIO(picture.payload))
+    assert "jfif" in image.info
+    assert image.size == (picture.width, picture.height) == (256, 64)
+    for i, colour in enumerate(PATCHES):
+        assert np.abs(np.asarray(image)[32, i * 32 + 16].astype(int) - colour).max() <= 4
+
+
+def test_a_thumb_is_coarser_than_a_jpeg() -> None:
+    """The same picture takes fewer bytes as a thumb."""
+    noise = np.random.default_rng(1).integers(0, 255, (96, 64), np.uint8)
+    assert len(JpegEncoder("thumb").encode(noise).payload) < len(JpegEncoder("jpeg").encode(noise).payload)
+
+
+def test_a_new_size_begins_a_new_chain() -> None:
+    """Pictures of another size are never rescaled: a keyframe of the new size comes out."""
+    encoder, jpeg = VideoEncoder("live"), JpegEncoder("jpeg")
+    sizes = [(64, 96), (64, 96), (32, 48), (64, 96)]
+    pictures = [encoder.encode(moving(1, *size), i) for i, size in enumerate(sizes)]
+    assert [picture.is_keyframe for picture in pictures] == [True, False, True, True]
+    assert [(picture.height, picture.width) for picture in pictures] == sizes
+    assert [
+        (f.height, f.width) for p in (pictures[:2], pictures[2:3], pictures[3:]) for f in decode([x.payload for x in p])
+    ] == sizes
+    assert [Image.open(io.BytesIO(jpeg.encode(moving(1, *size)).payload)).size for size in sizes] == [
+        s[::-1] for s in sizes
+    ]
+
+
+@pytest.mark.parametrize("size", [(2, 2), (6, 10), (50, 64), (66, 34), (128, 18)])
+def test_every_even_size_keeps_all_its_rows(size: tuple[int, int]) -> None:
+    """Heights that are no multiple of 4 keep their last rows, in both codecs."""
+    height, width = size
+    planes = np.full((height * 3 // 2, width), 128, np.uint8)
+    planes[:height] = np.linspace(40, 200, height).astype(np.uint8)[:, None]
+    frame = decode([VideoEncoder("record").encode(planes, 0).payload])[0]
+    assert (frame.height, frame.width) == size
+    assert np.abs(frame.to_ndarray(format="yuv420p")[:height].astype(int) - planes[:height]).max() < 12
+    grey = np.asarray(Image.open(io.BytesIO(JpegEncoder("jpeg").encode(planes).payload)).convert("L")).astype(int)
+    assert np.abs(grey - planes[:height]).max() < 12
+
+
+def test_an_odd_picture_keeps_its_true_size_beside_it() -> None:
+    """The caller's size before padding is what the picture says."""
+    picture = VideoEncoder("live").encode(moving(1, 64, 96), 0, size=(95, 63))
+    assert (picture.width, picture.height) == (95, 63)
+
+
+def test_time_must_go_on() -> None:
+    """A pts that does not grow is refused, and the chain goes on as if it had not been tried."""
+    encoder = VideoEncoder("live")
+    encoder.encode(moving(0), 100)
+    for pts in (100, 99):
+        with pytest.raises(ValueError, match="more than 100"):
+            encoder.encode(moving(1), pts)
+    assert not encoder.encode(moving(1), 101).is_keyframe
+
+
+def test_a_forced_keyframe_may_begin_again_in_time() -> None:
+    """Clip after clip starts at 0 with a keyframe; all pictures decode, in order."""
+    encoder = VideoEncoder("live")
+    pictures = [encoder.encode(moving(4 * c + i), i * 3750, force_keyframe=i == 0) for c in range(3) for i in range(4)]
+    assert [picture.is_keyframe for picture in pictures] == [True, False, False, False] * 3
+    means = [float(f.to_ndarray(format="yuv420p")[:64].mean()) for f in decode([p.payload for p in pictures])]
+    assert len(means) == 12
+    assert means == sorted(means)
+
+
+def test_the_callers_buffer_is_free_after_encode() -> None:
+    """Writing over the planes once encode() has returned changes nothing in the stream."""
+    kept, reused = VideoEncoder("live"), VideoEncoder("live")
+    buffer = moving(0)
+    for i in range(8):
+        buffer[:] = moving(i)
+        one = reused.encode(buffer, i)
+        buffer[:] = 255
+        assert one.payload == kept.encode(moving(i), i).payload
+
+
+@pytest.mark.parametrize(
+    "planes",
+    [
+        np.zeros((97, 64), np.uint8),
+        np.zeros((96, 63), np.uint8),
+        np.zeros((0, 64), np.uint8),
+        np.zeros((96, 64, 1), np.uint8),
+        np.zeros((96, 64), np.float32),
+        np.zeros((96, 128), np.uint8)[:, ::2],
+    ],
+)
+def test_what_is_no_i420_is_refused(planes: NDArray[np.uint8]) -> None:
+    """Planes of a wrong shape, type or layout are a ValueError that says what came."""
+    for encoder in (VideoEncoder("live"), JpegEncoder("jpeg")):
+        with pytest.raises(ValueError, match="planes"):
+            encoder.encode(planes, 0) if isinstance(encoder, VideoEncoder) else encoder.encode(planes)
