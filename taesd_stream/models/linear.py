@@ -1,0 +1,131 @@
+"""Latents to pictures by one linear map: no weights to fetch, and cheap enough for any processor.
+
+Two forms: three factors a channel, stretched to size; and a 3x3 convolution that paints each cell's pixels itself,
+fitted by least squares on pairs of latents and pictures.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from importlib.resources.abc import Traversable
+
+import torch
+from safetensors.torch import load
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from taesd_stream.errors import WeightsError
+from taesd_stream.latent_formats import LatentFormat
+
+
+class FactorProjection(nn.Module):
+    """One colour a cell, by rgb factors: (N, C, h, w) -> (N, 3, H, W), in [0, 1] but not clamped; smooth, soft."""
+
+    def __init__(self, latent_format: LatentFormat) -> None:
+        super().__init__()
+        if latent_format.rgb_factors is None:
+            raise WeightsError(f"no rgb factors are known for {latent_format.name}")
+        self.format = latent_format
+        factors = torch.tensor(latent_format.rgb_factors).T  # (3, C)
+        bias = torch.tensor(latent_format.rgb_bias or (0.0, 0.0, 0.0))
+        # The published factors give [-1, 1]; halved and shifted here once, they give [0, 1].
+        self.weight = nn.Parameter(factors[:, :, None, None] / 2)
+        self.bias = nn.Parameter((bias + 1) / 2)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, 3, H, W)."""
+        cells = F.conv2d(latents, self.weight, self.bias)
+        size = self.format.picture_size(*cells.shape[-2:])
+        return F.interpolate(cells, size=size, mode="bilinear", align_corners=False)
+
+
+class ShuffleProjection(nn.Module):
+    """All pixels of a cell from it and its 8 neighbours: (N, C, h, w) -> (N, 3, H, W), in [0, 1] but not clamped."""
+
+    def __init__(self, latent_channels: int, spatial_factor: int) -> None:
+        super().__init__()
+        self.spatial_factor = spatial_factor
+        self.weight = nn.Parameter(torch.zeros(3 * spatial_factor**2, latent_channels, 3, 3))
+        self.bias = nn.Parameter(torch.full((3 * spatial_factor**2,), 0.5))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, 3, H, W)."""
+        # Repeated edges: zeros would be a colour of their own, and frame the picture.
+        bordered = F.pad(latents, (1, 1, 1, 1), mode="replicate")
+        return F.pixel_shuffle(F.conv2d(bordered, self.weight, self.bias), self.spatial_factor)
+
+
+class LeastSquares:
+    """Collects pairs of latents and pictures, and solves for the ShuffleProjection that explains them best.
+
+    Holds the normal equations only, in float64: the pairs may be many more than memory holds.
+    """
+
+    def __init__(self, latent_channels: int, spatial_factor: int) -> None:
+        self._channels, self._factor = latent_channels, spatial_factor
+        inputs, outputs = 9 * latent_channels + 1, 3 * spatial_factor**2
+        self._gram = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self._moments = torch.zeros(inputs, outputs, dtype=torch.float64)
+
+    def add(self, latents: Tensor, pictures: Tensor) -> None:
+        """Add pairs: latents (N, C, h, w), pictures (N, 3, h*factor, w*factor) in [0, 1].
+
+        Raises: ValueError for shapes that do not belong together.
+        """
+        count, channels, height, width = latents.shape
+        expected = (count, 3, height * self._factor, width * self._factor)
+        if channels != self._channels:
+            raise ValueError(f"latents: expected {self._channels} channels, got {channels}")
+        if tuple(pictures.shape) != expected:
+            raise ValueError(f"pictures: expected shape {expected}, got {tuple(pictures.shape)}")
+        bordered = F.pad(latents.float(), (1, 1, 1, 1), mode="replicate")
+        windows = F.unfold(bordered, 3).transpose(1, 2).reshape(-1, 9 * channels).double()
+        inputs = torch.cat([windows, windows.new_ones(len(windows), 1)], dim=1)
+        outputs = F.pixel_unshuffle(pictures, self._factor).flatten(2).transpose(1, 2).flatten(0, 1).double()
+        self._gram += inputs.T @ inputs
+        self._moments += inputs.T @ outputs
+
+    def solve(self, ridge: float = 1e-6) -> ShuffleProjection:
+        """The projection with the least squared error; `ridge`, relative, keeps rare directions small."""
+        scale = self._gram.diagonal().mean()
+        if scale == 0:
+            raise ValueError("no pairs to fit a projection to")
+        damped = self._gram + ridge * scale * torch.eye(len(self._gram), dtype=torch.float64)
+        solution = torch.linalg.solve(damped, self._moments).float()
+        network = ShuffleProjection(self._channels, self._factor)
+        with torch.no_grad():
+            network.weight.copy_(solution[:-1].T.reshape(network.weight.shape))
+            network.bias.copy_(solution[-1])
+        return network
+
+
+def fit(latents: Tensor, pictures: Tensor) -> ShuffleProjection:
+    """The 3x3 projection that maps `latents` (N, C, h, w) to `pictures` (N, 3, H, W) best, by least squares.
+
+    pictures: [0, 1]; H is a whole multiple of h. Raises: ValueError for shapes that do not belong together.
+    """
+    equations = LeastSquares(latents.shape[1], pictures.shape[-2] // latents.shape[-2])
+    equations.add(latents, pictures)
+    return equations.solve()
+
+
+def has_linear_decoder(latent_format: LatentFormat) -> bool:
+    """Whether a projection of that format is known."""
+    return latent_format.rgb_factors is not None or _fitted_file(latent_format).is_file()
+
+
+def linear_decoder(latent_format: LatentFormat) -> nn.Module:
+    """The best projection known for the format: the fitted one that comes with this package, else the rgb factors.
+
+    Raises: WeightsError if there is neither.
+    """
+    fitted = _fitted_file(latent_format)
+    if not fitted.is_file():
+        return FactorProjection(latent_format)
+    network = ShuffleProjection(latent_format.channels, round(latent_format.spatial_factor))
+    network.load_state_dict(load(fitted.read_bytes()))
+    return network
+
+
+def _fitted_file(latent_format: LatentFormat) -> Traversable:
+    return resources.files("taesd_stream") / "data" / f"linear_{latent_format.name}.safetensors"

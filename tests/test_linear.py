@@ -1,0 +1,83 @@
+"""The linear projections: the published factors, and those fitted by least squares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from taesd_stream.errors import WeightsError
+from taesd_stream.latent_formats import LATENT_FORMATS, latent_format
+from taesd_stream.models import build_decoder
+from taesd_stream.models.linear import FactorProjection, LeastSquares, ShuffleProjection, fit, has_linear_decoder
+
+
+def random_projection(channels: int, factor: int) -> ShuffleProjection:
+    """A projection with seeded random weights."""
+    torch.manual_seed(0)
+    network = ShuffleProjection(channels, factor)
+    nn.init.normal_(network.weight, std=0.05)
+    nn.init.uniform_(network.bias)
+    return network
+
+
+@pytest.mark.parametrize("name", [name for name, known in LATENT_FORMATS.items() if known.rgb_factors])
+def test_factors_give_the_published_colours(name: str) -> None:
+    """A flat latent becomes the flat colour (z @ factors + bias + 1) / 2, in the picture's full size."""
+    known = latent_format(name)
+    torch.manual_seed(0)
+    z = torch.randn(known.channels)
+    factors, bias = torch.tensor(known.rgb_factors), torch.tensor(known.rgb_bias or (0.0, 0.0, 0.0))
+    with torch.inference_mode():
+        pictures = FactorProjection(known)(z[None, :, None, None].expand(1, -1, 2, 3))
+    assert pictures.shape == (1, 3, *known.picture_size(2, 3))
+    expected = ((z @ factors + bias + 1) / 2)[None, :, None, None].expand_as(pictures)
+    torch.testing.assert_close(pictures, expected, atol=1e-5, rtol=0)
+
+
+def test_fit_finds_the_projection_that_made_the_pictures() -> None:
+    """Least squares on pictures that a projection made gives back that projection's pictures."""
+    torch.manual_seed(1)
+    truth, latents = random_projection(4, 2), torch.randn(2, 4, 12, 10)
+    with torch.no_grad():
+        fitted = fit(latents, truth(latents))
+        unseen = torch.randn(1, 4, 5, 7)
+        torch.testing.assert_close(fitted(unseen), truth(unseen), atol=1e-3, rtol=0)
+
+
+def test_pairs_may_come_in_parts() -> None:
+    """Pairs added one by one give the same projection as all at once."""
+    torch.manual_seed(2)
+    latents, pictures = torch.randn(3, 4, 8, 8), torch.rand(3, 3, 16, 16)
+    equations = LeastSquares(4, 2)
+    for index in range(3):
+        equations.add(latents[index : index + 1], pictures[index : index + 1])
+    torch.testing.assert_close(equations.solve().weight, fit(latents, pictures).weight, atol=1e-4, rtol=1e-3)
+
+
+def test_fit_refuses_pairs_that_do_not_belong_together() -> None:
+    """Wrong channels and sizes are errors that name the expected and the given."""
+    equations = LeastSquares(4, 2)
+    with pytest.raises(ValueError, match="expected 4 channels, got 5"):
+        equations.add(torch.zeros(1, 5, 2, 2), torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"expected shape \(1, 3, 4, 4\), got \(1, 3, 4, 6\)"):
+        equations.add(torch.zeros(1, 4, 2, 2), torch.zeros(1, 3, 4, 6))
+    with pytest.raises(ValueError, match="no pairs"):
+        equations.solve()
+
+
+def test_a_projection_is_built_by_its_format() -> None:
+    """The family "linear" takes the format whose projection it is, and only that family does."""
+    with torch.inference_mode():
+        assert build_decoder("linear", latent_format="flux2")(torch.zeros(1, 32, 4, 6)).shape == (1, 3, 32, 48)
+    with pytest.raises(ValueError, match="needs latent_format"):
+        build_decoder("linear")
+    with pytest.raises(ValueError, match="belongs to the family 'linear'"):
+        build_decoder("taesd", latent_format="sd1")
+
+
+def test_a_format_without_factors_says_so() -> None:
+    """Sana has no published factors: known beforehand, and an error when built."""
+    assert not has_linear_decoder(latent_format("sana"))
+    with pytest.raises(WeightsError, match="no rgb factors are known for sana"):
+        build_decoder("linear", latent_format="sana")
