@@ -1,0 +1,109 @@
+"""RGB to planar YUV 4:2:0, and smaller pictures: the only place where pixels are converted.
+
+Rounded, never truncated; chroma is the mean of each 2x2 box. Whoever encodes the planes must say the same matrix and
+range: BT.709 limited for video, BT.601 full for JPEG.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColourMatrix:
+    """How R'G'B' becomes Y'CbCr in 8 bits: luma weights, and the range of codes.
+
+    kr, kb: weights of red and blue in luma; luma_base + luma_span * Y' and 128 + chroma_span * Cb (Cb in [-0.5, 0.5]).
+    """
+
+    kr: float
+    kb: float
+    luma_base: float
+    luma_span: float
+    chroma_span: float
+
+
+# Rec. ITU-R BT.709-6, items 3.2 and 4.6: what players assume of HD video. White is 235, black 16.
+BT709_LIMITED: Final = ColourMatrix(kr=0.2126, kb=0.0722, luma_base=16, luma_span=219, chroma_span=224)
+# JFIF (ITU-T T.871, section 7): BT.601 weights over all codes. White is 255, black 0.
+BT601_FULL: Final = ColourMatrix(kr=0.299, kb=0.114, luma_base=0, luma_span=255, chroma_span=255)
+
+# A half less a hair: cut after adding it, values are rounded, and exact ties go down whatever the float error. The ends
+# of full-range chroma are such ties: 0.5 and 255.5, which would wrap to 0.
+_HALF: Final = 0.5 - 2**-10
+
+
+def video_planes(rgb: Tensor) -> Tensor:
+    """RGB (N, 3, H, W) in [0, 1] -> I420 planes for video, BT.709 limited range; layout as `planes_420` says."""
+    return planes_420(rgb, BT709_LIMITED)
+
+
+def jpeg_planes(rgb: Tensor) -> Tensor:
+    """RGB (N, 3, H, W) in [0, 1] -> I420 planes for JPEG, BT.601 full range; layout as `planes_420` says."""
+    return planes_420(rgb, BT601_FULL)
+
+
+def planes_420(rgb: Tensor, matrix: ColourMatrix) -> Tensor:
+    """RGB -> planar YUV 4:2:0, 8 bits a sample, on the same device.
+
+    rgb: (N, 3, H, W) float in [0, 1]; what lies outside is clamped, NaN becomes mid grey: never a wrong colour (the
+    caller finds out by `count_nan`). Odd sizes are padded to even ones by their last row and column; the true size
+    is the caller's `rgb.shape[-2:]`.
+    Returns: (N, H*3//2, W) uint8, C order, H and W even now: H rows of Y, then U, then V at half size, without gaps:
+    `av.VideoFrame.from_numpy_buffer(planes[i], "yuv420p")` wraps it.
+    """
+    if rgb.ndim != 4 or rgb.shape[1] != 3:
+        raise ValueError(f"rgb: expected (N, 3, H, W), got shape {tuple(rgb.shape)}")
+    rgb = pad_to_even(torch.nan_to_num(rgb.float(), nan=0.5, posinf=1.0, neginf=0.0).clamp_(0, 1))
+    count, _, height, width = rgb.shape
+    small = F.avg_pool2d(rgb, 2)  # the matrix is linear: means of RGB have the means of chroma
+    luma = matrix.luma_base + matrix.luma_span * _luma(rgb, matrix)
+    blue = _chroma(small, 2, matrix.kb, matrix)
+    red = _chroma(small, 0, matrix.kr, matrix)
+    planes = torch.cat([plane.flatten(1) for plane in (luma, blue, red)], dim=1)
+    return (planes + _HALF).to(torch.uint8).reshape(count, height * 3 // 2, width)
+
+
+def _luma(rgb: Tensor, matrix: ColourMatrix) -> Tensor:
+    red, green, blue = rgb.unbind(1)
+    return matrix.kr * red + (1 - matrix.kr - matrix.kb) * green + matrix.kb * blue
+
+
+def _chroma(rgb: Tensor, channel: int, weight: float, matrix: ColourMatrix) -> Tensor:
+    """One colour difference, (channel - luma) scaled to [-0.5, 0.5], in codes."""
+    return 128 + matrix.chroma_span * (rgb[:, channel] - _luma(rgb, matrix)) / (2 * (1 - weight))
+
+
+def count_nan(rgb: Tensor) -> int:
+    """How many values are NaN, which `planes_420` shows as mid grey."""
+    return int(torch.isnan(rgb).sum())
+
+
+def pad_to_even(rgb: Tensor) -> Tensor:
+    """(N, C, H, W) -> both sizes even, by repeating the last row and column; as it is if they are."""
+    height, width = rgb.shape[-2:]
+    if height % 2 == 0 and width % 2 == 0:
+        return rgb
+    return F.pad(rgb, (0, width % 2, 0, height % 2), mode="replicate")
+
+
+def fit_within(rgb: Tensor, long_side_px: int) -> Tensor:
+    """Shrink (N, 3, H, W) by means over areas so that no side is longer than `long_side_px`; never grows.
+
+    A shrunk picture has even sides, at least 2 (the ratio moves by less than a pixel); one that fits comes back as
+    it is. Raises: ValueError if `long_side_px` is under 2.
+    """
+    if long_side_px < 2:
+        raise ValueError(f"long_side_px: expected at least 2, got {long_side_px}")
+    height, width = rgb.shape[-2:]
+    longest = max(height, width)
+    if longest <= long_side_px:
+        return rgb
+    limit = long_side_px - long_side_px % 2
+    size = [min(limit, max(2, round(side * long_side_px / longest / 2) * 2)) for side in (height, width)]
+    return F.interpolate(rgb, size=size, mode="area")
