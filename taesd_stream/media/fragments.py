@@ -17,8 +17,8 @@ from typing import IO, Any, Final
 
 from taesd_stream.errors import TaesdStreamError
 from taesd_stream.frames import CLOCK_HZ, Packet
+from taesd_stream.media.clock import PROVISIONAL_TICKS
 
-PROVISIONAL_TICKS: Final = CLOCK_HZ // 30  # how long a picture lasts while nobody knows when the next one comes
 MAX_NOTE_BYTES: Final = 1 << 20
 NOTE_UUID: Final = bytes.fromhex("7461657364537472b65d6e6f74653031")  # our own box: JSON about what follows (4.2.2)
 
