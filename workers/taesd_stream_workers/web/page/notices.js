@@ -1,0 +1,94 @@
+// What the page says beside the pictures: one toast, banners under the header, and the two spoken regions.
+
+import { $, icon, make, setHidden, setText } from "./dom.js"
+import { plural } from "./format.js"
+
+const MERGE_MS = 5000
+
+export class Notices {
+  constructor() {
+    this.box = $("#toast")
+    ;[this.act, this.cross] = this.box.querySelectorAll("button")
+    this.key = null
+    this.left_ms = 0
+    this.news = { started: [], ended: [] }
+    this.news_timer = 0
+    this.act.onclick = () => this.run()
+    this.cross.onclick = () => this.clear(this.key)
+    // Reading or pointing at it stops its clock.
+    setInterval(() => {
+      if (this.box.hidden || this.left_ms === Infinity || this.box.matches(":hover, :focus-within")) return
+      this.left_ms -= 250
+      if (this.left_ms <= 0) this.clear(this.key)
+    }, 250)
+  }
+
+  toast(text, { key = "note", action = null, last_ms = 5000 } = {}) {
+    Object.assign(this, { key, action, left_ms: last_ms })
+    setText(this.box.firstElementChild, text)
+    setHidden(this.act, !action)
+    if (action) setText(this.act, action.label)
+    setHidden(this.cross, key === "held")
+    setHidden(this.box, false)
+    if (key !== "error") this.say(text)
+  }
+
+  run() {
+    const { action } = this
+    this.clear(this.key)
+    action?.run()
+  }
+
+  clear(key) {
+    if (this.key !== key) return
+    this.key = null
+    setHidden(this.box, true)
+  }
+
+  /** Something went wrong with what was asked: stays until it is dismissed. */
+  fail(text, again) {
+    this.toast(text, { key: "error", action: again ? { label: "Try again", run: again } : null, last_ms: Infinity })
+    this.alarm(text)
+  }
+
+  say(text) {
+    $("#status").textContent = text
+  }
+
+  alarm(text) {
+    $("#alert").textContent = text
+  }
+
+  /** Starts and ends are said together, once in five seconds. */
+  announce({ started, ended }) {
+    this.news.started.push(...started)
+    this.news.ended.push(...ended)
+    if (!started.length && !ended.length) return
+    this.news_timer ||= setTimeout(() => {
+      const says = Object.entries(this.news).filter(([, names]) => names.length)
+      this.say(says.map(([verb, names]) => `${names.length === 1 ? names[0] : plural(names.length, "stream")} ${verb}`).join(", "))
+      this.news = { started: [], ended: [] }
+      this.news_timer = 0
+    }, MERGE_MS)
+  }
+
+  /** banners: [{key, text, action: {label, run}}]; drawn anew only where they changed. */
+  banners(banners) {
+    const root = $("#banners")
+    const keys = new Set(banners.map(({ key }) => key))
+    for (const old of [...root.children]) if (!keys.has(old.dataset.key)) old.remove()
+    for (const { key, text, action } of banners) {
+      let banner = [...root.children].find((child) => child.dataset.key === key)
+      if (!banner) {
+        banner = make("div", { className: "banner" }, icon("warn"), make("p"))
+        banner.dataset.key = key
+        if (action) banner.append(make("button", { className: "button", type: "button", textContent: action.label }))
+        root.append(banner)
+      }
+      setText($("p", banner), text)
+      if (action) $("button", banner).onclick = action.run
+    }
+    const height = `${root.offsetHeight}px`
+    if (document.body.style.getPropertyValue("--banners") !== height) document.body.style.setProperty("--banners", height)
+  }
+}

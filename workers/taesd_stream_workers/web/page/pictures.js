@@ -1,0 +1,202 @@
+// Everything that happens to a picture between the socket and the screen. It runs in a worker that owns the canvases;
+// where canvases cannot be given away (no OffscreenCanvas), the same class runs on the page's own thread.
+
+import { DaemonClock } from "./clock.js"
+import { LiveDecoder } from "./decoder.js"
+import { Socket } from "./socket.js"
+
+const BATCH_MS = 100 // how long changes of what is watched, and news of what was drawn, are gathered
+const SHOWN_MS = 250
+const REDUCED_MS = 500 // two pictures a second for who asked for less motion
+const LAN_MS = 250 // four a second over a network, until it proves to be fast
+const FAST_US = 60_000
+
+/** One canvas and what it shows. A tile keeps its last JPEG, so that an opened stream starts with it. */
+class Sink {
+  constructor(canvas) {
+    Object.assign(this, { canvas, context: canvas.getContext("2d", { alpha: false }), pictures: 0, header: null })
+    this.busy = false
+    this.next = null // the newest picture that came while one was being decoded
+    this.last = null
+    this.drawn_ms = 0
+  }
+
+  draw(image, width, height) {
+    if (this.canvas.width !== width || this.canvas.height !== height) {
+      this.canvas.width = width
+      this.canvas.height = height
+    }
+    this.context.drawImage(image, 0, 0, width, height)
+  }
+}
+
+export class Pictures {
+  /** tell(message): to the page. settings: {url, loopback, reduced}. */
+  constructor(tell, { url, loopback, reduced }) {
+    Object.assign(this, { tell, reduced, pace_ms: loopback ? 0 : LAN_MS })
+    this.clock = new DaemonClock()
+    this.tiles = new Map() // stream -> Sink
+    this.stage = null // Sink
+    this.opened = null // the stream on the stage
+    this.live = null // LiveDecoder
+    this.wanted = {}
+    this.watch_timer = 0
+    this.drawn = new Map() // "rendition stream" -> what the page is told at the next batch
+    this.reported = new Map() // the same key -> when `shown` last went out
+    this.socket = new Socket(url, {
+      open: () => this.send_watch(),
+      text: (message) => this.text(message),
+      binary: (buffer) => this.binary(buffer),
+      closed: (state) => {
+        this.clock.forget()
+        this.tell({ type: "closed", ...state })
+      },
+    })
+    setInterval(() => this.flush(), BATCH_MS)
+  }
+
+  /** One message of the page. */
+  take(message) {
+    switch (message.do) {
+      case "tile": return void this.tiles.set(message.stream, new Sink(message.canvas))
+      case "drop": return void this.tiles.delete(message.stream)
+      case "stage-canvas": return void (this.stage = new Sink(message.canvas))
+      case "open": return this.open(message.stream)
+      case "watch": return this.watch(message.streams)
+      case "reduced": return void (this.reduced = message.on)
+      case "retry": return this.socket.retry()
+    }
+  }
+
+  // --- what is watched ---
+
+  watch(streams) {
+    this.wanted = streams
+    this.watch_timer ||= setTimeout(() => this.send_watch(), BATCH_MS)
+  }
+
+  send_watch() {
+    clearTimeout(this.watch_timer)
+    this.watch_timer = 0
+    this.socket.send({ type: "watch", streams: this.wanted })
+  }
+
+  /** Put a stream on the stage (null: clear it), with its tile's last picture until a better one comes. */
+  open(stream) {
+    this.live?.close()
+    this.live = null
+    this.opened = stream
+    if (!this.stage) return
+    Object.assign(this.stage, { pictures: 0, header: null, next: null })
+    this.stage.canvas.width = this.stage.canvas.height = 2 // clears it
+    const tile = this.tiles.get(stream)
+    if (tile?.last) this.placeholder(stream, tile)
+  }
+
+  async placeholder(stream, tile) {
+    const image = await createImageBitmap(tile.last)
+    if (this.opened === stream && !this.stage.pictures) {
+      this.stage.draw(image, image.width, image.height)
+      this.note(this.stage, tile.header)
+    }
+    image.close()
+  }
+
+  // --- what arrives ---
+
+  text(message) {
+    if (message.type === "pong") this.clock.take(message.t, message.now_us)
+    else this.tell(message)
+  }
+
+  binary(buffer) {
+    const length = new DataView(buffer).getUint32(0)
+    const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)))
+    const bytes = new Uint8Array(buffer, 4 + length)
+    if (this.wanted[header.stream] !== header.rendition) return // on its way when the page changed its mind
+    if (header.rendition === "live") return this.feed(header, bytes)
+    const sink = header.rendition === "thumb" ? this.tiles.get(header.stream) : this.opened === header.stream && this.stage
+    if (!sink) return
+    if (sink.busy) sink.next = [header, bytes]
+    else this.show_jpeg(sink, header, bytes)
+  }
+
+  async show_jpeg(sink, header, bytes) {
+    sink.busy = true
+    const blob = new Blob([bytes], { type: "image/jpeg" })
+    try {
+      const image = await createImageBitmap(blob)
+      if (sink !== this.stage || this.opened === header.stream) {
+        sink.draw(image, image.width, image.height)
+        sink.last = sink === this.stage ? null : blob
+        this.shown(sink, header)
+      }
+      image.close()
+    } catch {
+      // A damaged picture: the next one is whole, so its credit must go back all the same.
+    }
+    sink.busy = false
+    this.credit(sink, header)
+    const next = sink.next
+    sink.next = null
+    if (next) this.show_jpeg(sink, ...next)
+  }
+
+  /** Ask for the next picture of a stream: at once, or later where pictures must be few. */
+  credit(sink, { stream, rendition, stamps }) {
+    const least_ms = this.reduced ? REDUCED_MS : this.pace_ms
+    const wait_ms = sink.drawn_ms + least_ms - performance.now()
+    const send = () => this.socket.send({ type: "credit", stream, rendition })
+    if (wait_ms > 0) setTimeout(send, wait_ms)
+    else send()
+    const now_us = this.clock.now_us()
+    if (!this.pace_ms || now_us === null || !stamps?.streamed_us) return
+    const fast = now_us - stamps.streamed_us < FAST_US
+    this.pace_ms = Math.max(20, Math.min(LAN_MS, this.pace_ms * (fast ? 0.9 : 1.5)))
+  }
+
+  feed(header, bytes) {
+    if (header.stream !== this.opened || !this.stage) return
+    const stream = header.stream
+    this.live ??= new LiveDecoder({
+      picture: (frame, header) => {
+        if (this.opened === stream) {
+          this.stage.draw(frame, frame.displayWidth, frame.displayHeight)
+          this.shown(this.stage, header)
+        }
+        frame.close() // at once: decoders have few frames to give
+      },
+      keyframe: () => this.socket.send({ type: "keyframe", stream }),
+      failed: (reason) => this.tell({ type: "no-live", reason }),
+    })
+    this.live.feed(header, bytes)
+  }
+
+  // --- what was shown ---
+
+  shown(sink, header) {
+    const now_us = this.clock.now_us()
+    sink.drawn_ms = performance.now()
+    sink.pictures++
+    sink.header = header
+    this.note(sink, header)
+    if (sink === this.stage) this.tell({ type: "picture", header, shown_us: now_us, pictures: sink.pictures })
+    const key = `${header.rendition} ${header.stream}`
+    if (now_us === null || sink.drawn_ms - (this.reported.get(key) ?? -SHOWN_MS) < SHOWN_MS) return
+    this.reported.set(key, sink.drawn_ms)
+    const { stream, run, seq, rendition } = header
+    this.socket.send({ type: "shown", stream, run, seq, rendition, shown_us: Math.round(now_us) })
+  }
+
+  note(sink, { stream, run, seq, step, total_steps, sigma, rendition, width, height }) {
+    const on = sink === this.stage ? "stage" : "tile"
+    const { pictures } = sink
+    this.drawn.set(`${on} ${stream}`, { on, stream, run, seq, step, total_steps, sigma, rendition, width, height, pictures })
+  }
+
+  flush() {
+    if (!this.drawn.size) return
+    this.tell({ type: "drawn", list: [...this.drawn.values()] })
+    this.drawn.clear()
+  }
+}
