@@ -1,0 +1,66 @@
+"""Cut a batch into slices that fit a memory budget, by the bytes that a network really holds at its worst moment."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_PROBE_CELLS = 16  # side of the latent that is measured; the bytes grow with its area
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
+    """Counts the bytes of all tensors that are alive, operation by operation; `peak` is the most at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak: int = 0
+        self._live: dict[int, int] = {}  # storage -> bytes
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._see(value.untyped_storage())
+        self.peak = max(self.peak, sum(self._live.values()))
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._live:
+            self._live[key] = storage.nbytes()
+            weakref.finalize(storage, self._live.pop, key, None)
+
+
+def bytes_per_latent_px(network: nn.Module, latent_channels: int, dtype: torch.dtype = torch.float32) -> int:
+    """The most bytes that one latent cell costs while `network` decodes it in `dtype`, its output included.
+
+    Measured on shapes alone (torch's meta device): no memory, no time, the same on every machine. What a library
+    takes beside tensors (cuDNN's workspaces) is not in it.
+    """
+    shapes_only = copy.deepcopy(network).to(device="meta", dtype=dtype)
+    live = _LiveBytes()
+    with torch.inference_mode(), live:
+        shapes_only(torch.empty(1, latent_channels, _PROBE_CELLS, _PROBE_CELLS, device="meta", dtype=dtype))
+    return -(-live.peak // _PROBE_CELLS**2)
+
+
+def slices(count: int, bytes_per_item: int, budget_bytes: int) -> Iterator[slice]:
+    """Cut `count` items, in order, into as few slices as the budget allows, all of about one length.
+
+    An item over the budget is a slice of its own. Raises: ValueError if the budget is not positive.
+    """
+    if budget_bytes <= 0:
+        raise ValueError(f"budget_bytes: expected above 0, got {budget_bytes}")
+    most = max(1, budget_bytes // bytes_per_item)
+    parts = -(-count // most)
+    for part in range(parts):
+        yield slice(count * part // parts, count * (part + 1) // parts)

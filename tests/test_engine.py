@@ -1,0 +1,196 @@
+"""The engine: the right decoder with a reason, batches in slices, and no picture from what is none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from taesd_stream.decoding.engine import Choice, Engine, NoDecoderError, check_finite, latents_from_payload, open_engine
+from taesd_stream.errors import WeightsError
+from taesd_stream.frames import WireDtype
+from taesd_stream.models import build_decoder
+
+SHARED = os.environ.get("TAESD_STREAM_SHARED")
+PLENTY = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the weights that a user of this machine has."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A folder with random weights of taesd (fp16, as published) and taef2."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    torch.manual_seed(0)
+    for family in ("taesd", "taef2"):
+        state = {key: value.half() for key, value in build_decoder(family).state_dict().items()}
+        torch.save(state, folder / f"{family}_decoder.pth")
+    return folder
+
+
+def decoded(engine: Engine, latents: Tensor, budget_bytes: int = PLENTY) -> Tensor:
+    """All slices of a batch, in one."""
+    return torch.cat([rgb for _, rgb in engine.decode(latents, budget_bytes=budget_bytes)])
+
+
+def test_the_full_decoder_is_taken_where_its_weights_are(weights: Path) -> None:
+    """With weights in the folder "auto" opens the format's own decoder; its pictures are the network's, clamped."""
+    engine = open_engine("sd1", weights_folder=weights)
+    assert (engine.latent_format, engine.decoder, engine.is_full, engine.history) == ("sd1", "taesd", True, 0)
+    network = build_decoder("taesd", torch.load(weights / "taesd_decoder.pth", weights_only=True))
+    latents = torch.randn(2, 4, 5, 6)
+    with torch.inference_mode():
+        expected = network(latents).clamp(0, 1)
+    rgb = decoded(engine, latents)
+    assert rgb.is_contiguous()
+    torch.testing.assert_close(rgb, expected, atol=1e-5, rtol=0)
+
+
+def test_without_weights_the_projection_says_how_to_get_them() -> None:
+    """No weights: the linear projection, and a reason that names the file and the setting."""
+    engine = open_engine("sd1", weights_folder=None)
+    assert (engine.decoder, engine.is_full) == ("linear", False)
+    assert "taesd_decoder.pth" in engine.reason
+    assert "--set weights.folder=DIR" in engine.reason
+    assert "models/vae_approx" in engine.reason
+
+
+def test_a_video_format_says_that_its_decoder_cannot_run() -> None:
+    """Where only a video decoder would fit, the reason says so instead of asking for weights."""
+    engine = open_engine("wan2_1", weights_folder=None)
+    assert engine.decoder == "linear"
+    assert engine.reason == "its taew2_1 is a video decoder that this version cannot run yet"
+
+
+def test_broken_weights_are_the_reason_for_the_projection(weights: Path) -> None:
+    """Weights that are cut short or belong to another family are not used, and the reason names the file."""
+    (weights / "taesd_decoder.pth").write_bytes(b"PK\x03\x04")
+    assert "taesd_decoder.pth: cannot be read" in open_engine("sd1", weights_folder=weights).reason
+    (weights / "taesd_decoder.pth").write_bytes((weights / "taef2_decoder.pth").read_bytes())
+    engine = open_engine("sd1", weights_folder=weights)
+    assert "taesd_decoder.pth: weights do not fit taesd decoder" in engine.reason
+    assert "they fit taef2 decoder" in engine.reason
+    assert not engine.is_full
+
+
+@pytest.mark.parametrize(
+    ("name", "choice", "message"),
+    [
+        ("sd1", "tiny", "No decoder for sd1: no weights of taesd were found"),
+        ("sana", "auto", "No decoder for sana: no weights of taesana were found.*, and no rgb factors are known"),
+        ("cogvideox", "linear", "No decoder for cogvideox: decoder.choice is linear, and no rgb factors are known"),
+        ("sd9", "auto", "No decoder for sd9: unknown latent format 'sd9'; nearest: sd"),
+    ],
+)
+def test_no_decoder_is_said_with_the_way_out(name: str, choice: Choice, message: str) -> None:
+    """A format that cannot be shown is an error that names it and why."""
+    with pytest.raises(NoDecoderError, match=message):
+        open_engine(name, weights_folder=None, choice=choice)
+
+
+def test_a_weights_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    """A misspelt folder is said, not shown as a missing file."""
+    with pytest.raises(WeightsError, match="is not a folder"):
+        open_engine("sd1", weights_folder=tmp_path / "nowhere")
+
+
+def test_linear_can_be_chosen_against_the_weights(weights: Path) -> None:
+    """decoder.choice = linear takes the projection although the weights are there."""
+    assert open_engine("sd1", weights_folder=weights, choice="linear").decoder == "linear"
+
+
+def test_a_batch_in_slices_is_the_batch_at_once(weights: Path) -> None:
+    """A budget for two frames gives slices of at most two, in order, with the pictures of the whole batch."""
+    engine = open_engine("flux2", weights_folder=weights)
+    latents = torch.randn(5, 32, 4, 6)
+    budget_bytes = 2 * 4 * 6 * engine.bytes_per_latent_px
+    pieces = [piece for piece, _ in engine.decode(latents, budget_bytes=budget_bytes)]
+    assert pieces == [slice(0, 1), slice(1, 3), slice(3, 5)]
+    torch.testing.assert_close(decoded(engine, latents, budget_bytes), decoded(engine, latents), atol=1e-5, rtol=0)
+
+
+def test_patchified_flux2_gives_the_same_picture() -> None:
+    """ComfyUI's 128-channel latents give the picture of the 32-channel ones that they are made of."""
+    engine = open_engine("flux2", weights_folder=None)
+    spatial = torch.randn(1, 32, 4, 6)
+    patchified = spatial.reshape(1, 32, 2, 2, 3, 2).permute(0, 1, 3, 5, 2, 4).reshape(1, 128, 2, 3)
+    assert torch.equal(decoded(engine, patchified), decoded(engine, spatial))
+
+
+def test_numpy_and_half_precision_are_taken(weights: Path) -> None:
+    """Latents as numpy float16 give a float32 picture."""
+    engine = open_engine("sd1", weights_folder=weights)
+    ((piece, rgb),) = engine.decode(np.zeros((1, 4, 2, 3), np.float16), budget_bytes=PLENTY)
+    assert (piece, rgb.shape, rgb.dtype) == (slice(0, 1), (1, 3, 16, 24), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (torch.zeros(1, 16, 2, 2), "sd1: expected 4 channels, got 16"),
+        (torch.zeros(4, 2, 2), r"sd1: expected latents \(N, C, h, w\) in floating point, got \(4, 2, 2\)"),
+        (torch.zeros(1, 4, 2, 2, dtype=torch.uint8), "in floating point, got .* torch.uint8"),
+        (torch.tensor([0.0, float("nan")])[:, None, None, None].expand(2, 4, 2, 2), r"NaN or infinity in frames \[1\]"),
+    ],
+)
+def test_what_is_no_batch_of_latents_is_refused_at_once(latents: Tensor, message: str) -> None:
+    """Wrong channels, axes, dtype and NaN are errors before anything is decoded."""
+    engine = open_engine("sd1", weights_folder=None)
+    with pytest.raises(ValueError, match=message):
+        engine.decode(latents, budget_bytes=PLENTY)
+
+
+@pytest.mark.parametrize(("name", "channels"), [("sd1", 4), ("flux2", 32)])
+@pytest.mark.parametrize("choice", ["tiny", "linear"])
+def test_wild_latents_give_colours(weights: Path, name: str, channels: int, choice: Choice) -> None:
+    """Finite latents, however large, give values in [0, 1]: no NaN gets through."""
+    engine = open_engine(name, weights_folder=weights, choice=choice)
+    rgb = decoded(engine, torch.randn(1, channels, 4, 4) * 1e37)
+    assert rgb.isfinite().all()
+    assert 0 <= rgb.min() <= rgb.max() <= 1
+
+
+def test_frames_without_a_picture_are_counted_out() -> None:
+    """check_finite names the frames with NaN or infinity, so that the others can be shown."""
+    latents = torch.zeros(4, 4, 2, 2)
+    latents[1, 0, 0, 0], latents[3, 3, 1, 1] = float("nan"), float("-inf")
+    assert check_finite(latents) == [1, 3]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_payloads_become_float32_latents(dtype: WireDtype) -> None:
+    """The bytes of a tensor in any float dtype of the wire give back its values."""
+    latents = torch.randn(2, 4, 3, 5).to(getattr(torch, dtype))
+    payload = latents.contiguous().view(torch.uint8).numpy().tobytes()
+    back = latents_from_payload(memoryview(payload), dtype, (2, 4, 3, 5))
+    assert back.dtype == torch.float32
+    assert torch.equal(back, latents.float())
+
+
+def test_quantised_payloads_span_the_magnitude() -> None:
+    """uint8 0, 255 and the middle are -m, m and about 0."""
+    back = latents_from_payload(bytes([0, 255, 127, 128]), "uint8", (1, 2, 2), magnitude=3)
+    torch.testing.assert_close(back.flatten(), torch.tensor([-3, 3, -0.0118, 0.0118]), atol=1e-4, rtol=0)
+
+
+def test_a_payload_of_another_size_is_refused() -> None:
+    """Bytes that are not as many as shape and dtype say are an error with both numbers."""
+    with pytest.raises(ValueError, match=r"expected 96 bytes for \(4, 3, 4\) float16, got 95"):
+        latents_from_payload(bytes(95), "float16", (4, 3, 4))
+
+
+@pytest.mark.skipif(SHARED is None, reason="TAESD_STREAM_SHARED is not set: no real weights")
+def test_the_published_flux2_weights_open() -> None:
+    """A folder with the published taef2 files gives the full decoder, and a picture that is not flat."""
+    engine = open_engine("flux2", weights_folder=Path(SHARED or "") / "weights")
+    assert engine.is_full
+    assert decoded(engine, torch.randn(1, 32, 8, 8)).std() > 0.05

@@ -1,0 +1,35 @@
+"""Slices of a batch: all of it, once, in order, within the budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taesd_stream.decoding.slicing import bytes_per_latent_px, slices
+from taesd_stream.models import build_decoder
+
+
+@given(st.integers(0, 200), st.integers(1, 10_000), st.integers(1, 100_000))
+def test_slices_cover_the_batch_within_the_budget(count: int, item_bytes: int, budget_bytes: int) -> None:
+    """Every item is in one slice, in order; none is over the budget unless it is one item; lengths differ by 1."""
+    pieces = list(slices(count, item_bytes, budget_bytes))
+    lengths = [piece.stop - piece.start for piece in pieces]
+    assert [index for piece in pieces for index in range(piece.start, piece.stop)] == list(range(count))
+    assert all(length == 1 or length * item_bytes <= budget_bytes for length in lengths)
+    assert max(lengths, default=0) - min(lengths, default=0) <= 1
+
+
+def test_a_budget_of_nothing_is_an_error() -> None:
+    """No memory at all is the caller's mistake, and named."""
+    with pytest.raises(ValueError, match="budget_bytes: expected above 0, got 0"):
+        list(slices(1, 1, 0))
+
+
+def test_memory_is_that_of_three_maps_at_full_size() -> None:
+    """At its worst a TAESD decoder holds a block's input, a value and the next: three maps of 64 floats a pixel."""
+    maps = 3 * 64 * 64  # maps x channels x pixels of a cell
+    measured = bytes_per_latent_px(build_decoder("taesd"), 4)
+    assert maps * 4 <= measured <= maps * 4 * 1.01  # and the latents
+    assert bytes_per_latent_px(build_decoder("taesd"), 4, torch.float16) <= maps * 2 * 1.01
