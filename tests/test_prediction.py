@@ -1,0 +1,101 @@
+"""x0 from x_t: closed forms, diffusers' schedulers, and both kinds of arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taesd_stream.prediction import Prediction, predicted_x0
+
+LEVELS = st.floats(0.02, 0.98)
+
+
+def pair() -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.float64]]]:
+    """A clean latent and the noise on it."""
+    random = np.random.default_rng(0)
+    return random.standard_normal((4, 3, 5)), random.standard_normal((4, 3, 5))
+
+
+@given(LEVELS, st.booleans())
+def test_flow_gives_back_what_was_noised(sigma: float, negated: bool) -> None:
+    """For x_t = (1 - s) x0 + s noise, the true velocity gives x0, in either sign."""
+    x0, noise = pair()
+    velocity = (x0 - noise) if negated else (noise - x0)
+    x_t = (1 - sigma) * x0 + sigma * noise
+    found = predicted_x0(x_t, velocity, prediction="flow", sigma=sigma, negated=negated)
+    np.testing.assert_allclose(found, x0, atol=1e-12)
+
+
+@given(LEVELS, st.sampled_from(["epsilon", "v"]))
+def test_alpha_gives_back_what_was_noised(alpha: float, prediction: Prediction) -> None:
+    """For x_t = a x0 + sqrt(1 - a^2) noise, the true noise or v gives x0."""
+    x0, noise = pair()
+    sigma = (1 - alpha**2) ** 0.5
+    output = noise if prediction == "epsilon" else alpha * noise - sigma * x0
+    found = predicted_x0(alpha * x0 + sigma * noise, output, prediction=prediction, alpha=alpha)
+    np.testing.assert_allclose(found, x0, atol=1e-10)
+
+
+@given(st.floats(0.03, 80), st.sampled_from(["epsilon", "v"]))
+def test_sigma_gives_back_what_was_noised(sigma: float, prediction: Prediction) -> None:
+    """For x_t = x0 + s noise, the true noise or v gives x0."""
+    x0, noise = pair()
+    output = noise if prediction == "epsilon" else (noise - sigma * x0) / (1 + sigma**2) ** 0.5
+    found = predicted_x0(x0 + sigma * noise, output, prediction=prediction, sigma=sigma)
+    np.testing.assert_allclose(found, x0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "prediction"), [("epsilon", "epsilon"), ("v_prediction", "v"), ("sample", "sample")]
+)
+def test_x0_is_that_of_diffusers_schedulers(theirs: str, prediction: Prediction) -> None:
+    """DDIM (by alpha) and Euler (by sigma) name the same x0 for the same latents and model output."""
+    torch.manual_seed(0)
+    x_t, output = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6)
+    ddim: Any = DDIMScheduler(prediction_type=theirs, clip_sample=False)  # type: ignore[no-untyped-call]
+    ddim.set_timesteps(10)
+    step = ddim.timesteps[3]
+    alpha = float(ddim.alphas_cumprod[step]) ** 0.5
+    ours = predicted_x0(x_t, output, prediction=prediction, alpha=alpha)
+    torch.testing.assert_close(ours, ddim.step(output, step, x_t).pred_original_sample, atol=1e-4, rtol=1e-4)
+    if prediction == "sample":
+        return  # diffusers' Euler does not know it
+    euler: Any = EulerDiscreteScheduler(prediction_type=theirs)  # type: ignore[no-untyped-call]
+    euler.set_timesteps(10)
+    x_t = x_t * euler.sigmas[3]
+    expected = euler.step(output, euler.timesteps[3], x_t).pred_original_sample
+    ours = predicted_x0(x_t, output, prediction=prediction, sigma=float(euler.sigmas[3]))
+    euler_index = int(euler.step_index) - 1
+    assert euler_index == 3
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_level_for_each_picture_broadcasts() -> None:
+    """Levels as arrays serve a batch whose pictures are at different steps, in numpy and torch."""
+    x0, noise = pair()
+    levels = np.array([0.1, 0.5, 0.7, 0.9]).reshape(4, 1, 1)
+    x_t = (1 - levels) * x0 + levels * noise
+    ours = predicted_x0(x_t, noise - x0, prediction="flow", sigma=levels)  # type: ignore[arg-type]
+    np.testing.assert_allclose(ours, x0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prediction": "flow"}, "give either sigma or alpha"),
+        ({"prediction": "epsilon", "sigma": 1.0, "alpha": 0.5}, "give either sigma or alpha"),
+        ({"prediction": "flow", "alpha": 0.5}, r"a flow's noise level is sigma in \[0, 1\]"),
+        ({"prediction": "v", "sigma": 1.0, "negated": True}, "negated velocity belongs to 'flow'"),
+        ({"prediction": "velocity", "sigma": 1.0}, "unknown prediction 'velocity'; there are: epsilon, v"),
+    ],
+)
+def test_what_means_nothing_is_refused(arguments: dict[str, Any], message: str) -> None:
+    """Levels and predictions that do not belong together are errors that say which do."""
+    with pytest.raises(ValueError, match=message):
+        predicted_x0(np.zeros(1), np.zeros(1), **arguments)
