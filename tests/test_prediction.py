@@ -54,25 +54,30 @@ def test_sigma_gives_back_what_was_noised(sigma: float, prediction: Prediction) 
 @pytest.mark.parametrize(
     ("theirs", "prediction"), [("epsilon", "epsilon"), ("v_prediction", "v"), ("sample", "sample")]
 )
-def test_x0_is_that_of_diffusers_schedulers(theirs: str, prediction: Prediction) -> None:
-    """DDIM (by alpha) and Euler (by sigma) name the same x0 for the same latents and model output."""
+def test_x0_by_alpha_is_that_of_diffusers_ddim(theirs: str, prediction: Prediction) -> None:
+    """For the same latents and model output, DDIM names the same x0."""
     torch.manual_seed(0)
     x_t, output = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6)
-    ddim: Any = DDIMScheduler(prediction_type=theirs, clip_sample=False)  # type: ignore[no-untyped-call]
-    ddim.set_timesteps(10)
-    step = ddim.timesteps[3]
-    alpha = float(ddim.alphas_cumprod[step]) ** 0.5
+    scheduler: Any = DDIMScheduler(prediction_type=theirs, clip_sample=False)  # type: ignore[no-untyped-call]
+    scheduler.set_timesteps(10)
+    step = scheduler.timesteps[3]
+    alpha = float(scheduler.alphas_cumprod[step]) ** 0.5
+    expected = scheduler.step(output, step, x_t).pred_original_sample
     ours = predicted_x0(x_t, output, prediction=prediction, alpha=alpha)
-    torch.testing.assert_close(ours, ddim.step(output, step, x_t).pred_original_sample, atol=1e-4, rtol=1e-4)
-    if prediction == "sample":
-        return  # diffusers' Euler does not know it
-    euler: Any = EulerDiscreteScheduler(prediction_type=theirs)  # type: ignore[no-untyped-call]
-    euler.set_timesteps(10)
-    x_t = x_t * euler.sigmas[3]
-    expected = euler.step(output, euler.timesteps[3], x_t).pred_original_sample
-    ours = predicted_x0(x_t, output, prediction=prediction, sigma=float(euler.sigmas[3]))
-    euler_index = int(euler.step_index) - 1
-    assert euler_index == 3
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
+@pytest.mark.parametrize(("theirs", "prediction"), [("epsilon", "epsilon"), ("v_prediction", "v")])
+def test_x0_by_sigma_is_that_of_diffusers_euler(theirs: str, prediction: Prediction) -> None:
+    """For the same latents and model output, Euler names the same x0."""
+    torch.manual_seed(0)
+    scheduler: Any = EulerDiscreteScheduler(prediction_type=theirs)  # type: ignore[no-untyped-call]
+    scheduler.set_timesteps(10)
+    x_t, output, step = torch.randn(2, 4, 6, 6) * scheduler.sigmas[3], torch.randn(2, 4, 6, 6), scheduler.timesteps[3]
+    scheduler.scale_model_input(x_t, step)  # it wants to be asked before a step
+    expected = scheduler.step(output, step, x_t).pred_original_sample
+    ours = predicted_x0(x_t, output, prediction=prediction, sigma=float(scheduler.sigmas[3]))
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
