@@ -1,0 +1,110 @@
+"""A growing file becomes an ordinary fast-start MP4 by packet copy, with what was painted in its metadata."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import av
+
+from taesd_stream.frames import CLOCK_HZ
+from taesd_stream.media.fragments import read_index
+from taesd_stream.media.growing_file import FINISHED_SUFFIX, PART_SUFFIX, free_name, sync_folder
+
+SUMMARY_KEY: Final = "taesd_stream"  # the tag that holds everything, as JSON
+_MP4: Final = {"movflags": "faststart+use_metadata_tags", "video_track_timescale": str(CLOCK_HZ)}
+
+
+def finish_file(part: Path) -> Path:
+    """Make `NAME.mp4` of a whole `NAME.mp4.part`, which goes; a file of that name is never overwritten.
+
+    A death at any point leaves the part, or both: then only the part has to go.
+    Raises: OSError, FragmentError, av.FFmpegError; the part is there still.
+    """
+    summary = _summary(part)
+    name = part.name.removesuffix(PART_SUFFIX)
+    target = part.with_name(name + FINISHED_SUFFIX)
+    if json.dumps(read_summary(target)) != json.dumps(summary):
+        working = part.with_name(part.name + "-finish")
+        try:
+            copy_pictures(part, working, summary)
+            if target.exists():
+                target = part.with_name(free_name(part.parent, name) + FINISHED_SUFFIX)
+            working.rename(target)
+        finally:
+            working.unlink(missing_ok=True)  # a failed one must not hold the space that ran out
+        sync_folder(part.parent)
+    part.unlink()
+    return target
+
+
+def copy_pictures(source: Path, target: Path, summary: Mapping[str, Any], *, max_pictures: int | None = None) -> None:
+    """Copy the pictures of an MP4 to an ordinary one that begins at time 0, and force it to the disk.
+
+    summary: `stream`, `run`, `started`, `meta` and more: the new file's tags, each key of `meta` one by itself too.
+    max_pictures: stop behind so many. Raises: OSError, av.FFmpegError; what is at `target` then is worth nothing.
+    """
+    with av.open(source) as reader, av.open(target, "w", format="mp4", options=_MP4) as writer:
+        stream = reader.streams.video[0]
+        copy = writer.add_stream_from_template(stream)
+        writer.metadata.update(_tags(summary))
+        first: int | None = None
+        for number, packet in enumerate(reader.demux(stream)):
+            if packet.dts is None or packet.pts is None or number == max_pictures:
+                break
+            first = packet.pts if first is None else first
+            packet.pts, packet.dts = packet.pts - first, packet.dts - first
+            packet.stream = copy
+            writer.mux_one(packet)
+    _force_to_disk(target)
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """What `copy_pictures` was told about a file; None when there is none, or not one of ours.
+
+    stream, run, segment, started, meta, missing, frames, first_seq, last_seq.
+    """
+    with contextlib.suppress(OSError, av.FFmpegError, ValueError), av.open(path) as container:
+        value = json.loads(container.metadata.get(SUMMARY_KEY, ""))
+        return value if isinstance(value, dict) else None
+    return None
+
+
+def _summary(part: Path) -> dict[str, Any]:
+    index = read_index(part)
+    seqs = [entry.seq for entry in index.entries if entry.tfdt is not None]
+    gaps = [entry.seq for entry in index.entries if entry.tfdt is None]
+    told = {key: value for key, value in index.head.items() if key not in ("sps", "pps")}
+    return told | {
+        "missing": index.head["missing"] + gaps,
+        "frames": len(seqs),
+        "first_seq": seqs[0],
+        "last_seq": seqs[-1],
+    }
+
+
+def _tags(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Texts for the file; ours win over what a publisher called alike."""
+    meta = summary["meta"]
+    tags = {key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()}
+    tags |= {"title": summary["stream"], "stream": summary["stream"], "run": summary["run"]}
+    tags["creation_time"] = datetime.fromtimestamp(summary["started"], UTC).isoformat()
+    tags[SUMMARY_KEY] = json.dumps(summary)
+    return {_text(key): _text(value) for key, value in tags.items() if key}
+
+
+def _text(value: str) -> str:
+    return value.replace("\0", " ").encode(errors="replace").decode()
+
+
+def _force_to_disk(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

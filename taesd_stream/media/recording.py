@@ -1,0 +1,308 @@
+"""One run becomes one growing file: what is written is playable, and the file itself tells how far it is.
+
+A frame is one `write` of one fragment; a frame that will never come is a note in the file. A new attempt cuts the file
+back to where it begins. A killed writer leaves at most a torn tail, which the next one cuts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Any, Final
+
+import av
+
+from taesd_stream.errors import TaesdStreamError
+from taesd_stream.frames import Packet, is_run_id, is_stream_name
+from taesd_stream.media.clock import ForwardPts
+from taesd_stream.media.finished import finish_file
+from taesd_stream.media.fragments import (
+    Entry,
+    FragmentError,
+    Sample,
+    durations,
+    fragment,
+    init_segment,
+    note,
+    parameter_sets,
+)
+from taesd_stream.media.growing_file import GrowingFile, Unfinished, find_unfinished
+
+__all__ = ["Recording", "RecordingError", "Unfinished", "find_unfinished"]
+
+_MAX_STREAM: Final = 120  # characters of a file's name; a stream's name has up to 260, a file's at most 255
+
+
+class RecordingError(TaesdStreamError):
+    """The disk did not take it. Frames up to `written` are safe in the file; the same call may be made again later."""
+
+    def __init__(self, text: str, *, written: int) -> None:
+        super().__init__(text)
+        self.written = written
+
+
+class Recording:
+    """The growing files `NAME.mp4.part` of one run: append fragments, cut back, finish.
+
+    One thread writes and finishes; `sync` may be called by another one. Nothing is on disk before the first frame.
+    """
+
+    def __init__(
+        self, folder: Path, *, stream: str, run: str, meta: Mapping[str, Any], kept_from: int | None = None
+    ) -> None:
+        """Store only; `open` is how to get one. Raises: ValueError for a name that is no stream's or no run's."""
+        if not is_stream_name(stream) or not is_run_id(run):
+            raise ValueError(f"recording: expected a stream's name and a run, got {stream!r} and {run!r}")
+        self.stream, self.run = stream, run
+        self.meta: dict[str, Any] = json.loads(json.dumps(meta, default=str, skipkeys=True))
+        self.started = time.time()
+        self.attempt = -1  # the newest one that was taken
+        self.synced = -1  # last seq behind an fdatasync
+        self._folder = folder
+        self._floor = kept_from or 0
+        self._start = kept_from  # seq that an empty recording must begin with
+        self._files: list[GrowingFile] = []  # one a size of picture
+        self._early_gaps: list[int] = []  # before there is a file
+        self._chained = False  # the next frame of this attempt may lean on the one before
+        self._pending: list[Packet] = []  # pictures of a frame that is not whole yet
+        self._cuts = 0
+        self._lock = Lock()  # files come, shrink and go under it: sync() must not meet a closed one
+
+    @classmethod
+    def open(
+        cls, folder: Path, *, stream: str, run: str, meta: Mapping[str, Any], kept_from: int | None = None
+    ) -> Recording:
+        """A new recording, or the one that this run has there already: a torn tail is cut, and it goes on.
+
+        kept_from: seq that the first frame must have; None: the first keyframe that comes begins the file.
+        Raises: RecordingError when a file cannot be opened; ValueError for a name that is no stream's or no run's.
+        """
+        recording = cls(folder, stream=stream, run=run, meta=meta, kept_from=kept_from)
+        try:
+            for one in find_unfinished(folder):
+                for path in one.paths if one.run == run else ():
+                    recording._take_over(path)
+        except (OSError, FragmentError) as error:
+            recording.close()
+            raise RecordingError(f"{folder}: {error}", written=-1) from error
+        return recording
+
+    @property
+    def written(self) -> int:
+        """Last seq whose fragment is wholly in the file, or that a gap let pass; -1: none yet."""
+        if self._files:
+            return self._files[-1].index.entries[-1].seq
+        return self._early_gaps[-1] if self._early_gaps else -1
+
+    @property
+    def missing(self) -> list[int]:
+        """The seqs that will never come, in order."""
+        return [*self._early_gaps, *(entry.seq for entry in self._entries() if entry.tfdt is None)]
+
+    @property
+    def frames(self) -> int:
+        """How many frames are in the files."""
+        return sum(entry.tfdt is not None for entry in self._entries())
+
+    @property
+    def first_seq(self) -> int | None:
+        """seq of the first frame in the files, None before there is one."""
+        return self._files[0].index.entries[0].seq if self._files else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(file.index.end for file in self._files)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The growing files, in the order of their frames."""
+        return [file.path for file in self._files]
+
+    def write(self, packet: Packet) -> bool:
+        """Append the frame of a packet when all its pictures are there; returns whether that happened.
+
+        A newer attempt must start at a keyframe and leave no hole: the file is first cut back to just before it.
+        Packets of an older attempt, and any but the next one of this attempt, are dropped.
+        Raises: RecordingError when the disk does not take it; ValueError for a packet of another run or rendition.
+        """
+        if packet.run != self.run or packet.rendition != "record":
+            raise ValueError(f"packet: expected record of {self.run}, got {packet.rendition} of {packet.run}")
+        if packet.index == 0:
+            if not self._may_come(packet.seq, packet.attempt, packet.is_keyframe):
+                return False
+            self._begin(packet.seq, packet.attempt)
+        elif not self._continues(packet):
+            return False
+        pictures = [*self._pending, packet]
+        if len(pictures) < packet.count:
+            self._pending = pictures
+            return False
+        return self._append(pictures)
+
+    def skip(self, seq: int, attempt: int) -> None:
+        """Let the cursor pass a frame that will never come; the file lists it. Out of turn it does nothing.
+
+        Raises: RecordingError when the disk does not take the note.
+        """
+        if not self._may_come(seq, attempt, True):
+            return
+        self._begin(seq, attempt)
+        if not self._files:
+            self._early_gaps.append(seq)
+            return
+        file = self._files[-1]
+        try:
+            file.append(seq, note({"missing": seq, "attempt": attempt}), attempt=attempt, times=None)
+        except OSError as error:
+            raise self._failed(error, file.path) from error
+
+    def sync(self) -> None:
+        """Force what is written to the disk; `synced` tells how far. Raises: RecordingError."""
+        with self._lock:
+            target, cuts = self.written if self._files else -1, self._cuts
+            copies = [os.dup(file.fd) for file in self._files]
+        try:
+            for fd in copies:
+                getattr(os, "fdatasync", os.fsync)(fd)
+        except OSError as error:
+            raise self._failed(error, self._folder) from error
+        finally:
+            for fd in copies:
+                os.close(fd)
+        with self._lock:
+            if cuts == self._cuts:  # else what was synced is not what is there now
+                self.synced = max(self.synced, target)
+
+    def finish(self) -> list[Path]:
+        """Turn each file into an ordinary fast-start MP4 `NAME.mp4`; returns them. The recording is closed then.
+
+        Raises: RecordingError; what is not finished grows still: open and finish it again.
+        """
+        written, paths = self.written, self.paths
+        self.close()
+        try:
+            return [finish_file(path) for path in paths]
+        except (OSError, av.FFmpegError, FragmentError) as error:
+            raise RecordingError(f"{self._folder}: cannot finish: {error}", written=written) from error
+
+    def close(self) -> None:
+        """Let go of the files as they are; `open` goes on in them."""
+        with self._lock:
+            for file in self._files:
+                file.close()
+            self._files = []
+            self._pending = []
+
+    def _entries(self) -> Iterator[Entry]:
+        return (entry for file in self._files for entry in file.index.entries)
+
+    def _failed(self, error: OSError, path: Path) -> RecordingError:
+        return RecordingError(f"{path}: {error.strerror}", written=self.written)
+
+    def _take_over(self, path: Path) -> None:
+        file = GrowingFile.reopen(path)
+        if file is None:
+            return
+        head = file.index.head
+        self.meta, self.started = head["meta"], head["started"]
+        self._early_gaps = self._early_gaps or head["missing"]
+        self.attempt = file.index.attempt
+        self._chained = file.index.entries[-1].tfdt is not None
+        self._files.append(file)
+
+    def _may_come(self, seq: int, attempt: int, is_keyframe: bool) -> bool:
+        expected = self.written + 1 if self.written >= 0 else self._start
+        if attempt > self.attempt:
+            return is_keyframe and (expected is None or self._floor <= seq <= expected)
+        return attempt == self.attempt and seq == expected and (self._chained or is_keyframe)
+
+    def _continues(self, packet: Packet) -> bool:
+        if not self._pending:
+            return False
+        last = self._pending[-1]
+        same = (packet.seq, packet.attempt, packet.count) == (last.seq, last.attempt, last.count)
+        return same and packet.index == last.index + 1
+
+    def _begin(self, seq: int, attempt: int) -> None:
+        """A frame or a gap that may come begins: drop what it replaces."""
+        self._pending = []
+        if attempt > self.attempt:
+            self._cut_back(seq)
+            self.attempt, self._chained = attempt, False
+        if self.written < 0:
+            self._start = seq
+
+    def _cut_back(self, seq: int) -> None:
+        with self._lock:  # the newest file first: a crash between leaves a run without holes
+            self._early_gaps = [gap for gap in self._early_gaps if gap < seq]
+            while self.written >= seq:
+                file = self._files[-1]
+                self._cuts += 1
+                self.synced = min(self.synced, seq - 1)
+                try:
+                    if not file.cut_before(seq):
+                        self._files.pop().remove()
+                except OSError as error:
+                    raise self._failed(error, file.path) from error
+
+    def _append(self, packets: list[Packet]) -> bool:
+        sets = parameter_sets(packets[0].payload) if packets[0].is_keyframe else None
+        file = self._files[-1] if self._files else None
+        try:
+            if sets is not None and (file is None or (sets[0].hex(), sets[1].hex()) != _sets_of(file)):
+                self._begin_file(packets, sets)
+            elif file is None:
+                return False  # a file cannot begin without them
+            else:
+                self._put(file, packets)
+        except OSError as error:
+            raise self._failed(error, file.path if file else self._folder) from error
+        self._chained, self._pending = True, []
+        return True
+
+    def _begin_file(self, packets: list[Packet], sets: tuple[bytes, bytes]) -> None:
+        """A run's first frame, or one of another size: a file of its own. Raises: OSError, and nothing has changed."""
+        started = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.started))
+        name = f"{self.stream[:_MAX_STREAM]}-{started}".replace("/", "-")
+        head = {
+            "stream": self.stream,
+            "run": self.run,
+            "segment": len(self._files) + 1,
+            "started": self.started,
+            "meta": self.meta,
+            "missing": [] if self._files else self._early_gaps,
+            "sps": sets[0].hex(),
+            "pps": sets[1].hex(),
+        }
+        width, height = (side + side % 2 for side in (packets[0].width, packets[0].height))  # as it is coded
+        init = init_segment(head, width=width, height=height, sps=sets[0], pps=sets[1])
+        file = GrowingFile.create(self._folder, name, head, init)
+        try:
+            self._put(file, packets)
+        except OSError:
+            file.remove()
+            raise
+        with self._lock:
+            self._files.append(file)
+
+    def _put(self, file: GrowingFile, packets: list[Packet]) -> None:
+        before = next((e for f in reversed(self._files) for e in reversed(f.index.entries) if e.tfdt is not None), None)
+        forward = ForwardPts(before.last_pts, before.ends_at) if before else ForwardPts()
+        times = [forward.stamp(packet.pts, index=packet.index) for packet in packets]
+        samples = [
+            Sample(pts=pts, is_keyframe=packet.is_keyframe, payload=packet.payload)
+            for packet, pts in zip(packets, times, strict=True)
+        ]
+        said = note({"attempt": self.attempt}) if file.index.attempt != self.attempt else b""
+        ends_at = times[-1] + durations(times)[-1]
+        data = said + fragment(packets[0].seq, samples)
+        file.append(packets[0].seq, data, attempt=self.attempt, times=(times[0], times[-1], ends_at))
+
+
+def _sets_of(file: GrowingFile) -> tuple[str, str]:
+    return file.index.head["sps"], file.index.head["pps"]
