@@ -26,7 +26,7 @@ export class Actions {
   async record(item) {
     if (item.ended || item.record_busy) return
     item.record_busy = true
-    const mode = item.data.record === "all" ? "off" : "all"
+    const mode = item.recording ? "off" : "all"
     try {
       await call("POST", `streams/${pathOf(item.name)}/record`, { mode })
       this.notices.say(mode === "all" ? `Recording ${item.name}` : `Recording of ${item.name} ended`)
@@ -39,7 +39,7 @@ export class Actions {
   }
 
   stop(item, at_once = false) {
-    if (item.ended || !item.data.stoppable || item.stop_sent_ms) return
+    if (item.ended || !item.data.stoppable || item.stop_sent) return
     const held = this.held.find((act) => act.item === item)
     if (held) return at_once ? this.release(held) : undefined
     item.stop_held = !at_once
@@ -58,10 +58,10 @@ export class Actions {
   }
 
   async sendStop(item, run) {
-    item.stop_sent_ms = performance.now()
+    item.stop_sent = true
     const failed = (why) => {
       if (item.data.run !== run || item.ended) return
-      item.stop_sent_ms = 0
+      item.stop_sent = false
       this.notices.fail(`Could not stop ${item.name}: ${why}`, () => this.stop(item, true))
       this.changed()
     }

@@ -1,61 +1,49 @@
 // Small helpers. Text goes in by textContent alone: names and prompts are other people's words.
 
 export const $ = (selector, root = document) => root.querySelector(selector)
-export const $$ = (selector, root = document) => root.querySelectorAll(selector)
+export const $$ = (selector, root = document) => [...root.querySelectorAll(selector)]
 
-/** An element with properties, attributes (when the name has a dash, or is role) and children. */
-export function make(tag, properties = {}, ...children) {
-  const element = document.createElement(tag)
-  for (const [key, value] of Object.entries(properties)) {
-    if (key.includes("-") || key === "role") element.setAttribute(key, value)
-    else element[key] = value
+const written = new WeakMap()
+
+/**
+ * Write `text`, `class`, `hidden` or any attribute (null: none) of an element, and only what changed since the last
+ * time: text is looked at four times a second, for every tile in sight.
+ */
+export function put(element, wants) {
+  if (!written.has(element)) written.set(element, {})
+  const had = written.get(element)
+  for (const [key, value] of Object.entries(wants)) {
+    if (had[key] === value) continue
+    had[key] = value
+    if (key === "text") element.textContent = value
+    else if (key === "hidden") element.toggleAttribute(key, Boolean(value))
+    else if (value === null || value === undefined) element.removeAttribute(key)
+    else element.setAttribute(key, value)
   }
+}
+
+/** An element with what `put` takes, and children. */
+export function make(tag, wants = {}, ...children) {
+  const element = document.createElement(tag)
+  put(element, wants)
   element.append(...children)
   return element
 }
 
+/** A copy of what a template holds. */
+export const stamp = (id) => $(id).content.firstElementChild.cloneNode(true)
+
 export function icon(name) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg")
-  svg.setAttribute("aria-hidden", "true")
   svg.append(document.createElementNS("http://www.w3.org/2000/svg", "use"))
-  setIcon(svg, name)
+  svg.setAttribute("aria-hidden", "true")
+  putIcon(svg, name)
   return svg
 }
 
-export function setIcon(svg, name) {
-  setHidden(svg, !name)
-  if (name) setAttribute(svg.firstElementChild, "href", `#i-${name}`)
-}
-
-// Writers that touch the page only when something changed: text is looked at four times a second.
-const texts = new WeakMap()
-export function setText(element, text) {
-  if (texts.get(element) === text) return
-  texts.set(element, text)
-  element.textContent = text
-}
-
-export function setAttribute(element, name, value) {
-  if (value === null) element.removeAttribute(name)
-  else if (element.getAttribute(name) !== String(value)) element.setAttribute(name, value)
-}
-
-/** By attribute: SVG elements have no `hidden` property. */
-export function setHidden(element, hidden) {
-  if (element.hasAttribute("hidden") !== Boolean(hidden)) element.toggleAttribute("hidden", Boolean(hidden))
-}
-
-export function setClass(element, name) {
-  if (element.className !== name) element.className = name
-}
-
-/** A progress bar of `.bar > i`. */
-export function setBar(bar, { kind, progress, text }) {
-  setClass(bar, `bar ${progress === null ? "none" : kind}`.trim())
-  if (progress === null) return
-  const scale = `scaleX(${progress.toFixed(4)})`
-  if (bar.firstElementChild.style.transform !== scale) bar.firstElementChild.style.transform = scale
-  setAttribute(bar, "aria-valuetext", text)
+export function putIcon(svg, name) {
+  put(svg, { hidden: !name })
+  if (name) put(svg.firstElementChild, { href: `#i-${name}` })
 }
 
 export async function copyText(text) {
@@ -65,13 +53,14 @@ export async function copyText(text) {
   } catch {
     // Plain http beyond this machine has no clipboard.
   }
-  const field = make("textarea", { value: text, className: "unseen" })
+  const field = make("textarea", { class: "unseen" })
   const focused = document.activeElement
+  field.value = text
   document.body.append(field)
   field.select()
   const done = document.execCommand("copy")
   field.remove()
-  focused?.focus?.()
+  focused?.focus()
   return done
 }
 

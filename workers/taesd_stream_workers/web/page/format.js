@@ -12,9 +12,9 @@ export function clockText(seconds) {
 }
 
 /** A span in words: 14.2 s, 3 min 20 s, 2 h 5 min. */
-export function spanText(seconds) {
+export function spanText(seconds, digits = 1) {
   const left = Math.max(0, seconds)
-  if (left < 60) return `${left.toFixed(1)} s`
+  if (left < 60) return `${left.toFixed(digits)} s`
   if (left < 3600) return `${Math.floor(left / 60)} min ${Math.floor(left % 60)} s`
   return `${Math.floor(left / 3600)} h ${Math.floor((left % 3600) / 60)} min`
 }
@@ -35,7 +35,7 @@ export function bytesText(bytes) {
 /** When something was, as people say it: 14:02, or Nov 23, 14:02, in the reader's own language. */
 export function whenText(unix_s, now = new Date()) {
   const then = new Date(unix_s * 1000)
-  const time = { hour: "2-digit", minute: "2-digit" }
+  const time = { hour: "numeric", minute: "2-digit" }
   if (then.toDateString() === now.toDateString()) return then.toLocaleTimeString([], time)
   const year = then.getFullYear() === now.getFullYear() ? {} : { year: "numeric" }
   return then.toLocaleString([], { month: "short", day: "numeric", ...year, ...time })

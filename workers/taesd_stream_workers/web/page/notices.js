@@ -1,6 +1,6 @@
 // What the page says beside the pictures: one toast, banners under the header, and the two spoken regions.
 
-import { $, icon, make, setHidden, setText } from "./dom.js"
+import { $, icon, make, put } from "./dom.js"
 import { plural } from "./format.js"
 
 const MERGE_MS = 5000
@@ -25,11 +25,10 @@ export class Notices {
 
   toast(text, { key = "note", action = null, last_ms = 5000 } = {}) {
     Object.assign(this, { key, action, left_ms: last_ms })
-    setText(this.box.firstElementChild, text)
-    setHidden(this.act, !action)
-    if (action) setText(this.act, action.label)
-    setHidden(this.cross, key === "held")
-    setHidden(this.box, false)
+    put(this.box, { hidden: false })
+    put(this.box.firstElementChild, { text })
+    put(this.act, { hidden: !action, text: action?.label ?? "" })
+    put(this.cross, { hidden: key === "held" })
     if (key !== "error") this.say(text)
   }
 
@@ -42,7 +41,7 @@ export class Notices {
   clear(key) {
     if (this.key !== key) return
     this.key = null
-    setHidden(this.box, true)
+    put(this.box, { hidden: true })
   }
 
   /** Something went wrong with what was asked: stays until it is dismissed. */
@@ -72,23 +71,18 @@ export class Notices {
     }, MERGE_MS)
   }
 
-  /** banners: [{key, text, action: {label, run}}]; drawn anew only where they changed. */
+  /** banners: [{key, text, label, run}]; built anew only where they changed. */
   banners(banners) {
     const root = $("#banners")
-    const keys = new Set(banners.map(({ key }) => key))
-    for (const old of [...root.children]) if (!keys.has(old.dataset.key)) old.remove()
-    for (const { key, text, action } of banners) {
-      let banner = [...root.children].find((child) => child.dataset.key === key)
-      if (!banner) {
-        banner = make("div", { className: "banner" }, icon("warn"), make("p"))
-        banner.dataset.key = key
-        if (action) banner.append(make("button", { className: "button", type: "button", textContent: action.label }))
-        root.append(banner)
-      }
-      setText($("p", banner), text)
-      if (action) $("button", banner).onclick = action.run
+    const shown = new Map([...root.children].map((banner) => [banner.dataset.key, banner]))
+    for (const { key, text, label, run } of banners) {
+      const banner = shown.get(key) ?? make("div", { class: "banner", "data-key": key }, icon("warn"), make("p"), make("button", { class: "button", type: "button" }))
+      if (!shown.delete(key)) root.append(banner)
+      put($("p", banner), { text })
+      put($("button", banner), { text: label })
+      $("button", banner).onclick = run
     }
-    const height = `${root.offsetHeight}px`
-    if (document.body.style.getPropertyValue("--banners") !== height) document.body.style.setProperty("--banners", height)
+    for (const banner of shown.values()) banner.remove()
+    document.body.style.setProperty("--banners", `${root.offsetHeight}px`)
   }
 }

@@ -14,11 +14,10 @@ const FAST_US = 60_000
 /** One canvas and what it shows. A tile keeps its last JPEG, so that an opened stream starts with it. */
 class Sink {
   constructor(canvas) {
-    Object.assign(this, { canvas, context: canvas.getContext("2d", { alpha: false }), pictures: 0, header: null })
+    Object.assign(this, { canvas, context: canvas.getContext("2d", { alpha: false }), pictures: 0, drawn_ms: 0 })
     this.busy = false
     this.next = null // the newest picture that came while one was being decoded
-    this.last = null
-    this.drawn_ms = 0
+    this.last = null // Blob
   }
 
   draw(image, width, height) {
@@ -41,8 +40,8 @@ export class Pictures {
     this.live = null // LiveDecoder
     this.wanted = {}
     this.watch_timer = 0
-    this.drawn = new Map() // "rendition stream" -> what the page is told at the next batch
-    this.reported = new Map() // the same key -> when `shown` last went out
+    this.drawn = new Map() // stream -> {header, pictures} of its tile, told to the page at the next batch
+    this.reported = new Map() // stream -> when `shown` last went out
     this.socket = new Socket(url, {
       open: () => this.send_watch(),
       text: (message) => this.text(message),
@@ -58,12 +57,12 @@ export class Pictures {
   /** One message of the page. */
   take(message) {
     switch (message.do) {
-      case "tile": return void this.tiles.set(message.stream, new Sink(message.canvas))
-      case "drop": return void this.tiles.delete(message.stream)
-      case "stage-canvas": return void (this.stage = new Sink(message.canvas))
+      case "tile": return this.tiles.set(message.stream, new Sink(message.canvas))
+      case "drop": return this.tiles.delete(message.stream)
+      case "stage": return (this.stage = new Sink(message.canvas))
       case "open": return this.open(message.stream)
       case "watch": return this.watch(message.streams)
-      case "reduced": return void (this.reduced = message.on)
+      case "reduced": return (this.reduced = message.on)
       case "retry": return this.socket.retry()
     }
   }
@@ -87,7 +86,7 @@ export class Pictures {
     this.live = null
     this.opened = stream
     if (!this.stage) return
-    Object.assign(this.stage, { pictures: 0, header: null, next: null })
+    Object.assign(this.stage, { pictures: 0, next: null })
     this.stage.canvas.width = this.stage.canvas.height = 2 // clears it
     const tile = this.tiles.get(stream)
     if (tile?.last) this.placeholder(stream, tile)
@@ -95,10 +94,7 @@ export class Pictures {
 
   async placeholder(stream, tile) {
     const image = await createImageBitmap(tile.last)
-    if (this.opened === stream && !this.stage.pictures) {
-      this.stage.draw(image, image.width, image.height)
-      this.note(this.stage, tile.header)
-    }
+    if (this.opened === stream && !this.stage.pictures) this.stage.draw(image, image.width, image.height)
     image.close()
   }
 
@@ -175,23 +171,15 @@ export class Pictures {
   // --- what was shown ---
 
   shown(sink, header) {
+    const { stream, run, seq, rendition } = header
     const now_us = this.clock.now_us()
     sink.drawn_ms = performance.now()
-    sink.pictures++
-    sink.header = header
-    this.note(sink, header)
-    if (sink === this.stage) this.tell({ type: "picture", header, shown_us: now_us, pictures: sink.pictures })
-    const key = `${header.rendition} ${header.stream}`
-    if (now_us === null || sink.drawn_ms - (this.reported.get(key) ?? -SHOWN_MS) < SHOWN_MS) return
-    this.reported.set(key, sink.drawn_ms)
-    const { stream, run, seq, rendition } = header
+    const pictures = ++sink.pictures
+    if (sink === this.stage) this.tell({ type: "picture", header, shown_us: now_us, pictures })
+    else this.drawn.set(stream, { header, pictures })
+    if (now_us === null || sink.drawn_ms - (this.reported.get(stream) ?? -SHOWN_MS) < SHOWN_MS) return
+    this.reported.set(stream, sink.drawn_ms)
     this.socket.send({ type: "shown", stream, run, seq, rendition, shown_us: Math.round(now_us) })
-  }
-
-  note(sink, { stream, run, seq, step, total_steps, sigma, rendition, width, height }) {
-    const on = sink === this.stage ? "stage" : "tile"
-    const { pictures } = sink
-    this.drawn.set(`${on} ${stream}`, { on, stream, run, seq, step, total_steps, sigma, rendition, width, height, pictures })
   }
 
   flush() {

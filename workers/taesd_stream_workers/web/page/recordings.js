@@ -1,90 +1,70 @@
 // The list of recordings: what was kept, to play, to take away, to delete.
 
-import { $, make, setAttribute, setClass, setHidden, setText } from "./dom.js"
+import { $, put, stamp } from "./dom.js"
 import { bytesText, clockText, plural, whenText } from "./format.js"
+import { fileOf } from "./stage.js"
 
 const ENDS_EARLY = "Ends early: the daemon stopped while recording."
 
 export class RecordingList {
-  /** remove(recording): delete was pressed. */
+  rows = new Map() // id -> its li
+
+  /** remove(id): Delete was pressed. */
   constructor(remove) {
     this.list = $("#recordings")
-    this.rows = new Map()
-    this.shown = []
-    this.list.addEventListener("click", (event) => {
-      const button = event.target.closest("[data-act=delete]")
-      const recording = button && this.shown.find(({ id }) => id === button.closest("li").dataset.id)
-      if (!recording) return
-      const next = button.closest("li").nextElementSibling ?? button.closest("li").previousElementSibling
-      remove(recording)
-      ;($(".rec-open", next ?? this.list) ?? $("#view-recordings h1")).focus()
+    this.list.addEventListener("click", ({ target }) => {
+      if (!target.closest("[data-act=delete]")) return
+      const row = target.closest("li")
+      const next = row.nextElementSibling ?? row.previousElementSibling
+      remove(row.dataset.id)
+      ;(next ? $(".rec-open", next) : $("#view-recordings h1")).focus()
     })
   }
 
-  /** recordings: those to show, in the daemon's order; the newest comes first here. */
+  /** The newest comes first. */
   update(recordings) {
-    this.shown = recordings.toSorted((a, b) => b.started - a.started)
-    const ids = new Set(this.shown.map(({ id }) => id))
+    const shown = recordings.toSorted((a, b) => b.started - a.started)
     for (const [id, row] of this.rows) {
-      if (ids.has(id)) continue
+      if (shown.some((recording) => recording.id === id)) continue
       row.remove()
       this.rows.delete(id)
     }
-    this.shown.forEach((recording, index) => {
+    shown.forEach((recording, index) => {
       const row = this.rows.get(recording.id) ?? this.add(recording)
       if (this.list.children[index] !== row) this.list.insertBefore(row, this.list.children[index] ?? null)
       this.write(row, recording)
     })
-    setHidden($("#no-recordings"), this.shown.length > 0)
-    setHidden($("#view-recordings > h1"), !this.shown.length)
+    put($("#no-recordings"), { hidden: shown.length > 0 })
+    put($("#view-recordings > h1"), { class: shown.length ? "" : "unseen" })
   }
 
   add({ id, stream, name }) {
-    const row = $("#recording").content.firstElementChild.cloneNode(true)
+    const row = stamp("#recording")
     row.dataset.id = id
-    const path = `/api/v1/recordings/${encodeURIComponent(id)}`
-    $(".rec-open", row).href = `#/r/${id}`
-    setText($("b", row), stream)
-    Object.assign($("[data-act=download]", row), { download: name, title: "Download" })
-    $("[data-act=download]", row).setAttribute("aria-label", `Download ${name}`)
-    $("[data-act=delete]", row).setAttribute("aria-label", `Delete ${name}`)
-    $("[data-act=delete]", row).title = "Delete"
-    const image = $("img", row)
-    image.onerror = () => setHidden(image, true)
-    image.dataset.src = `${path}/thumb`
+    put($(".rec-open", row), { href: `#/r/${id}` })
+    put($("b", row), { text: stream })
+    put($("[data-act=download]", row), { download: name, "aria-label": `Download ${name}` })
+    put($("[data-act=delete]", row), { "aria-label": `Delete ${name}` })
+    $("img", row).onerror = ({ target }) => put(target, { hidden: true })
     this.rows.set(id, row)
     return row
   }
 
-  write(row, recording) {
-    const { id, state, frames, duration_s, bytes, started, meta, error } = recording
+  write(row, { id, state, frames, duration_s, bytes, started, meta, error }) {
     const growing = state === "recording" || state === "finishing"
-    setClass(row, growing ? "recording growing" : "recording")
     const failed = state === "failed"
-    const line = $(".rec-name span", row)
-    setClass(line, failed ? "danger" : "")
-    setText(line, failed ? error || ENDS_EARLY : String(meta?.prompt ?? "").split("\n")[0])
-    const length = $(".rec-length", row)
+    put(row, { class: growing ? "recording growing" : "recording" })
+    put($(".rec-name span", row), { class: failed ? "danger" : "", text: failed ? error || ENDS_EARLY : `${meta?.prompt ?? ""}`.split("\n")[0] })
     const span_s = state === "recording" ? Date.now() / 1000 - started : duration_s
     const words = { recording: "Recording", finishing: "Finishing" }[state] ?? plural(frames, "frame")
-    const text = span_s ? `${words}, ${clockText(span_s)}` : words
-    if (state === "recording" && !$(".rec-dot", length)) length.replaceChildren(make("i", { className: "rec-dot" }), make("span"))
-    if (state !== "recording" && !(length.children.length === 1)) length.replaceChildren(make("span"))
-    setText(length.lastElementChild, text)
-    setText($(".rec-size", row), bytesText(bytes))
-    const time = $("time", row)
-    setText(time, whenText(started))
-    setAttribute(time, "datetime", new Date(started * 1000).toISOString())
-    const download = $("[data-act=download]", row)
-    setAttribute(download, "href", growing ? null : `/api/v1/recordings/${encodeURIComponent(id)}/file`)
-    setAttribute(download, "aria-disabled", growing || null)
-    setHidden($("[data-act=delete]", row), growing)
-    const image = $("img", row)
-    // The picture of a run is its last one: asked for when there is one, and again when the run has ended.
-    const source = `${image.dataset.src}${growing ? "" : `?frames=${frames}`}`
-    if (frames && image.getAttribute("src") !== source) {
-      setHidden(image, false)
-      image.src = source
-    }
+    put($(".rec-length span", row), { text: span_s ? `${words}, ${clockText(span_s)}` : words })
+    put($(".rec-length i", row), { hidden: state !== "recording" })
+    put($(".rec-size", row), { text: bytesText(bytes) })
+    put($("time", row), { text: whenText(started), datetime: new Date(started * 1000).toISOString() })
+    put($("[data-act=download]", row), { href: growing ? null : fileOf(id), "aria-disabled": growing || null, title: growing ? "Ready when the run has ended" : "Download" })
+    put($("[data-act=delete]", row), { hidden: growing })
+    // Its picture is asked for when there is one, and again when the run has ended with a better one.
+    const src = `/api/v1/recordings/${encodeURIComponent(id)}/thumb${growing ? "" : `?frames=${frames}`}`
+    if (frames && $("img", row).getAttribute("src") !== src) put($("img", row), { hidden: false, src })
   }
 }

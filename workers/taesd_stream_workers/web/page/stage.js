@@ -1,169 +1,143 @@
 // One opened stream, or one recording, on the stage; its numbers beside it.
 
-import { $, copyText, icon, make, setAttribute, setBar, setClass, setHidden, setIcon, setText } from "./dom.js"
+import { $, copyText, icon, make, put } from "./dom.js"
 import { bytesText, clockText, fpsText, msText, plural, sigmaText, spanText, whenText } from "./format.js"
-import { badgeOf, isVideo, progressOf, stateOf, stepText } from "./states.js"
+import { Latency, STAGES } from "./latency.js"
+import { putBadge, putBar, putButtons, putSay, stateOf, stepText } from "./states.js"
 
-const WINDOW_MS = 5000
-const SPANS = [
-  ["Receive", "sent_us", "received_us"],
-  ["Wait for a batch", "received_us", "started_us"],
-  ["Decode", "started_us", "decoded_us"],
-  ["Encode", "decoded_us", "encoded_us"],
-  ["Send and draw", "encoded_us", "shown_us"],
-]
 const FACT_NAMES = { cfg: "Guidance", guidance_scale: "Guidance", cfg_scale: "Guidance", negative_prompt: "Negative" }
+const TOLD_APART = ["prompt", "sampler", "scheduler", "pid", "host"]
 const FACTS_MAX = 24
 
-const median = (values) => values.toSorted((a, b) => a - b)[Math.floor(values.length / 2)]
+export const fileOf = (id) => `/api/v1/recordings/${encodeURIComponent(id)}/file`
 
-/** Latency by stage, over the pictures of the last five seconds. */
-class Latency {
-  constructor() {
-    this.pictures = [] // {at_ms, stamps}
-    this.seq = null
-  }
-
-  take({ seq, run, stamps }, shown_us) {
-    const key = `${run} ${seq}`
-    // The first picture, and one sent again for a late viewer, waited for a viewer and not for us.
-    const counts = this.seq !== null && this.seq !== key && shown_us !== null && stamps
-    this.seq = key
-    if (counts) this.pictures.push({ at_ms: performance.now(), stamps: { ...stamps, shown_us } })
-  }
-
-  /** {rows: [[name, ms or null]], total_ms, p95_ms, differ}; null when nothing was measured. */
-  summary() {
-    const since = performance.now() - WINDOW_MS
-    this.pictures = this.pictures.filter(({ at_ms }) => at_ms > since)
-    if (!this.pictures.length) return null
-    const spans = ([, from, to]) => this.pictures.filter(({ stamps }) => stamps[from] && stamps[to]).map(({ stamps }) => (stamps[to] - stamps[from]) / 1000)
-    const totals = spans(["", "sent_us", "shown_us"]).sort((a, b) => a - b)
-    let differ = totals.length > 0 && totals[0] < 0
-    const rows = SPANS.map((span) => {
-      const found = spans(span)
-      if (!found.length) return [span[0], null]
-      const ms = median(found)
-      differ ||= ms < -1
-      return [span[0], differ ? null : Math.max(0, ms)]
-    })
-    if (!totals.length) return { rows, total_ms: null, differ: false }
-    return { rows, total_ms: median(totals), p95_ms: totals[Math.min(totals.length - 1, Math.floor(totals.length * 0.95))], differ }
-  }
-}
-
-/** name, value pairs of the meta that a person may want to read; prompts are shown apart. */
+/** name, value pairs of the meta that a person may want to read. */
 function factsOf(meta) {
-  const facts = []
-  const sampler = [meta.sampler, meta.scheduler].filter(Boolean).join(", ")
-  if (sampler) facts.push(["Sampler", sampler])
-  const from = [meta.pid && `pid ${meta.pid}`, meta.host && (meta.pid ? `on ${meta.host}` : meta.host)].filter(Boolean).join(" ")
+  const facts = [["Sampler", [meta.sampler, meta.scheduler].filter(Boolean).join(", ")]]
   for (const [key, value] of Object.entries(meta)) {
-    if (["prompt", "sampler", "scheduler", "pid", "host"].includes(key) || value === null || value === "") continue
+    if (TOLD_APART.includes(key)) continue
     const words = key.replaceAll("_", " ")
-    facts.push([FACT_NAMES[key] ?? words[0].toUpperCase() + words.slice(1), typeof value === "object" ? JSON.stringify(value) : String(value)])
+    const text = value !== null && typeof value === "object" ? JSON.stringify(value) : `${value ?? ""}`
+    facts.push([FACT_NAMES[key] ?? words[0]?.toUpperCase() + words.slice(1), text])
   }
-  if (from) facts.push(["From", from])
-  return facts.slice(0, FACTS_MAX)
+  facts.push(["From", [meta.pid && `pid ${meta.pid}`, meta.host && `on ${meta.host}`].filter(Boolean).join(" ")])
+  return facts.filter(([, text]) => text).slice(0, FACTS_MAX)
 }
 
-const factList = (facts) => make("dl", { className: "facts" }, ...facts.flatMap(([name, value]) => [make("dt", { textContent: name }), make("dd", { textContent: value })]))
+// --- parts of the inspector ---
 
-function section(title, ...children) {
-  return make("section", {}, make("h2", {}, title), ...children)
+const section = (title, ...children) => make("section", {}, make("h2", { text: title }), ...children)
+const notice = (level, text) => make("p", { class: `notice ${level}` }, icon(level === "danger" ? "fail" : "warn"), make("span", { text }))
+const pairs = (name, list) => make("dl", { class: name }, ...list.flatMap(([term, text]) => [make("dt", { text: term }), make("dd", { text })]))
+
+/** Four big numbers: {root, tell({name: [main, small]})}. */
+function figures(names) {
+  const parts = Object.fromEntries(names.map((name) => [name, [make("span"), make("small")]]))
+  const root = make("dl", { class: "figures" }, ...names.map((name) => make("div", {}, make("dt", { text: name }), make("dd", {}, ...parts[name]))))
+  const tell = (values) => {
+    for (const [name, texts] of Object.entries(values)) parts[name].forEach((part, index) => put(part, { text: texts[index] ?? "" }))
+  }
+  return { root, tell }
 }
 
 function promptSection(prompt) {
   const copy = make("button", { type: "button", title: "Copy the prompt", "aria-label": "Copy the prompt" }, icon("copy"))
+  const part = section("Prompt", make("p", { class: "prose", dir: "auto", text: prompt }))
   copy.onclick = () => copyText(prompt)
-  const part = section("Prompt", make("p", { className: "prose", dir: "auto", textContent: prompt }))
   part.firstElementChild.append(copy)
   return part
 }
 
-function figure(name) {
-  const [main, small] = [make("span"), make("small")]
-  return { name: make("dt", { textContent: name }), main, small, root: make("div", {}, make("dt", { textContent: name }), make("dd", {}, main, small)) }
+/** The table of stages, and one bar of them: {root, tell(summary)}. */
+function latencySection() {
+  const bars = STAGES.map(() => make("i"))
+  const cells = STAGES.map(() => make("td"))
+  const rows = STAGES.map((text, index) => make("tr", {}, make("th", { scope: "row", text }), cells[index]))
+  const total = make("td")
+  const foot = make("tfoot", {}, make("tr", {}, make("th", { scope: "row", text: "Sampler to screen" }), total))
+  const bar = make("div", { class: "spans", "aria-hidden": "true" }, ...bars)
+  const root = section("Latency, last 5 s", bar, make("table", {}, make("tbody", {}, ...rows), foot))
+  const tell = (found) => {
+    const stages_ms = found?.stages_ms ?? STAGES.map(() => null)
+    const slowest = Math.max(...stages_ms)
+    put(bar, { hidden: !found || found.differ })
+    stages_ms.forEach((ms, index) => {
+      const name = ms > 0 && ms === slowest ? "slow" : ""
+      put(bars[index], { class: name })
+      bars[index].style.flexGrow = ms ?? 0
+      put(rows[index], { class: name })
+      put(cells[index], { text: ms === null ? "–" : msText(ms) })
+    })
+    const none = found?.total_ms == null ? "–" : found.differ ? "clocks differ" : null
+    put(total, { text: none ?? `${msText(found.total_ms)} · p95 ${msText(found.p95_ms)}` })
+  }
+  return { root, tell }
 }
 
 export class Stage {
-  /** on: {canvas(canvas), open(name or null), act(kind, item)} */
+  item = null // the opened stream's Item, or
+  recording = null // the opened recording
+  last = null // header of the picture on the stage
+
+  /** on: {canvas(canvas), open(name or null), act(kind, item or recording)} */
   constructor(on) {
-    this.on = on
-    this.root = $("#view-stage")
-    this.canvas = $("#stage-canvas")
-    this.video = $("#stage-video")
-    this.inspector = $(".inspector", this.root)
-    this.item = null
-    this.recording = null
-    this.root.addEventListener("click", (event) => this.clicked(event))
-    this.video.onerror = () => this.video.getAttribute("src") && this.note("This file cannot be played here. Download it instead.")
+    const part = (selector) => $(`#view-stage ${selector}`)
+    const act = (kind) => part(`.actions [data-act=${kind}]`)
+    Object.assign(this, { on, root: $("#view-stage"), canvas: $("#stage-canvas"), video: $("#stage-video") })
+    this.parts = {
+      title: part("h1"), back: part(".back"), state: part(".state"), dot: part(".state .dot"), note: part(".stage-note"), badge: part(".badge"),
+      plate: part(".plate"), under: part(".under-stage"), bar: part(".bar"), step: part("[data-part=step]"), left: part("[data-part=left]"), inspector: part(".inspector"),
+    }
+    this.acts = { record: act("record"), stop: act("stop"), download: act("download"), delete: act("delete") }
+    this.root.addEventListener("click", ({ target }) => {
+      const button = target.closest("button[data-act]")
+      if (button && !button.matches("[aria-disabled=true]")) on.act(button.dataset.act, this.item ?? this.recording)
+    })
+    this.video.onerror = () => this.video.hasAttribute("src") && this.note("This file cannot be played here. Download it instead.")
     on.canvas(this.canvas)
   }
 
-  clicked(event) {
-    const button = event.target.closest("[data-act]")
-    if (!button || button.tagName === "A" || button.getAttribute("aria-disabled") === "true") return
-    this.on.act(button.dataset.act, this.item ?? this.recording, event)
+  note(text) {
+    put(this.parts.note, { text, hidden: !text })
   }
 
-  note(text) {
-    setText($(".stage-note", this.root), text)
-    setHidden($(".stage-note", this.root), !text)
+  /** Empty the stage, and write what is above it. */
+  open(title, back, href) {
+    this.close()
+    put(this.parts.title, { text: title })
+    put(this.parts.back, { href, "aria-label": `Back to ${back}` })
+    put(this.parts.back.lastElementChild, { text: back })
+    this.parts.inspector.scrollTop = 0
+  }
+
+  close() {
+    if (this.item) this.on.open(null)
+    Object.assign(this, { item: null, recording: null, last: null, figures: null })
+    this.note("")
+    put(this.video, { src: null, hidden: true })
+    this.video.load()
+    put(this.root, { "data-look": "" })
+    for (const element of [this.canvas, this.parts.under]) put(element, { hidden: true })
+    for (const element of [this.parts.state, this.parts.badge, this.parts.plate, ...Object.values(this.acts)]) put(element, { hidden: true })
   }
 
   // --- streams ---
 
   openStream(item, rendition) {
-    this.close()
-    this.item = item
-    this.key = null
-    this.latency = new Latency()
-    this.last = null
+    this.open(item.name, "Live", "#/")
+    Object.assign(this, { item, latency: new Latency(), built: "" })
     Object.assign(this.canvas.dataset, { stream: item.name, rendition, seq: "", pictures: "0" })
-    this.canvas.setAttribute("aria-label", `Picture of ${item.name}`)
-    this.heading(item.name, "Live", "#/")
+    put(this.canvas, { hidden: false, "aria-label": `Picture of ${item.name}` })
+    put(this.parts.under, { hidden: false })
     this.on.open(item.name)
     this.update()
   }
 
   /** A name that the daemon does not know (yet): a link may be older than the stream. */
   openUnknown(name) {
-    this.close()
-    this.heading(name, "Live", "#/")
+    this.open(name, "Live", "#/")
     this.note(`No stream is called ${name} now. It shows up here when it starts.`)
-    this.showActions({})
-    setHidden($(".state", this.root), true)
-    setHidden($(".under-stage", this.root), true)
-    this.inspector.replaceChildren()
-  }
-
-  heading(name, back, href) {
-    setText($("h1", this.root), name)
-    setText($(".back span", this.root), back)
-    $(".back", this.root).href = href
-    setAttribute($(".back", this.root), "aria-label", `Back to ${back}`)
-    setHidden($(".state", this.root), false)
-  }
-
-  showActions({ record, download, stop, remove, link }) {
-    const of = (act) => $(`.actions [data-act=${act}]`, this.root)
-    const shown = { record, download, stop, delete: remove, link }
-    for (const [act, show] of Object.entries(shown)) setHidden(of(act), !show)
-  }
-
-  close() {
-    if (this.item) this.on.open(null)
-    this.item = this.recording = null
-    this.note("")
-    this.video.removeAttribute("src")
-    this.video.load()
-    setHidden(this.video, true)
-    setHidden(this.canvas, false)
-    setHidden($(".stage .badge", this.root), true)
-    setHidden($(".stage .plate", this.root), true)
-    setHidden($(".under-stage", this.root), false)
-    this.root.dataset.look = ""
+    this.parts.inspector.replaceChildren()
   }
 
   picture({ header, shown_us, pictures }) {
@@ -171,177 +145,94 @@ export class Stage {
     this.last = header
     this.latency.take(header, shown_us)
     Object.assign(this.canvas.dataset, { rendition: header.rendition, seq: header.seq, pictures })
-    this.tellNumbers()
-  }
-
-  /** The item with the numbers of the picture on the stage. */
-  seen() {
-    const { item, last } = this
-    return { data: item.data, numbers: Object.create(item, { drawn: { value: last ?? item.drawn } }).numbers }
+    this.tellNumbers(stateOf(this.item))
   }
 
   update() {
-    const { item } = this
+    const { item, parts, acts } = this
     if (!item) return
     const state = stateOf(item)
-    this.root.dataset.look = state.look
-    const line = $(".state", this.root)
-    setClass(line, `state ${state.level ?? ""}`.trim())
-    setHidden($(".dot", line), state.look !== "live" || Boolean(state.level))
-    setIcon($("svg", line), state.icon)
-    setText($("span", line), state.state)
-    this.note(this.last || (item.drawn && !state.missing) ? "" : (state.note ?? ""))
-    const badge = badgeOf(item)
-    const mark = $(".stage .badge", this.root)
-    setHidden(mark, !badge)
-    if (badge) setHidden(mark.firstElementChild, !badge.dot)
-    if (badge) setText(mark.lastElementChild, badge.text)
-    this.tellPlate(item)
-    this.tellActions(item)
-    this.tellNumbers()
-    this.inspect(item)
+    const fine = state.look === "live" && !state.level
+    put(this.root, { "data-look": state.look })
+    putSay(parts.state, "state", state, state.state ?? state.left)
+    put(parts.state, { hidden: false })
+    put(parts.dot, { hidden: !fine })
+    this.note((this.last ?? item.drawn) && !state.missing ? "" : (state.note ?? ""))
+    putBadge(parts.badge, item)
+    put(parts.plate, { hidden: !item.stopping })
+    put(parts.plate.lastElementChild, { hidden: !item.stop_held })
+    putButtons(acts.record, acts.stop, item)
+    put(acts.record.lastElementChild, { text: item.recording ? "Recording" : "Record" })
+    this.inspect(item, state)
+    this.tellNumbers(state)
+    this.latencyPart.tell(this.latency.summary())
   }
 
-  tellPlate(item) {
-    const plate = $(".stage .plate", this.root)
-    setHidden(plate, !item.stopping)
-    if (!item.stopping) return
-    setText(plate.firstElementChild, "Stopping…")
-    setHidden(plate.lastElementChild, !item.stop_held)
-  }
-
-  tellActions(item) {
-    this.showActions({ record: !item.ended, stop: !item.ended, link: true })
-    const record = $(".actions [data-act=record]", this.root)
-    const stop = $(".actions [data-act=stop]", this.root)
-    const recording = item.data.record === "all"
-    setAttribute(record, "aria-pressed", recording)
-    setAttribute(record, "aria-busy", item.record_busy || null)
-    setText($("span", record), recording ? "Recording" : "Record")
-    setAttribute(record, "title", recording ? "End the recording (R)" : "Record from here on (R)")
-    setAttribute(stop, "aria-disabled", !item.data.stoppable || item.stopping || null)
-    setAttribute(stop, "title", item.data.stoppable ? "Stop the sampler (X)" : "This sampler cannot be stopped from here")
-  }
-
-  tellNumbers() {
-    const { item } = this
-    const seen = this.seen()
-    const state = stateOf(item)
-    const progress = state.full ? 1 : progressOf(seen)
-    setBar($(".under-stage .bar", this.root), { kind: state.bar, progress, text: stepText(seen) })
-    setText($(".track [data-part=step]", this.root), stepText(seen))
-    const { number, total, sigma } = seen.numbers
-    const left_s = !item.ended && state.look !== "stalled" && total && number && item.data.fps > 0 ? (total - number) / item.data.fps : null
-    setText($(".track [data-part=left]", this.root), left_s === null || left_s < 1 ? "" : `about ${left_s < 60 ? `${Math.ceil(left_s)} s` : spanText(left_s)} left`)
-    if (!this.figures) return
-    const { step, noise, rate, size } = this.figures
-    setText(step.main, number === null ? "–" : `${number}`)
-    setText(step.small, total ? `/ ${total}` : "")
-    setText(noise.main, sigma === null ? "–" : sigmaText(sigma))
-    setText(rate.main, item.ended || !item.data.fps ? "–" : fpsText(item.data.fps))
-    setText(rate.small, item.ended || !item.data.fps ? "" : "/s")
-    setText(size.main, item.data.width ? `${item.data.width}` : "–")
-    setText(size.small, item.data.height ? `× ${item.data.height}` : "")
-  }
-
-  /** The parts of the inspector that change seldom are built when they change; the latency is written in place. */
-  inspect(item) {
-    const { data } = item
-    const key = JSON.stringify([data.run, data.meta, data.note, data.end_text, data.decoder, data.files, data.viewers, data.latent_format, item.ended])
-    if (key !== this.key) {
-      this.key = key
-      this.build(item)
-    }
-    this.tellLatency()
-  }
-
-  build(item) {
-    const { data } = item
-    this.figures = { step: figure(isVideo(data) ? "Frame" : "Step"), noise: figure("Sigma"), rate: figure("Pictures"), size: figure("Size") }
-    const parts = []
-    if (data.end_text) parts.push(make("p", { className: "notice danger" }, icon("fail"), make("span", { textContent: data.end_text })))
-    if (data.note) parts.push(make("p", { className: "notice" }, icon("warn"), make("span", { textContent: data.note })))
-    parts.push(make("dl", { className: "figures" }, ...Object.values(this.figures).map(({ root }) => root)))
-    this.table = this.buildLatency()
-    parts.push(this.table.root)
-    if (data.files.length) parts.push(section("Recording", make("div", { className: "files" }, ...data.files.map((id) => make("a", { href: `#/r/${id}` }, icon("play"), "Play what was recorded")))))
-    if (data.meta.prompt) parts.push(promptSection(String(data.meta.prompt)))
-    const facts = [...factsOf(data.meta), ["Latents", data.latent_format], ["Decoder", data.decoder ?? "–"], ["Watched by", plural(data.viewers, "page")]]
-    parts.push(section("Run", factList(facts.filter(([, value]) => value))))
-    this.inspector.replaceChildren(...parts)
-    this.tellNumbers()
-  }
-
-  buildLatency() {
-    const rows = SPANS.map(([name]) => ({ bar: make("i"), value: make("td"), row: make("tr", {}, make("th", { scope: "row", textContent: name })) }))
-    for (const { row, value } of rows) row.append(value)
-    const total = make("td")
-    const foot = make("tr", {}, make("th", { scope: "row", textContent: "Sampler to screen" }), total)
-    const bars = make("div", { className: "spans", "aria-hidden": "true" }, ...rows.map(({ bar }) => bar))
-    const table = make("table", {}, make("tbody", {}, ...rows.map(({ row }) => row)), make("tfoot", {}, foot))
-    return { rows, total, bars, root: section("Latency, last 5 s", bars, table) }
-  }
-
-  tellLatency() {
-    const found = this.latency.summary()
-    const { rows, total, bars } = this.table
-    setHidden(bars, !found || found.differ)
-    const slowest = found ? Math.max(...found.rows.map(([, ms]) => ms ?? 0)) : 0
-    rows.forEach(({ bar, value, row }, index) => {
-      const ms = found?.rows[index][1] ?? null
-      const slow = ms !== null && ms === slowest && slowest > 0
-      setClass(bar, slow ? "slow" : "")
-      bar.style.flexGrow = ms ?? 0
-      setClass(row, slow ? "slow" : "")
-      setText(value, ms === null ? "–" : msText(ms))
+  /** The numbers belong to the picture that is seen. */
+  tellNumbers(state) {
+    const { item, parts } = this
+    const { width, height, fps } = item.data
+    const numbers = item.numbers(this.last ?? item.drawn)
+    const { number, total, sigma } = numbers
+    putBar(parts.bar, item, state, numbers)
+    put(parts.step, { text: stepText(item, numbers) })
+    const moving = !item.ended && fps > 0
+    const left_s = moving && state.look === "live" && total && number ? Math.ceil((total - number) / fps) : 0
+    put(parts.left, { text: left_s ? `about ${spanText(left_s, 0)} left` : "" })
+    this.figures.tell({
+      [this.counted]: [number ?? "–", total ? `/ ${total}` : ""],
+      Sigma: [sigma === null ? "–" : sigmaText(sigma)],
+      Pictures: moving ? [fpsText(fps), "/s"] : ["–"],
+      Size: width ? [width, `× ${height}`] : ["–"],
     })
-    const known = found && found.total_ms !== null
-    setText(total, !known ? "–" : found.differ ? "clocks differ" : `${msText(found.total_ms)} · p95 ${msText(found.p95_ms)}`)
+  }
+
+  /** What changes seldom is built anew when it changes. */
+  inspect({ data }, state) {
+    const { run, kind, meta, note, end_text, decoder, files, viewers, latent_format } = data
+    const apart = note !== state.left ? note : null
+    const built = JSON.stringify([run, kind, meta, apart, end_text, decoder, files, viewers, latent_format])
+    if (built === this.built) return
+    this.counted = kind === "live" ? "Frame" : "Step"
+    this.figures = figures([this.counted, "Sigma", "Pictures", "Size"])
+    this.latencyPart = latencySection()
+    this.built = built
+    const recorded = files.map((id) => make("a", { href: `#/r/${id}` }, icon("play"), "Play the recording"))
+    const facts = [...factsOf(meta), ["Latents", latent_format], ["Decoder", decoder || "–"], ["Watched by", plural(viewers ?? 0, "page")]]
+    const parts = [
+      end_text && notice("danger", end_text),
+      apart && notice("warn", apart),
+      this.figures.root,
+      this.latencyPart.root,
+      recorded.length && section("Recorded", make("div", { class: "files" }, ...recorded)),
+      meta.prompt && promptSection(`${meta.prompt}`),
+      section("Run", pairs("facts", facts)),
+    ]
+    this.parts.inspector.replaceChildren(...parts.filter(Boolean))
   }
 
   // --- recordings ---
 
   openRecording(recording) {
-    this.close()
+    const { id, stream, name, state, started, frames, duration_s, width, height, bytes, error, gaps } = recording
+    const meta = recording.meta ?? {}
+    const playable = state === "finished" || state === "failed"
+    this.open(stream, "Recordings", "#/recordings")
     this.recording = recording
-    this.figures = null
-    const { stream, id, name, meta } = recording
-    this.heading(stream, "Recordings", "#/recordings")
-    const playable = recording.state === "finished" || recording.state === "failed"
-    this.showActions({ download: playable, remove: playable, link: true })
-    Object.assign($(".actions [data-act=download]", this.root), { href: `/api/v1/recordings/${encodeURIComponent(id)}/file`, download: name })
-    setHidden(this.canvas, true)
-    setHidden($(".under-stage", this.root), true)
-    setHidden(this.video, !playable)
-    this.note(playable ? "" : "Still being recorded. It can be played when the run has ended.")
+    putSay(this.parts.state, "state", {}, whenText(started))
+    put(this.parts.state, { hidden: false })
+    put(this.parts.dot, { hidden: true })
+    put(this.acts.download, { hidden: !playable, href: fileOf(id), download: name })
+    put(this.acts.delete, { hidden: !playable })
     if (playable) {
-      this.video.src = `/api/v1/recordings/${encodeURIComponent(id)}/file?inline=1`
-      this.video.setAttribute("aria-label", `Recording of ${stream}`)
-      this.video.play().catch(() => {}) // where playing by itself is not allowed, there is a button
-    }
-    const line = $(".state", this.root)
-    setClass(line, "state")
-    setHidden($(".dot", line), true)
-    setIcon($("svg", line), null)
-    setText($("span", line), whenText(recording.started))
-    this.inspectRecording(recording, meta ?? {})
-  }
-
-  inspectRecording(recording, meta) {
-    const { frames, duration_s, width, height, bytes, error, gaps } = recording
-    const values = [["Frames", `${frames}`, ""], ["Length", duration_s ? clockText(duration_s) : "–", ""], ["Size", width ? `${width}` : "–", height ? `× ${height}` : ""], ["File", bytesText(bytes), ""]]
-    const figures = values.map(([name, main, small]) => {
-      const part = figure(name)
-      setText(part.main, main)
-      setText(part.small, small)
-      return part.root
-    })
-    const parts = []
-    if (error) parts.push(make("p", { className: "notice danger" }, icon("fail"), make("span", { textContent: error })))
-    parts.push(make("dl", { className: "figures" }, ...figures))
-    if (meta.prompt) parts.push(promptSection(String(meta.prompt)))
+      put(this.video, { hidden: false, src: `${fileOf(id)}?inline=1`, "aria-label": `Recording of ${stream}` })
+      this.video.play().catch(() => {}) // where a page may not play by itself, there is a button
+    } else this.note("Still being recorded. It can be played when the run has ended.")
+    const big = figures(["Frames", "Length", "Size", "File"])
+    big.tell({ Frames: [frames], Length: [duration_s ? clockText(duration_s) : "–"], Size: width ? [width, `× ${height}`] : ["–"], File: [bytesText(bytes)] })
     const missing = gaps?.length ? [["Missing", plural(gaps.length, "frame")]] : []
-    parts.push(section("Run", factList([...factsOf(meta), ...missing, ["Started", new Date(recording.started * 1000).toLocaleString()], ["Name", recording.name]])))
-    this.inspector.replaceChildren(...parts)
+    const facts = [...factsOf(meta), ...missing, ["Started", new Date(started * 1000).toLocaleString()], ["Name", name]]
+    const parts = [error && notice("danger", error), big.root, meta.prompt && promptSection(`${meta.prompt}`), section("Run", pairs("facts", facts))]
+    this.parts.inspector.replaceChildren(...parts.filter(Boolean))
   }
 }

@@ -1,92 +1,105 @@
 // What each state looks like and says: one table for tiles and for the opened stream.
 
+import { put, putIcon } from "./dom.js"
 import { agoText, clockText, fpsText, msText, sigmaText, spanText } from "./format.js"
 
-const DEGRADED = ["Skipping 1 in 2", "Small pictures", "Decoding on CPU", "Colours approximate"]
+const DEGRADED = /^(Skipping 1 in \d+|Small pictures|Decoding on CPU|Colours approximate)$/
 const APPROXIMATE = /^(linear|nano)/
 
-/** The one thing that is worse than usual about these pictures, the worst first. */
+/** The one thing that is worse than usual about these pictures. */
 function degradedText({ note, decoder }) {
-  if (note && (DEGRADED.includes(note) || /^Skipping 1 in \d+$/.test(note))) return note
-  return APPROXIMATE.test(decoder ?? "") ? "Colours approximate" : "Small pictures"
+  if (DEGRADED.test(note)) return note
+  return APPROXIMATE.test(decoder) ? "Colours approximate" : "Small pictures"
 }
 
-function liveNumbers({ data, numbers }) {
-  const parts = []
-  if (numbers.sigma !== null) parts.push(`σ ${sigmaText(numbers.sigma)}`)
-  if (data.fps !== null && data.fps !== undefined) parts.push(`${fpsText(data.fps)} fps`)
-  return parts.join(" · ")
+function liveNumbers(item) {
+  const { sigma } = item.numbers()
+  const { fps } = item.data
+  return [sigma !== null && `σ ${sigmaText(sigma)}`, fps != null && `${fpsText(fps)} fps`].filter(Boolean).join(" · ")
 }
-
-const msOf = ({ latency_ms }) => (latency_ms === null || latency_ms === undefined ? "" : msText(latency_ms))
 
 /**
- * Of an Item: `look` (its data-look), `state` (a word for the opened stream), `bar` (its class), `level` and `icon` of
- * what line 2 says (`left`), `right` (its small end; `ms`: it is a latency), `note` (in place of a picture).
+ * Of an Item: `look` (its data-look), `bar` (its class; `full`), `level` and `icon` of what line 2 says (`left`),
+ * `right` (its small end; `ms`: it is a latency), `note` (stands where the picture will be; `missing`: there is none to
+ * come), `state` (a word for the opened stream, where `left` is numbers).
  */
 export function stateOf(item, now_s = Date.now() / 1000) {
-  const { data, numbers } = item
-  const right = { right: msOf(data), ms: true }
-  const ago = data.ended ? agoText(now_s - data.ended) : ""
-  if (item.stopping) return { look: "stopping", state: "Stopping…", bar: "still", left: "", right: "" }
+  const { data } = item
+  const failed = { bar: "danger", level: "danger", icon: "fail" }
+  const worse = { look: "live", bar: "warn", level: "warn", icon: "warn", ms: true }
+  const right = data.ended ? agoText(now_s - data.ended) : data.latency_ms != null ? msText(data.latency_ms) : ""
+  const missing = data.note?.startsWith("No ") ? data.note : null
+  if (item.stopping) return { look: "stopping", bar: "still", left: "", right: "", state: "Stopping…" }
   switch (data.state) {
     case "waiting": {
-      const missing = data.note?.startsWith("No ") ? data.note : null
-      const age = clockText(now_s - data.started)
-      return { look: "waiting", state: "Waiting", bar: "none", left: "No step yet", right: age, note: missing ?? "Waiting for the first step", missing }
+      const note = missing ?? "Waiting for the first step"
+      return { look: "waiting", bar: "none", left: "No step yet", right: clockText(now_s - data.started), note, missing, state: "Waiting" }
     }
-    case "done": {
-      const span = data.ended && data.started ? ` in ${spanText(data.ended - data.started)}` : ""
-      return { look: "done", state: `Done${span}`, bar: "still", full: true, left: `Done${span}`, right: ago }
-    }
-    case "stopped": return { look: "stopped", state: "Stopped by you", bar: "still", left: "Stopped by you", right: ago }
+    case "done":
+      return { look: "done", bar: "still", full: true, left: data.ended ? `Done in ${spanText(data.ended - data.started)}` : "Done", right }
+    case "stopped":
+      return { look: "stopped", bar: "still", left: "Stopped by you", right }
     case "failed": {
-      const at = numbers.number === null ? "Sampler failed" : `Sampler failed at ${numbers.number}`
-      return { look: "failed", state: at, bar: "danger", level: "danger", icon: "fail", left: at, right: ago }
+      const { number } = item.numbers()
+      return { look: "failed", ...failed, left: number === null ? "Sampler failed" : `Sampler failed at ${number}`, right }
     }
-    case "lost": return { look: "gone", state: "Sampler left", bar: "danger", level: "danger", icon: "fail", left: "Sampler left", right: ago }
+    case "lost":
+      return { look: "gone", ...failed, left: "Sampler left", right }
   }
-  if (data.note?.startsWith("No ")) {
-    return { look: "live", state: data.note, bar: "warn", level: "warn", icon: "warn", left: data.note, note: item.drawn ? "" : data.note, missing: data.note, ...right }
-  }
+  if (missing) return { ...worse, left: missing, right, note: missing, missing }
   if (data.flags.includes("stalled")) {
-    const since_s = (performance.now() - item.moved_ms) / 1000
-    const left = `No step for ${spanText(Math.floor(since_s)).replace(".0 s", " s")}`
-    return { look: "stalled", state: left, bar: "warn", level: "warn", icon: "clock", left, ...right }
+    const still_s = data.updated ? now_s - data.updated : (performance.now() - item.moved_ms) / 1000
+    return { ...worse, look: "stalled", icon: "clock", left: `No step for ${spanText(still_s, 0)}`, right }
   }
-  if (data.flags.includes("degraded")) {
-    const left = degradedText(data)
-    return { look: "live", state: left, bar: "warn", level: "warn", icon: "warn", left, ...right }
-  }
-  return { look: "live", state: "Live", bar: "", left: liveNumbers(item), ...right }
+  if (data.flags.includes("degraded")) return { ...worse, left: degradedText(data), right }
+  return { look: "live", bar: "", left: liveNumbers(item), right, ms: true, state: "Live" }
 }
-
-/** How far it is, 0 to 1, or null where nobody knows. */
-export function progressOf({ numbers: { number, total } }) {
-  return number === null || !total ? null : Math.min(1, number / total)
-}
-
-export const isVideo = (data) => data.kind === "live"
 
 /** "Step 17 of 28", "Frame 112". */
-export function stepText({ data, numbers: { number, total } }) {
+export function stepText({ data }, { number, total }) {
   if (number === null) return ""
-  return `${isVideo(data) ? "Frame" : "Step"} ${number}${total ? ` of ${total}` : ""}`
-}
-
-export function badgeOf({ data, ended }) {
-  if (!ended && data.record === "all") return { text: "REC", dot: true }
-  if (!ended && data.record === "last") return { text: "Keeps last", dot: false }
-  return data.files.length ? { text: "Kept", dot: false } : null
+  return `${data.kind === "live" ? "Frame" : "Step"} ${number}${total ? ` of ${total}` : ""}`
 }
 
 /** Everything about a stream in one sentence, for a screen reader. */
 export function spokenState(item) {
-  const { data, numbers } = item
   const state = stateOf(item)
-  const parts = [item.name, state.look === "live" && !state.level ? "live" : state.state, stepText(item)]
-  if (numbers.sigma !== null && !item.ended) parts.push(`sigma ${sigmaText(numbers.sigma)}`)
-  if (data.fps && !item.ended) parts.push(`${fpsText(data.fps)} frames a second`)
-  if (badgeOf(item)?.dot) parts.push("recording")
+  const numbers = item.numbers()
+  const parts = [item.name, state.state ?? state.left, stepText(item, numbers)]
+  if (!item.ended && numbers.sigma !== null) parts.push(`sigma ${sigmaText(numbers.sigma)}`)
+  if (!item.ended && item.data.fps) parts.push(`${fpsText(item.data.fps)} frames a second`)
+  if (item.recording) parts.push("recording")
   return parts.filter(Boolean).join(", ")
+}
+
+// --- what tiles and the opened stream write alike ---
+
+export function putBadge(badge, { data, ended, recording }) {
+  const text = recording ? "REC" : !ended && data.record === "last" ? "Keeps last" : data.files.length ? "Kept" : ""
+  put(badge, { hidden: !text })
+  put(badge.firstElementChild, { hidden: !recording })
+  put(badge.lastElementChild, { text })
+}
+
+/** `.bar > i`: how far it is; hidden where nobody knows. */
+export function putBar(bar, item, state, numbers) {
+  const { number, total } = numbers
+  const known = state.full || (number !== null && total)
+  put(bar, { class: `bar ${known ? state.bar : "none"}`, "aria-valuetext": stepText(item, numbers) || null })
+  put(bar, { "aria-valuemax": total, "aria-valuenow": total && number })
+  if (known) bar.firstElementChild.style.transform = `scaleX(${state.full ? 1 : Math.min(1, number / total).toFixed(4)})`
+}
+
+/** An icon and words, coloured by how bad it is. */
+export function putSay(say, name, { level, icon }, text) {
+  put(say, { class: `${name} ${level ?? ""}` })
+  putIcon(say.querySelector("svg"), icon)
+  put(say.lastElementChild, { text, title: text.length > 24 ? text : null })
+}
+
+export function putButtons(record, stop, item) {
+  const { ended, recording, record_busy, stopping } = item
+  const { stoppable } = item.data
+  put(record, { hidden: ended, "aria-pressed": recording, "aria-busy": record_busy || null, title: recording ? "End the recording (R)" : "Record (R)" })
+  put(stop, { hidden: ended, "aria-disabled": !stoppable || stopping || null, title: stoppable ? "Stop the sampler (X)" : "This sampler cannot be stopped from here" })
 }

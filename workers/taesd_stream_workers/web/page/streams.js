@@ -1,37 +1,37 @@
 // What the page knows of each stream: the daemon's word, what was drawn last, and what the person just asked for.
 
-export const TILES_MAX = 200
-const ENDED = new Set(["done", "stopped", "failed", "lost"])
+const TILES_MAX = 200
+const ENDED = ["done", "stopped", "failed", "lost"]
 
 export class Item {
   constructor(entry) {
     this.name = entry.name
     this.data = entry
     this.moved_ms = performance.now() // when its seq last changed, as far as this page saw
-    this.drawn = null // {run, seq, step, total_steps, sigma, …} of the picture on its tile
+    this.drawn = null // header of the picture on its tile
     this.stop_held = false // Stop was pressed and can still be undone
-    this.stop_sent_ms = 0
+    this.stop_sent = false
     this.record_busy = false
   }
 
-  get ended() { return ENDED.has(this.data.state) }
+  get ended() { return ENDED.includes(this.data.state) }
+  get recording() { return !this.ended && this.data.record === "all" }
   get kept() { return this.data.record !== "off" || this.data.files.length > 0 }
-  get stopping() { return !this.ended && (this.stop_held || this.stop_sent_ms > 0 || this.data.flags.includes("stopping")) }
+  get stopping() { return !this.ended && (this.stop_held || this.stop_sent || this.data.flags.includes("stopping")) }
 
-  /** Step, total and sigma of the picture that is seen: numbers never run ahead of it while the stream lives. */
-  get numbers() {
-    const { drawn, data } = this
-    const seen = drawn && drawn.run === data.run && !this.ended ? drawn : data
-    const at = seen.step ?? seen.seq
-    const total = seen.total_steps ?? null
-    return { number: at === null || at === undefined ? null : at + 1, total, sigma: seen.sigma ?? null }
+  /** Number, total and sigma of the step that is seen: they never run ahead of the picture while the stream lives. */
+  numbers(drawn = this.drawn) {
+    const seen = drawn?.run === this.data.run && !this.ended ? drawn : this.data
+    const at = seen.step ?? seen.seq ?? null
+    return { number: at === null ? null : at + 1, total: seen.total_steps ?? null, sigma: seen.sigma ?? null }
   }
 
   take(entry) {
-    if (entry.run !== this.data.run) Object.assign(this, { drawn: null, stop_held: false, stop_sent_ms: 0 })
-    if (entry.run !== this.data.run || entry.seq !== this.data.seq) this.moved_ms = performance.now()
-    if (ENDED.has(entry.state)) this.stop_sent_ms = 0
+    const renewed = entry.run !== this.data.run
+    if (renewed) Object.assign(this, { drawn: null, stop_held: false, stop_sent: false })
+    if (renewed || entry.seq !== this.data.seq) this.moved_ms = performance.now()
     this.data = entry
+    if (this.ended) this.stop_sent = false
   }
 
   /** The daemon no longer lists it: its tile stays, with its last picture. */
@@ -40,56 +40,8 @@ export class Item {
   }
 
   matches(words) {
-    if (!words.length) return true
     const text = `${this.name} ${this.data.meta.prompt ?? ""} ${this.data.latent_format}`.toLowerCase()
     return words.every((word) => text.includes(word))
-  }
-}
-
-export class Streams {
-  constructor() {
-    this.items = new Map() // name -> Item, in the order of the wall: the first seen comes first, and stays there
-    this.cleared = new Set() // runs that `Clear ended` took off the wall
-  }
-
-  /** Take the daemon's whole list. Returns the names that started and that ended with it. */
-  take(entries) {
-    const news = { started: [], ended: [] }
-    const listed = new Set()
-    for (const entry of entries) {
-      if (this.cleared.has(entry.run)) continue
-      listed.add(entry.name)
-      const item = this.items.get(entry.name)
-      const was = item ? { run: item.data.run, ended: item.ended } : null
-      if (item) item.take(entry)
-      else this.items.set(entry.name, new Item(entry))
-      const ended = ENDED.has(entry.state)
-      if (!ended && (!was || was.run !== entry.run)) news.started.push(entry.name)
-      if (ended && was && !was.ended) news.ended.push(entry.name)
-    }
-    for (const item of this.items.values()) if (!listed.has(item.name)) item.leave()
-    this.trim()
-    return news
-  }
-
-  trim() {
-    for (const item of this.items.values()) {
-      if (this.items.size <= TILES_MAX) return
-      if (item.ended && !item.kept) this.items.delete(item.name)
-    }
-  }
-
-  clearEnded() {
-    for (const item of [...this.items.values()].filter((item) => item.ended)) {
-      this.cleared.add(item.data.run)
-      this.items.delete(item.name)
-    }
-  }
-
-  count(test) {
-    let count = 0
-    for (const item of this.items.values()) count += test(item)
-    return count
   }
 }
 
@@ -98,4 +50,42 @@ export const SHOWS = {
   live: (item) => !item.ended,
   kept: (item) => item.kept,
   ended: (item) => item.ended,
+}
+
+export class Streams extends Map {
+  // name -> Item, in the order of the wall: the first seen comes first, and stays there
+  cleared = new Set() // runs that `Clear ended` took off the wall
+
+  /** Take the daemon's whole list. Returns the names that started and that ended with it. */
+  take(entries) {
+    const news = { started: [], ended: [] }
+    const listed = new Set()
+    for (const given of entries) {
+      if (this.cleared.has(given.run)) continue
+      const entry = { flags: [], files: [], meta: {}, ...given }
+      listed.add(entry.name)
+      const item = this.get(entry.name)
+      const lived = item && !item.ended && item.data.run === entry.run
+      if (item) item.take(entry)
+      else this.set(entry.name, new Item(entry))
+      const ended = ENDED.includes(entry.state)
+      if (ended === Boolean(lived)) news[ended ? "ended" : "started"].push(entry.name)
+    }
+    for (const item of this.values()) if (!listed.has(item.name)) item.leave()
+    for (const item of this.values()) if (this.size > TILES_MAX && item.ended && !item.kept) this.delete(item.name)
+    return news
+  }
+
+  clearEnded() {
+    for (const item of [...this.values()].filter(SHOWS.ended)) {
+      this.cleared.add(item.data.run)
+      this.delete(item.name)
+    }
+  }
+
+  count(test) {
+    let count = 0
+    for (const item of this.values()) count += test(item)
+    return count
+  }
 }

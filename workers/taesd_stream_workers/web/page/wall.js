@@ -1,113 +1,102 @@
 // The wall of tiles: each stream has its place, which it keeps; only text, bars and pictures change.
 
-import { $, $$, setAttribute, setBar, setClass, setHidden, setIcon, setText } from "./dom.js"
-import { plural } from "./format.js"
+import { $, put, stamp } from "./dom.js"
+import { putBadge, putBar, putButtons, putSay, stateOf } from "./states.js"
 import { SHOWS } from "./streams.js"
-import { badgeOf, progressOf, stateOf, stepText } from "./states.js"
 
 const GRACE_MS = 500 // a tile scrolled out of sight keeps its pictures this long
 const HOLD_MS = 450
 const ASPECTS = [16 / 9, 3 / 2, 1, 2 / 3, 9 / 16]
-const FIT = { least_px: 128, most_px: 384, text_px: 52, gap_px: 20 }
+const FIT = { least_px: 128, most_px: 384, below_px: 72, gap_px: 12, side_px: 24 }
 
 class Tile {
   constructor(item, index) {
-    this.item = item
-    this.root = $("#tile").content.firstElementChild.cloneNode(true)
-    this.article = $("article", this.root)
-    this.canvas = $("canvas", this.root)
-    this.name = $(".name", this.root)
-    this.parts = {
-      box: $(".box-note", this.root), badge: $(".badge", this.root), plate: $(".plate", this.root), bar: $(".bar", this.root),
-      number: $(".step b", this.root), total: $(".step span", this.root), say: $(".say", this.root), undo: $(".undo", this.root),
-      aside: $(".aside", this.root), record: $("[data-act=record]", this.root), stop: $("[data-act=stop]", this.root),
-    }
-    this.visible = false
-    this.left_ms = -Infinity
     const { name } = item
-    this.root.dataset.name = name
+    const root = stamp("#tile")
+    const part = (selector) => $(selector, root)
+    Object.assign(this, { item, root, article: part("article"), canvas: part("canvas"), link: part(".name"), visible: false, left_ms: -Infinity })
+    this.parts = {
+      note: part(".box-note"), badge: part(".badge"), plate: part(".plate"), bar: part(".bar"), number: part(".step b"), total: part(".step span"),
+      say: part(".say"), undo: part(".undo"), aside: part(".aside"), record: part("[data-act=record]"), stop: part("[data-act=stop]"),
+    }
+    root.dataset.name = name
     Object.assign(this.canvas.dataset, { stream: name, rendition: "thumb", seq: "", pictures: "0" })
-    this.canvas.setAttribute("aria-label", `Preview of ${name}`)
-    Object.assign(this.name, { id: `tile-${index}`, href: `#/s/${name}`, textContent: name, title: name, tabIndex: -1 })
-    this.article.setAttribute("aria-labelledby", this.name.id)
-    this.parts.bar.setAttribute("aria-label", `Progress of ${name}`)
-    this.parts.undo.setAttribute("aria-label", `Undo stopping ${name}`)
-    this.parts.undo.dataset.act = "undo"
+    put(this.canvas, { "aria-label": `Preview of ${name}` })
+    put(this.link, { id: `tile-${index}`, href: `#/s/${name}`, text: name, title: name })
+    put(this.article, { "aria-labelledby": this.link.id })
+    put(this.parts.bar, { "aria-label": `Progress of ${name}` })
+    put(this.parts.record, { "aria-label": `Record ${name}` })
+    put(this.parts.undo, { "aria-label": `Undo stopping ${name}` })
+    this.focusable(false)
+  }
+
+  focusable(on) {
+    const { record, stop, undo } = this.parts
+    for (const element of [this.link, record, stop, undo]) element.tabIndex = on ? 0 : -1
   }
 
   update() {
-    const { item, parts, article } = this
-    const state = stateOf(item)
-    const { number, total } = item.numbers
-    if (article.dataset.look !== state.look) article.dataset.look = state.look
-    setText(parts.box, item.drawn && !state.missing ? "" : (state.note ?? ""))
-    setHidden(parts.plate, state.look !== "stopping")
-    const badge = badgeOf(item)
-    setHidden(parts.badge, !badge)
-    if (badge) setHidden(parts.badge.firstElementChild, !badge.dot)
-    if (badge) setText(parts.badge.lastElementChild, badge.text)
-    setBar(parts.bar, { kind: state.bar, progress: state.full ? 1 : progressOf(item), text: stepText(item) })
-    setText(parts.number, number === null ? "" : `${number}`)
-    setText(parts.total, number !== null && total ? `/${total}` : "")
-    setClass(parts.say, `say ${state.level ?? ""}`.trim())
-    setIcon(parts.say.firstElementChild, state.icon)
-    setText(parts.say.lastElementChild, state.left)
-    setAttribute(parts.say, "title", state.left.length > 24 ? state.left : null)
-    setText(parts.aside, state.right)
-    setClass(parts.aside, state.ms ? "aside ms" : "aside")
-    setHidden(parts.undo, !item.stop_held)
-    this.updateButtons()
-  }
-
-  updateButtons() {
     const { item, parts } = this
-    const { record, stop } = parts
-    const recording = item.data.record === "all"
-    setHidden(record, item.ended)
-    setHidden(stop, item.ended)
-    setAttribute(record, "aria-pressed", recording)
-    setAttribute(record, "aria-busy", item.record_busy || null)
-    setAttribute(record, "aria-label", `Record ${item.name}`)
-    setAttribute(record, "title", recording ? "End the recording (R)" : "Record (R)")
-    const cannot = !item.data.stoppable
-    setAttribute(stop, "aria-disabled", cannot || null)
-    setAttribute(stop, "aria-label", cannot ? `Stop ${item.name}: this sampler cannot be stopped from here` : `Stop ${item.name}`)
-    setAttribute(stop, "title", cannot ? "This sampler cannot be stopped from here" : "Stop the sampler (X)")
+    const state = stateOf(item)
+    const numbers = item.numbers()
+    put(this.article, { "data-look": state.look })
+    put(parts.note, { text: item.drawn && !state.missing ? "" : (state.note ?? "") })
+    put(parts.plate, { hidden: state.look !== "stopping" })
+    putBadge(parts.badge, item)
+    putBar(parts.bar, item, state, numbers)
+    put(parts.number, { text: numbers.number ?? "" })
+    put(parts.total, { text: numbers.number && numbers.total ? `/${numbers.total}` : "" })
+    putSay(parts.say, "say", state, state.left)
+    put(parts.aside, { text: state.right, class: state.ms ? "aside ms" : "aside" })
+    put(parts.undo, { hidden: !item.stop_held })
+    putButtons(parts.record, parts.stop, item)
+    put(parts.stop, { "aria-label": `Stop ${item.name}${item.data.stoppable ? "" : ": this sampler cannot be stopped from here"}` })
   }
 }
 
 export class Wall {
-  /** on: {canvas(name, canvas), gone(name), watch(), act(kind, item, event)} */
+  show = "all" // a key of SHOWS
+  words = [] // of the filter, in lower case
+  current = null // the name whose tile is the wall's one tab stop
+  tiles = new Map() // name -> Tile
+  unseen = new Set() // new ones that were not in sight yet
+  made = 0
+  shape = { streams: "", aspect: 1 }
+
+  /** on: {canvas(name, canvas), gone(name), watch(), act(kind, item)} */
   constructor(streams, on) {
-    Object.assign(this, { streams, on, tiles: new Map(), made: 0, words: [], show: "all", current: null, unseen: new Set() })
-    this.list = $("#wall")
-    this.boxes = ""
+    Object.assign(this, { streams, on, list: $("#wall") })
     this.observer = new IntersectionObserver((entries) => this.crossed(entries), { rootMargin: "200px" })
     this.list.addEventListener("click", (event) => this.clicked(event))
-    this.list.addEventListener("focusin", (event) => this.focused(event.target.closest("li")))
-    this.list.addEventListener("focusout", () => requestAnimationFrame(() => this.tellFocus()))
+    this.list.addEventListener("focusin", ({ target }) => this.setCurrent(target.closest("li").dataset.name))
+    for (const kind of ["focusin", "focusout"]) this.list.addEventListener(kind, () => setTimeout(() => this.tellFocus()))
     this.listenForHolds()
     $("#new-below").onclick = () => this.revealNew()
     addEventListener("resize", () => this.fit())
+  }
+
+  get shown() {
+    return [...this.tiles.values()].filter((tile) => this.passes(tile.item))
+  }
+
+  passes(item) {
+    return SHOWS[this.show](item) && item.matches(this.words)
   }
 
   // --- what is there ---
 
   /** Streams came or went, or the filter changed. */
   update() {
-    for (const [name, tile] of this.tiles) if (!this.streams.items.has(name)) this.remove(name, tile)
     const first = !this.tiles.size
-    for (const item of this.streams.items.values()) if (!this.tiles.has(item.name)) this.add(item, first)
-    for (const tile of this.tiles.values()) setHidden(tile.root, !this.passes(tile.item))
-    if (!this.tiles.has(this.current)) this.setCurrent(this.tiles.keys().next().value ?? null)
-    this.chooseBox()
+    for (const [name, tile] of this.tiles) if (!this.streams.has(name)) this.remove(name, tile)
+    for (const item of this.streams.values()) if (!this.tiles.has(item.name)) this.add(item, first)
+    for (const tile of this.tiles.values()) put(tile.root, { hidden: !this.passes(tile.item) })
+    const { shown } = this
+    if (!shown.some((tile) => tile.item.name === this.current)) this.setCurrent(shown[0]?.item.name ?? null)
+    this.chooseShape()
     this.fit()
     this.refresh(true)
     this.tellNew()
-  }
-
-  passes(item) {
-    return SHOWS[this.show](item) && item.matches(this.words)
   }
 
   add(item, first) {
@@ -120,15 +109,14 @@ export class Wall {
   }
 
   remove(name, tile) {
-    const had_focus = tile.root.contains(document.activeElement)
+    const focused = tile.root.contains(document.activeElement)
     const next = tile.root.nextElementSibling ?? tile.root.previousElementSibling
     this.observer.unobserve(tile.root)
     this.tiles.delete(name)
     this.unseen.delete(name)
     tile.root.remove()
     this.on.gone(name)
-    if (this.current === name) this.setCurrent(next?.dataset.name ?? null)
-    if (had_focus) this.focus(this.current)
+    if (focused) this.focus(next?.dataset.name)
   }
 
   /** Text, bars and buttons; only of tiles in sight unless `all`. */
@@ -137,21 +125,19 @@ export class Wall {
     this.tellFocus()
   }
 
-  /** News of pictures that the worker drew. */
-  drawn({ stream, seq, pictures, ...rest }) {
-    const tile = this.tiles.get(stream)
+  /** A picture that the worker drew on a tile. */
+  drawn(header, pictures) {
+    const tile = this.tiles.get(header.stream)
     if (!tile) return
-    tile.canvas.dataset.seq = seq
-    tile.canvas.dataset.pictures = pictures
-    tile.item.drawn = { seq, ...rest }
+    tile.item.drawn = header
+    Object.assign(tile.canvas.dataset, { seq: header.seq, pictures })
   }
 
   /** What the wall wants to see now: {name: "thumb"}. */
   wanted() {
-    const now = performance.now()
-    const wanted = {}
-    for (const [name, tile] of this.tiles) if (tile.visible || now - tile.left_ms < GRACE_MS) wanted[name] = "thumb"
-    return wanted
+    const since_ms = performance.now() - GRACE_MS
+    const near = [...this.tiles.values()].filter((tile) => tile.visible || tile.left_ms > since_ms)
+    return Object.fromEntries(near.map((tile) => [tile.item.name, "thumb"]))
   }
 
   crossed(entries) {
@@ -163,10 +149,9 @@ export class Wall {
         setTimeout(() => this.on.watch(), GRACE_MS + 10)
       }
       tile.visible = isIntersecting
-      if (isIntersecting) {
-        this.unseen.delete(tile.item.name)
-        tile.update()
-      }
+      if (!isIntersecting) continue
+      this.unseen.delete(tile.item.name)
+      tile.update()
     }
     this.on.watch()
     this.tellNew()
@@ -174,193 +159,123 @@ export class Wall {
 
   // --- layout ---
 
-  /** One shape of box for all, if most streams share it; never while somebody points at the wall. */
-  chooseBox() {
-    const items = [...this.streams.items.values()].filter(({ data }) => data.width && data.height)
-    const boxes = items.map(({ data }) => `${data.name} ${data.width}x${data.height}`).join()
-    if (boxes === this.boxes || this.list.matches(":hover, :focus-within")) return
-    this.boxes = boxes
-    const near = ({ data }) => ASPECTS.findIndex((aspect) => Math.abs(Math.log(data.width / data.height / aspect)) < 0.06)
-    const counts = ASPECTS.map((_, index) => items.filter((item) => near(item) === index).length)
-    const best = counts.indexOf(Math.max(...counts))
-    const aspect = items.length && counts[best] > (items.length * 2) / 3 ? ASPECTS[best] : 1
+  /** One shape of box for all, if most streams share it; it never changes while somebody points at the wall. */
+  chooseShape() {
+    const sizes = [...this.streams.values()].map(({ data }) => data).filter(({ width, height }) => width && height)
+    const streams = sizes.map(({ run, width, height }) => `${run} ${width}x${height}`).join()
+    if (streams === this.shape.streams || this.list.matches(":hover, :focus-within")) return
+    const near = ({ width, height }, aspect) => Math.abs(Math.log(width / height / aspect)) < 0.06
+    const aspect = ASPECTS.find((aspect) => sizes.filter((size) => near(size, aspect)).length > (sizes.length * 2) / 3) ?? 1
+    this.shape = { streams, aspect }
     this.list.style.setProperty("--box", aspect.toFixed(4))
-    this.aspect = aspect
   }
 
   /** In the fullscreen wall: the largest tiles for which all are in sight. */
   fit() {
-    const kiosk = document.body.classList.contains("kiosk")
-    if (!kiosk) return void this.list.style.removeProperty("--tile")
-    const count = [...this.tiles.values()].filter((tile) => !tile.root.hidden).length
-    const [width, height] = [innerWidth - 48, innerHeight - 32]
-    let tile_px = FIT.least_px
-    for (let size = FIT.most_px; size >= FIT.least_px; size -= 4) {
-      const columns = Math.max(1, Math.floor((width + 12) / (size + 12)))
-      const row = (width - 12 * (columns - 1)) / columns / (this.aspect ?? 1) + FIT.text_px + FIT.gap_px
-      if (Math.ceil(count / columns) * row - FIT.gap_px > height) continue
-      tile_px = size
-      break
+    this.list.style.removeProperty("--tile")
+    if (!document.body.matches(".kiosk")) return
+    const count = this.shown.length
+    const width = innerWidth - 2 * FIT.side_px + FIT.gap_px
+    const fits = (tile_px) => {
+      const columns = Math.max(1, Math.floor(width / (tile_px + FIT.gap_px)))
+      const row = (width / columns - FIT.gap_px) / this.shape.aspect + FIT.below_px
+      return Math.ceil(count / columns) * row <= innerHeight
     }
+    let tile_px = FIT.most_px
+    while (tile_px > FIT.least_px && !fits(tile_px)) tile_px -= 4
     this.list.style.setProperty("--tile", `${tile_px}px`)
   }
 
   tellNew() {
-    const below = [...this.unseen].filter((name) => !this.tiles.get(name).root.hidden)
-    const button = $("#new-below")
-    setHidden(button, !below.length)
-    if (below.length) setText(button, `${below.length} new below`)
+    const below = [...this.unseen].filter((name) => this.passes(this.streams.get(name)))
+    put($("#new-below"), { hidden: !below.length, text: `${below.length} new below` })
   }
 
   revealNew() {
     const [name] = this.unseen
-    this.tiles.get(name)?.root.scrollIntoView({ block: "center", behavior: "instant" })
+    this.tiles.get(name)?.root.scrollIntoView({ block: "center" })
     this.focus(name)
   }
 
   // --- pointer ---
 
   clicked(event) {
-    const tile = this.tiles.get(event.target.closest("li")?.dataset.name)
     const button = event.target.closest("[data-act]")
-    if (!tile || !button) return
+    if (!button) return
     event.preventDefault()
-    if (button.getAttribute("aria-disabled") !== "true") this.on.act(button.dataset.act, tile.item, event)
+    const { item } = this.tiles.get(button.closest("li").dataset.name)
+    if (!button.matches("[aria-disabled=true]")) this.on.act(button.dataset.act, item)
   }
 
   /** Fingers have no hover: holding a tile shows its buttons, a tap elsewhere hides them. */
   listenForHolds() {
     let timer = 0
     let swallow = false
-    const held = () => $(".tile.held", this.list)
-    this.list.addEventListener("pointerdown", (event) => {
+    const hide = () => $(".held")?.classList.remove("held")
+    this.list.addEventListener("pointerdown", ({ pointerType, target }) => {
       swallow = false
-      if (event.pointerType === "mouse") return
-      const article = event.target.closest(".tile")
+      if (pointerType === "mouse") return
       timer = setTimeout(() => {
         swallow = true
-        held()?.classList.remove("held")
-        article?.classList.add("held")
+        hide()
+        target.closest(".tile")?.classList.add("held")
       }, HOLD_MS)
     })
-    for (const kind of ["pointerup", "pointercancel", "pointermove"]) {
-      this.list.addEventListener(kind, (event) => (kind !== "pointermove" || Math.hypot(event.movementX, event.movementY) > 4) && clearTimeout(timer))
+    for (const kind of ["pointerup", "pointercancel"]) this.list.addEventListener(kind, () => clearTimeout(timer))
+    this.list.addEventListener("contextmenu", (event) => swallow && event.preventDefault())
+    const click = (event) => {
+      if (!swallow) return event.target.closest(".held") || hide()
+      swallow = false
+      event.preventDefault()
+      event.stopPropagation()
     }
-    this.list.addEventListener("contextmenu", (event) => matchMedia("(pointer: coarse)").matches && event.preventDefault())
-    document.addEventListener("click", (event) => {
-      if (swallow) {
-        swallow = false
-        event.preventDefault()
-        event.stopPropagation()
-      } else if (!event.target.closest(".held")) held()?.classList.remove("held")
-    }, true)
+    document.addEventListener("click", click, true)
   }
 
   // --- keyboard ---
 
   /** The stream whose tile has the focus (or its buttons), or null. */
-  get focusedItem() {
-    const name = document.activeElement?.closest?.("#wall li")?.dataset.name
-    return this.tiles.get(name)?.item ?? null
+  get focused() {
+    return this.tiles.get(document.activeElement?.closest("#wall li")?.dataset.name)?.item ?? null
   }
 
-  focused(root) {
-    if (root) this.setCurrent(root.dataset.name)
-    this.tellFocus()
-  }
-
-  /** One tab stop for the whole wall: the current tile, then its buttons. */
   setCurrent(name) {
-    for (const tile of [this.tiles.get(this.current), this.tiles.get(name)]) {
-      if (!tile) continue
-      const index = tile.item.name === name ? 0 : -1
-      tile.name.tabIndex = tile.parts.record.tabIndex = tile.parts.stop.tabIndex = tile.parts.undo.tabIndex = index
-    }
+    this.tiles.get(this.current)?.focusable(false)
+    this.tiles.get(name)?.focusable(true)
     this.current = name
   }
 
-  /** The info bar tells what a tile has no room for. */
+  /** The info bar tells what a tile has no room for, to who moves by keys. */
   tellFocus() {
-    const item = this.focusedItem
     const bar = $("#info")
-    const show = item && (document.activeElement.matches(":focus-visible") || !bar.hidden)
-    setHidden(bar, !show)
+    const item = this.focused
+    const show = item && (!bar.hidden || document.activeElement.matches(":focus-visible"))
+    put(bar, { hidden: !show })
     if (!show) return
     const { meta, width, height } = item.data
-    const size = width && height ? `${width} × ${height}` : ""
-    setText($("b", bar), item.name)
-    setText($("span", bar), [meta.prompt, meta.seed !== undefined && `seed ${meta.seed}`, meta.sampler, size].filter(Boolean).join(" · "))
+    const facts = [meta.prompt, meta.seed != null && `seed ${meta.seed}`, meta.sampler, width && `${width} × ${height}`]
+    put($("b", bar), { text: item.name })
+    put($("span", bar), { text: facts.filter(Boolean).join(" · ") })
   }
 
   focus(name) {
     const tile = this.tiles.get(name)
-    if (tile && !tile.root.hidden) tile.name.focus()
-    else $("#view-wall h1").focus()
+    ;(tile && this.passes(tile.item) ? tile.link : $("#view-wall h1")).focus()
   }
 
   /** Arrows go where they point, over rows of any length. Returns whether the key was one of ours. */
   move(key) {
-    const shown = [...this.tiles.values()].filter((tile) => !tile.root.hidden)
+    const { shown } = this
     const at = shown.findIndex((tile) => tile.item.name === this.current)
-    if (!shown.length) return false
-    const columns = this.columns(shown)
-    const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }
+    if (at < 0) return false
+    const tops = shown.map((tile) => tile.root.offsetTop)
+    const columns = tops.filter((top) => top === tops[0]).length
     const last = shown.length - 1
-    let to = key === "Home" ? 0 : key === "End" ? last : at + (steps[key] ?? NaN)
-    if (Number.isNaN(to)) return false
-    if (!this.focusedItem) to = Math.max(at, 0)
-    else if (to > last && key === "ArrowDown" && Math.floor(at / columns) < Math.floor(last / columns)) to = last
-    else if (to < 0 || to > last) return true
-    this.focus(shown[to].item.name)
+    const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, Home: -at, End: last - at }
+    if (!(key in steps)) return false
+    let to = this.focused ? at + steps[key] : at
+    if (to > last && tops[at] < tops[last]) to = last // down into a short last row
+    if (to >= 0 && to <= last) this.focus(shown[to].item.name)
     return true
   }
-
-  columns(shown) {
-    const top = shown[0].root.offsetTop
-    const next = shown.findIndex((tile) => tile.root.offsetTop > top)
-    return next < 0 ? shown.length : next
-  }
-}
-
-/** The toolbar: which streams, which words, which size. */
-export function listenToTools(wall, { changed, resized }) {
-  for (const button of $$("#tools [data-show]")) {
-    button.onclick = () => {
-      wall.show = button.dataset.show
-      changed()
-    }
-  }
-  for (const button of $$("#tools [data-size]")) button.onclick = () => resized(button.dataset.size)
-  const filter = $("#filter")
-  filter.oninput = () => {
-    wall.words = filter.value.toLowerCase().split(/\s+/).filter(Boolean)
-    changed()
-  }
-  $("#no-match button").onclick = () => {
-    filter.value = ""
-    wall.show = "all"
-    filter.oninput()
-    filter.focus()
-  }
-  $("#more").onclick = () => {
-    const open = $("#tools").classList.toggle("more")
-    $("#more").setAttribute("aria-expanded", open)
-    if (open) filter.focus()
-  }
-}
-
-export function tellTools(wall, streams) {
-  const counts = Object.fromEntries(Object.entries(SHOWS).map(([show, test]) => [show, streams.count(test)]))
-  for (const button of $$("#tools [data-show]")) {
-    setAttribute(button, "aria-pressed", wall.show === button.dataset.show)
-    setText($(".count", button), `${counts[button.dataset.show]}`)
-  }
-  setHidden($("#clear-ended"), !counts.ended)
-  const matching = streams.count((item) => wall.passes(item))
-  const typed = $("#filter").value.trim()
-  setHidden($("#no-match"), matching > 0 || !streams.items.size)
-  const none = { live: "No stream is live.", kept: "Nothing is kept yet.", ended: "No stream has ended." }[wall.show]
-  setText($("#no-match span"), typed ? `Nothing matches "${typed}".` : (none ?? ""))
-  setText($("#no-match button"), typed ? "Clear filter" : "Show all")
-  return plural(matching, "stream")
 }

@@ -1,0 +1,28 @@
+// What stands where no stream is yet: the lines that connect a sampler, from the one file that is tested to run.
+
+import { $, copyText, make, put } from "./dom.js"
+
+const COPIED_MS = 1500
+
+export async function fillEmpty({ host, loopback, say }) {
+  const root = $("#empty")
+  const ways = await (await fetch(new URL("./connect.json", import.meta.url))).json()
+  const chips = ways.map((way) => make("button", { type: "button", text: way.title }))
+  const choose = (chosen) => {
+    put($("[data-part=lead]", root), { text: chosen.lead })
+    put($("code", root), { text: chosen.lines.join("\n") })
+    chips.forEach((chip, index) => put(chip, { "aria-pressed": ways[index] === chosen }))
+  }
+  chips.forEach((chip, index) => (chip.onclick = () => choose(ways[index])))
+  $(".chips", root).append(...chips)
+  choose(ways[0])
+  const copy = $("[data-part=copy]", root)
+  copy.onclick = async () => {
+    const text = (await copyText($("code", root).textContent)) ? "Copied" : "Select and copy"
+    put(copy.lastElementChild, { text })
+    say(text)
+    setTimeout(() => put(copy.lastElementChild, { text: "Copy" }), COPIED_MS)
+  }
+  const elsewhere = loopback ? "" : " Where the sampler runs, set TAESD_STREAM_ADDRESS to the address of this daemon's broker."
+  put($("[data-part=listening]", root), { text: `Listening on ${host}. Recordings you make are kept under Recordings.${elsewhere}` })
+}

@@ -1,0 +1,49 @@
+// Single keys. Everything that a key does has a button too.
+
+import { $ } from "./dom.js"
+
+const ONCE = ["r", "x"] // a held key is one press
+
+/** do: what each key calls; `subject()` is the stream that a letter acts on, or null. */
+export function listenToKeys(on) {
+  const anywhere = {
+    "?": on.help,
+    1: () => on.go("#/"),
+    2: () => on.go("#/recordings"),
+    "/": on.filter,
+    p: on.pause,
+    f: on.fullscreen,
+    z: on.undo,
+    Escape: on.back,
+  }
+  const of_stream = {
+    r: (item) => on.act("record", item),
+    x: (item, event) => on.act("stop", item, event.shiftKey),
+    s: (item) => on.act("say", item),
+  }
+  const opened = { "[": () => on.neighbour(-1), "]": () => on.neighbour(1), y: () => on.act("link") }
+
+  document.addEventListener("keydown", (event) => {
+    const { target, key } = event
+    if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || $("#help").open) return
+    if (target.matches("input, textarea, video")) {
+      if (key === "Escape" && target.id === "filter") leaveFilter(target)
+      return
+    }
+    const single = key.length === 1 ? key.toLowerCase() : key
+    if (key.length === 1 && !$("#keys-on").checked) return
+    if (event.repeat && ONCE.includes(single)) return
+    if (on.move(key)) return event.preventDefault()
+    const item = on.subject()
+    const run = anywhere[single] ?? (item && of_stream[single]) ?? (on.stage() && opened[single])
+    if (!run) return
+    event.preventDefault()
+    run(item, event)
+  })
+}
+
+function leaveFilter(field) {
+  if (!field.value) return field.blur()
+  field.value = ""
+  field.oninput()
+}
