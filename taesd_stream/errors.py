@@ -28,3 +28,7 @@ class RefusedError(TaesdStreamError):
 
 class StreamAbsentError(TaesdStreamError):
     """Nobody publishes a stream of that name."""
+
+
+class UnreachableError(TaesdStreamError):
+    """No daemon answers at the address that was given."""

@@ -47,6 +47,7 @@ class StreamInfo:
     """What a publisher says once about one run of a stream.
 
     record: None follows the daemon's `recording.default`. fps: pictures a second of `clip` and `live`.
+    opened_ns: the publisher's time.monotonic_ns() at its opening: the origin of the run's picture times.
     """
 
     stream: str
@@ -56,6 +57,7 @@ class StreamInfo:
     fps: float | None = None
     record: RecordMode | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    opened_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Logging of the roles: text for people on a terminal, JSON lines elsewhere. Called by processes, never by the library."""
+"""Logging of the roles: text on a terminal, JSON lines elsewhere. Called by processes, never by the library."""
 
 from __future__ import annotations
 

@@ -133,7 +133,10 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobItem:
-    """One frame to decode. keyframe: its renditions must start anew here; pts in 1/90000 s; times as in Stamps."""
+    """One frame to decode. keyframe: its `live` chain must start anew here; times as in Stamps.
+
+    pts: of its first picture, 1/90000 s; picture_ticks: from one of its pictures to the next.
+    """
 
     stream: str
     run: str
@@ -145,6 +148,7 @@ class JobItem:
     attempt: int
     keyframe: bool
     pts: int
+    picture_ticks: int
     step: int
     total_steps: int | None
     sigma: float | None

@@ -150,6 +150,8 @@ class Outbox:
             if mode == "all":
                 first = waiting[0] if waiting else self.pending[0][0] if self.pending else None
                 self.kept_from = first.seq if first else self.next_seq
+            else:
+                self.kept_from = None
         if mode == "all":
             for frame in waiting:
                 self.kept.append(dataclasses.replace(frame, kept=True))

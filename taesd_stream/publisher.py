@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import secrets
 import socket
@@ -18,6 +19,7 @@ from typing import Any, Final
 from taesd_stream import wire
 from taesd_stream.errors import WireError
 from taesd_stream.frames import (
+    CLOCK_HZ,
     DTYPE_BYTES,
     KINDS,
     RECORD_MODES,
@@ -37,6 +39,7 @@ from taesd_stream.publisher_link import PublisherLink
 logger = logging.getLogger(__name__)
 
 RING_BYTES: Final = 256 << 20
+NS_PER_TICK: Final = math.ceil(1e9 / CLOCK_HZ)
 UINT8_MAGNITUDE: Final = 3.0  # PROTOCOL: uint8 = clamp(z / (2 m) + 0.5); m of every format in use
 
 
@@ -91,6 +94,7 @@ class LatentPublisher:
         self._kind = kind
         self._pid = os.getpid()
         self._index = 0
+        self._sent_ns = 0
         self._faults = 0
         self._is_closed = False
         self._outbox = Outbox(info, ring_bytes=RING_BYTES, log_folder=own_log_folder())
@@ -175,7 +179,8 @@ class LatentPublisher:
             )
         if self._format is not None:
             self._format.check_shape(self._kind, tuple(latents.shape))
-        sent_ns = time.monotonic_ns()
+        # two frames never share a tick of the pictures' 90 kHz clock
+        self._sent_ns = sent_ns = max(time.monotonic_ns(), self._sent_ns + NS_PER_TICK)
         fetch, dtype, shape = snapshot(latents, self._wire_dtype, UINT8_MAGNITUDE)
         frame = LatentFrame(
             run=self.run,
@@ -226,6 +231,7 @@ def _checked_info(
         fps=fps,
         record=record,
         meta={str(key): _plain(value) for key, value in meta.items()},
+        opened_ns=time.monotonic_ns(),
     )
     try:
         wire.unpack(wire.pack(info), (StreamInfo,))

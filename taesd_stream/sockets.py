@@ -10,6 +10,7 @@ from typing import Final
 
 import zmq
 
+from taesd_stream.messages import Part
 from taesd_stream.wire import MAX_MESSAGE_BYTES
 
 HEARTBEAT_MS: Final = 2000
@@ -133,3 +134,12 @@ class ClockOffset:
     def offset_ns(self) -> int | None:
         """Add this to our clock to get the peer's; None before the first round trip."""
         return min(self._trips)[1] if self._trips else None
+
+
+def receive_parts(socket: zmq.Socket[bytes]) -> list[Part]:
+    """One whole message: its header as bytes, its payloads as views of the received memory, uncopied.
+
+    Raises: zmq.Again when none waits.
+    """
+    head, *payloads = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+    return [head.bytes, *(payload.buffer for payload in payloads)]

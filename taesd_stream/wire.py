@@ -203,6 +203,7 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
         "fps": _optional(_number(0.001, 1000)),
         "record": _optional(_MODE),
         "meta": _meta,
+        "opened_ns": _NS,
     },
     LatentFrame: {
         "run": _run,
@@ -252,6 +253,7 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
         "attempt": _COUNT,
         "keyframe": _boolean,
         "pts": _NS,
+        "picture_ticks": _COUNT,
         "step": _COUNT,
         "total_steps": _STEPS,
         "sigma": _SIGMA,

@@ -1,0 +1,79 @@
+"""Where the roles of one daemon find each other, and which addresses may be bound at all."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import platformdirs
+import zmq
+
+from taesd_stream.config import AUTO, Config
+from taesd_stream.errors import ConfigError
+
+MAX_IPC_PATH_BYTES = 100  # a Unix socket's path may have 107; libzmq adds to it
+
+
+def runtime_folder(config: Config) -> Path:
+    """A folder of this daemon's own for socket files, told by its public address; made with mode 0700."""
+    name = hashlib.sha256(config.broker.bind.encode()).hexdigest()[:10]
+    folder = platformdirs.user_runtime_path("taesd-stream", ensure_exists=False) / name
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def workers_address(config: Config) -> str:
+    """`broker.workers_bind`, resolved."""
+    return _inner(config, config.broker.workers_bind, "workers", 5761)
+
+
+def packets_address(config: Config) -> str:
+    """`streamer.packets_bind`, resolved."""
+    return _inner(config, config.streamer.packets_bind, "packets", 5762)
+
+
+def _inner(config: Config, address: str, name: str, port: int) -> str:
+    if address != AUTO:
+        return _checked(address, name)
+    if sys.platform == "win32":
+        return f"tcp://127.0.0.1:{port}"
+    return f"ipc://{runtime_folder(config) / name}"
+
+
+def _checked(address: str, name: str) -> str:
+    if address.startswith("ipc://"):
+        path = address.removeprefix("ipc://")
+        if len(path.encode()) > MAX_IPC_PATH_BYTES:
+            raise ConfigError(f"{name}: {path} is too long for a socket file; at most {MAX_IPC_PATH_BYTES} bytes")
+        return address
+    return require_loopback(f"{name} address", address)
+
+
+def require_loopback(key: str, address: str) -> str:
+    """Return `address` if only this host can reach it. Raises: ConfigError else: there are no keys yet to guard it."""
+    parts = urlsplit(address if "://" in address else f"tcp://{address}")
+    if parts.scheme == "ipc":
+        return address
+    try:
+        host, port = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise ConfigError(f"{key} = {address}: {error}") from error
+    if not host or port is None:
+        raise ConfigError(f"{key} = {address}: expected host:port, as in 127.0.0.1:{5760 if 'broker' in key else 8765}")
+    try:
+        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback:
+        raise ConfigError(f"{key} = {address}: only loopback addresses may be bound; reach it from elsewhere by ssh -L")
+    return address
+
+
+def bound_address(socket: zmq.Socket[bytes]) -> str:
+    """The address that a bound socket has, its port resolved."""
+    endpoint = socket.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(endpoint, bytes)
+    return endpoint.rstrip(b"\0").decode()

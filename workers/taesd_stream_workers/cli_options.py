@@ -1,0 +1,28 @@
+"""Options and manners that the commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+DEFAULT_WEB: Final = "http://127.0.0.1:8765"
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="TOML file; configs/default.toml shows every key.")
+]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key; may be given many times.")
+]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Log messages too.")]
+WebOption = Annotated[str, typer.Option("--connect", metavar="URL", help="The daemon's web address.")]
+
+
+def say(text: str, *, is_error: bool = False) -> None:
+    """A line for a person, on stderr: stdout is for what other programs read."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        text, style="red" if is_error else None, markup=not is_error
+    )

@@ -1,0 +1,126 @@
+"""The decode workers that the broker knows: their credits, the jobs they hold, how fast they are."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from taesd_stream.messages import WorkerHello
+from taesd_stream.scheduling import Candidate, WorkerLimits
+
+SILENT_S: Final = 3.0
+
+
+@dataclass(slots=True)
+class JobHeld:
+    """A job that a worker has not answered yet."""
+
+    items: tuple[Candidate, ...]
+    latent_format: str
+    nbytes: int
+    deadline_s: float
+
+
+@dataclass(slots=True)
+class Worker:
+    """One decode worker, as the broker sees it."""
+
+    id: bytes
+    hello: WorkerHello
+    heard_s: float
+    jobs: dict[int, JobHeld] = field(default_factory=dict)
+    seconds_per_byte: dict[str, float] = field(default_factory=dict)  # by latent format
+    frames: int = 0
+
+    @property
+    def credits(self) -> int:
+        """How many jobs it takes now."""
+        return self.hello.credits - len(self.jobs)
+
+    def limits(self, max_batch_size: int, max_job_s: float) -> WorkerLimits:
+        """What the scheduler must know; the slowest format counts, for the group is not chosen yet."""
+        return WorkerLimits(
+            worker=self.id,
+            max_batch_size=max_batch_size,
+            max_job_s=max_job_s,
+            seconds_per_byte=max(self.seconds_per_byte.values(), default=None),
+        )
+
+    def to_state(self) -> dict[str, Any]:
+        """The worker's row of STATE."""
+        return {
+            "id": self.id.decode("ascii", "replace"),
+            "device": self.hello.device,
+            "engines": self.hello.engines,
+            "jobs": len(self.jobs),
+            "frames": self.frames,
+        }
+
+
+class Crew:
+    """All workers, and all jobs on their way."""
+
+    def __init__(self, job_deadline_s: float) -> None:
+        self.workers: dict[bytes, Worker] = {}
+        self._deadline_s = job_deadline_s
+        self._next_job = 1
+
+    def hello(self, peer: bytes, hello: WorkerHello) -> bool:
+        """Note that a worker is there. Returns whether it is new."""
+        worker = self.workers.get(peer)
+        if worker is None:
+            self.workers[peer] = Worker(peer, hello, time.monotonic())
+            return True
+        worker.hello, worker.heard_s = hello, time.monotonic()
+        return False
+
+    def assign(self, worker: Worker, items: tuple[Candidate, ...]) -> int:
+        """Give a worker a job. Returns the job's number."""
+        job = self._next_job
+        self._next_job += 1
+        latent_format: str = items[0].group[0]
+        nbytes = sum(item.nbytes for item in items)
+        worker.jobs[job] = JobHeld(items, latent_format, nbytes, time.monotonic() + self._deadline_s)
+        return job
+
+    def progress(self, peer: bytes, job: int) -> None:
+        """One slice more is done: the deadline counts from here."""
+        held = self._held(peer, job)
+        if held is not None:
+            held.deadline_s = time.monotonic() + self._deadline_s
+
+    def finish(self, peer: bytes, job: int, ms: float | None = None) -> JobHeld | None:
+        """The worker answered. Returns the job; None for one that was given to another since: its answer is late."""
+        worker = self.workers.get(peer)
+        held = worker.jobs.pop(job, None) if worker else None
+        if worker is None or held is None:
+            return None
+        worker.frames += len(held.items)
+        if ms is not None:
+            measured = ms / 1000 / max(1, held.nbytes)
+            before = worker.seconds_per_byte.get(held.latent_format, measured)
+            worker.seconds_per_byte[held.latent_format] = 0.7 * before + 0.3 * measured
+        return held
+
+    def remove(self, peer: bytes) -> Worker | None:
+        """Forget a worker that is gone."""
+        return self.workers.pop(peer, None)
+
+    def gone(self) -> list[bytes]:
+        """Workers that are silent, or whose job is over its deadline."""
+        now = time.monotonic()
+        return [
+            worker.id
+            for worker in self.workers.values()
+            if now - worker.heard_s > SILENT_S or any(job.deadline_s < now for job in worker.jobs.values())
+        ]
+
+    def slowest_s_per_frame(self, latent_format: str, nbytes: int) -> float:
+        """Seconds a frame takes, from what was measured; 0 when nothing was."""
+        rates = [worker.seconds_per_byte.get(latent_format, 0.0) for worker in self.workers.values()]
+        return max(rates, default=0.0) * nbytes
+
+    def _held(self, peer: bytes, job: int) -> JobHeld | None:
+        worker = self.workers.get(peer)
+        return worker.jobs.get(job) if worker else None

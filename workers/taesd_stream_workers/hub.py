@@ -1,0 +1,221 @@
+"""Who watches what: pictures from the streamer's thread to every page, wishes of the pages to the broker.
+
+All methods but the marked ones run in the web thread's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from threading import Lock
+from typing import Any, Final
+
+from taesd_stream.frames import Packet, Rendition
+from taesd_stream.messages import Keyframe, Record, State, StopStream, Watch
+from taesd_stream_workers.latency import Latency
+from taesd_stream_workers.viewer import Viewer
+
+INBOX_BYTES: Final = 64 << 20
+SIGNAL_AGE_S: Final = 2.0
+
+
+class Hub:
+    """The meeting point of two threads: the streamer's, with the sockets, and the web's, with the viewers."""
+
+    def __init__(self, latency: Latency, tell_broker: Callable[[Any], None]) -> None:
+        self.latency = latency
+        self.viewers: set[Viewer] = set()
+        self.state: State | None = None
+        self.state_at_s = 0.0
+        self.recordings: list[dict[str, Any]] = []
+        self.clock_ns: Callable[[], int] = time.monotonic_ns
+        self._tell_broker = tell_broker
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._inbox: deque[tuple[Packet, int]] = deque()
+        self._inbox_bytes = 0
+        self._inbox_lock = Lock()
+        self._pictures: dict[tuple[str, Rendition], Packet] = {}  # newest whole picture, for late viewers
+        self._newest: dict[str, Packet] = {}  # newest packet of any rendition, by run
+        self._latency_ms: dict[str, float] = {}
+        self._counts: defaultdict[tuple[str, Rendition], int] = defaultdict(int)
+        self._rate: deque[float] = deque()
+
+    # --- the streamer's thread ---
+
+    def offer_packet(self, packet: Packet, streamed_ns: int) -> None:
+        """Bring a live packet to the viewers; over the bound the oldest goes, and its chain starts anew."""
+        with self._inbox_lock:
+            is_first = not self._inbox
+            self._inbox.append((packet, streamed_ns))
+            self._inbox_bytes += len(packet.payload)
+            while self._inbox_bytes > INBOX_BYTES:
+                dropped, _ = self._inbox.popleft()
+                self._inbox_bytes -= len(dropped.payload)
+                if dropped.rendition == "live":
+                    self._tell_broker(Keyframe(stream=dropped.stream, rendition="live"))
+        if is_first:
+            self._call(self._take_packets)
+
+    def offer_state(self, state: State) -> None:
+        """The broker's newest STATE."""
+        self._call(self._take_state, state)
+
+    def offer_recordings(self, rows: list[dict[str, Any]]) -> None:
+        """The recordings' newest rows."""
+        self._call(self._take_recordings, rows)
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(function, *arguments)
+
+    # --- the web thread ---
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """From now on things are delivered in this loop."""
+        self._loop = loop
+        loop.call_soon(self._take_packets)
+
+    def _take_packets(self) -> None:
+        with self._inbox_lock:
+            taken = list(self._inbox)
+            self._inbox.clear()
+            self._inbox_bytes = 0
+        for packet, streamed_ns in taken:
+            self._newest[packet.run] = packet
+            self._latency_ms[packet.run] = max(0, streamed_ns - packet.stamps.sent_ns) / 1e6
+            self._rate.append(time.monotonic())
+            if packet.rendition != "live":
+                self._pictures[packet.stream, packet.rendition] = packet
+            for viewer in self.viewers:
+                viewer.offer(packet, streamed_ns)
+
+    def _take_state(self, state: State) -> None:
+        self.state, self.state_at_s = state, time.monotonic()
+        alive = {row["run"] for row in state.streams}
+        names = {row["name"] for row in state.streams}
+        for run in [run for run in self._newest if run not in alive]:
+            del self._newest[run]
+            self._latency_ms.pop(run, None)
+        for key in [key for key in self._pictures if key[0] not in names]:
+            del self._pictures[key]
+        self.latency.desired_workers.set(state.desired_workers)
+        for name, count in state.stats.get("counts", {}).items():
+            self.latency.broker.labels(name).set(count)
+        for viewer in self.viewers:
+            viewer.state_changed()
+
+    def _take_recordings(self, rows: list[dict[str, Any]]) -> None:
+        self.recordings = rows
+        for viewer in self.viewers:
+            viewer.state_changed()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether broker, a worker and this streamer work together."""
+        fresh = self.state is not None and time.monotonic() - self.state_at_s < SIGNAL_AGE_S + 1
+        return fresh and self.state is not None and bool(self.state.workers)
+
+    def streams(self) -> list[dict[str, Any]]:
+        """The rows of GET /api/v1/streams."""
+        rows = []
+        files = defaultdict(list)
+        for recording in self.recordings:
+            files[recording["run"]].append(recording["id"])
+        for row in self.state.streams if self.state else []:
+            packet = self._newest.get(row["run"])
+            latency_ms = self._latency_ms.get(row["run"])
+            extra = {
+                "decoder": packet.decoder if packet else self._engine_of(row["latent_format"]),
+                "latency_ms": round(latency_ms, 1) if latency_ms is not None and row["state"] == "live" else None,
+                "files": files[row["run"]],
+            }
+            rows.append({**row, **extra})
+        return rows
+
+    def alerts(self) -> list[dict[str, str]]:
+        """What everybody must know now."""
+        found = [{"code": code, "text": text} for code, text in self._broker_alerts().items()]
+        if self.state is not None and time.monotonic() - self.state_at_s > SIGNAL_AGE_S + 1:
+            found.append({"code": "no_broker", "text": "The broker does not answer; it is being restarted."})
+        elif self.state is not None and not self.state.workers:
+            found.append({"code": "no_worker", "text": "No decode worker."})
+        return found
+
+    def _broker_alerts(self) -> dict[str, str]:
+        return self.state.stats.get("alerts", {}) if self.state else {}
+
+    def _engine_of(self, latent_format: str) -> str | None:
+        for worker in self.state.workers if self.state else []:
+            engine = worker.get("engines", {}).get(latent_format)
+            if engine:
+                return str(engine.get("decoder"))
+        return None
+
+    def stats(self) -> dict[str, Any]:
+        """What the page's header shows."""
+        now = time.monotonic()
+        while self._rate and now - self._rate[0] > 2.0:
+            self._rate.popleft()
+        workers = len(self.state.workers) if self.state else 0
+        return {
+            "pictures_per_s": round(len(self._rate) / 2.0, 1),
+            "latency_ms": self.latency.recent_ms,
+            "workers": workers,
+        }
+
+    def picture(self, stream: str, rendition: Rendition) -> Packet | None:
+        """The newest whole picture of a stream, if one was made."""
+        return self._pictures.get((stream, rendition))
+
+    def watch(self, viewer: Viewer, before: dict[str, Rendition], after: dict[str, Rendition]) -> None:
+        """A viewer wants other streams than before."""
+        for stream, rendition in before.items():
+            if after.get(stream) != rendition:
+                self._change(stream, rendition, -1)
+        for stream, rendition in after.items():
+            if before.get(stream) == rendition:
+                continue
+            self._change(stream, rendition, +1)
+            if rendition == "live":
+                self.keyframe(stream)
+            elif (packet := self._pictures.get((stream, rendition))) is not None:
+                viewer.offer(packet, self.clock_ns())
+
+    @contextlib.contextmanager
+    def watching(self, stream: str, rendition: Rendition) -> Iterator[None]:
+        """Watch a stream as one more viewer, for the time of a `with`."""
+        self._change(stream, rendition, +1)
+        try:
+            yield
+        finally:
+            self._change(stream, rendition, -1)
+
+    def _change(self, stream: str, rendition: Rendition, by: int) -> None:
+        self._counts[stream, rendition] += by
+        viewers = self._counts[stream, rendition]
+        if not viewers:
+            del self._counts[stream, rendition]
+        self._tell_broker(Watch(stream=stream, rendition=rendition, viewers=viewers))
+
+    def watches(self) -> list[Watch]:
+        """All that is watched now: said again to a broker that was restarted. Any thread."""
+        return [
+            Watch(stream=stream, rendition=rendition, viewers=viewers)
+            for (stream, rendition), viewers in list(self._counts.items())
+        ]
+
+    def keyframe(self, stream: str) -> None:
+        """A viewer of `live` needs a picture to begin with."""
+        self._tell_broker(Keyframe(stream=stream, rendition="live"))
+
+    def record(self, stream: str, mode: Any) -> None:
+        """Keep a stream, or not any more."""
+        self._tell_broker(Record(stream=stream, mode=mode))
+
+    def stop(self, stream: str) -> None:
+        """Ask a sampler to stop."""
+        self._tell_broker(StopStream(stream=stream))

@@ -1,0 +1,81 @@
+"""How long each stage of a picture's way takes: Prometheus histograms, and a short memory for the page."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from taesd_stream.frames import Packet
+
+BUCKETS_S: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
+STAGES: Final = ("receive", "wait", "decode", "encode", "stream")
+
+
+class Latency:
+    """Stages of live pictures, sampler to packet, and to the screen where a page tells."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._stages = Histogram(
+            "taesd_stream_stage_seconds",
+            "Time a picture spends in one stage, sampler to streamer",
+            ["stage"],
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self._shown = Histogram(
+            "taesd_stream_shown_seconds",
+            "From publish() to the picture drawn in a browser",
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self._total = Histogram(
+            "taesd_stream_packet_seconds",
+            "From publish() to the packet at the streamer",
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self.packets = Counter("taesd_stream_packets", "Packets received", ["rendition"], registry=self.registry)
+        self.bytes = Counter("taesd_stream_packet_bytes", "Bytes of packets", ["rendition"], registry=self.registry)
+        self.dropped = Counter(
+            "taesd_stream_dropped", "Pictures not sent to a slow viewer", ["rendition"], registry=self.registry
+        )
+        self.viewers = Gauge("taesd_stream_viewers", "Open pages", registry=self.registry)
+        self.broker = Gauge("taesd_stream_broker", "The broker's counters", ["count"], registry=self.registry)
+        self.streams = Gauge("taesd_stream_streams", "Streams by state", ["state"], registry=self.registry)
+        self.desired_workers = Gauge("taesd_stream_desired_workers", "Workers the load needs", registry=self.registry)
+        self._recent: deque[float] = deque(maxlen=256)
+
+    def on_packet(self, packet: Packet, streamed_ns: int) -> None:
+        """A packet came; streamed_ns is now, on the broker's clock."""
+        self.packets.labels(packet.rendition).inc()
+        self.bytes.labels(packet.rendition).inc(len(packet.payload))
+        stamps = packet.stamps
+        if packet.rendition == "record" or not stamps.received_ns:
+            return  # one that waited in the log says nothing of the way
+        times = (
+            stamps.sent_ns,
+            stamps.received_ns,
+            stamps.started_ns,
+            stamps.decoded_ns,
+            stamps.encoded_ns,
+            streamed_ns,
+        )
+        for stage, before, after in zip(STAGES, times[:-1], times[1:], strict=True):
+            self._stages.labels(stage).observe(max(0, after - before) / 1e9)
+        total_s = max(0, streamed_ns - stamps.sent_ns) / 1e9
+        self._total.observe(total_s)
+        self._recent.append(total_s)
+
+    def on_shown(self, sent_ns: int, shown_ns: int) -> None:
+        """A page drew a picture."""
+        self._shown.observe(max(0, shown_ns - sent_ns) / 1e9)
+
+    @property
+    def recent_ms(self) -> float | None:
+        """Median of the last pictures, sampler to packet, in ms."""
+        if not self._recent:
+            return None
+        return round(sorted(self._recent)[len(self._recent) // 2] * 1000, 1)

@@ -1,0 +1,139 @@
+"""The recording folder as people see it: growing and finished files, each with what was painted in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import av
+from av.video.codeccontext import VideoCodecContext
+
+from taesd_stream.media.encoder import TIME_BASE
+from taesd_stream.media.finished import copy_pictures, read_summary
+from taesd_stream.media.fragments import FragmentError, read_head
+from taesd_stream.media.growing_file import FINISHED_SUFFIX, PART_SUFFIX
+
+MAX_CACHED: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    mtime_ns: int
+    row: dict[str, Any]
+
+
+class Library:
+    """Finished recordings of one folder, read once a file; growing ones are the recorder's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: dict[str, _Known] = {}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a finished file that is ours, newest first."""
+        with contextlib.suppress(FileNotFoundError):
+            entries = [entry for entry in os.scandir(self.folder) if entry.name.endswith(FINISHED_SUFFIX)]
+            names = set()
+            for entry in entries:
+                name = entry.name.removesuffix(FINISHED_SUFFIX)
+                names.add(name)
+                with contextlib.suppress(OSError):
+                    self._read(name, entry)
+            self._known = {name: known for name, known in self._known.items() if name in names}
+        rows = [known.row for known in self._known.values() if known.row]
+        return sorted(rows, key=lambda row: float(row["started"]), reverse=True)
+
+    def holds(self, run: str, last_seq: int) -> bool:
+        """Whether a finished file has this run up to `last_seq`."""
+        return any(row["run"] == run and row["last_seq"] >= last_seq for row in self.rows())
+
+    def path_of(self, recording_id: str) -> Path | None:
+        """The finished file of an id that `rows` gave; ids from outside are only looked up, never made into paths."""
+        self.rows()
+        known = self._known.get(recording_id)
+        return self.folder / f"{recording_id}{FINISHED_SUFFIX}" if known and known.row else None
+
+    def delete(self, recording_id: str) -> bool:
+        """Remove a finished file. Returns whether there was one."""
+        path = self.path_of(recording_id)
+        if path is None:
+            return False
+        path.unlink(missing_ok=True)
+        return True
+
+    def _read(self, name: str, entry: os.DirEntry[str]) -> None:
+        stat = entry.stat()
+        known = self._known.get(name)
+        if known is not None and known.mtime_ns == stat.st_mtime_ns:
+            return
+        summary = read_summary(Path(entry.path))
+        self._known[name] = _Known(stat.st_mtime_ns, _row(name, summary, Path(entry.path)) if summary else {})
+
+
+def _row(name: str, summary: dict[str, Any], path: Path) -> dict[str, Any]:
+    duration_s, width, height = 0.0, 0, 0
+    with contextlib.suppress(av.FFmpegError, OSError), av.open(path) as container:
+        stream = container.streams.video[0]
+        duration_s = (container.duration or 0) / 1e6
+        width, height = stream.width, stream.height
+    return {
+        "id": name,
+        "name": name,
+        "stream": summary.get("stream"),
+        "run": summary.get("run"),
+        "state": "finished",
+        "frames": summary.get("frames", 0),
+        "first_seq": summary.get("first_seq", 0),
+        "last_seq": summary.get("last_seq", -1),
+        "gaps": summary.get("missing", []),
+        "bytes": path.stat().st_size,
+        "started": summary.get("started", 0.0),
+        "duration_s": round(duration_s, 3),
+        "width": width,
+        "height": height,
+        "meta": summary.get("meta", {}),
+        "error": None,
+    }
+
+
+def first_pictures(path: Path, count: int | None) -> Path:
+    """An ordinary MP4 of the first `count` pictures of a file (None: all), in a temporary file that the caller removes.
+
+    path: finished or growing. Raises: OSError, av.FFmpegError, FragmentError.
+    """
+    growing = path.name.endswith(PART_SUFFIX)
+    summary = read_head(path) if growing else (read_summary(path) or {"stream": path.stem, "run": "", "started": 0})
+    summary = {"meta": {}, **{key: value for key, value in summary.items() if key not in ("sps", "pps")}}
+    fd, name = tempfile.mkstemp(suffix=FINISHED_SUFFIX)
+    os.close(fd)
+    target = Path(name)
+    try:
+        copy_pictures(path, target, summary, max_pictures=count)
+    except (OSError, av.FFmpegError, FragmentError):
+        target.unlink(missing_ok=True)
+        raise
+    return target
+
+
+def thumbnail(path: Path, long_side_px: int) -> bytes:
+    """The last picture of a file as JPEG. Raises: OSError, av.FFmpegError."""
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        if stream.duration:
+            container.seek(stream.duration, stream=stream)  # to the last keyframe
+        last = deque(container.decode(stream), maxlen=1).pop()
+        scale = min(1.0, long_side_px / max(last.width, last.height))
+        width, height = (max(2, round(side * scale / 2) * 2) for side in (last.width, last.height))
+        picture = last.reformat(
+            width, height, format="yuvj420p", src_colorspace="ITU709", dst_colorspace="ITU601", dst_color_range="JPEG"
+        )
+        context = av.CodecContext.create("mjpeg", "w")
+        assert isinstance(context, VideoCodecContext)
+        context.width, context.height, context.pix_fmt = width, height, "yuvj420p"
+        context.time_base = picture.time_base = TIME_BASE
+        return b"".join(bytes(packet) for packet in [*context.encode(picture), *context.encode(None)])

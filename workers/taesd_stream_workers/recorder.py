@@ -1,0 +1,223 @@
+"""The streamer's writing thread: record packets into files, cursors back. A file itself tells how far it is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from taesd_stream.errors import TaesdStreamError
+from taesd_stream.frames import Packet
+from taesd_stream.media.recording import Recording, RecordingError, find_unfinished
+from taesd_stream.messages import Cursor, Gap, State
+from taesd_stream.queues import ByteBoundedQueue
+from taesd_stream_workers.library import Library
+
+logger = logging.getLogger(__name__)
+
+QUEUE_BYTES: Final = 64 << 20
+SYNC_S: Final = 1.0
+
+
+class Recorder:
+    """All recordings of a daemon. `put` from the streamer's thread; `on_change` is called in the writing thread."""
+
+    def __init__(
+        self, folder: Path, tell_broker: Callable[[Any], None], on_change: Callable[[list[Any]], None]
+    ) -> None:
+        self.folder = folder
+        self.library = Library(folder)
+        self._tell_broker = tell_broker
+        self._on_change = on_change
+        self._queue: ByteBoundedQueue[Packet | Gap | State] = ByteBoundedQueue(QUEUE_BYTES, _size)
+        self._open: dict[str, Recording] = {}
+        self._finished: dict[str, int] = {}  # run -> attempt that its finished file ended with
+        self._runs: dict[str, dict[str, Any]] = {}
+        self._errors: dict[str, str] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="recorder")
+        self._next_sync_s = 0.0
+        self._is_dirty = True
+
+    def start(self) -> None:
+        """Take over what a former process left, then start the thread."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for one in find_unfinished(self.folder):
+            try:
+                recording = Recording.open(self.folder, stream=one.stream, run=one.run, meta={})
+            except (RecordingError, ValueError) as error:
+                logger.error("recording_not_readable run=%s error=%s", one.run, error)
+                continue
+            if recording.paths:
+                self._open[one.run] = recording
+        self._thread.start()
+
+    def put(self, item: Packet | Gap | State) -> bool:
+        """Queue work; False when full: the packet is lost, and the broker sends it again."""
+        return self._queue.put(item)
+
+    def cursors(self) -> tuple[Cursor, ...]:
+        """How far every file is; any thread."""
+        return tuple(
+            Cursor(run=run, attempt=max(0, one.attempt), written=one.written, synced=one.synced)
+            for run, one in list(self._open.items())
+        )
+
+    def close(self) -> None:
+        """Write what is queued, sync, close the files (playable as they are), join the thread."""
+        self._stop.set()
+        self._thread.join()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every recording, growing ones first; the writing thread alone."""
+        growing = [self._row(run, one) for run, one in self._open.items() if one.paths or self._errors.get(run)]
+        return [*growing, *self.library.rows()]
+
+    def path_of(self, recording_id: str) -> Path | None:
+        """The file of an id that `rows` gave, growing or finished; any thread."""
+        for run, one in list(self._open.items()):
+            if run == recording_id and one.paths:
+                return one.paths[0]
+        return self.library.path_of(recording_id)
+
+    def is_growing(self, recording_id: str) -> bool:
+        """Whether the id is of a recording that is not finished; any thread."""
+        return recording_id in self._open
+
+    def _row(self, run: str, one: Recording) -> dict[str, Any]:
+        error = self._errors.get(run)
+        state = "failed" if error else "finishing" if self._runs.get(run, {}).get("ended") else "recording"
+        return {
+            "id": run,
+            "name": one.stream,
+            "stream": one.stream,
+            "run": run,
+            "state": state,
+            "frames": one.frames,
+            "first_seq": one.first_seq,
+            "last_seq": one.written,
+            "gaps": one.missing,
+            "bytes": one.nbytes,
+            "started": one.started,
+            "duration_s": None,
+            "width": None,
+            "height": None,
+            "meta": one.meta,
+            "error": error,
+        }
+
+    def _run(self) -> None:
+        while not (self._stop.is_set() and not len(self._queue)):
+            item = self._queue.get(timeout_s=0.1)
+            try:
+                self._handle(item)
+            except Exception as error:  # the thread's outermost loop: one bad file must not end the others
+                logger.exception("recorder_failed error=%s", error)
+            self._sync_and_tell()
+        for one in self._open.values():
+            self._sync(one)
+            one.close()
+
+    def _handle(self, item: Packet | Gap | State | None) -> None:
+        if isinstance(item, Packet):
+            self._write(item)
+        elif isinstance(item, Gap):
+            recording = self._recording(item.run, item.attempt)
+            if recording is not None:
+                recording.skip(item.seq, item.attempt)
+                self._tell(item.run, recording)
+        elif isinstance(item, State):
+            self._runs = item.runs
+            self._finish_what_ended()
+
+    def _write(self, packet: Packet) -> None:
+        recording = self._recording(packet.run, packet.attempt)
+        if recording is None:
+            return
+        try:
+            written = recording.write(packet)
+        except RecordingError as error:
+            if packet.run not in self._errors:
+                logger.error("recording_failed stream=%s written=%d error=%s", packet.stream, error.written, error)
+            self._errors[packet.run] = str(error)  # the cursor stays: the broker sends the frame again
+            self._is_dirty = True
+            return
+        if written:
+            self._errors.pop(packet.run, None)
+            self._tell(packet.run, recording)
+
+    def _recording(self, run: str, attempt: int) -> Recording | None:
+        if run not in self._open:
+            if attempt <= self._finished.get(run, -1):
+                return None  # late, of a file that is finished
+            row = self._runs.get(run)
+            if row is None:
+                return None  # a run that the broker no longer keeps
+            self._open[run] = Recording.open(
+                self.folder, stream=row["stream"], run=run, meta=_meta_of(row), kept_from=row["kept_from"]
+            )
+            logger.info("recording_begins stream=%s run=%s", row["stream"], run)
+        return self._open[run]
+
+    def _finish_what_ended(self) -> None:
+        for run in [run for run in self._open if run not in self._runs]:
+            self._finish(run)  # the broker has forgotten it: what a shutdown left
+        for run, row in self._runs.items():
+            if not row["ended"]:
+                continue
+            one = self._open.get(run)
+            if one is not None and one.written >= row["last_seq"]:
+                self._finish(run)
+            if one is None and (run in self._finished or self.library.holds(run, row["last_seq"])):
+                self._tell_broker(Cursor(run=run, attempt=row["attempt"], written=-1, synced=-1, finished=True))
+
+    def _finish(self, run: str) -> None:
+        one = self._open[run]
+        attempt = max(0, one.attempt)
+        try:
+            paths = one.finish()
+        except RecordingError as error:
+            logger.error("recording_not_finished run=%s error=%s", run, error)
+            self._errors[run] = str(error)
+            self._open[run] = Recording.open(self.folder, stream=one.stream, run=run, meta=one.meta)
+            return
+        del self._open[run]
+        self._errors.pop(run, None)
+        self._finished[run] = attempt
+        self._is_dirty = True
+        logger.info("recording_finished stream=%s files=%s", one.stream, ", ".join(path.name for path in paths))
+        self._tell_broker(Cursor(run=run, attempt=attempt, written=-1, synced=-1, finished=True))
+
+    def _tell(self, run: str, one: Recording) -> None:
+        self._is_dirty = True
+        cursor = Cursor(run=run, attempt=max(0, one.attempt), written=one.written, synced=one.synced)
+        self._tell_broker(cursor)
+
+    def _sync_and_tell(self) -> None:
+        now = time.monotonic()
+        if now < self._next_sync_s:
+            return
+        self._next_sync_s = now + SYNC_S
+        for run, one in self._open.items():
+            if one.synced < one.written:
+                self._sync(one)
+                self._tell(run, one)
+        self._on_change(self.rows())
+        self._is_dirty = False
+
+    def _sync(self, one: Recording) -> None:
+        try:
+            one.sync()
+        except TaesdStreamError as error:
+            logger.error("recording_not_synced run=%s error=%s", one.run, error)
+
+
+def _meta_of(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row["meta"], "latent_format": row["latent_format"], "kind": row["kind"]}
+
+
+def _size(item: Packet | Gap | State) -> int:
+    return len(item.payload) if isinstance(item, Packet) else 0

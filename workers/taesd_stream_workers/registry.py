@@ -1,0 +1,116 @@
+"""All runs that the broker knows, by name and by run; who may take a name; what is remembered of the ended ones."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Final
+
+from taesd_stream.frames import RecordMode, Rendition, StreamInfo
+from taesd_stream.latent_log import RunLog, runs_in
+from taesd_stream_workers.runs import KeptRun, Run
+
+logger = logging.getLogger(__name__)
+
+ENDED_RUNS: Final = 64
+ENDED_BYTES: Final = 256 << 20
+PENDING_RECORD_S: Final = 3600.0
+
+
+class Registry:
+    """The broker's runs. A name means its newest run; older ones stay while their recording is not finished."""
+
+    def __init__(self, default_record: RecordMode, log_folder: Path) -> None:
+        self.by_run: dict[str, Run] = {}
+        self.by_name: dict[str, Run] = {}
+        self.viewers: dict[str, dict[Rendition, int]] = {}
+        self._pending_record: dict[str, tuple[RecordMode, float]] = {}
+        self._default_record = default_record
+        self.log_folder = log_folder
+
+    def load_logs(self) -> None:
+        """Know again the kept runs that a former broker left."""
+        for run_id in runs_in(self.log_folder):
+            log = RunLog.reopen(self.log_folder, run_id)
+            if log is None:
+                continue
+            run = Run(log.info, peer=None, record="all")
+            last = (log.next_seq or 0) - 1
+            first = log.first_seq if log.first_seq is not None else 0
+            run.kept = KeptRun(
+                log=log, queued=last, logged=last, next_seq=first, written=first - 1, moved_s=time.monotonic()
+            )
+            run.heard_s = time.monotonic()  # its publisher has a while to say HELLO again
+            if log.ended is not None:
+                run.end, run.kept.is_over = log.ended, True
+                run.ended_unix = time.time()
+            run.newest = log.read(last) if last >= first else None
+            self.add(run)
+            logger.info("log_reopened stream=%s run=%s frames=%d", log.info.stream, run_id, last - first + 1)
+
+    def add(self, run: Run) -> None:
+        """Know a run; it becomes what its name means."""
+        self.by_run[run.info.run] = run
+        self.by_name[run.info.stream] = run
+
+    def record_mode(self, info: StreamInfo) -> RecordMode:
+        """What is kept of a new run: a waiting RECORD for its name, then its own word, then the default."""
+        pending = self._pending_record.pop(info.stream, None)
+        if pending is not None and time.monotonic() < pending[1]:
+            return pending[0]
+        return info.record or self._default_record
+
+    def ask_record(self, stream: str, mode: RecordMode) -> Run | None:
+        """The living run that a RECORD means; None: it waits for the name's next run."""
+        run = self.by_name.get(stream)
+        if run is not None and run.end is None:
+            return run
+        self._pending_record[stream] = (mode, time.monotonic() + PENDING_RECORD_S)
+        return None
+
+    def free_name(self, stream: str) -> str:
+        """A name like `stream` whose newest run is over."""
+        base = stream.partition("~")[0]
+        number = 2
+        while (taken := self.by_name.get(f"{base}~{number}")) is not None and taken.is_alive:
+            number += 1
+        return f"{base}~{number}"
+
+    def wanted(self, run: Run) -> dict[Rendition, int]:
+        """Viewers of a run by rendition: none for one that is no longer what its name means."""
+        if self.by_name.get(run.info.stream) is not run:
+            return {}
+        return self.viewers.get(run.info.stream, {})
+
+    def keep_log(self, run: Run, first_seq: int) -> KeptRun:
+        """Begin to keep a run from `first_seq`."""
+        self.log_folder.mkdir(parents=True, exist_ok=True)
+        attempt = run.kept.attempt + 1 if run.kept else 1
+        run.kept = KeptRun(
+            log=RunLog(self.log_folder, run.info),
+            queued=first_seq - 1,
+            logged=first_seq - 1,
+            next_seq=first_seq,
+            written=first_seq - 1,
+            attempt=attempt,
+            moved_s=time.monotonic(),
+        )
+        return run.kept
+
+    def forget_old(self) -> list[Run]:
+        """Drop what is no longer shown nor kept: replaced runs, and the oldest ended ones over the bound."""
+        over = [run for run in self.by_run.values() if run.kept is None and not run.is_alive]
+        replaced = [run for run in over if self.by_name.get(run.info.stream) is not run]
+        shown = sorted((run for run in over if run not in replaced), key=lambda run: run.heard_s, reverse=True)
+        held = 0
+        dropped = replaced
+        for place, run in enumerate(shown):
+            held += run.newest.nbytes if run.newest else 0
+            if place >= ENDED_RUNS or held > ENDED_BYTES:
+                dropped.append(run)
+        for run in dropped:
+            del self.by_run[run.info.run]
+            if self.by_name.get(run.info.stream) is run:
+                del self.by_name[run.info.stream]
+        return dropped

@@ -1,0 +1,178 @@
+"""The streamer: packets in, viewers and files out. One thread for the sockets, one for the web, one for the files."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import deque
+from typing import Any, Final
+
+import zmq
+
+from taesd_stream import wire
+from taesd_stream.config import Config
+from taesd_stream.errors import ConfigError, WireError
+from taesd_stream.folder_lock import FolderLock
+from taesd_stream.frames import Packet
+from taesd_stream.messages import Echo, Gap, State, StreamerHello
+from taesd_stream.sockets import ClockOffset, WakePipe, connect_dealer, prepare, receive_parts
+from taesd_stream_workers.addresses import bound_address, packets_address, workers_address
+from taesd_stream_workers.hub import Hub
+from taesd_stream_workers.latency import Latency
+from taesd_stream_workers.lifecycle import Lifecycle
+from taesd_stream_workers.recorder import Recorder
+from taesd_stream_workers.web.server import WebServer
+
+logger = logging.getLogger(__name__)
+
+HELLO_S: Final = 1.0
+MAX_DRAIN: Final = 256
+
+
+class Streamer:
+    """One daemon's streamer. `run` owns the two ZeroMQ sockets; other threads speak through `tell_broker`."""
+
+    def __init__(self, config: Config, lifecycle: Lifecycle) -> None:
+        self._config = config
+        self._life = lifecycle
+        self._wake = WakePipe()
+        self._clock = ClockOffset()
+        self._to_broker: deque[Any] = deque()
+        self._latency = Latency()
+        self._hub = Hub(self._latency, self.tell_broker)
+        self._hub.clock_ns = self.now_ns
+        self._recorder = Recorder(config.recording_folder, self.tell_broker, self._hub.offer_recordings)
+        self._web = WebServer(config, self._hub, self._recorder)
+        self._bad = 0
+
+    def now_ns(self) -> int:
+        """This moment on the broker's clock. Any thread."""
+        return time.monotonic_ns() + (self._clock.offset_ns or 0)
+
+    def tell_broker(self, message: Any) -> None:
+        """Say something to the broker. Any thread."""
+        self._to_broker.append(message)
+        self._wake.wake()
+
+    def run(self) -> None:
+        """Bind, work until told to stop, then close every file playable.
+
+        Raises: ConfigError for an address in use, or a recording folder that another daemon uses.
+        """
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        context.linger = 0
+        self._config.recording_folder.mkdir(parents=True, exist_ok=True)
+        with FolderLock(self._config.recording_folder):
+            web_address = self._web.bind()
+            self._packets = _bind_pull(context, packets_address(self._config))
+            self._broker = connect_dealer(
+                context, workers_address(self._config), identity=f"streamer-{secrets.token_hex(8)}".encode()
+            )
+            self._endpoint = bound_address(self._packets)
+            self._life.on_stop(self._wake.wake)
+            self._recorder.start()
+            self._web.start()
+            self._life.ready(web=web_address, packets_bind=self._endpoint)
+            try:
+                self._loop()
+            finally:
+                self._life.end()
+                self._web.stop()
+                self._receive_packets()  # what workers have sent goes into the files
+                self._recorder.close()
+                context.destroy()
+
+    def _loop(self) -> None:
+        poller = zmq.Poller()
+        for waited in (self._packets, self._broker):
+            poller.register(waited, zmq.POLLIN)
+        poller.register(self._wake.fileno(), zmq.POLLIN)
+        next_hello_s = 0.0
+        while not self._life.stop.is_set():
+            if time.monotonic() >= next_hello_s:
+                self._hello()
+                next_hello_s = time.monotonic() + HELLO_S
+            poller.poll(200)
+            self._wake.drain()
+            self._receive_packets()
+            self._receive_broker()
+            self._send_queued()
+            self._life.tick()
+
+    def _hello(self) -> None:
+        hello = StreamerHello(endpoint=self._endpoint, cursors=self._recorder.cursors(), echo_ns=time.monotonic_ns())
+        if self._send(hello):
+            for watch in self._hub.watches():  # a broker that was restarted knows none of them
+                self._send(watch)
+
+    def _receive_packets(self) -> None:
+        for _ in range(MAX_DRAIN):
+            try:
+                parts = receive_parts(self._packets)
+            except zmq.Again:
+                return
+            streamed_ns = self.now_ns()
+            try:
+                packet: Packet = wire.unpack(parts, wire.FROM_WORKER_TO_STREAMER)
+            except WireError as error:
+                self._bad += 1
+                if self._bad == 1:
+                    logger.warning("packet_dropped error=%s (said once)", error)
+                continue
+            self._latency.on_packet(packet, streamed_ns)
+            if packet.rendition == "record":
+                self._recorder.put(packet)
+            else:
+                self._hub.offer_packet(packet, streamed_ns)
+
+    def _receive_broker(self) -> None:
+        for _ in range(MAX_DRAIN):
+            try:
+                parts = self._broker.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = wire.unpack(parts, wire.TO_STREAMER)
+            except WireError as error:
+                logger.warning("broker_message_bad error=%s", error)
+                continue
+            if isinstance(message, Echo):
+                self._clock.add(message.echo_ns, message.now_ns, time.monotonic_ns())
+            elif isinstance(message, State):
+                self._hub.offer_state(message)
+                self._recorder.put(message)
+            elif isinstance(message, Gap):
+                self._recorder.put(message)
+
+    def _send_queued(self) -> None:
+        while self._to_broker:
+            if not self._send(self._to_broker[0]):
+                self._to_broker.clear()  # the broker is away: HELLO will tell it all that still holds
+                return
+            self._to_broker.popleft()
+
+    def _send(self, message: Any) -> bool:
+        try:
+            self._broker.send_multipart(wire.pack(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+
+def _bind_pull(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
+    socket = context.socket(zmq.PULL)
+    prepare(socket, hwm=256)
+    try:
+        socket.bind(address)
+    except zmq.ZMQError as error:
+        socket.close()
+        raise ConfigError(
+            f"streamer.packets_bind = {address}: {error.strerror}; choose another with --set streamer.packets_bind=…"
+        ) from error
+    return socket
+
+
+def run_streamer(config: Config, lifecycle: Lifecycle) -> None:
+    """Run the streamer in this thread until it is told to stop. Raises: ConfigError for an address in use."""
+    Streamer(config, lifecycle).run()

@@ -1,0 +1,165 @@
+"""One open page: what it watches, and what waits to be sent to it. Drops here, so that nobody else waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from collections import deque
+from typing import Any, Final
+
+from taesd_stream.frames import Packet, Rendition
+from taesd_stream_workers.latency import Latency
+
+LIVE_BYTES: Final = 2 << 20  # of one stream's chain waiting for one viewer; past it, drop to the next keyframe
+LIVE_PACKETS: Final = 30
+
+
+class _Chain:
+    """Packets of `live` that wait for one viewer: deltas cannot be dropped singly, so it drops to the next keyframe."""
+
+    def __init__(self) -> None:
+        self.packets: deque[tuple[Packet, int]] = deque()
+        self.needs_key = True
+        self._held_bytes = 0
+
+    def offer(self, packet: Packet, streamed_ns: int) -> int:
+        """Queue it. Returns how many pictures were dropped."""
+        if packet.is_keyframe:
+            self.needs_key = False
+        elif self.needs_key:
+            return 1
+        self.packets.append((packet, streamed_ns))
+        self._held_bytes += len(packet.payload)
+        if self._held_bytes <= LIVE_BYTES and len(self.packets) <= LIVE_PACKETS:
+            return 0
+        dropped = len(self.packets)
+        self.clear()
+        return dropped
+
+    def take(self) -> tuple[Packet, int]:
+        """The oldest waiting one."""
+        packet, streamed_ns = self.packets.popleft()
+        self._held_bytes -= len(packet.payload)
+        return packet, streamed_ns
+
+    def clear(self) -> None:
+        """Drop all, and begin again at a keyframe."""
+        self.packets.clear()
+        self._held_bytes = 0
+        self.needs_key = True
+
+
+class Viewer:
+    """Used in the web thread's event loop alone."""
+
+    def __init__(self, latency: Latency) -> None:
+        self.wants: dict[str, Rendition] = {}
+        self.is_state_dirty = True
+        self._latency = latency
+        self._something = asyncio.Event()
+        self._chains: dict[str, _Chain] = {}
+        self._pictures: dict[str, tuple[Packet, int]] = {}  # whole pictures: only the newest waits
+        self._credits: dict[str, int] = {}
+        self._sent: dict[tuple[str, str, int], int] = {}  # (stream, run, seq) -> sent_ns, to know what `shown` means
+        self.starved: list[str] = []  # streams whose chain was dropped: the hub asks for a keyframe
+
+    def want(self, streams: dict[str, Rendition]) -> dict[str, Rendition]:
+        """Replace what is watched. Returns what was."""
+        before, self.wants = self.wants, streams
+        for stream in before:
+            if streams.get(stream) != before[stream]:
+                self._chains.pop(stream, None)
+                self._pictures.pop(stream, None)
+                self._credits.pop(stream, None)
+        for stream in streams:
+            self._credits.setdefault(stream, 1)
+        return before
+
+    def offer(self, packet: Packet, streamed_ns: int) -> None:
+        """A packet of some stream came; it is queued if this page watches that rendition."""
+        if self.wants.get(packet.stream) != packet.rendition:
+            return
+        if packet.rendition == "live":
+            dropped = self._chains.setdefault(packet.stream, _Chain()).offer(packet, streamed_ns)
+            if dropped > 1:
+                self.starved.append(packet.stream)
+        else:
+            dropped = int(packet.stream in self._pictures)
+            self._pictures[packet.stream] = (packet, streamed_ns)
+        if dropped:
+            self._latency.dropped.labels(packet.rendition).inc(dropped)
+        self._something.set()
+
+    def credit(self, stream: str) -> None:
+        """The page has drawn a picture of the stream and takes the next."""
+        if stream in self.wants:
+            self._credits[stream] = 1
+            self._something.set()
+
+    def state_changed(self) -> None:
+        """There is something new to tell."""
+        self.is_state_dirty = True
+        self._something.set()
+
+    def restart_chain(self, stream: str) -> None:
+        """The page has dropped, or could not decode: what waits is of no use to it."""
+        if stream in self._chains:
+            self._chains[stream].clear()
+
+    def shown(self, stream: str, run: str, seq: int, shown_ns: int) -> None:
+        """The page has drawn it."""
+        sent_ns = self._sent.pop((stream, run, seq), None)
+        if sent_ns is not None:
+            self._latency.on_shown(sent_ns, shown_ns)
+
+    async def wait(self, timeout_s: float) -> None:
+        """Return when there is something to send, or after the time."""
+        try:
+            await asyncio.wait_for(self._something.wait(), timeout_s)
+        except TimeoutError:
+            return
+        self._something.clear()
+
+    def take(self) -> list[bytes]:
+        """The pictures to send now, as WebSocket messages."""
+        taken = [chain.take() for chain in self._chains.values() for _ in range(len(chain.packets))]
+        for stream in [stream for stream in self._pictures if self._credits.get(stream, 0) > 0]:
+            self._credits[stream] = 0
+            taken.append(self._pictures.pop(stream))
+        for packet, _ in taken:
+            self._sent[packet.stream, packet.run, packet.seq] = packet.stamps.sent_ns
+        while len(self._sent) > 4096:
+            del self._sent[next(iter(self._sent))]
+        return [to_message(packet, streamed_ns) for packet, streamed_ns in taken]
+
+
+def to_message(packet: Packet, streamed_ns: int) -> bytes:
+    """A packet as a binary WebSocket message: uint32 header length (big-endian), JSON header, payload. Times in us."""
+    stamps = packet.stamps
+    header: dict[str, Any] = {
+        "stream": packet.stream,
+        "run": packet.run,
+        "seq": packet.seq,
+        "index": packet.index,
+        "count": packet.count,
+        "step": packet.step,
+        "total_steps": packet.total_steps,
+        "sigma": packet.sigma,
+        "rendition": packet.rendition,
+        "keyframe": packet.is_keyframe,
+        "pts": packet.pts,
+        "width": packet.width,
+        "height": packet.height,
+        "decoder": packet.decoder,
+        "stamps": {
+            "sent_us": stamps.sent_ns // 1000,
+            "received_us": stamps.received_ns // 1000,
+            "started_us": stamps.started_ns // 1000,
+            "decoded_us": stamps.decoded_ns // 1000,
+            "encoded_us": stamps.encoded_ns // 1000,
+            "streamed_us": streamed_ns // 1000,
+        },
+    }
+    head = json.dumps(header, separators=(",", ":")).encode()
+    return struct.pack(">I", len(head)) + head + bytes(packet.payload)

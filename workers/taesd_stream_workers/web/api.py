@@ -1,0 +1,257 @@
+"""The HTTP interface (PROTOCOL 6): JSON for programs, files for people, the page itself. All of it reads the hub."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import re
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import av
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+from starlette.background import BackgroundTask
+from starlette.routing import WebSocketRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from taesd_stream import __version__
+from taesd_stream.errors import TaesdStreamError
+from taesd_stream.frames import is_stream_name
+from taesd_stream_workers.hub import Hub
+from taesd_stream_workers.library import first_pictures, thumbnail
+from taesd_stream_workers.recorder import Recorder
+from taesd_stream_workers.web.sockets import serve_page
+
+LATEST_WAIT_S: Final = 4.0
+THUMB_PX: Final = 256
+_MEDIA_TYPES: Final = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".json": "application/json",
+    ".svg": "image/svg+xml",
+}
+
+
+class ApiError(Exception):
+    """An answer {"code", "text"} with an HTTP status."""
+
+    def __init__(self, status: int, code: str, text: str) -> None:
+        super().__init__(text)
+        self.status, self.code, self.text = status, code, text
+
+
+class RecordRequest(BaseModel):
+    """What to keep of a stream from now on."""
+
+    mode: Literal["off", "last", "all"]
+
+
+class OnlyOurHost:
+    """Refuses requests under other host names or from other origins: a foreign page must not reach a local daemon."""
+
+    def __init__(self, app: ASGIApp, port: int) -> None:
+        self._app = app
+        self._hosts = {f"{host}:{port}" for host in ("127.0.0.1", "localhost", "[::1]")}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        if scope["type"] in ("http", "websocket"):
+            headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
+            origin = headers.get(b"origin")
+            host = headers.get(b"host", "")
+            if host not in self._hosts or (origin and origin.partition("://")[2] not in self._hosts):
+                return await self._refuse(scope, send)
+        await self._app(scope, receive, send)
+        return None
+
+    @staticmethod
+    async def _refuse(scope: Scope, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": "other host or origin"})
+            return
+        body = b'{"code":"forbidden","text":"Open this page by 127.0.0.1 or localhost."}'
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 403, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+class Page:
+    """The page's files, read once; index.html knows their version, and the policy the hash of its one inline script."""
+
+    def __init__(self) -> None:
+        folder = resources.files("taesd_stream_workers.web") / "page"
+        self.files = {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.is_file()}
+        digest = hashlib.sha256()
+        for name in sorted(self.files):
+            digest.update(name.encode() + self.files[name])
+        self.version = digest.hexdigest()[:12]
+        self.index = self.files["index.html"].replace(b"__PAGE_VERSION__", self.version.encode())
+        scripts = re.findall(rb"<script>(.*?)</script>", self.index, re.S)
+        hashes = " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'" for script in scripts
+        )
+        self.policy = (
+            f"default-src 'self'; script-src 'self' {hashes}; img-src 'self' blob: data:; media-src 'self' blob:; "
+            "worker-src 'self'; connect-src 'self' ws: wss:; frame-ancestors 'none'"
+        )
+
+
+def make_app(hub: Hub, recorder: Recorder, port: int) -> FastAPI:
+    """The application, its routes bound to one hub and one recorder."""
+    app = FastAPI(title="taesd-stream", version=__version__)
+    app.add_middleware(OnlyOurHost, port=port)
+    app.add_exception_handler(ApiError, _answer_error)
+    page = Page()
+    _add_page(app, page)
+    _add_streams(app, hub)
+    _add_recordings(app, hub, recorder)
+    _add_health(app, hub)
+    app.router.routes.append(WebSocketRoute("/ws", partial(serve_page, hub=hub, page_version=page.version)))
+    return app
+
+
+async def _answer_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse({"code": error.code, "text": error.text}, error.status)
+
+
+def _add_page(app: FastAPI, page: Page) -> None:
+    common = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        headers = {"content-security-policy": page.policy, "cache-control": "no-cache", **common}
+        return Response(page.index, media_type="text/html; charset=utf-8", headers=headers)
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def file(name: str) -> Response:
+        if name not in page.files:
+            raise ApiError(404, "not_found", f"There is no page file {name}.")
+        media_type = _MEDIA_TYPES.get(Path(name).suffix, "application/octet-stream")
+        return Response(page.files[name], media_type=media_type, headers={"cache-control": "no-cache", **common})
+
+
+def _add_streams(app: FastAPI, hub: Hub) -> None:
+    def known(name: str) -> dict[str, Any]:
+        row = next((row for row in hub.streams() if row["name"] == name), None)
+        if row is None:
+            raise ApiError(404, "no_stream", f"There is no stream {name}.")
+        return row
+
+    @app.get("/api/v1/streams")
+    async def streams() -> dict[str, Any]:
+        """Every stream, its newest run."""
+        return {"streams": hub.streams()}
+
+    @app.post("/api/v1/streams/{name:path}/record")
+    async def record(name: str, request: RecordRequest) -> dict[str, Any]:
+        """Keep all of a stream from now on, or only its last frame, or no more. An unknown name means its next run."""
+        if not is_stream_name(name):
+            raise ApiError(400, "bad_name", f"{name} cannot name a stream.")
+        hub.record(name, request.mode)
+        return {}
+
+    @app.post("/api/v1/streams/{name:path}/stop")
+    async def stop(name: str) -> dict[str, Any]:
+        """Ask the sampler to stop."""
+        if not known(name)["stoppable"]:
+            raise ApiError(409, "not_stoppable", "This sampler cannot be stopped from here.")
+        hub.stop(name)
+        return {}
+
+    @app.get("/api/v1/workers")
+    async def workers() -> dict[str, Any]:
+        """The decode workers, and how many the load needs."""
+        state = hub.state
+        return {"desired_workers": state.desired_workers if state else 1, "workers": state.workers if state else []}
+
+    @app.get("/streams/{name:path}/latest.jpg")
+    async def latest(name: str) -> Response:
+        """The newest picture; waits up to 4 s for one."""
+        row = known(name)
+        with hub.watching(name, "jpeg"):
+            for _ in range(int(LATEST_WAIT_S / 0.05)):
+                packet = hub.picture(name, "jpeg")
+                if packet is not None and (packet.run, packet.seq) >= (row["run"], row["seq"] or 0):
+                    return Response(
+                        bytes(packet.payload), media_type="image/jpeg", headers={"cache-control": "no-store"}
+                    )
+                await asyncio.sleep(0.05)
+        raise ApiError(503, "no_picture", f"{name} gave no picture within {LATEST_WAIT_S:.0f} s.")
+
+
+def _add_recordings(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
+    def path_of(recording_id: str) -> Path:
+        path = recorder.path_of(recording_id)
+        if path is None:
+            raise ApiError(404, "no_recording", f"There is no recording {recording_id}.")
+        return path
+
+    @app.get("/api/v1/recordings")
+    async def recordings() -> dict[str, Any]:
+        """Every recording, growing and finished."""
+        return {"recordings": hub.recordings}
+
+    @app.get("/api/v1/recordings/{recording_id}/file", response_class=Response)
+    async def file(recording_id: str, frames: int | None = None, inline: bool = False) -> Response:
+        """The MP4; of its first `frames` pictures only, or of what is there now while it grows."""
+        path = path_of(recording_id)
+        kind: Literal["inline", "attachment"] = "inline" if inline else "attachment"
+        if frames is None and not recorder.is_growing(recording_id):
+            return FileResponse(path, media_type="video/mp4", filename=path.name, content_disposition_type=kind)
+        try:
+            copy = await asyncio.to_thread(first_pictures, path, frames)
+        except (OSError, av.FFmpegError, TaesdStreamError) as error:
+            raise ApiError(503, "not_readable", f"{recording_id}: {error}") from error
+        name = path.name.removesuffix(".part")
+        done = BackgroundTask(partial(copy.unlink, missing_ok=True))
+        return FileResponse(copy, media_type="video/mp4", filename=name, content_disposition_type=kind, background=done)
+
+    @app.get("/api/v1/recordings/{recording_id}/thumb", response_class=Response)
+    async def thumb(recording_id: str) -> Response:
+        """The last picture, small."""
+        try:
+            picture = await asyncio.to_thread(thumbnail, path_of(recording_id), THUMB_PX)
+        except (OSError, av.FFmpegError, AssertionError) as error:
+            raise ApiError(404, "no_picture", f"{recording_id}: {error}") from error
+        return Response(picture, media_type="image/jpeg", headers={"cache-control": "max-age=3600"})
+
+    @app.delete("/api/v1/recordings/{recording_id}")
+    async def delete(recording_id: str) -> dict[str, Any]:
+        """Remove a finished recording for good."""
+        if recorder.is_growing(recording_id):
+            raise ApiError(409, "growing", "It is being recorded; stop recording first.")
+        if not await asyncio.to_thread(recorder.library.delete, recording_id):
+            raise ApiError(404, "no_recording", f"There is no recording {recording_id}.")
+        return {}
+
+
+def _add_health(app: FastAPI, hub: Hub) -> None:
+    @app.get("/healthz", include_in_schema=False)
+    async def healthz() -> dict[str, Any]:
+        return {}
+
+    @app.get("/readyz", include_in_schema=False)
+    async def readyz() -> dict[str, Any]:
+        if not hub.is_ready:
+            raise ApiError(503, "not_ready", "; ".join(one["text"] for one in hub.alerts()) or "The broker is silent.")
+        return {}
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        with contextlib.suppress(KeyError):
+            counts: dict[str, int] = {}
+            for row in hub.streams():
+                counts[row["state"]] = counts.get(row["state"], 0) + 1
+            hub.latency.streams.clear()
+            for state, count in counts.items():
+                hub.latency.streams.labels(state).set(count)
+        return Response(generate_latest(hub.latency.registry), media_type=CONTENT_TYPE_LATEST)
