@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import socket
 import struct
 import threading
@@ -22,7 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import uvicorn
+from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Error as PlaywrightError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
@@ -258,3 +262,37 @@ def serving(host: PageHost, port: int = 0) -> Iterator[PageHost]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def chromium_path() -> str | None:
+    """The system's Chromium, or None: Playwright then looks for its own."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A headless Chromium; the test skips, with the reason, where there is none."""
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=chromium_path(), args=["--no-sandbox"])
+        except PlaywrightError as error:
+            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+PIXEL = """canvas => {
+  const copy = document.createElement("canvas")
+  copy.width = copy.height = 8
+  const context = copy.getContext("2d")
+  context.drawImage(canvas, 0, 0, 8, 8)
+  return [...context.getImageData(4, 4, 1, 1).data].slice(0, 3)
+}"""
+
+
+def middle_of(page: Page, selector: str) -> tuple[int, int, int]:
+    """Red, green and blue in the middle of a canvas, whose pixels its worker alone may read directly."""
+    red, green, blue = page.locator(selector).evaluate(PIXEL)
+    return red, green, blue

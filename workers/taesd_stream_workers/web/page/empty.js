@@ -7,7 +7,7 @@ const COPIED_MS = 1500
 export async function fillEmpty({ host, loopback, say }) {
   const root = $("#empty")
   const ways = await (await fetch(new URL("./connect.json", import.meta.url))).json()
-  const chips = ways.map((way) => make("button", { type: "button", text: way.title }))
+  const chips = ways.map((way) => make("button", { text: way.title }))
   const choose = (chosen) => {
     put($("[data-part=lead]", root), { text: chosen.lead })
     put($("code", root), { text: chosen.lines.join("\n") })

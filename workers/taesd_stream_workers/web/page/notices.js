@@ -76,7 +76,7 @@ export class Notices {
     const root = $("#banners")
     const shown = new Map([...root.children].map((banner) => [banner.dataset.key, banner]))
     for (const { key, text, label, run } of banners) {
-      const banner = shown.get(key) ?? make("div", { class: "banner", "data-key": key }, icon("warn"), make("p"), make("button", { class: "button", type: "button" }))
+      const banner = shown.get(key) ?? make("div", { class: "banner", "data-key": key }, icon("warn"), make("p"), make("button", { class: "button" }))
       if (!shown.delete(key)) root.append(banner)
       put($("p", banner), { text })
       put($("button", banner), { text: label })

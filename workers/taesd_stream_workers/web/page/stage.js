@@ -41,7 +41,7 @@ function figures(names) {
 }
 
 function promptSection(prompt) {
-  const copy = make("button", { type: "button", title: "Copy the prompt", "aria-label": "Copy the prompt" }, icon("copy"))
+  const copy = make("button", { title: "Copy the prompt", "aria-label": "Copy the prompt" }, icon("copy"))
   const part = section("Prompt", make("p", { class: "prose", dir: "auto", text: prompt }))
   copy.onclick = () => copyText(prompt)
   part.firstElementChild.append(copy)

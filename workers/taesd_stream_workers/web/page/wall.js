@@ -253,7 +253,8 @@ export class Wall {
     put(bar, { hidden: !show })
     if (!show) return
     const { meta, width, height } = item.data
-    const facts = [meta.prompt, meta.seed != null && `seed ${meta.seed}`, meta.sampler, width && `${width} × ${height}`]
+    const prompt = meta.prompt && `\u2068${meta.prompt}\u2069` // its own direction ends with it
+    const facts = [prompt, meta.seed != null && `seed ${meta.seed}`, meta.sampler, width && `${width} × ${height}`]
     put($("b", bar), { text: item.name })
     put($("span", bar), { text: facts.filter(Boolean).join(" · ") })
   }

@@ -1,0 +1,530 @@
+"""The page in a real Chromium, against a host whose state the test writes: what it shows, and what it asks for."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect
+
+from tests.page_fixture import PAGE, Json, PageHost, chromium, middle_of, recording, serving, stream
+
+pytestmark = pytest.mark.browser
+
+RED, GREEN, BLUE = (220, 30, 30), (30, 180, 60), (40, 60, 220)
+Open = Callable[..., Page]
+
+
+def solid(colour: tuple[int, int, int], width: int = 64, height: int = 64) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.full((height, width, 3), colour, np.uint8)
+
+
+def jpeg(colour: tuple[int, int, int]) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(solid(colour)).save(out, "JPEG", quality=95)
+    return out.getvalue()
+
+
+def annex_b(colour: tuple[int, int, int]) -> bytes:
+    """One H.264 keyframe, BT.709 limited, with its parameter sets in front."""
+    encoder = av.CodecContext.create("libx264", "w")
+    encoder.width = encoder.height = 64
+    encoder.pix_fmt, encoder.time_base = "yuv420p", Fraction(1, 90000)
+    encoder.options = {"tune": "zerolatency", "crf": "10", "threads": "1", "x264-params": "colormatrix=bt709"}
+    frame = av.VideoFrame.from_ndarray(solid(colour), "rgb24")
+    planes = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+    planes.pts, planes.time_base = 0, Fraction(1, 90000)
+    return b"".join(bytes(packet) for packet in [*encoder.encode(planes), *encoder.encode(None)])
+
+
+def one_colour(colours: dict[str, tuple[int, int, int]]) -> Any:
+    """A picture source: each stream has its colour, JPEG or H.264 as asked for."""
+    made = {(name, live): (annex_b if live else jpeg)(colour) for name, colour in colours.items() for live in (0, 1)}
+    return lambda name, rendition, _key: ({}, made[name, int(rendition == "live")]) if name in colours else None
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def host() -> Iterator[PageHost]:
+    with serving(PageHost()) as started:
+        yield started
+
+
+@pytest.fixture
+def opened(browser: Browser, host: PageHost) -> Iterator[Open]:
+    """Open the page at a hash; errors of its scripts and blocked resources fail the test."""
+    wrong: list[str] = []
+    contexts = []
+
+    def open_page(at: str = "", *, script: str = "", clock: bool = False, **options: Any) -> Page:
+        context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | options))
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: wrong.append(message.text) if "Security" in message.text else None)
+        if clock:
+            page.clock.install()
+        if script:
+            page.add_init_script(script)
+        page.goto(host.url + at)
+        expect(page.locator("body[data-link=on]")).to_be_attached()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def until(condition: Callable[[], object], page: Page) -> None:
+    """Let the page run until a condition of the host's side holds."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "the page did not do it in 10 s"
+        page.evaluate("() => new Promise(requestAnimationFrame)")
+
+
+def near(pixel: tuple[int, int, int], colour: tuple[int, int, int]) -> bool:
+    return max(abs(a - b) for a, b in zip(pixel, colour, strict=True)) <= 6
+
+
+def last_watch(host: PageHost) -> Json:
+    watches = [message["streams"] for message in host.messages if message["type"] == "watch"]
+    return watches[-1] if watches else {}
+
+
+# --- pictures ---
+
+
+def test_each_tile_shows_its_own_picture(host: PageHost, opened: Open) -> None:
+    """Three streams at once: each canvas holds the colour of its own stream, and tells which picture it is."""
+    colours = {"red": RED, "green": GREEN, "nested/blue": BLUE}
+    host.streams = [stream(name, seq=5) for name in colours]
+    host.source = one_colour(colours)
+    page = opened()
+    for name, colour in colours.items():
+        canvas = f"canvas[data-stream='{name}'][data-seq='5']"
+        expect(page.locator(canvas)).to_be_attached()
+        assert near(middle_of(page, canvas), colour)
+
+
+@pytest.mark.parametrize(("script", "rendition"), [("", "live"), ("delete self.VideoDecoder", "jpeg")])
+def test_opened_stream_shows_its_colour(host: PageHost, opened: Open, script: str, rendition: str) -> None:
+    """An opened stream comes as H.264, or as JPEG where the browser has no VideoDecoder, in the same colour."""
+    host.streams = [stream("green"), stream("red")]
+    host.source = one_colour({"green": GREEN, "red": RED})
+    page = opened("#/s/green", script=script)
+    canvas = f"#stage-canvas[data-stream=green][data-rendition={rendition}][data-seq='16']"
+    expect(page.locator(canvas)).to_be_attached()
+    assert near(middle_of(page, canvas), GREEN)
+    assert last_watch(host) == {"green": rendition}
+
+
+def test_credit_brings_the_next_picture(host: PageHost, opened: Open) -> None:
+    """A drawn picture returns its credit: the next one follows, and the canvas counts both."""
+    host.streams = [stream("red", seq=0), stream("green")]
+    host.source = one_colour({"red": RED})
+    page = opened()
+    expect(page.locator("canvas[data-stream=red][data-pictures='1']")).to_be_attached()
+    until(lambda: {"type": "credit", "stream": "red", "rendition": "thumb"} in host.messages, page)
+    host.streams[0]["seq"] = 1
+    host.draw("red")
+    expect(page.locator("canvas[data-stream=red][data-pictures='2'][data-seq='1']")).to_be_attached()
+
+
+def test_numbers_never_run_ahead_of_the_picture(host: PageHost, opened: Open) -> None:
+    """While the daemon is at step 21 and the tile shows the picture of step 17, the tile says 17."""
+    host.streams = [stream("red", step=16, seq=16), stream("blue")]
+    host.source = one_colour({"red": RED})
+    page = opened()
+    expect(page.locator("canvas[data-stream=red][data-seq='16']")).to_be_attached()
+    host.streams[0].update(step=20, seq=20)
+    host.streams[1].update(step=20, seq=20)
+    host.push()
+    expect(page.locator("[data-name=blue] .step")).to_have_text("21/28")
+    expect(page.locator("[data-name=red] .step")).to_have_text("17/28")
+
+
+def test_only_tiles_in_sight_are_watched(host: PageHost, opened: Open) -> None:
+    """Of 80 streams the page asks for those on screen; scrolled down, for the last and no more for the first."""
+    host.streams = [stream(f"s{index:02}") for index in range(80)]
+    page = opened()
+    until(lambda: "s00" in last_watch(host), page)
+    assert "s79" not in last_watch(host)
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    until(lambda: "s79" in last_watch(host) and "s00" not in last_watch(host), page)
+
+
+def test_pause_stops_the_pictures(host: PageHost, opened: Open) -> None:
+    """P asks for no pictures at all, says so, and a second P asks again."""
+    host.streams = [stream("a"), stream("b")]
+    page = opened()
+    until(lambda: last_watch(host) == {"a": "thumb", "b": "thumb"}, page)
+    page.keyboard.press("p")
+    expect(page.get_by_text("Pictures paused").first).to_be_visible()
+    until(lambda: last_watch(host) == {}, page)
+    page.keyboard.press("p")
+    until(lambda: "a" in last_watch(host), page)
+
+
+def test_shown_is_told_on_the_daemons_clock(host: PageHost, opened: Open) -> None:
+    """A drawn picture is reported with a time of the daemon's clock, after it was sent and not in the future."""
+    host.streams = [stream("red"), stream("b")]
+    host.source = one_colour({"red": RED})
+    page = opened()
+    before_us = time.monotonic_ns() // 1000
+    shown: list[Json] = []
+
+    def reported() -> bool:
+        host.streams[0]["seq"] += 1
+        host.draw("red")
+        shown[:] = [message for message in host.messages if message["type"] == "shown"]
+        return bool(shown)
+
+    until(reported, page)
+    assert shown[0]["stream"] == "red"
+    assert before_us - 1_000_000 < shown[0]["shown_us"] <= time.monotonic_ns() // 1000 + 50_000
+
+
+# --- states and words ---
+
+NOW = 2_000_000_000  # unix seconds, where the page's clock is put
+WORDS: list[tuple[Json, str, str, str]] = [
+    ({"step": 16, "sigma": 3.417, "fps": 8.12, "latency_ms": 21.3}, "live", "σ 3.42 · 8.1 fps", "21 ms"),
+    ({"state": "waiting", "step": None, "seq": None, "started": NOW - 6}, "waiting", "No step yet", "0:06"),
+    ({"flags": ["degraded"], "note": "Skipping 1 in 2"}, "live", "Skipping 1 in 2", "21 ms"),
+    ({"flags": ["degraded"], "decoder": "linear"}, "live", "Colours approximate", "21 ms"),
+    ({"flags": ["stalled"], "updated": NOW - 18}, "stalled", "No step for 18 s", "21 ms"),
+    ({"state": "done", "started": NOW - 22.2, "ended": NOW - 8}, "done", "Done in 14.2 s", "8 s ago"),
+    ({"state": "stopped", "ended": NOW - 8}, "stopped", "Stopped by you", "8 s ago"),
+    ({"state": "failed", "step": 8, "ended": NOW - 8}, "failed", "Sampler failed at 9", "8 s ago"),
+    ({"state": "lost", "ended": NOW - 8}, "gone", "Sampler left", "8 s ago"),
+    ({"flags": ["stopping"]}, "stopping", "", ""),
+    ({"note": "No decoder for foo"}, "live", "No decoder for foo", "21 ms"),
+]
+
+
+def test_each_state_has_its_words(host: PageHost, browser: Browser) -> None:
+    """Every state and flag shows the words that the design gives it."""
+    host.streams = [stream(f"s{index}", **fields) for index, (fields, *_) in enumerate(WORDS)]
+    page = browser.new_page()
+    page.clock.set_fixed_time(NOW)
+    page.goto(host.url)
+    for index, (_, look, left, right) in enumerate(WORDS):
+        tile = page.locator(f"[data-name=s{index}]")
+        expect(tile.locator("article")).to_have_attribute("data-look", look)
+        expect(tile.locator(".say")).to_have_text(left)
+        expect(tile.locator(".second .aside")).to_have_text(right)
+    expect(page.locator("[data-name=s1] .box-note")).to_have_text("Waiting for the first step")
+    page.close()
+
+
+def test_tiles_keep_their_places(host: PageHost, opened: Open) -> None:
+    """A new stream comes last, one that ends or is no longer listed stays where it was."""
+    host.streams = [stream("a"), stream("b"), stream("c")]
+    page = opened()
+    names = page.locator("#wall .name")
+    expect(names).to_have_text(["a", "b", "c"])
+    host.streams = [stream("d"), stream("c"), stream("b", state="done", ended=time.time())]
+    host.push()
+    expect(names).to_have_text(["a", "b", "c", "d"])
+    expect(page.locator("[data-name=a] .say")).to_have_text("Sampler left")
+
+
+def test_words_of_others_stay_text(host: PageHost, opened: Open) -> None:
+    """Markup in a prompt or an error is shown as it is and makes no element."""
+    evil = "<img src=x onerror=document.title='owned'><b>bold</b>"
+    host.streams = [
+        stream("a", meta={"prompt": evil, "x": evil}, state="failed", end_text=evil, note=evil),
+        stream("b"),
+    ]
+    host.recordings = [recording("a", meta={"prompt": evil})]
+    page = opened("#/s/a")
+    expect(page.locator(".prose")).to_have_text(evil)
+    assert page.locator(".inspector img, .inspector b").count() == 0
+    page.goto(host.url + "#/recordings")
+    expect(page.locator(".rec-name span")).to_have_text(evil)
+    assert page.locator(".rec-name img").count() == 0
+    assert "owned" not in page.title()
+
+
+def test_empty_page_shows_the_lines_of_the_file(host: PageHost, opened: Open) -> None:
+    """With no stream the page shows the three lines of connect.json, and the address it was opened at."""
+    page = opened()
+    ways = json.loads((PAGE / "connect.json").read_text())
+    expect(page.get_by_role("heading", name="No streams yet")).to_be_visible()
+    assert page.locator("#empty code").inner_text().split("\n") == ways[0]["lines"]
+    expect(page.locator("#empty .quiet")).to_contain_text(f"Listening on 127.0.0.1:{host.port}.")
+    host.streams = [stream("a"), stream("b")]
+    host.push()
+    expect(page.locator("#empty")).to_be_hidden()
+
+
+def test_a_single_stream_is_opened(host: PageHost, opened: Open) -> None:
+    """Opened without a hash while one stream is there, the page opens that stream."""
+    host.streams = [stream("only/one")]
+    page = opened()
+    expect(page.get_by_role("heading", name="only/one")).to_be_visible()
+    assert page.url.endswith("#/s/only/one")
+
+
+def test_filter_and_chips(host: PageHost, opened: Open) -> None:
+    """The filter looks at names and prompts; without a hit it says so and can be cleared."""
+    host.streams = [
+        stream("a", meta={"prompt": "a red dune"}),
+        stream("b"),
+        stream("c", state="done", ended=time.time()),
+    ]
+    page = opened()
+    page.keyboard.press("/")
+    page.keyboard.type("DUNE")
+    expect(page.locator("#wall li:not([hidden])")).to_have_count(1)
+    page.keyboard.type("x")
+    expect(page.get_by_text('Nothing matches "DUNEx".')).to_be_visible()
+    page.get_by_role("button", name="Clear filter").click()
+    page.locator("[data-show=ended]").click()
+    expect(page.locator("#wall li:not([hidden]) .name")).to_have_text(["c"])
+
+
+# --- what is asked of the daemon ---
+
+
+def test_record_is_the_daemons_word(host: PageHost, opened: Open) -> None:
+    """Record asks for every frame; the dot comes on with the daemon's state, not with the click."""
+    host.streams = [stream("nested/a"), stream("b")]
+    page = opened()
+    page.locator("[data-name='nested/a']").hover()
+    button = page.get_by_role("button", name="Record nested/a")
+    button.click()
+    until(lambda: host.requests == [("POST", "streams/nested/a/record", {"mode": "all"})], page)
+    expect(button).to_have_attribute("aria-pressed", "false")
+    host.streams[0]["record"] = "all"
+    host.push()
+    expect(button).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("[data-name='nested/a'] .badge")).to_have_text("REC")
+    button.click()
+    until(lambda: host.requests[-1][2] == {"mode": "off"}, page)
+
+
+def test_a_refused_record_says_why(host: PageHost, opened: Open) -> None:
+    """An error of the API is shown in the daemon's own words, and can be tried again."""
+    host.streams = [stream("a"), stream("b")]
+    host.refuse["record"] = (507, "the disk is full")
+    page = opened("#/s/a")
+    page.get_by_role("button", name="Record", exact=True).click()
+    expect(page.locator("#toast")).to_contain_text("Could not start the recording of a: the disk is full")
+    host.refuse.clear()
+    page.get_by_role("button", name="Try again").click()
+    until(lambda: len(host.requests) == 2, page)
+
+
+def test_stop_waits_for_undo(host: PageHost, opened: Open) -> None:
+    """Stop is held for three seconds: Undo takes it back, without it the request goes out."""
+    host.streams = [stream("a"), stream("b")]
+    page = opened("#/s/a", clock=True)
+    page.keyboard.press("x")
+    expect(page.locator("#toast")).to_contain_text("Stopping a.")
+    page.keyboard.press("z")
+    page.clock.run_for(4000)
+    assert host.requests == []
+    page.keyboard.press("x")
+    page.clock.run_for(2900)
+    assert host.requests == []
+    page.clock.run_for(200)
+    until(lambda: host.requests == [("POST", "streams/a/stop", None)], page)
+
+
+def test_a_held_stop_goes_out_when_the_page_is_left(host: PageHost, opened: Open) -> None:
+    """Closing the page within the three seconds sends the stop."""
+    host.streams = [stream("a"), stream("b")]
+    page = opened("#/s/a")
+    page.keyboard.press("x")
+    expect(page.locator("#toast")).to_be_visible()
+    page.goto(host.url + "page/icon.svg")
+    until(lambda: host.requests == [("POST", "streams/a/stop", None)], page)
+
+
+def test_a_stop_without_an_answer_is_said(host: PageHost, opened: Open) -> None:
+    """A sampler that goes on five seconds after Stop: the page says so and offers to try again."""
+    host.streams = [stream("a"), stream("b")]
+    page = opened("#/s/a", clock=True)
+    page.keyboard.press("Shift+X")
+    until(lambda: host.requests, page)
+    page.clock.run_for(6000)
+    expect(page.locator("#toast")).to_contain_text("Could not stop a: the sampler did not answer in 5 s.")
+
+
+def test_what_cannot_be_stopped_has_no_stop(host: PageHost, opened: Open) -> None:
+    """A sampler that never reads the wish: its button is disabled, says why, and X does nothing."""
+    host.streams = [stream("a", stoppable=False), stream("b")]
+    page = opened("#/s/a")
+    stop = page.locator(".actions [data-act=stop]")
+    expect(stop).to_have_attribute("title", "This sampler cannot be stopped from here")
+    expect(stop).to_have_attribute("aria-disabled", "true")
+    page.keyboard.press("x")
+    expect(page.locator("#toast")).to_be_hidden()
+
+
+def test_delete_can_be_undone(host: PageHost, opened: Open) -> None:
+    """Delete takes the row away at once and asks the daemon five seconds later, unless Undo came."""
+    host.recordings = [recording("a", started=2.0), recording("b", started=1.0)]
+    page = opened("#/recordings", clock=True)
+    rows = page.locator("#recordings li")
+    page.get_by_role("button", name="Delete a.mp4").click()
+    expect(rows).to_have_count(1)
+    page.get_by_role("button", name="Undo").click()
+    expect(rows).to_have_count(2)
+    page.get_by_role("button", name="Delete a.mp4").click()
+    page.clock.run_for(5100)
+    until(lambda: [request[:2] for request in host.requests if request[0] == "DELETE"], page)
+    assert [entry["stream"] for entry in host.recordings] == ["b"]
+
+
+def test_a_recording_plays_and_downloads(host: PageHost, opened: Open, tmp_path: Path) -> None:
+    """A row opens the file in the stage, where it plays; Download gives its bytes under its name."""
+    path = tmp_path / "a.mp4"
+    with av.open(path, "w") as container:
+        video = container.add_stream("libx264", rate=8)
+        video.width = video.height = 64
+        video.pix_fmt = "yuv420p"
+        for shade in range(8):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(solid((shade * 20, 90, 90)), "rgb24")))
+        container.mux(video.encode(None))
+    host.recordings = [recording("a"), recording("b", state="recording")]
+    host.files = {host.recordings[0]["id"]: path}
+    page = opened("#/recordings")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download a.mp4").click()
+    assert download.value.suggested_filename == "a.mp4"
+    assert download.value.path().read_bytes() == path.read_bytes()
+    page.locator(f"a[href='#/r/{host.recordings[0]['id']}']").click()
+    page.wait_for_function("document.querySelector('#stage-video').currentTime > 0")
+    page.go_back()
+    expect(page.get_by_label("Download b.mp4")).to_have_attribute("aria-disabled", "true")
+
+
+# --- the line to the daemon ---
+
+
+def test_a_lost_line_is_said_and_comes_back(host: PageHost, opened: Open) -> None:
+    """The daemon goes: a banner, the tiles stay. It comes back: the banner goes, the new state is there."""
+    host.streams = [stream("a"), stream("b")]
+    page = opened()
+    host.answers = False
+    host.hang_up()
+    expect(page.locator("#banners")).to_contain_text(f"Lost the connection to 127.0.0.1:{host.port}.")
+    expect(page.locator("#wall li")).to_have_count(2)
+    host.answers, host.daemon = True, "second"
+    host.streams.append(stream("c"))
+    page.get_by_role("button", name="Try now").click()
+    expect(page.locator("#wall li")).to_have_count(3)
+    expect(page.locator("#banners > *")).to_have_count(0)
+    expect(page.locator("#toast")).to_contain_text("taesd-stream restarted.")
+
+
+def test_an_older_page_and_alerts_are_banners(host: PageHost, opened: Open) -> None:
+    """Other page files than the daemon's, and what the daemon has to say, stand under the header."""
+    host.page = "2"
+    host.alerts = [{"code": "disk_full", "text": "Recording stopped: the disk is full. 12.4 MB were saved."}]
+    page = opened()
+    banners = page.locator(".banner")
+    expect(banners).to_have_count(2)
+    expect(banners.first).to_contain_text("This page is older than the daemon.")
+    page.get_by_role("button", name="Dismiss").click()
+    expect(banners).to_have_count(1)
+
+
+# --- keys, access, layout ---
+
+
+def test_the_wall_works_by_keys(host: PageHost, opened: Open) -> None:
+    """One tab stop, arrows move by place, Enter opens, Escape comes back to the same tile, R records it."""
+    host.streams = [stream(f"s{index}") for index in range(8)]
+    page = opened()
+    page.locator("[data-name=s0] .name").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    name = page.evaluate("document.activeElement.closest('li').dataset.name")
+    columns = page.evaluate("getComputedStyle(wall).gridTemplateColumns.split(' ').length")
+    assert name == f"s{1 + columns}"
+    assert page.locator("#wall .name[tabindex='0']").count() == 1
+    expect(page.locator("#info")).to_contain_text(name)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name=name)).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.locator(f"[data-name={name}] .name")).to_be_focused()
+    page.keyboard.press("r")
+    until(lambda: host.requests == [("POST", f"streams/{name}/record", {"mode": "all"})], page)
+
+
+def test_single_keys_can_be_turned_off(host: PageHost, opened: Open) -> None:
+    """With single-key shortcuts off, X stops nothing; the choice is kept."""
+    host.streams = [stream("a"), stream("b")]
+    page = opened("#/s/a")
+    page.keyboard.press("?")
+    page.get_by_role("switch", name="Single-key shortcuts").uncheck()
+    page.keyboard.press("Escape")
+    page.reload()
+    expect(page.get_by_role("heading", name="a", exact=True)).to_be_visible()
+    page.keyboard.press("x")
+    expect(page.locator("#toast")).to_be_hidden()
+
+
+def test_every_control_has_a_name(host: PageHost, opened: Open) -> None:
+    """No button, link, field or picture without an accessible name, on any view."""
+    host.streams = [stream("a"), stream("b", meta={"prompt": "x"})]
+    host.recordings = [recording("a")]
+    page = opened()
+    for view in ("#/", "#/s/b", "#/recordings", f"#/r/{host.recordings[0]['id']}"):
+        page.goto(host.url + view)
+        page.wait_for_function("document.querySelector('main').innerText.length > 0")
+        tree = page.locator("body").aria_snapshot()
+        nameless = [line for line in tree.splitlines() if re.search(r"- (button|link|textbox|img|switch)\s*:?$", line)]
+        assert nameless == []
+
+
+@pytest.mark.parametrize("width", [320, 390, 820])
+def test_nothing_is_wider_than_the_screen(host: PageHost, opened: Open, width: int) -> None:
+    """No view scrolls sideways, down to 320 px."""
+    host.streams = [stream("a-name-that-is-much-too-long/for-a-tile-of-any-size"), stream("b", meta={"p": "x" * 300})]
+    host.recordings = [recording("a", meta={"prompt": "x" * 300}), recording("b", state="recording")]
+    page = opened(viewport={"width": width, "height": 700})
+    for view in ("#/", "#/s/b", "#/recordings", f"#/r/{host.recordings[0]['id']}"):
+        page.goto(host.url + view)
+        expect(page.locator("#view-wall, #view-stage, #view-recordings").locator("visible=true")).to_have_count(1)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_theme_is_kept(host: PageHost, opened: Open) -> None:
+    """The theme of the help dialog beats the system's, and is there again before the first paint."""
+    page = opened(color_scheme="dark")
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.keyboard.press("?")
+    page.get_by_role("button", name="Light").click()
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.reload()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == light != dark
+
+
+def test_the_page_is_small_and_needs_nobody_else() -> None:
+    """All files together are under 120 kB, and no address of another host is in them."""
+    files = [path for path in PAGE.iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 120_000
+    for path in files:
+        addresses = set(re.findall(r"https?://[^\s\"'`)]+", path.read_text()))
+        assert addresses <= {"http://www.w3.org/2000/svg"}, path.name
