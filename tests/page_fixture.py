@@ -225,7 +225,7 @@ class PageHost:
             self.push()
             return JSONResponse({})
         if part == "file" and identity in self.files:
-            return FileResponse(self.files[identity])
+            return FileResponse(self.files[identity], filename=self.files[identity].name)
         if part == "thumb" and identity in self.thumbs:
             return Response(self.thumbs[identity], media_type="image/jpeg")
         return JSONResponse({"code": "unknown", "text": "no such recording"}, 404)

@@ -111,12 +111,13 @@ def last_watch(host: PageHost) -> Json:
 # --- pictures ---
 
 
-def test_each_tile_shows_its_own_picture(host: PageHost, opened: Open) -> None:
-    """Three streams at once: each canvas holds the colour of its own stream, and tells which picture it is."""
+@pytest.mark.parametrize("script", ["", "delete HTMLCanvasElement.prototype.transferControlToOffscreen"])
+def test_each_tile_shows_its_own_picture(host: PageHost, opened: Open, script: str) -> None:
+    """Three streams at once: each canvas holds its own stream's colour; also where no worker can own canvases."""
     colours = {"red": RED, "green": GREEN, "nested/blue": BLUE}
     host.streams = [stream(name, seq=5) for name in colours]
     host.source = one_colour(colours)
-    page = opened()
+    page = opened(script=script)
     for name, colour in colours.items():
         canvas = f"canvas[data-stream='{name}'][data-seq='5']"
         expect(page.locator(canvas)).to_be_attached()
@@ -413,7 +414,7 @@ def test_a_recording_plays_and_downloads(host: PageHost, opened: Open, tmp_path:
     assert download.value.suggested_filename == "a.mp4"
     assert download.value.path().read_bytes() == path.read_bytes()
     page.locator(f"a[href='#/r/{host.recordings[0]['id']}']").click()
-    page.wait_for_function("document.querySelector('#stage-video').currentTime > 0")
+    until(lambda: page.locator("#stage-video").evaluate("video => video.currentTime") > 0, page)
     page.go_back()
     expect(page.get_by_label("Download b.mp4")).to_have_attribute("aria-disabled", "true")
 
@@ -492,7 +493,7 @@ def test_every_control_has_a_name(host: PageHost, opened: Open) -> None:
     page = opened()
     for view in ("#/", "#/s/b", "#/recordings", f"#/r/{host.recordings[0]['id']}"):
         page.goto(host.url + view)
-        page.wait_for_function("document.querySelector('main').innerText.length > 0")
+        until(lambda: page.locator("main").inner_text(), page)
         tree = page.locator("body").aria_snapshot()
         nameless = [line for line in tree.splitlines() if re.search(r"- (button|link|textbox|img|switch)\s*:?$", line)]
         assert nameless == []

@@ -48,7 +48,7 @@ export class Actions {
       item,
       commit: () => {
         item.stop_held = false
-        if (item.data.run === run) this.sendStop(item, run)
+        if (item.data.run === run && !item.ended) this.sendStop(item, run)
       },
       cancel: () => (item.stop_held = false),
     }

@@ -5,6 +5,7 @@ import { $, $$, copyText, put, store, stored } from "./dom.js"
 import { fillEmpty } from "./empty.js"
 import { msText } from "./format.js"
 import { listenToKeys } from "./keys.js"
+import { listen, loopback, tell } from "./line.js"
 import { Notices } from "./notices.js"
 import { RecordingList } from "./recordings.js"
 import { Stage } from "./stage.js"
@@ -17,8 +18,6 @@ const HIDDEN_MS = 5000 // a page in the background stops its pictures after this
 const BANNER_MS = 800
 const GIVEN_UP_MS = 30000
 const { host } = location
-const loopback = /^(localhost|127(\.\d+){3}|\[::1\])$/.test(location.hostname)
-const still = matchMedia("(prefers-reduced-motion: reduce)")
 
 const streams = new Streams()
 const notices = new Notices()
@@ -32,36 +31,15 @@ let asleep = false
 let rendition = "VideoDecoder" in self ? "live" : "jpeg"
 let why_jpeg = self.isSecureContext ? "this browser has no video decoder" : "this page is not on https or 127.0.0.1"
 
-// --- pictures: in a worker that owns the canvases, or here where canvases cannot be given away ---
-
-async function openPictures(settings) {
-  if ("transferControlToOffscreen" in HTMLCanvasElement.prototype) {
-    const worker = new Worker(new URL("./worker.js", import.meta.url), { type: "module" })
-    worker.onmessage = ({ data }) => take(data)
-    worker.postMessage(settings)
-    return (message) => {
-      if (!message.canvas) return worker.postMessage(message)
-      const canvas = message.canvas.transferControlToOffscreen()
-      worker.postMessage({ ...message, canvas }, [canvas])
-    }
-  }
-  const { Pictures } = await import("./pictures.js")
-  const here = new Pictures((message) => setTimeout(take, 0, message), settings)
-  return (message) => here.take(message)
-}
-
-const url = `${location.protocol === "https:" ? "wss" : "ws"}://${host}/ws`
-const pictures = await openPictures({ url, loopback, reduced: still.matches })
-
 const wall = new Wall(streams, {
-  canvas: (stream, canvas) => pictures({ do: "tile", stream, canvas }),
-  gone: (stream) => pictures({ do: "drop", stream }),
+  canvas: (stream, canvas) => tell({ do: "tile", stream, canvas }),
+  gone: (stream) => tell({ do: "drop", stream }),
   watch: () => watch(),
   act,
 })
 const stage = new Stage({
-  canvas: (canvas) => pictures({ do: "stage", canvas }),
-  open: (stream) => pictures({ do: "open", stream }),
+  canvas: (canvas) => tell({ do: "stage", canvas }),
+  open: (stream) => tell({ do: "open", stream }),
   act,
 })
 const list = new RecordingList((id) => actions.remove(recordings().find((recording) => recording.id === id)))
@@ -174,7 +152,7 @@ function tellBanners() {
   const banners = []
   const lost_for_ms = line.lost_ms === null ? 0 : performance.now() - line.lost_ms
   if (lost_for_ms > BANNER_MS) {
-    banners.push({ key: "lost", text: lostText(lost_for_ms), label: "Try now", run: () => pictures({ do: "retry" }) })
+    banners.push({ key: "lost", text: lostText(lost_for_ms), label: "Try now", run: () => tell({ do: "retry" }) })
     if (document.body.dataset.link !== "off") notices.alarm(`Lost the connection to ${host}.`)
     document.body.dataset.link = "off"
   }
@@ -201,7 +179,7 @@ function lostText(lost_for_ms) {
 function watch() {
   const wall_wants = view.kind === "wall" ? wall.wanted() : {}
   const wanted = stage.item ? { [stage.item.name]: rendition } : wall_wants
-  pictures({ do: "watch", streams: paused || asleep ? {} : wanted })
+  tell({ do: "watch", streams: paused || asleep ? {} : wanted })
 }
 
 function sleep(on) {
@@ -214,10 +192,9 @@ document.addEventListener("visibilitychange", () => {
   clearTimeout(sleep_timer)
   if (document.hidden) sleep_timer = setTimeout(sleep, HIDDEN_MS, true)
   else sleep(false)
-  pictures({ do: "retry" })
+  tell({ do: "retry" })
 })
-addEventListener("online", () => pictures({ do: "retry" }))
-still.onchange = () => pictures({ do: "reduced", on: still.matches })
+addEventListener("online", () => tell({ do: "retry" }))
 
 function setPaused(on) {
   paused = on
@@ -395,3 +372,4 @@ listenToKeys({
 })
 fillEmpty({ host, loopback, say: (text) => notices.say(text) })
 route()
+listen(take)

@@ -38,8 +38,10 @@ export class Pictures {
     this.stage = null // Sink
     this.opened = null // the stream on the stage
     this.live = null // LiveDecoder
-    this.wanted = {}
+    this.wanted = {} // what the page wants
+    this.watched = {} // what the daemon was told
     this.watch_timer = 0
+    this.watch_ms = -BATCH_MS // when that was
     this.drawn = new Map() // stream -> {header, pictures} of its tile, told to the page at the next batch
     this.reported = new Map() // stream -> when `shown` last went out
     this.socket = new Socket(url, {
@@ -71,13 +73,17 @@ export class Pictures {
 
   watch(streams) {
     this.wanted = streams
-    this.watch_timer ||= setTimeout(() => this.send_watch(), BATCH_MS)
+    const wait_ms = this.watch_ms + BATCH_MS - performance.now()
+    if (wait_ms <= 0) this.send_watch()
+    else this.watch_timer ||= setTimeout(() => this.send_watch(), wait_ms)
   }
 
   send_watch() {
     clearTimeout(this.watch_timer)
     this.watch_timer = 0
-    this.socket.send({ type: "watch", streams: this.wanted })
+    this.watch_ms = performance.now()
+    this.watched = this.wanted
+    this.socket.send({ type: "watch", streams: this.watched })
   }
 
   /** Put a stream on the stage (null: clear it), with its tile's last picture until a better one comes. */
@@ -109,11 +115,11 @@ export class Pictures {
     const length = new DataView(buffer).getUint32(0)
     const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)))
     const bytes = new Uint8Array(buffer, 4 + length)
-    if (this.wanted[header.stream] !== header.rendition) return // on its way when the page changed its mind
+    if (this.watched[header.stream] !== header.rendition) return // on its way when the page changed its mind
     if (header.rendition === "live") return this.feed(header, bytes)
     const sink = header.rendition === "thumb" ? this.tiles.get(header.stream) : this.opened === header.stream && this.stage
-    if (!sink) return
-    if (sink.busy) sink.next = [header, bytes]
+    if (!sink) this.credit(header) // its canvas is just going, or coming
+    else if (sink.busy) sink.next = [header, bytes]
     else this.show_jpeg(sink, header, bytes)
   }
 
@@ -132,16 +138,16 @@ export class Pictures {
       // A damaged picture: the next one is whole, so its credit must go back all the same.
     }
     sink.busy = false
-    this.credit(sink, header)
+    this.credit(header, sink.drawn_ms)
     const next = sink.next
     sink.next = null
     if (next) this.show_jpeg(sink, ...next)
   }
 
   /** Ask for the next picture of a stream: at once, or later where pictures must be few. */
-  credit(sink, { stream, rendition, stamps }) {
+  credit({ stream, rendition, stamps }, drawn_ms = performance.now()) {
     const least_ms = this.reduced ? REDUCED_MS : this.pace_ms
-    const wait_ms = sink.drawn_ms + least_ms - performance.now()
+    const wait_ms = drawn_ms + least_ms - performance.now()
     const send = () => this.socket.send({ type: "credit", stream, rendition })
     if (wait_ms > 0) setTimeout(send, wait_ms)
     else send()
@@ -186,5 +192,14 @@ export class Pictures {
     if (!this.drawn.size) return
     this.tell({ type: "drawn", list: [...this.drawn.values()] })
     this.drawn.clear()
+  }
+}
+
+// As a worker: the first message has the settings, each later one is for Pictures.
+if ("WorkerGlobalScope" in self) {
+  let pictures = null
+  self.onmessage = ({ data }) => {
+    if (pictures) pictures.take(data)
+    else pictures = new Pictures((message) => self.postMessage(message), data)
   }
 }

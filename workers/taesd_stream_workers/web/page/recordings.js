@@ -43,7 +43,7 @@ export class RecordingList {
     row.dataset.id = id
     put($(".rec-open", row), { href: `#/r/${id}` })
     put($("b", row), { text: stream })
-    put($("[data-act=download]", row), { download: name, "aria-label": `Download ${name}` })
+    put($("[data-act=download]", row), { "aria-label": `Download ${name}` })
     put($("[data-act=delete]", row), { "aria-label": `Delete ${name}` })
     $("img", row).onerror = ({ target }) => put(target, { hidden: true })
     this.rows.set(id, row)

@@ -222,7 +222,7 @@ export class Stage {
     putSay(this.parts.state, "state", {}, whenText(started))
     put(this.parts.state, { hidden: false })
     put(this.parts.dot, { hidden: true })
-    put(this.acts.download, { hidden: !playable, href: fileOf(id), download: name })
+    put(this.acts.download, { hidden: !playable, href: fileOf(id) })
     put(this.acts.delete, { hidden: !playable })
     if (playable) {
       put(this.video, { hidden: false, src: `${fileOf(id)}?inline=1`, "aria-label": `Recording of ${stream}` })

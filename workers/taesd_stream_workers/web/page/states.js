@@ -3,13 +3,11 @@
 import { put, putIcon } from "./dom.js"
 import { agoText, clockText, fpsText, msText, sigmaText, spanText } from "./format.js"
 
-const DEGRADED = /^(Skipping 1 in \d+|Small pictures|Decoding on CPU|Colours approximate)$/
 const APPROXIMATE = /^(linear|nano)/
 
-/** The one thing that is worse than usual about these pictures. */
+/** The one thing that is worse than usual about these pictures: the daemon's word, else what the decoder tells. */
 function degradedText({ note, decoder }) {
-  if (DEGRADED.test(note)) return note
-  return APPROXIMATE.test(decoder) ? "Colours approximate" : "Small pictures"
+  return note || (APPROXIMATE.test(decoder) ? "Colours approximate" : "Small pictures")
 }
 
 function liveNumbers(item) {
@@ -32,7 +30,7 @@ export function stateOf(item, now_s = Date.now() / 1000) {
   if (item.stopping) return { look: "stopping", bar: "still", left: "", right: "", state: "Stopping…" }
   switch (data.state) {
     case "waiting": {
-      const note = missing ?? "Waiting for the first step"
+      const note = data.note || "Waiting for the first step"
       return { look: "waiting", bar: "none", left: "No step yet", right: clockText(now_s - data.started), note, missing, state: "Waiting" }
     }
     case "done":
@@ -46,7 +44,7 @@ export function stateOf(item, now_s = Date.now() / 1000) {
     case "lost":
       return { look: "gone", ...failed, left: "Sampler left", right }
   }
-  if (missing) return { ...worse, left: missing, right, note: missing, missing }
+  if (missing) return { ...worse, left: missing.split(/[.:;]( |$)/)[0], right, note: missing, missing }
   if (data.flags.includes("stalled")) {
     const still_s = data.updated ? now_s - data.updated : (performance.now() - item.moved_ms) / 1000
     return { ...worse, look: "stalled", icon: "clock", left: `No step for ${spanText(still_s, 0)}`, right }

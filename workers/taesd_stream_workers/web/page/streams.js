@@ -30,8 +30,11 @@ export class Item {
     const renewed = entry.run !== this.data.run
     if (renewed) Object.assign(this, { drawn: null, stop_held: false, stop_sent: false })
     if (renewed || entry.seq !== this.data.seq) this.moved_ms = performance.now()
+    const { ended } = this
     this.data = entry
-    if (this.ended) this.stop_sent = false
+    if (!this.ended) return
+    this.stop_sent = false
+    if (!ended) entry.ended ??= Date.now() / 1000
   }
 
   /** The daemon no longer lists it: its tile stays, with its last picture. */
