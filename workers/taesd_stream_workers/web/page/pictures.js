@@ -183,6 +183,7 @@ export class Pictures {
     const pictures = ++sink.pictures
     if (sink === this.stage) this.tell({ type: "picture", header, shown_us: now_us, pictures })
     else this.drawn.set(stream, { header, pictures })
+    if (pictures === 1) this.flush() // the page shows no canvas before
     if (now_us === null || sink.drawn_ms - (this.reported.get(stream) ?? -SHOWN_MS) < SHOWN_MS) return
     this.reported.set(stream, sink.drawn_ms)
     this.socket.send({ type: "shown", stream, run, seq, rendition, shown_us: Math.round(now_us) })

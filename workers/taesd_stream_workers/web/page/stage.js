@@ -93,7 +93,11 @@ export class Stage {
       const button = target.closest("button[data-act]")
       if (button && !button.matches("[aria-disabled=true]")) on.act(button.dataset.act, this.item ?? this.recording)
     })
-    this.video.onerror = () => this.video.hasAttribute("src") && this.note("This file cannot be played here. Download it instead.")
+    this.video.onerror = () => {
+      if (!this.recording) return
+      put(this.video, { hidden: true })
+      this.note("This file cannot be played here. Download it instead.")
+    }
     on.canvas(this.canvas)
   }
 
@@ -127,7 +131,7 @@ export class Stage {
     this.open(item.name, "Live", "#/")
     Object.assign(this, { item, latency: new Latency(), built: "" })
     Object.assign(this.canvas.dataset, { stream: item.name, rendition, seq: "", pictures: "0" })
-    put(this.canvas, { hidden: false, "aria-label": `Picture of ${item.name}` })
+    put(this.canvas, { "aria-label": `Picture of ${item.name}` })
     put(this.parts.under, { hidden: false })
     this.on.open(item.name)
     this.update()
@@ -144,6 +148,7 @@ export class Stage {
     if (header.stream !== this.item?.name) return
     this.last = header
     this.latency.take(header, shown_us)
+    put(this.canvas, { hidden: false })
     Object.assign(this.canvas.dataset, { rendition: header.rendition, seq: header.seq, pictures })
     this.tellNumbers(stateOf(this.item))
   }
@@ -157,10 +162,11 @@ export class Stage {
     putSay(parts.state, "state", state, state.state ?? state.left)
     put(parts.state, { hidden: false })
     put(parts.dot, { hidden: !fine })
-    this.note((this.last ?? item.drawn) && !state.missing ? "" : (state.note ?? ""))
+    const seen = this.last ?? item.drawn
+    put(this.canvas, { hidden: !seen })
+    this.note(seen && !state.missing ? "" : (state.note ?? ""))
     putBadge(parts.badge, item)
     put(parts.plate, { hidden: !item.stopping })
-    put(parts.plate.lastElementChild, { hidden: !item.stop_held })
     putButtons(acts.record, acts.stop, item)
     put(acts.record.lastElementChild, { text: item.recording ? "Recording" : "Record" })
     this.inspect(item, state)
