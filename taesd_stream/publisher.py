@@ -188,7 +188,7 @@ class LatentPublisher:
             index=self._index if self._kind == "live" else seq,
             step=step,
             total_steps=None if total_steps is None else int(total_steps),
-            sigma=None if sigma is None or not wire.is_finite(float(sigma)) else float(sigma),
+            sigma=None if sigma is None or not math.isfinite(float(sigma)) else float(sigma),
             dtype=dtype,
             shape=shape,
             kept=False,

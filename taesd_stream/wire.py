@@ -9,12 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeAlias, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import msgpack
 
 from taesd_stream.errors import WireError
+from taesd_stream.fields import (
+    ANY,
+    BOOLEAN,
+    PLAIN,
+    RUN,
+    STREAM,
+    Check,
+    as_list,
+    choice,
+    integer,
+    mapping,
+    number,
+    optional,
+    sequence,
+    text,
+)
 from taesd_stream.frames import (
     DEMANDS,
     DTYPE_BYTES,
@@ -26,8 +42,6 @@ from taesd_stream.frames import (
     Packet,
     Stamps,
     StreamInfo,
-    is_run_id,
-    is_stream_name,
 )
 from taesd_stream.messages import (
     Ack,
@@ -62,196 +76,105 @@ VERSION: Final = 1
 MAX_FRAME_BYTES: Final = 64 << 20  # a 720p clip of 129 frames is 14.5 MiB; a bigger claim is an attack or a bug
 MAX_HEADER_BYTES: Final = 64 << 10
 MAX_META_BYTES: Final = 16 << 10
+MAX_TEXT_CHARS: Final = 4000
 MAX_MESSAGE_BYTES: Final = MAX_FRAME_BYTES + (64 << 10)  # MAXMSGSIZE of every socket that binds
 MAX_STATE_BYTES: Final = 16 << 20  # STATE and JOB headers grow with the number of streams; only our own roles send them
 
 DEFAULT_ADDRESS: Final = "tcp://127.0.0.1:5760"
 
-Check: TypeAlias = Callable[[Any], Any]
 M = TypeVar("M")
 
 
-# --- checkers: value from outside -> value, or WireError ---
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _integer(low: int, high: int = (1 << 63) - 1) -> Check:
-    def check(value: Any) -> int:
-        if not _is_int(value) or not low <= value <= high:
-            raise WireError(f"expected an integer from {low} to {high}, got {value!r:.60}")
-        return int(value)
-
-    return check
-
-
-def _number(low: float = -1e30, high: float = 1e30) -> Check:
-    def check(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # NaN fails too
-            raise WireError(f"expected a number from {low} to {high}, got {value!r:.60}")
-        return float(value)
-
-    return check
-
-
-def _text(max_chars: int) -> Check:
-    def check(value: Any) -> str:
-        if not isinstance(value, str) or len(value) > max_chars:
-            raise WireError(f"expected text of at most {max_chars} characters, got {value!r:.60}")
-        return value
-
-    return check
-
-
-def _choice(choices: Sequence[str]) -> Check:
-    def check(value: Any) -> str:
-        if not isinstance(value, str) or value not in choices:
-            raise WireError(f"expected one of {', '.join(choices)}, got {value!r:.60}")
-        return value
-
-    return check
-
-
-def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise WireError(f"expected true or false, got {value!r:.60}")
-    return value
-
-
-def _stream(value: Any) -> str:
-    if not isinstance(value, str) or not is_stream_name(value):
-        raise WireError(f"expected a stream name, got {value!r:.80}")
-    return value
-
-
-def _run(value: Any) -> str:
-    if not isinstance(value, str) or not is_run_id(value):
-        raise WireError(f"expected a run of 16 hex digits, got {value!r:.60}")
-    return value
-
-
-def _optional(check: Check) -> Check:
-    return lambda value: None if value is None else check(value)
-
-
-def _list(check: Check, max_items: int) -> Check:
-    def checked(value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, list) or len(value) > max_items:
-            raise WireError(f"expected a list of at most {max_items}, got {type(value).__name__}")
-        return tuple(check(item) for item in value)
-
-    return checked
-
-
-def _map(check_key: Check, check_value: Check, max_items: int) -> Check:
-    def checked(value: Any) -> dict[Any, Any]:
-        if not isinstance(value, dict) or len(value) > max_items:
-            raise WireError(f"expected a map of at most {max_items}, got {type(value).__name__}")
-        return {check_key(key): check_value(item) for key, item in value.items()}
-
-    return checked
-
-
-def _any(value: Any) -> Any:
-    return value
-
-
 def _meta(value: Any) -> dict[str, Any]:
-    meta: dict[str, Any] = _map(_text(64), _any, 64)(value)
+    meta: dict[str, Any] = _META(value)
     if len(msgpack.packb(meta)) > MAX_META_BYTES:
-        raise WireError(f"meta: expected at most {MAX_META_BYTES} bytes")
+        raise WireError(f"expected at most {MAX_META_BYTES} bytes")
     return meta
 
 
-def _shape(value: Any) -> tuple[int, ...]:
-    shape: tuple[int, ...] = _list(_integer(1, 1 << 20), 5)(value)
-    if len(shape) < 3:
-        raise WireError(f"shape: expected 3 to 5 axes, got {list(shape)}")
-    return shape
-
-
 def _nested(cls: type) -> Check:
-    def check(value: Any) -> Any:
+    def take(value: Any) -> Any:
         if not isinstance(value, dict):
             raise WireError(f"expected a map, got {type(value).__name__}")
         return _build(cls, value)
 
-    return check
+    return Check(f"a map as {cls.__name__}", take)
 
 
-_SEQ = _integer(0, 1 << 40)
-_SEQ_OR_NONE_YET = _integer(-1, 1 << 40)
-_COUNT = _integer(0, 1 << 31)
-_NS = _integer(-(1 << 62), 1 << 62)
-_SIGMA = _optional(_number())
-_STEPS = _optional(_integer(1, 1 << 31))
-_DTYPE = _choice(tuple(DTYPE_BYTES))
-_RENDITION = _choice(RENDITIONS)
-_MODE = _choice(RECORD_MODES)
-_CODE = _text(64)
-_TEXT = _text(4000)
-_MAPS = _list(_map(_text(64), _any, 256), 1 << 16)
+_META = mapping(text(64), PLAIN, 64)
+_SEQ = integer(0, 1 << 40)
+_SEQ_OR_NONE_YET = integer(-1, 1 << 40)
+_COUNT = integer(0, 1 << 31)
+_NS = integer(-(1 << 62), 1 << 62)
+_PEER_NS = integer(-(1 << 61), 1 << 61)  # a publisher's time plus its offset is still an _NS
+_SHAPE = sequence(integer(1, 1 << 20), 5, min_items=3)
+_SIGMA = optional(number())
+_STEPS = optional(integer(1, 1 << 31))
+_DTYPE = choice(tuple(DTYPE_BYTES))
+_RENDITION = choice(RENDITIONS)
+_MODE = choice(RECORD_MODES)
+_CODE = text(64)
+_TEXT = text(MAX_TEXT_CHARS)
+_MAPS = as_list(sequence(mapping(text(64), ANY, 256), 1 << 16))
 
 FIELDS: Final[dict[type, dict[str, Check]]] = {
     StreamInfo: {
-        "stream": _stream,
-        "run": _run,
-        "kind": _choice(KINDS),
-        "latent_format": _text(64),
-        "fps": _optional(_number(0.001, 1000)),
-        "record": _optional(_MODE),
-        "meta": _meta,
-        "opened_ns": _NS,
+        "stream": STREAM,
+        "run": RUN,
+        "kind": choice(KINDS),
+        "latent_format": text(64),
+        "fps": optional(number(0.001, 1000)),
+        "record": optional(_MODE),
+        "meta": Check(f"{_META.says}, at most {MAX_META_BYTES} bytes", _meta),
+        "opened_ns": _PEER_NS,
     },
     LatentFrame: {
-        "run": _run,
+        "run": RUN,
         "seq": _SEQ,
         "index": _SEQ,
         "step": _COUNT,
         "total_steps": _STEPS,
         "sigma": _SIGMA,
         "dtype": _DTYPE,
-        "shape": _shape,
-        "kept": _boolean,
-        "sent_ns": _NS,
+        "shape": _SHAPE,
+        "kept": BOOLEAN,
+        "sent_ns": _PEER_NS,
     },
-    RunHello: {"next_seq": _SEQ, "kept_from": _optional(_SEQ), "stoppable": _boolean},
-    PublisherHello: {"runs": _map(_run, _nested(RunHello), 4096), "echo_ns": _NS, "offset_ns": _NS},
-    End: {"run": _run, "last_seq": _SEQ_OR_NONE_YET, "reason": _choice(END_REASONS), "text": _TEXT},
-    DemandUpdate: {"run": _run, "level": _choice(DEMANDS), "max_fps": _number(0, 1000), "record": _MODE},
-    Ack: {"run": _run, "seq": _SEQ_OR_NONE_YET, "ended": _boolean},
-    StopRun: {"run": _run},
-    Refused: {"stream": _stream, "run": _run, "code": _CODE, "text": _TEXT, "use": _optional(_stream)},
+    RunHello: {"next_seq": _SEQ, "kept_from": optional(_SEQ), "stoppable": BOOLEAN},
+    PublisherHello: {"runs": mapping(RUN, _nested(RunHello), 4096), "echo_ns": _PEER_NS, "offset_ns": _PEER_NS},
+    End: {"run": RUN, "last_seq": _SEQ_OR_NONE_YET, "reason": choice(END_REASONS), "text": _TEXT},
+    DemandUpdate: {"run": RUN, "level": choice(DEMANDS), "max_fps": number(0, 1000), "record": _MODE},
+    Ack: {"run": RUN, "seq": _SEQ_OR_NONE_YET, "ended": BOOLEAN},
+    StopRun: {"run": RUN},
+    Refused: {"stream": STREAM, "run": RUN, "code": _CODE, "text": _TEXT, "use": optional(STREAM)},
     Echo: {"echo_ns": _NS, "now_ns": _NS},
     WorkerHello: {
-        "device": _text(200),
-        "credits": _integer(0, 64),
-        "engines": _map(_text(64), _map(_text(64), _any, 16), 256),
-        "memories": _map(_run, _SEQ, 4096),
+        "device": text(200),
+        "credits": integer(0, 64),
+        "engines": mapping(text(64), mapping(text(64), ANY, 16), 256),
+        "memories": mapping(RUN, _SEQ, 4096),
         "echo_ns": _NS,
         "offset_ns": _NS,
     },
     Progress: {"job": _SEQ},
-    Done: {"job": _SEQ, "ms": _number(0)},
+    Done: {"job": _SEQ, "ms": number(0)},
     Failed: {
         "job": _SEQ,
-        "items": lambda value: list(_list(_COUNT, 4096)(value)),
+        "items": as_list(sequence(_COUNT, 4096)),
         "code": _CODE,
         "text": _TEXT,
-        "retry": _boolean,
+        "retry": BOOLEAN,
     },
     JobItem: {
-        "stream": _stream,
-        "run": _run,
+        "stream": STREAM,
+        "run": RUN,
         "seq": _SEQ,
-        "kind": _choice(KINDS),
-        "shape": _shape,
+        "kind": choice(KINDS),
+        "shape": _SHAPE,
         "dtype": _DTYPE,
-        "renditions": _list(_RENDITION, len(RENDITIONS)),
+        "renditions": sequence(_RENDITION, len(RENDITIONS)),
         "attempt": _COUNT,
-        "keyframe": _boolean,
+        "keyframe": BOOLEAN,
         "pts": _NS,
         "picture_ticks": _COUNT,
         "step": _COUNT,
@@ -260,45 +183,45 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
         "sent_ns": _NS,
         "received_ns": _NS,
     },
-    Job: {"job": _SEQ, "latent_format": _text(64), "items": _list(_nested(JobItem), 4096), "packets_to": _text(512)},
-    Forget: {"run": _run},
+    Job: {"job": _SEQ, "latent_format": text(64), "items": sequence(_nested(JobItem), 4096), "packets_to": text(512)},
+    Forget: {"run": RUN},
     Drain: {},
     Cursor: {
-        "run": _run,
+        "run": RUN,
         "attempt": _COUNT,
         "written": _SEQ_OR_NONE_YET,
         "synced": _SEQ_OR_NONE_YET,
-        "finished": _boolean,
+        "finished": BOOLEAN,
     },
-    StreamerHello: {"endpoint": _text(512), "cursors": _list(_nested(Cursor), 1 << 16), "echo_ns": _NS},
-    Watch: {"stream": _stream, "rendition": _RENDITION, "viewers": _COUNT},
-    Keyframe: {"stream": _stream, "rendition": _RENDITION},
-    Record: {"stream": _stream, "mode": _MODE},
-    StopStream: {"stream": _stream},
+    StreamerHello: {"endpoint": text(512), "cursors": sequence(_nested(Cursor), 1 << 16), "echo_ns": _NS},
+    Watch: {"stream": STREAM, "rendition": _RENDITION, "viewers": _COUNT},
+    Keyframe: {"stream": STREAM, "rendition": _RENDITION},
+    Record: {"stream": STREAM, "mode": _MODE},
+    StopStream: {"stream": STREAM},
     State: {
-        "streams": lambda value: list(_MAPS(value)),
-        "runs": _map(_run, _map(_text(64), _any, 64), 1 << 16),
-        "workers": lambda value: list(_MAPS(value)),
-        "stats": _map(_text(64), _any, 256),
+        "streams": _MAPS,
+        "runs": mapping(RUN, mapping(text(64), ANY, 64), 1 << 16),
+        "workers": _MAPS,
+        "stats": mapping(text(64), ANY, 256),
         "desired_workers": _COUNT,
         "now_ns": _NS,
     },
-    Gap: {"run": _run, "seq": _SEQ, "attempt": _COUNT, "code": _CODE},
+    Gap: {"run": RUN, "seq": _SEQ, "attempt": _COUNT, "code": _CODE},
     Stats: {},
     Stamps: dict.fromkeys([f.name for f in dataclasses.fields(Stamps)], _NS),
     Packet: {
-        "stream": _stream,
-        "run": _run,
+        "stream": STREAM,
+        "run": RUN,
         "seq": _SEQ,
         "index": _COUNT,
-        "count": _integer(1, 1 << 20),
+        "count": integer(1, 1 << 20),
         "rendition": _RENDITION,
         "attempt": _COUNT,
-        "is_keyframe": _boolean,
+        "is_keyframe": BOOLEAN,
         "pts": _NS,
-        "width": _integer(1, 1 << 20),
-        "height": _integer(1, 1 << 20),
-        "decoder": _text(64),
+        "width": integer(1, 1 << 20),
+        "height": integer(1, 1 << 20),
+        "decoder": text(64),
         "step": _COUNT,
         "total_steps": _STEPS,
         "sigma": _SIGMA,
@@ -378,14 +301,24 @@ def pack(message: Any) -> list[Part]:
     return parts
 
 
+def check(cls: type, **values: Any) -> None:
+    """Check some fields of a message of ours, as they would travel, before it is sent. Raises: WireError."""
+    for name, value in values.items():
+        _checked(cls, name, value)
+
+
+def _checked(cls: type, name: str, value: Any) -> Any:
+    try:
+        return FIELDS[cls][name](value)
+    except WireError as error:
+        raise WireError(f"{type_name(cls)} {name}: {error}") from None
+
+
 def _build(cls: type[M], header: Mapping[str, Any], **extra: Any) -> M:
     values: dict[str, Any] = extra
-    for name, check in FIELDS[cls].items():
+    for name in FIELDS[cls]:
         if name in header:
-            try:
-                values[name] = check(header[name])
-            except WireError as error:
-                raise WireError(f"{type_name(cls)} {name}: {error}") from None
+            values[name] = _checked(cls, name, header[name])
         elif name not in _DEFAULTED[cls]:
             raise WireError(f"{type_name(cls)}: {name} is missing")
     return cls(**values)
@@ -398,20 +331,19 @@ def _header(head: Part) -> dict[str, Any]:
         raise WireError(f"header is no msgpack: {type(error).__name__}") from error
     if not isinstance(header, dict):
         raise WireError(f"header: expected a map, got {type(header).__name__}")
-    if header.get("v") != VERSION:
-        raise WireError(f"version: expected {VERSION}, got {header.get('v')!r:.20}")
+    version = header.get("v")
+    if type(version) is not int or version != VERSION:
+        raise WireError(f"version: expected {VERSION}, got {version!r:.20}")
     return header
 
 
-def _payload_of_frame(frame: LatentFrame) -> None:
-    if frame.nbytes > MAX_FRAME_BYTES:
-        raise WireError(
-            f"FRAME: expected at most {MAX_FRAME_BYTES} bytes, {frame.shape} {frame.dtype} is {frame.nbytes}"
-        )
-    if len(frame.payload) != frame.nbytes:
-        raise WireError(
-            f"FRAME payload: expected {frame.nbytes} bytes for {frame.shape} {frame.dtype}, got {len(frame.payload)}"
-        )
+def _check_payload(cls: type, of: LatentFrame | JobItem, payload: Part) -> None:
+    expected = math.prod(of.shape) * DTYPE_BYTES[of.dtype]
+    what = f"{of.shape} {of.dtype}"
+    if expected > MAX_FRAME_BYTES:
+        raise WireError(f"{type_name(cls)}: expected at most {MAX_FRAME_BYTES} bytes, {what} is {expected}")
+    if len(payload) != expected:
+        raise WireError(f"{type_name(cls)} payload: expected {expected} bytes for {what}, got {len(payload)}")
 
 
 def unpack(parts: Sequence[Part], allowed: Sequence[type]) -> Any:
@@ -438,6 +370,8 @@ def _unpack_as(cls: type, header: Mapping[str, Any], payloads: Sequence[Part]) -
         job = _build(Job, header, payloads=tuple(payloads))
         if len(job.items) != len(payloads):
             raise WireError(f"JOB: {len(job.items)} items, {len(payloads)} payloads")
+        for item, payload in zip(job.items, payloads, strict=True):
+            _check_payload(cls, item, payload)
         return job
     with_payload = cls in (LatentFrame, Packet)
     if len(payloads) != int(with_payload):
@@ -446,10 +380,5 @@ def _unpack_as(cls: type, header: Mapping[str, Any], payloads: Sequence[Part]) -
         return _build(cls, header)
     message: LatentFrame | Packet = _build(cls, header, payload=payloads[0])
     if isinstance(message, LatentFrame):
-        _payload_of_frame(message)
+        _check_payload(cls, message, message.payload)
     return message
-
-
-def is_finite(value: float | None) -> bool:
-    """Whether a sigma can go on the wire."""
-    return value is None or math.isfinite(value)
