@@ -8,6 +8,7 @@ read, and published again, alone. A torn tail is cut when the file is opened nex
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import struct
@@ -21,6 +22,8 @@ from taesd_stream import wire
 from taesd_stream.errors import TaesdStreamError, WireError
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.messages import End, Part
+
+logger = logging.getLogger(__name__)
 
 SUFFIX: Final = ".latents"
 SEGMENT_BYTES: Final = 64 << 20
@@ -112,12 +115,12 @@ class RunLog:
     def reopen(cls, folder: Path, run: str, *, segment_bytes: int = SEGMENT_BYTES) -> RunLog | None:
         """The log that a former process left; torn tails are cut. None when no segment holds its OPEN."""
         log: RunLog | None = None
-        for path in sorted(folder.glob(f"{run}.*{SUFFIX}"), key=_number_of):
-            segment = _Segment(_number_of(path), path, os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0)))
+        for number, path in _segments_of(folder, run):
+            segment = _Segment(number, path, os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0)))
             info, end = _scan(segment)
             if info is None:
                 os.close(segment.fd)
-                path.unlink()  # torn before its first record was whole: it holds nothing
+                _put_away(path)
                 continue
             log = log or cls(folder, info, segment_bytes=segment_bytes)
             log.info, log.ended = info, end
@@ -148,12 +151,17 @@ class RunLog:
         """The segment files, oldest first."""
         return [segment.path for segment in self._segments]
 
-    def append(self, frame: LatentFrame) -> None:
-        """Append the next frame. Raises: ValueError when its seq leaves a hole; LogError when the disk takes it not."""
+    def append(self, frame: LatentFrame, *, may_skip: bool = False) -> None:
+        """Append the next frame.
+
+        may_skip: keeping was off for a while; the frame may be a later one, and begins a segment.
+        Raises: ValueError when its seq leaves a hole; LogError when the disk takes it not.
+        """
         expected = self.next_seq
-        if expected is not None and frame.seq != expected:
+        skips = expected is not None and frame.seq != expected
+        if expected is not None and skips and not (may_skip and frame.seq > expected):
             raise ValueError(f"run {frame.run}: expected seq {expected}, got {frame.seq}")
-        segment = self._segment()
+        segment = self._segment(is_new=skips)
         offset = self._write(segment, _record(frame))
         if segment.first_seq is None:
             segment.first_seq = frame.seq
@@ -213,9 +221,11 @@ class RunLog:
         os.close(segment.fd)
         segment.path.unlink(missing_ok=True)
 
-    def _segment(self) -> _Segment:
-        if self._segments and self._segments[-1].end < self._segment_bytes:
+    def _segment(self, *, is_new: bool = False) -> _Segment:
+        """The segment to write to, a new one where the last is full."""
+        if self._segments and self._segments[-1].end < self._segment_bytes and not is_new:
             return self._segments[-1]
+        self.sync()  # a later sync() sees the new one only
         path = self._folder / f"{self.info.run}.{self._next_number:04d}{SUFFIX}"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         try:
@@ -248,9 +258,19 @@ class RunLog:
         return offset
 
 
-def _number_of(path: Path) -> int:
-    match = _FILE.fullmatch(path.name)
-    return int(match[2]) if match else -1
+def _segments_of(folder: Path, run: str) -> list[tuple[int, Path]]:
+    """The run's segment files, oldest first; files that only look like one are not ours."""
+    matches = ((_FILE.fullmatch(path.name), path) for path in folder.glob(f"{run}.*{SUFFIX}"))
+    return sorted((int(match[2]), path) for match, path in matches if match)
+
+
+def _put_away(path: Path) -> None:
+    """A segment whose OPEN is not whole: torn while it was made it holds nothing; else frames may lie behind it."""
+    if path.stat().st_size <= _HEAD.size + wire.MAX_HEADER_BYTES:
+        path.unlink()
+        return
+    path.replace(path.with_suffix(".damaged"))
+    logger.error("log_segment_damaged set_aside=%s", path.with_suffix(".damaged"))
 
 
 def _scan(segment: _Segment) -> tuple[StreamInfo | None, End | None]:
@@ -270,7 +290,8 @@ def _scan(segment: _Segment) -> tuple[StreamInfo | None, End | None]:
             segment.offsets.append(offset)
         offset = behind
     segment.end = offset
-    os.ftruncate(segment.fd, offset)
+    if info is not None:
+        os.ftruncate(segment.fd, offset)
     return info, end
 
 
