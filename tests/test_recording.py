@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +21,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taesd_stream.frames import Packet, Rendition, Stamps
+from taesd_stream.frames import Packet, Stamps
 from taesd_stream.media.clock import PROVISIONAL_TICKS
 from taesd_stream.media.encoder import TIME_BASE, VideoEncoder
 from taesd_stream.media.finished import copy_pictures, read_summary
+from taesd_stream.media.fragments import init_segment, parameter_sets
 from taesd_stream.media.recording import Recording, find_unfinished
 
 RUN = "00000000000000ab"
@@ -147,6 +149,16 @@ def test_uneven_times_stay_exact(tmp_path: Path) -> None:
     wanted = list(enumerate(times))
     assert read(recording.paths[0]) == wanted
     assert read(recording.finish()[0]) == wanted
+
+
+def test_a_night_of_waiting_does_not_ruin_the_times_after_it(tmp_path: Path) -> None:
+    """A gap too wide for an ordinary MP4 is told as 6 hours there; all other times stay exact."""
+    day, limit = 24 * 3600 * 90_000, 6 * 3600 * 90_000
+    recording = start(tmp_path)
+    for one, pts in zip(chain(0, 3), (0, 9000, day, day + 1), strict=True):
+        recording.write(replace(one, pts=pts))
+    assert [pts for _, pts in read(recording.paths[0])] == [0, 9000, day, day + 1]
+    assert [pts for _, pts in read(recording.finish()[0])] == [0, 9000, 9000 + limit, 9000 + limit + 1]
 
 
 def test_a_recording_from_the_middle_of_a_run_plays_from_0(tmp_path: Path) -> None:
@@ -479,7 +491,7 @@ def test_a_finished_file_is_never_overwritten(tmp_path: Path) -> None:
         recording.started = 1_700_000_000.0
         picture = VideoEncoder("record").encode(planes_of(number), 0)
         one = packet(0, picture.payload, is_keyframe=True, pts=0)
-        recording.write(Packet(**{name: getattr(one, name) for name in one.__slots__} | {"run": f"{number:016x}"}))
+        recording.write(replace(one, run=f"{number:016x}"))
         if number == 2:
             recording.paths[0].with_suffix("").write_text("a stranger's")
         names.append(recording.finish()[0].name)
@@ -540,10 +552,26 @@ def test_packets_of_others_are_a_callers_bug(tmp_path: Path) -> None:
     recording = Recording.open(tmp_path, stream="a", run="00000000000000ff", meta={})
     with pytest.raises(ValueError, match="record of"):
         recording.write(chain(0, 0)[0])
-    changes: dict[str, Rendition] = {"rendition": "live"}
-    one = chain(0, 0)[0]
     with pytest.raises(ValueError, match="record"):
-        start(tmp_path).write(Packet(**{name: getattr(one, name) for name in one.__slots__} | changes))
+        start(tmp_path).write(replace(chain(0, 0)[0], rendition="live"))
+
+
+def test_strange_files_are_left_alone(tmp_path: Path) -> None:
+    """Another program's downloads, empty files and heads of another make are neither taken over nor removed."""
+    sets = parameter_sets(chain(0, 0)[0].payload)
+    assert sets
+    for name, head in (("a", {}), ("b", {"run": 1}), ("c", {"stream": "../x", "run": RUN})):
+        data = init_segment(head, width=96, height=64, sps=sets[0], pps=sets[1])
+        (tmp_path / f"{name}.mp4.part").write_bytes(data)
+    (tmp_path / "d.mp4.part").write_bytes(b"")
+    (tmp_path / "e.mp4.part").write_bytes(b"half a download")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert find_unfinished(tmp_path) == []
+    recording = start(tmp_path)
+    recording.write(chain(0, 0)[0])
+    recording.finish()
+    assert {path: path.read_bytes() for path in before} == before
+    assert read_summary(tmp_path / "e.mp4.part") is None
 
 
 def test_an_empty_recording_leaves_nothing(tmp_path: Path) -> None:
@@ -608,7 +636,7 @@ def test_syncing_beside_the_writer_never_meets_a_closed_file(tmp_path: Path) -> 
         syncing = pool.submit(sync)
         for attempt in range(1, 60):
             for one in chain(0, 3):
-                recording.write(Packet(**{n: getattr(one, n) for n in one.__slots__} | {"attempt": attempt}))
+                recording.write(replace(one, attempt=attempt))
         stop.set()
         assert syncing.result() > 0
     recording.sync()

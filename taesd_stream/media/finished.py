@@ -17,6 +17,7 @@ from taesd_stream.media.fragments import read_index
 from taesd_stream.media.growing_file import FINISHED_SUFFIX, PART_SUFFIX, free_name, sync_folder
 
 SUMMARY_KEY: Final = "taesd_stream"  # the tag that holds everything, as JSON
+_MAX_STEP_TICKS: Final = 6 * 3600 * CLOCK_HZ  # FFmpeg's muxer cannot write 2**31 ticks, and would ruin all later times
 _MP4: Final = {"movflags": "faststart+use_metadata_tags", "video_track_timescale": str(CLOCK_HZ)}
 
 
@@ -44,21 +45,22 @@ def finish_file(part: Path) -> Path:
 
 
 def copy_pictures(source: Path, target: Path, summary: Mapping[str, Any], *, max_pictures: int | None = None) -> None:
-    """Copy the pictures of an MP4 to an ordinary one that begins at time 0, and force it to the disk.
+    """Copy the pictures of a recording to an ordinary MP4 that begins at time 0, and force it to the disk.
 
     summary: `stream`, `run`, `started`, `meta` and more: the new file's tags, each key of `meta` one by itself too.
-    max_pictures: stop behind so many. Raises: OSError, av.FFmpegError; what is at `target` then is worth nothing.
+    A wait of more than 6 h becomes one of 6 h. max_pictures: stop behind so many. Raises: OSError, av.FFmpegError; what is at `target` then is worth nothing.
     """
     with av.open(source) as reader, av.open(target, "w", format="mp4", options=_MP4) as writer:
         stream = reader.streams.video[0]
         copy = writer.add_stream_from_template(stream)
         writer.metadata.update(_tags(summary))
-        first: int | None = None
+        time, before = 0, None
         for number, packet in enumerate(reader.demux(stream)):
-            if packet.dts is None or packet.pts is None or number == max_pictures:
+            if packet.pts is None or number == max_pictures:
                 break
-            first = packet.pts if first is None else first
-            packet.pts, packet.dts = packet.pts - first, packet.dts - first
+            time += min(packet.pts - before, _MAX_STEP_TICKS) if before is not None else 0
+            before = packet.pts
+            packet.pts = packet.dts = time  # no B frames: they are shown as they come
             packet.stream = copy
             writer.mux_one(packet)
     _force_to_disk(target)

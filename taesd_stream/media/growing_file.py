@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from taesd_stream.frames import is_run_id, is_stream_name
 from taesd_stream.media.fragments import Entry, FileIndex, FragmentError, read_head, read_index
 
 FINISHED_SUFFIX: Final = ".mp4"
 PART_SUFFIX: Final = ".mp4.part"
+_HEAD_KEYS: Final = {"stream", "run", "segment", "started", "meta", "missing", "sps", "pps"}
 _FLAGS: Final = os.O_RDWR | getattr(os, "O_BINARY", 0)
 
 
@@ -148,7 +150,8 @@ def find_unfinished(folder: Path) -> list[Unfinished]:
     for path in folder.glob("*" + PART_SUFFIX):
         with contextlib.suppress(FragmentError, OSError):
             head = read_head(path)
-            heads.setdefault(head["run"], []).append((head, path))
+            if head.keys() >= _HEAD_KEYS and is_stream_name(head["stream"]) and is_run_id(head["run"]):
+                heads.setdefault(head["run"], []).append((head, path))
     found = []
     for run, segments in heads.items():
         segments.sort(key=lambda segment: int(segment[0]["segment"]))

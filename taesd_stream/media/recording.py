@@ -48,7 +48,7 @@ class RecordingError(TaesdStreamError):
 class Recording:
     """The growing files `NAME.mp4.part` of one run: append fragments, cut back, finish.
 
-    One thread writes and finishes; `sync` may be called by another one. Nothing is on disk before the first frame.
+    One thread writes, reads and finishes it; another one may call `sync`. Nothing is on disk before the first frame.
     """
 
     def __init__(

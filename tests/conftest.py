@@ -1,0 +1,34 @@
+"""What the tests share: the shared data's folder, and a daemon of real processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.daemon import Daemon
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real weights and samples; tests that need it skip where it is not."""
+    folder = os.environ.get("TAESD_STREAM_SHARED")
+    if not folder:
+        pytest.skip("TAESD_STREAM_SHARED is not set: no real weights and samples here")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def shared_or_none() -> Path | None:
+    """The folder of real weights and samples, None where it is not."""
+    folder = os.environ.get("TAESD_STREAM_SHARED")
+    return Path(folder) if folder else None
+
+
+@pytest.fixture(scope="session")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One daemon for all tests that do not harm it: broker, worker and streamer on free ports, linear decoder."""
+    with Daemon(tmp_path_factory.mktemp("daemon")) as one:
+        yield one

@@ -1,0 +1,58 @@
+"""A page's WebSocket for tests without a browser: watches streams, takes their pictures."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from types import TracebackType
+from typing import Any
+
+from websockets.sync.client import connect
+
+from tests.daemon import Daemon
+
+
+class PageSocket:
+    """A viewer as the page is one. `pictures` yields (header, payload)."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._connection = connect(daemon.web.replace("http", "ws") + "/ws", max_size=None)
+        self.state: dict[str, Any] = {}
+        self.hello: dict[str, Any] = {}
+
+    def __enter__(self) -> PageSocket:
+        self._socket = self._connection.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.__exit__(kind, error, trace)
+
+    def say(self, message_type: str, **fields: Any) -> None:
+        """Send one message."""
+        self._socket.send(json.dumps({"type": message_type, **fields}))
+
+    def watch(self, streams: dict[str, str]) -> None:
+        """Watch these renditions of these streams, by name, and no others."""
+        self.say("watch", streams=streams)
+
+    def picture(self, timeout_s: float = 10.0) -> tuple[dict[str, Any], bytes]:
+        """The next picture; gives its credit back."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            message = self._socket.recv(timeout=max(0.01, deadline_s - time.monotonic()))
+            if isinstance(message, bytes):
+                (length,) = struct.unpack_from(">I", message)
+                header: dict[str, Any] = json.loads(message[4 : 4 + length])
+                if header["rendition"] != "live":
+                    self.say("credit", stream=header["stream"], rendition=header["rendition"])
+                return header, message[4 + length :]
+            self._take_text(json.loads(message))
+
+    def _take_text(self, message: dict[str, Any]) -> None:
+        if message["type"] == "state":
+            self.state = message
+        elif message["type"] == "hello":
+            self.hello = message

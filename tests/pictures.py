@@ -1,0 +1,58 @@
+"""Latents whose pictures are known, and pictures read back: what the end-to-end tests compare."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from taesd_stream.models import build_decoder
+
+Pixels = NDArray[np.uint8]
+
+
+@torch.no_grad()
+def sd1_latents_of(rgb: tuple[int, int, int], height: int = 8, width: int = 8) -> NDArray[np.float32]:
+    """(4, h, w) latents that the linear decoder of sd1 shows in one colour, as near as its factors allow."""
+    decoder = build_decoder("linear", latent_format="sd1")
+    zero = decoder(torch.zeros(1, 4, 1, 1))[0, :, 0, 0]
+    basis = torch.stack([decoder(torch.eye(4)[i].reshape(1, 4, 1, 1))[0, :, 0, 0] - zero for i in range(4)], dim=1)
+    target = torch.tensor([value / 255 for value in rgb]) - zero
+    solution = torch.linalg.lstsq(basis, target.unsqueeze(1)).solution[:, 0]
+    return np.broadcast_to(solution.numpy()[:, None, None], (4, height, width)).astype(np.float32)
+
+
+def decode_jpeg(payload: bytes) -> Pixels:
+    """(H, W, 3) RGB of a JPEG."""
+    return np.asarray(Image.open(BytesIO(payload)).convert("RGB"))
+
+
+def decode_h264(payloads: list[bytes]) -> list[Pixels]:
+    """(H, W, 3) RGB of Annex B access units."""
+    context: Any = av.CodecContext.create("h264", "r")
+    frames = [frame for payload in payloads for frame in context.decode(av.Packet(payload))]
+    frames += context.decode(None)
+    return [to_rgb(frame) for frame in frames]
+
+
+def decode_file(path: Path) -> list[Pixels]:
+    """(H, W, 3) RGB of every picture of a video file."""
+    with av.open(path) as container:
+        return [to_rgb(frame) for frame in container.decode(video=0)]
+
+
+def to_rgb(frame: av.VideoFrame) -> Pixels:
+    """RGB of a decoded BT.709 picture, as a player shows it."""
+    return np.asarray(frame.to_ndarray(format="rgb24", src_colorspace="ITU709", dst_colorspace="ITU709"))
+
+
+def psnr_db(one: NDArray[Any], other: NDArray[Any]) -> float:
+    """Peak signal-to-noise ratio of two pictures of 8 bits, dB."""
+    error = np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2)
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))

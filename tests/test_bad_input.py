@@ -1,0 +1,177 @@
+"""Bad input at the daemon's doors: counted, said once, and of no harm to the other streams."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import msgpack
+import numpy as np
+import pytest
+import zmq
+
+from taesd_stream import LatentPublisher, wire
+from taesd_stream.frames import LatentFrame, StreamInfo
+from tests.daemon import Daemon, wait_for
+from tests.page_socket import PageSocket
+from tests.pictures import sd1_latents_of
+
+Socket = zmq.Socket[bytes]
+INFO = StreamInfo(stream="raw", run="00000000000000aa", kind="steps", latent_format="sd1")
+FRAME = LatentFrame(
+    run=INFO.run,
+    seq=0,
+    index=0,
+    step=0,
+    total_steps=4,
+    sigma=1.0,
+    dtype="float16",
+    shape=(4, 8, 8),
+    kept=False,
+    sent_ns=1,
+    payload=bytes(4 * 8 * 8 * 2),
+)
+
+
+def damaged(**changes: object) -> list[bytes]:
+    """FRAME's parts with some header keys replaced."""
+    head, payload = wire.pack(FRAME)
+    return [msgpack.packb(msgpack.unpackb(head) | changes), bytes(payload)]
+
+
+BROKEN = {
+    "no_msgpack": [b"\xc1garbage"],
+    "empty": [b""],
+    "other_version": damaged(v=9),
+    "other_type": damaged(type="JOB"),
+    "short_payload": [wire.pack(FRAME)[0], b"123"],
+    "negative_shape": damaged(shape=[4, -8, 8]),
+    "huge_shape": damaged(shape=[4, 1 << 19, 1 << 19]),
+    "three_parts": [*damaged(), b"more"],
+    "nan_sigma": damaged(sigma=float("nan")),
+    "long_header": [b"\x81\xa1v" + b"\0" * (wire.MAX_HEADER_BYTES + 1)],
+}
+
+
+@pytest.fixture
+def raw_socket(daemon: Daemon):  # type: ignore[no-untyped-def]
+    """A publisher's socket without a publisher."""
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.linger = 0
+    socket.connect(daemon.broker)
+    yield socket
+    socket.close()
+    context.term()
+
+
+def broker_count(daemon: Daemon, name: str) -> float:
+    """One of the broker's counters, from /metrics."""
+    _, body = daemon.get("/metrics")
+    for line in body.decode().splitlines():
+        if line.startswith(f'taesd_stream_broker{{count="{name}"}}'):
+            return float(line.split()[-1])
+    return 0.0
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_messages_are_counted_and_harm_nobody(daemon: Daemon, raw_socket: Socket, name: str) -> None:
+    """Each kind of broken message raises the counter, while another stream's pictures keep coming."""
+    neighbour = LatentPublisher(daemon.broker, stream="neighbour", latent_format="sd1")
+    with neighbour as publisher, PageSocket(daemon) as page:
+        before = broker_count(daemon, "bad_messages")
+        page.watch({publisher.stream: "thumb"})
+        raw_socket.send_multipart(BROKEN[name])
+        wait_for(lambda: broker_count(daemon, "bad_messages") > before, of="the counter")
+        publisher.publish(sd1_latents_of((90, 160, 90)), step=0)
+        page.picture()
+
+
+def test_an_oversized_message_ends_its_connection_only(daemon: Daemon, raw_socket: Socket) -> None:
+    """A message over MAXMSGSIZE is cut off at the socket; the same peer and others go on."""
+    raw_socket.send_multipart([b"\x80", bytes(wire.MAX_MESSAGE_BYTES + 1)])
+    info = dataclasses.replace(INFO, stream="after-oversize", run="00000000000000ab")
+    raw_socket.send_multipart([bytes(part) for part in wire.pack(info)])
+    wait_for(lambda: daemon.streams().get("after-oversize"), of="the stream opened after it")
+
+
+def test_wrong_channels_are_refused_by_name(daemon: Daemon, raw_socket: Socket) -> None:
+    """A shape that does not fit the format is no picture but a note that names both, on the stream itself."""
+    info = dataclasses.replace(INFO, stream="wrong-channels", run="00000000000000ac", latent_format="flux1")
+    raw_socket.send_multipart([bytes(part) for part in wire.pack(info)])
+    frame = dataclasses.replace(FRAME, run=info.run)
+    raw_socket.send_multipart([bytes(part) for part in wire.pack(frame)])
+    row = wait_for(
+        lambda: (row := daemon.streams().get("wrong-channels", {})).get("note") and row, of="the note on the stream"
+    )
+    assert "16 channels" in row["note"]
+    assert "4" in row["note"]
+    assert row["state"] == "waiting"
+
+
+def test_nan_latents_give_no_picture_and_no_harm(daemon: Daemon) -> None:
+    """NaN-filled latents of one stream are named on it; a neighbour in the same batch gets its picture."""
+    with (
+        LatentPublisher(daemon.broker, stream="nan/bad", latent_format="sd1") as bad,
+        LatentPublisher(daemon.broker, stream="nan/good", latent_format="sd1") as good,
+        PageSocket(daemon) as page,
+    ):
+        page.watch({"nan/bad": "thumb", "nan/good": "thumb"})
+        bad.publish(np.full((4, 8, 8), np.nan, np.float32), step=0)
+        good.publish(sd1_latents_of((90, 160, 90)), step=0)
+        assert page.picture()[0]["stream"] == "nan/good"
+        row = wait_for(lambda: (row := daemon.streams().get("nan/bad", {})).get("note") and row, of="the note")
+        assert "NaN" in row["note"]
+
+
+def test_a_kept_nan_frame_is_a_gap_that_the_file_lists(daemon: Daemon) -> None:
+    """In a kept run a frame that cannot be decoded is passed over; the recording names it and has all others."""
+    with LatentPublisher(daemon.broker, stream="nan/kept", latent_format="sd1", record="all") as publisher:
+        for step in range(5):
+            latents = sd1_latents_of((90, 160, 90))
+            publisher.publish(latents * np.nan if step == 2 else latents, step=step, total_steps=5)
+        assert publisher.wait_until_acked(20)
+    recording = daemon.recording(publisher.run)
+    assert (recording["frames"], recording["gaps"], recording["last_seq"]) == (4, [2], 4)
+
+
+def test_a_format_without_decoder_says_so(daemon: Daemon) -> None:
+    """A format with neither weights nor factors shows `No decoder for NAME`."""
+    with LatentPublisher(daemon.broker, stream="nodecoder", latent_format="born_yesterday") as publisher:
+        with PageSocket(daemon) as page:
+            page.watch({"nodecoder": "thumb"})
+            publisher.publish(np.zeros((7, 8, 8), np.float32), step=0)
+            row = wait_for(lambda: (row := daemon.streams().get("nodecoder", {})).get("note") and row, of="the note")
+        assert "No decoder for born_yesterday" in row["note"]
+
+
+def test_a_taken_name_is_opened_as_another(daemon: Daemon) -> None:
+    """While a run of a name lives, a second publisher of that name becomes NAME~2, and both show."""
+    with (
+        LatentPublisher(daemon.broker, stream="taken", latent_format="sd1") as first,
+        LatentPublisher(daemon.broker, stream="other-first", latent_format="sd1"),
+    ):
+        first.publish(sd1_latents_of((90, 160, 90)), step=0)
+        wait_for(lambda: daemon.streams().get("taken"), of="the first")
+        with LatentPublisher(daemon.broker, stream="taken", latent_format="sd1") as second:
+            second.publish(sd1_latents_of((160, 90, 90)), step=0)
+            wait_for(lambda: daemon.streams().get("taken~2"), of="the second")
+            assert second.stream == "taken~2"
+            assert daemon.streams()["taken"]["run"] == first.run
+
+
+def test_foreign_hosts_and_origins_are_refused(daemon: Daemon) -> None:
+    """A page of another site cannot reach the daemon, neither by its name nor by a cross-origin request."""
+    import http.client
+
+    host = daemon.web.removeprefix("http://")
+    for headers in ({"Host": "evil.example"}, {"Host": host, "Origin": "http://evil.example"}):
+        connection = http.client.HTTPConnection(host, timeout=5)
+        connection.request("GET", "/api/v1/streams", headers=headers)
+        assert connection.getresponse().status == 403
+        connection.close()
+
+
+@pytest.mark.parametrize("path", ["/api/v1/recordings/..%2f..%2fetc%2fpasswd/file", "/page/..%2fapi.py", "/page/x"])
+def test_names_from_outside_are_no_paths(daemon: Daemon, path: str) -> None:
+    """Ids and file names from a URL are looked up, never made into paths."""
+    assert daemon.get(path)[0] == 404

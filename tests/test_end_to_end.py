@@ -1,0 +1,260 @@
+"""The main job over real processes and sockets: published latents come out as recordings and live pictures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from taesd_stream.demo_sampler import load_scenes
+
+from taesd_stream import LatentPublisher
+from taesd_stream.models import build_decoder, build_encoder
+from taesd_stream.models.checkpoints import load_state_dict
+from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
+from tests.page_socket import PageSocket
+from tests.pictures import decode_file, decode_h264, decode_jpeg, psnr_db, sd1_latents_of
+
+FRAMES = 12
+# Latents that are published and gone: the program exits as soon as they are acked.
+PUBLISH = """
+import sys
+from safetensors.torch import load_file
+from taesd_stream import LatentPublisher
+latents = load_file(sys.argv[2])["latents"]
+publisher = LatentPublisher(sys.argv[1], stream=sys.argv[3], latent_format="flux2", record="all")
+for step, row in enumerate(latents):
+    publisher.publish(row, step=step, total_steps=len(latents), sigma=1 - step / len(latents))
+assert publisher.wait_until_acked(30), publisher.error
+publisher.close()
+print(publisher.run)
+"""
+PATCHES = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "red": (190, 60, 60),
+    "green": (60, 170, 60),
+    "blue": (60, 70, 180),
+    "yellow": (200, 190, 70),
+    "cyan": (70, 180, 190),
+    "magenta": (180, 70, 170),
+}
+
+
+@pytest.fixture(scope="module")
+def real_daemon(tmp_path_factory: pytest.TempPathFactory, shared_or_none: Path | None):  # type: ignore[no-untyped-def]
+    """A daemon with the real weights where they are, else with what the package has."""
+    folder = tmp_path_factory.mktemp("real")
+    sets = [f"weights.folder={shared_or_none / 'weights'}"] if shared_or_none else []
+    with Daemon(folder, *sets) as daemon:
+        yield daemon
+
+
+def real_latents(shared: Path | None) -> tuple[torch.Tensor, torch.nn.Module]:
+    """Latents of a real clip and the decoder that reads them; without the shared data, what the package has."""
+    if shared is None:
+        decoder = build_decoder("linear", latent_format="flux2")
+        latents = load_scenes()[0].latents.astype(np.float32)
+        return torch.from_numpy(np.stack([latents * (1 - number / 40) for number in range(FRAMES)])), decoder
+    encoder = build_encoder("taef2", load_state_dict(shared / "weights" / "taef2_encoder.pth", part="encoder"))
+    decoder = build_decoder("taef2", load_state_dict(shared / "weights" / "taef2_decoder.pth"))
+    with av.open(shared / "samples" / "decoded_taew2_1.mp4") as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)][:FRAMES]
+    pictures = torch.from_numpy(np.stack(frames)[:, :320, :416].copy()).permute(0, 3, 1, 2).float() / 255
+    with torch.inference_mode():
+        return torch.cat([encoder.float()(picture.unsqueeze(0)) for picture in pictures]), decoder.float()
+
+
+def test_recording_holds_every_published_frame(
+    real_daemon: Daemon, shared_or_none: Path | None, tmp_path: Path
+) -> None:
+    """A publisher that exits at its ack leaves a file of exactly its frames, in order, each at least 32 dB true."""
+    latents, decoder = real_latents(shared_or_none)
+    save_file({"latents": latents.contiguous()}, tmp_path / "latents.safetensors")
+    arguments = [real_daemon.broker, str(tmp_path / "latents.safetensors"), "clip/main"]
+    done = subprocess.run(
+        [sys.executable, "-c", PUBLISH, *arguments],
+        capture_output=True,
+        text=True,
+        env=clean_environment(tmp_path),
+        timeout=60,
+        check=True,
+    )
+    recording = real_daemon.recording(done.stdout.strip())
+    assert (recording["frames"], recording["first_seq"], recording["last_seq"]) == (FRAMES, 0, FRAMES - 1)
+    pictures = decode_file(real_daemon.file(recording["id"]))
+    assert len(pictures) == FRAMES
+    for latent, picture in zip(latents, pictures, strict=True):
+        with torch.inference_mode():
+            direct = decoder(latent.unsqueeze(0))[0].clamp(0, 1).permute(1, 2, 0).numpy() * 255
+        assert psnr_db(direct, picture) >= 32.0
+    expected = "taef2" if shared_or_none else "linear"
+    assert real_daemon.streams()["clip/main"]["decoder"] == expected
+
+
+def test_colours_come_back_right_from_every_sink(daemon: Daemon) -> None:
+    """White, black and six patches read back as themselves from live H.264, thumb, jpeg and the recorded file."""
+    with PageSocket(daemon) as page:
+        for name, rgb in PATCHES.items():
+            stream = f"colour/{name}"
+            with LatentPublisher(daemon.broker, stream=stream, latent_format="sd1", record="all") as publisher:
+                latents = sd1_latents_of(rgb)
+                publisher.publish(latents, step=0, total_steps=2)
+                for rendition in ("thumb", "jpeg", "live"):
+                    page.watch({stream: rendition})
+                    header, payload = page.picture()
+                    assert header["rendition"] == rendition
+                    shown = decode_h264([payload])[0] if rendition == "live" else decode_jpeg(payload)
+                    assert np.abs(shown.astype(int) - rgb).max() <= 6, f"{name} as {rendition}: {shown[20, 20]}"
+                publisher.publish(latents, step=1, total_steps=2)
+                assert publisher.wait_until_acked(20), publisher.error
+            recorded = decode_file(daemon.file(daemon.recording(publisher.run)["id"]))
+            assert len(recorded) == 2
+            assert np.abs(recorded[-1].astype(int) - rgb).max() <= 6, f"{name} in the file: {recorded[-1][20, 20]}"
+
+
+def test_many_streams_get_their_own_pictures(daemon: Daemon) -> None:
+    """32 streams of mixed sizes at once: every picture has its own stream's colour and size, up to the newest step."""
+    sizes = [(8, 8), (16, 8), (8, 16), (12, 20)]
+    rng = np.random.default_rng(1)
+    colours = {f"many/{n:02d}": tuple(int(v) for v in rng.integers(60, 200, 3)) for n in range(32)}
+    publishers = {
+        name: LatentPublisher(daemon.broker, stream=name, latent_format="sd1", record="off") for name in colours
+    }
+    with PageSocket(daemon) as page:
+        page.watch(dict.fromkeys(colours, "jpeg"))
+        seen: dict[str, int] = {}
+        for step in range(6):
+            for number, (name, rgb) in enumerate(colours.items()):
+                height, width = sizes[number % 4]
+                publishers[name].publish(sd1_latents_of(rgb, height, width), step=step, total_steps=6)
+        while len([step for step in seen.values() if step == 5]) < 32:
+            header, payload = page.picture(30)
+            shown = decode_jpeg(payload).astype(int)
+            number = list(colours).index(header["stream"])
+            assert shown.shape[:2] == tuple(8 * side for side in sizes[number % 4])
+            assert np.abs(shown.mean(axis=(0, 1)) - colours[header["stream"]]).max() <= 8
+            assert header["step"] >= seen.get(header["stream"], 0)
+            seen[header["stream"]] = header["step"]
+    for publisher in publishers.values():
+        publisher.close()
+
+
+def test_late_viewer_sees_the_newest_picture_at_once(daemon: Daemon) -> None:
+    """A viewer that comes while the sampler is between two slow steps gets the newest picture without a new publish."""
+    with LatentPublisher(daemon.broker, stream="late", latent_format="sd1") as publisher:
+        publisher.publish(sd1_latents_of((200, 60, 60)), step=0, total_steps=9)
+        wait_for(lambda: daemon.streams().get("late", {}).get("seq") == 0, of="the first frame")
+        for rendition in ("thumb", "live", "jpeg", "live"):
+            with PageSocket(daemon) as page:
+                page.watch({"late": rendition})
+                header, payload = page.picture(5.0)
+                assert (header["seq"], header["keyframe"]) == (0, True)
+                shown = decode_h264([payload])[0] if rendition == "live" else decode_jpeg(payload)
+                assert np.abs(shown.mean(axis=(0, 1)) - (200, 60, 60)).max() <= 8
+
+
+def test_a_stream_that_runs_again_shows_and_records_its_new_run(daemon: Daemon) -> None:
+    """A second run under the same name gets the name, its own picture and its own file."""
+    runs = []
+    with PageSocket(daemon) as page:
+        for colour in ((200, 60, 60), (60, 70, 180)):
+            with LatentPublisher(daemon.broker, stream="again", latent_format="sd1", record="all") as publisher:
+                for step in range(3):
+                    publisher.publish(sd1_latents_of(colour), step=step, total_steps=3)
+                assert publisher.wait_until_acked(20)
+                page.watch({"again": "thumb"})
+                header, payload = page.picture()
+                while header["run"] != publisher.run:
+                    header, payload = page.picture()
+                assert np.abs(decode_jpeg(payload).mean(axis=(0, 1)) - colour).max() <= 8
+                assert publisher.stream == "again"
+            runs.append(publisher.run)
+            page.watch({})
+    files = [decode_file(daemon.file(daemon.recording(run)["id"])) for run in runs]
+    assert [len(pictures) for pictures in files] == [3, 3]
+    assert daemon.streams()["again"]["run"] == runs[1]
+
+
+def test_a_batch_is_shown_and_recorded_as_a_grid(daemon: Daemon) -> None:
+    """(N,C,h,w) latents of `steps` come as one picture in which each of the N has its place."""
+    colours = [(200, 60, 60), (60, 170, 60), (60, 70, 180), (200, 190, 70)]
+    batch = np.stack([sd1_latents_of(colour) for colour in colours])
+    with LatentPublisher(daemon.broker, stream="grid", latent_format="sd1", record="all") as publisher:
+        publisher.publish(batch, step=0, total_steps=1)
+        assert publisher.wait_until_acked(20)
+    (picture,) = decode_file(daemon.file(daemon.recording(publisher.run)["id"]))
+    assert picture.shape == (132, 132, 3)
+    for colour, (top, left) in zip(colours, [(0, 0), (0, 68), (68, 0), (68, 68)], strict=True):
+        part = picture[top + 8 : top + 56, left + 8 : left + 56].astype(int)
+        assert np.abs(part.mean(axis=(0, 1)) - colour).max() <= 8
+
+
+def test_record_last_keeps_the_final_frame_alone(daemon: Daemon) -> None:
+    """`record="last"` leaves a file of one picture: the last one published."""
+    with LatentPublisher(daemon.broker, stream="last", latent_format="sd1", record="last") as publisher:
+        for step, colour in enumerate([(200, 60, 60), (60, 170, 60), (60, 70, 180)]):
+            publisher.publish(sd1_latents_of(colour), step=step, total_steps=3)
+    recording = daemon.recording(publisher.run)
+    (picture,) = decode_file(daemon.file(recording["id"]))
+    assert np.abs(picture.mean(axis=(0, 1)) - (60, 70, 180)).max() <= 8
+
+
+def test_record_button_keeps_from_now_on_and_stops(daemon: Daemon) -> None:
+    """POST record all keeps the frames from then on, POST record off finishes the file while the run goes on."""
+    with LatentPublisher(daemon.broker, stream="button", latent_format="sd1", record="off") as publisher:
+        latents = sd1_latents_of((200, 60, 60))
+        publisher.publish(latents, step=0)
+        wait_for(lambda: daemon.streams().get("button"), of="the stream")
+        daemon.json("/api/v1/streams/button/record", method="POST", body={"mode": "all"})
+        step = 0
+
+        def recorded() -> bool:
+            nonlocal step
+            step += 1
+            publisher.publish(latents, step=step)
+            rows = daemon.json("/api/v1/recordings")["recordings"]
+            return any(row["run"] == publisher.run and row["frames"] >= 5 for row in rows)
+
+        wait_for(recorded, of="5 recorded frames")
+        daemon.json("/api/v1/streams/button/record", method="POST", body={"mode": "off"})
+        recording = daemon.recording(publisher.run)
+        assert daemon.streams()["button"]["state"] == "live"
+    assert len(decode_file(daemon.file(recording["id"]))) == recording["frames"] >= 5
+
+
+def test_stop_reaches_the_sampler(daemon: Daemon) -> None:
+    """POST stop turns `publisher.stopped` true; a program that never reads it cannot be stopped, and is said so."""
+    with LatentPublisher(daemon.broker, stream="stop/me", latent_format="sd1") as publisher:
+        publisher.publish(sd1_latents_of((90, 90, 90)), step=0)
+        wait_for(lambda: daemon.streams().get("stop/me"), of="the stream")
+        assert daemon.get("/api/v1/streams/stop/me/stop", method="POST", body={})[0] == 409
+        assert not publisher.stopped
+        wait_for(lambda: daemon.streams()["stop/me"]["stoppable"], of="stoppable")
+        daemon.json("/api/v1/streams/stop/me/stop", method="POST", body={})
+        wait_for(lambda: publisher.stopped, of="stopped")
+    wait_for(lambda: daemon.streams()["stop/me"]["state"] == "stopped", of="state stopped")
+
+
+def test_record_command_waits_for_the_stream_and_downloads_it(daemon: Daemon, tmp_path: Path) -> None:
+    """`taesd-stream record NAME -o FILE` says that it waits, and writes the whole run once there is one."""
+    output = tmp_path / "out.mp4"
+    recorder = subprocess.Popen(
+        [*COMMAND, "record", "by/command", "-o", str(output), "--connect", daemon.web],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert recorder.stderr is not None
+    assert "waiting for by/command" in recorder.stderr.readline()
+    with LatentPublisher(daemon.broker, stream="by/command", latent_format="sd1") as publisher:
+        for step in range(7):
+            publisher.publish(sd1_latents_of((60, 170, 60)), step=step, total_steps=7)
+        assert publisher.wait_until_acked(20)
+    assert recorder.wait(60) == 0
+    recorder.stderr.close()
+    assert len(decode_file(output)) == 7
