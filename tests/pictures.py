@@ -54,5 +54,5 @@ def to_rgb(frame: av.VideoFrame) -> Pixels:
 
 def psnr_db(one: NDArray[Any], other: NDArray[Any]) -> float:
     """Peak signal-to-noise ratio of two pictures of 8 bits, dB."""
-    error = np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2)
+    error = float(np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2))
     return float(10 * np.log10(255**2 / max(error, 1e-9)))

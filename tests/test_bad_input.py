@@ -38,12 +38,12 @@ def damaged(**changes: object) -> list[bytes]:
     return [msgpack.packb(msgpack.unpackb(head) | changes), bytes(payload)]
 
 
-BROKEN = {
+BROKEN: dict[str, list[bytes]] = {
     "no_msgpack": [b"\xc1garbage"],
     "empty": [b""],
     "other_version": damaged(v=9),
     "other_type": damaged(type="JOB"),
-    "short_payload": [wire.pack(FRAME)[0], b"123"],
+    "short_payload": [damaged()[0], b"123"],
     "negative_shape": damaged(shape=[4, -8, 8]),
     "huge_shape": damaged(shape=[4, 1 << 19, 1 << 19]),
     "three_parts": [*damaged(), b"more"],
@@ -80,7 +80,7 @@ def test_broken_messages_are_counted_and_harm_nobody(daemon: Daemon, raw_socket:
     with neighbour as publisher, PageSocket(daemon) as page:
         before = broker_count(daemon, "bad_messages")
         page.watch({publisher.stream: "thumb"})
-        raw_socket.send_multipart(BROKEN[name])
+        raw_socket.send_multipart(list[bytes](BROKEN[name]))
         wait_for(lambda: broker_count(daemon, "bad_messages") > before, of="the counter")
         publisher.publish(sd1_latents_of((90, 160, 90)), step=0)
         page.picture()

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from taesd_stream.demo_sampler import load_scenes
 
 from taesd_stream import LatentPublisher
+from taesd_stream.demo_sampler import load_scenes
 from taesd_stream.models import build_decoder, build_encoder
 from taesd_stream.models.checkpoints import load_state_dict
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
@@ -122,7 +122,8 @@ def test_many_streams_get_their_own_pictures(daemon: Daemon) -> None:
     """32 streams of mixed sizes at once: every picture has its own stream's colour and size, up to the newest step."""
     sizes = [(8, 8), (16, 8), (8, 16), (12, 20)]
     rng = np.random.default_rng(1)
-    colours = {f"many/{n:02d}": tuple(int(v) for v in rng.integers(60, 200, 3)) for n in range(32)}
+    shades = rng.integers(60, 200, (32, 3)).tolist()
+    colours = {f"many/{number:02d}": (red, green, blue) for number, (red, green, blue) in enumerate(shades)}
     publishers = {
         name: LatentPublisher(daemon.broker, stream=name, latent_format="sd1", record="off") for name in colours
     }

@@ -48,7 +48,8 @@ def copy_pictures(source: Path, target: Path, summary: Mapping[str, Any], *, max
     """Copy the pictures of a recording to an ordinary MP4 that begins at time 0, and force it to the disk.
 
     summary: `stream`, `run`, `started`, `meta` and more: the new file's tags, each key of `meta` one by itself too.
-    A wait of more than 6 h becomes one of 6 h. max_pictures: stop behind so many. Raises: OSError, av.FFmpegError; what is at `target` then is worth nothing.
+    A wait of more than 6 h becomes one of 6 h. max_pictures: stop behind so many.
+    Raises: OSError, av.FFmpegError; what is at `target` then is worth nothing.
     """
     with av.open(source) as reader, av.open(target, "w", format="mp4", options=_MP4) as writer:
         stream = reader.streams.video[0]

@@ -41,7 +41,7 @@ class VideoFile:
             self._part.unlink(missing_ok=True)
 
     def add(self, planes: Planes) -> None:
-        """Append a picture. planes: (H*3//2, W) uint8 I420, BT.709 limited range. Raises: ValueError for another size."""
+        """Append a picture: (H*3//2, W) uint8 I420, BT.709 limited range. Raises: ValueError for another size."""
         pts = round(self._count * self._ticks)
         if not self._count:
             self._size = size_of(planes)

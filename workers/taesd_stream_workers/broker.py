@@ -10,11 +10,11 @@ from collections import Counter
 from typing import Any, Final
 
 import zmq
-from taesd_stream.folder_lock import FolderLock
 
 from taesd_stream import wire
 from taesd_stream.config import Config
 from taesd_stream.errors import ConfigError, WireError
+from taesd_stream.folder_lock import FolderLock
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.latent_formats import LATENT_FORMATS
 from taesd_stream.messages import (
