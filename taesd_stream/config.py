@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from taesd_stream.errors import ConfigError
 from taesd_stream.frames import RecordMode
 
 AUTO = "auto"
+ENV_PREFIX: Final = "TAESD_STREAM_"
 
 
 class _Section(BaseModel):
@@ -108,9 +116,7 @@ class WeightsConfig(_Section):
 class Config(BaseSettings):
     """The whole configuration, resolved."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="TAESD_STREAM_", env_nested_delimiter="__", frozen=True, extra="forbid"
-    )
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid")
 
     broker: BrokerConfig = BrokerConfig()
     decoder: DecoderConfig = DecoderConfig()
@@ -144,7 +150,7 @@ class Config(BaseSettings):
         return self.model_copy(update=changed)
 
     def to_json(self) -> str:
-        """One line that load_config("-") of a role takes."""
+        """One line that a role takes as the `values` of load_config."""
         return json.dumps(self.model_dump())
 
 
@@ -154,12 +160,15 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
 
 
 def load_config(file: Path | None = None, sets: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
-    """Read a TOML file (None: none), the environment and `--set` words; `values` stand in for a file.
+    """Read a TOML file (None: none), the environment and `--set` words.
 
+    values: a configuration that another process has resolved, from all of these; it stands alone.
     Raises: ConfigError naming the key, what came, what is allowed, and the nearest known key.
     """
-    from_file = dict(values) if values is not None else _read_toml(file) if file else {}
-    from_sets = _parse_sets(sets)
+    from_file = _read_toml(file) if file and values is None else {}
+    from_sets = _parse_sets(sets) if values is None else dict(values)
+    if values is None:
+        _refuse_unknown_variables()
 
     class Loaded(Config):
         @classmethod
@@ -171,12 +180,16 @@ def load_config(file: Path | None = None, sets: Sequence[str] = (), values: Mapp
             dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 pydantic-settings passes all four by name
             file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         ) -> tuple[PydanticBaseSettingsSource, ...]:
+            if values is not None:
+                return (init_settings,)
             return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=from_file)
 
     try:
         loaded = Loaded(**from_sets)  # type: ignore[arg-type]  # texts, that pydantic turns into sections
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+    except SettingsError as error:
+        raise ConfigError(f"environment: {error}: expected {ENV_PREFIX}SECTION__KEY=value, or JSON") from error
     return Config.model_construct(**{name: getattr(loaded, name) for name in SECTIONS})
 
 
@@ -185,7 +198,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # no TOML, or no UTF-8
         raise ConfigError(f"{file}: {error}") from error
 
 
@@ -194,18 +207,40 @@ def _parse_sets(sets: Sequence[str]) -> dict[str, dict[str, Any]]:
     for word in sets:
         path, equals, value = word.partition("=")
         section, dot, key = path.strip().partition(".")
-        if not equals or not dot or not key:
+        if not equals or not section or not dot or not key:
             raise ConfigError(f"--set {word}: expected section.key=value, as in --set web.bind=127.0.0.1:9000")
         nested.setdefault(section, {})[key] = value.strip()
     return nested
 
 
+def _refuse_unknown_variables() -> None:
+    """A variable that looks like a key of ours and is none was meant to do something: pydantic would pass it over.
+
+    Raises: ConfigError naming it and the nearest known one.
+    """
+    known = [f"{ENV_PREFIX}{section}__{key}".upper() for section, key in _keys()]
+    prefixes = tuple(f"{ENV_PREFIX}{section}_".upper() for section in SECTIONS)
+    for name in os.environ:
+        upper = name.upper()
+        is_key = upper.startswith(prefixes) or (upper.startswith(ENV_PREFIX) and "__" in upper)
+        if is_key and upper not in known:
+            nearest = difflib.get_close_matches(upper, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]}?" if nearest else f"; expected {ENV_PREFIX}SECTION__KEY"
+            raise ConfigError(f"{name}: there is no such key{hint}")
+
+
+def _keys() -> list[tuple[str, str]]:
+    return [(name, key) for name, section in SECTIONS.items() for key in section.model_fields]
+
+
 def _explain(item: Any) -> str:
     path = [str(part) for part in item["loc"]]
     key = ".".join(path)
+    if item["type"] == "model_type":
+        return f"{key}: expected a section of keys, as [{key}] in a file, got {item['input']!r}"
     if item["type"] != "extra_forbidden":
         return f"{key}: {item['msg']}, got {item['input']!r}"
-    known = [f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields]
+    known = [".".join(pair) for pair in _keys()]
     nearest = difflib.get_close_matches(key, [*known, *SECTIONS], n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]}?" if nearest else f"; sections: {', '.join(SECTIONS)}"
     return f"{key}: there is no such key{hint}"

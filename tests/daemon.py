@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -45,7 +45,9 @@ def clean_environment(folder: Path) -> dict[str, str]:
 class Daemon:
     """`with Daemon(folder) as daemon:` runs one; it must end by Ctrl-C with exit code 0."""
 
-    def __init__(self, folder: Path, *sets: str, command: str = "up") -> None:
+    def __init__(
+        self, folder: Path, *sets: str, command: str = "up", environment: Mapping[str, str] | None = None
+    ) -> None:
         self.folder = folder
         self.recordings_folder = folder / "recordings"
         self._sets = [
@@ -55,6 +57,7 @@ class Daemon:
             *sets,
         ]
         self._command = command
+        self._environment = {**clean_environment(folder), **(environment or {})}
 
     def __enter__(self) -> Daemon:
         self.start()
@@ -75,7 +78,7 @@ class Daemon:
             [*COMMAND, self._command, "--json", *options],
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env=clean_environment(self.folder),
+            env=self._environment,
             start_new_session=True,
         )
         assert self.process.stdout is not None
