@@ -20,6 +20,7 @@ class PageSocket:
         self._connection = connect(daemon.web.replace("http", "ws") + "/ws", max_size=None)
         self.state: dict[str, Any] = {}
         self.hello: dict[str, Any] = {}
+        self._watched: dict[str, str] = {}
 
     def __enter__(self) -> PageSocket:
         self._socket = self._connection.__enter__()
@@ -36,10 +37,11 @@ class PageSocket:
 
     def watch(self, streams: dict[str, str]) -> None:
         """Watch these renditions of these streams, by name, and no others."""
+        self._watched = streams
         self.say("watch", streams=streams)
 
-    def picture(self, timeout_s: float = 10.0) -> tuple[dict[str, Any], bytes]:
-        """The next picture; gives its credit back."""
+    def picture(self, timeout_s: float = 20.0) -> tuple[dict[str, Any], bytes]:
+        """The next picture of what is watched; gives its credit back. What was under way before is passed over."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             message = self._socket.recv(timeout=max(0.01, deadline_s - time.monotonic()))
@@ -48,7 +50,9 @@ class PageSocket:
                 header: dict[str, Any] = json.loads(message[4 : 4 + length])
                 if header["rendition"] != "live":
                     self.say("credit", stream=header["stream"], rendition=header["rendition"])
-                return header, message[4 + length :]
+                if self._watched.get(header["stream"]) == header["rendition"]:
+                    return header, message[4 + length :]
+                continue
             self._take_text(json.loads(message))
 
     def _take_text(self, message: dict[str, Any]) -> None:

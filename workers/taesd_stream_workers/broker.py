@@ -219,7 +219,7 @@ class Broker:
         if kept is None or (kept.is_over and frame.seq > kept.queued):
             if kept is not None:
                 return  # its recording is being finished; the publisher asks again in 2 s
-            kept = self._registry.keep_log(run, self._first_kept(run, frame))
+            kept = self._begin_keeping(run, frame)
         if frame.seq != kept.queued + 1:
             return  # already there, or one before it was dropped: the publisher sends it again
         if self._log_bytes() > self._log_max_bytes:
@@ -230,15 +230,15 @@ class Broker:
         if self._writer.submit(kept.log, frame):
             kept.queued = frame.seq
 
-    def _first_kept(self, run: Run, frame: LatentFrame) -> int:
-        """Where keeping begins: at this frame, or at the newest one we hold if it is the one before (PROTOCOL 2)."""
+    def _begin_keeping(self, run: Run, frame: LatentFrame) -> KeptRun:
+        """Keep from this frame on, or from the newest one we hold if it is the one before (PROTOCOL 2)."""
         newest = run.newest
-        if newest is not None and newest.seq == frame.seq - 1 and newest.shape == frame.shape and run.told is not None:
-            kept = self._registry.keep_log(run, newest.seq)
-            if self._writer.submit(kept.log, newest):
-                kept.queued = newest.seq
-            return newest.seq
-        return frame.seq
+        if newest is None or newest.seq != frame.seq - 1 or newest.shape != frame.shape:
+            return self._registry.keep_log(run, frame.seq)
+        kept = self._registry.keep_log(run, newest.seq)
+        if self._writer.submit(kept.log, newest):
+            kept.queued = newest.seq
+        return kept
 
     def _log_bytes(self) -> int:
         return sum(run.kept.log.nbytes for run in self._registry.by_run.values() if run.kept)
@@ -343,15 +343,22 @@ class Broker:
     def _count_failure(self, kept: KeptRun, item: Candidate, run: Run) -> None:
         """A frame that ended a worker is tried again elsewhere; one that ended two is poison."""
         kept.failures[item.seq] = kept.failures.get(item.seq, 0) + 1
-        kept.restart(kept.written, kept.attempt + 1)
-        if kept.failures[item.seq] >= POISON_DEATHS and item.seq == kept.next_seq:
+        if kept.failures[item.seq] >= POISON_DEATHS:
             self._pass_gap(run, kept, item.seq, "poison")
+        else:
+            kept.restart(kept.written, kept.attempt + 1)
 
     def _pass_gap(self, run: Run, kept: KeptRun, seq: int, code: str) -> None:
         self._counts["gaps"] += 1
         logger.warning("frame_not_recorded stream=%s seq=%d code=%s", run.info.stream, seq, code)
-        if self._streamer is not None:
-            self._send_inner(self._streamer, Gap(run=run.info.run, seq=seq, attempt=kept.attempt, code=code))
+        kept.pass_gap(seq)
+        self._tell_gap(run, kept)
+
+    def _tell_gap(self, run: Run, kept: KeptRun) -> None:
+        """Let the file pass its next frame, if that is a gap; said again at each tick until the cursor moves."""
+        if kept.due_gap is not None and self._streamer is not None:
+            gap = Gap(run=run.info.run, seq=kept.due_gap, attempt=kept.attempt, code="no_picture")
+            self._send_inner(self._streamer, gap)
 
     def _worker_gone(self, peer: bytes) -> None:
         worker = self._crew.remove(peer)
@@ -428,6 +435,7 @@ class Broker:
             return
         run.kept.on_cursor(cursor.written)
         run.kept.log.release(cursor.synced + 1)
+        self._tell_gap(run, run.kept)
 
     def _forget(self, run: Run) -> None:
         if run.worker is not None and not run.is_alive:
@@ -584,6 +592,7 @@ class Broker:
                 continue
             if run.end is None and now - run.heard_s > lost_after_s:
                 kept.is_over = True
+            self._tell_gap(run, kept)
             if kept.in_flight and now - kept.moved_s > RECORD_STUCK_S:
                 kept.restart(kept.written, kept.attempt + 1)
         for run in self._registry.forget_old():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +20,9 @@ from taesd_stream_workers.library import Library
 logger = logging.getLogger(__name__)
 
 QUEUE_BYTES: Final = 64 << 20
+MAX_EARLY: Final = 256
 SYNC_S: Final = 1.0
+TELL_S: Final = 0.2
 
 
 class Recorder:
@@ -39,7 +42,9 @@ class Recorder:
         self._errors: dict[str, str] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recorder")
+        self._early: deque[Packet] = deque()  # of runs that no STATE has named yet
         self._next_sync_s = 0.0
+        self._next_tell_s = 0.0
         self._is_dirty = True
 
     def start(self) -> None:
@@ -116,7 +121,8 @@ class Recorder:
                 self._handle(item)
             except Exception as error:  # the thread's outermost loop: one bad file must not end the others
                 logger.exception("recorder_failed error=%s", error)
-            self._sync_and_tell()
+            self._sync_all()
+            self._tell_people()
         for one in self._open.values():
             self._sync(one)
             one.close()
@@ -131,9 +137,21 @@ class Recorder:
                 self._tell(item.run, recording)
         elif isinstance(item, State):
             self._runs = item.runs
+            self._write_early(item.now_ns)
             self._finish_what_ended()
 
+    def _write_early(self, state_ns: int) -> None:
+        """Packets may overtake the STATE that names their run; one that a later STATE does not name is nobody's."""
+        early = list(self._early)
+        self._early.clear()
+        for packet in early:
+            if packet.run in self._runs or packet.stamps.encoded_ns > state_ns:
+                self._write(packet)
+
     def _write(self, packet: Packet) -> None:
+        if packet.run not in self._runs and packet.run not in self._open and len(self._early) < MAX_EARLY:
+            self._early.append(packet)
+            return
         recording = self._recording(packet.run, packet.attempt)
         if recording is None:
             return
@@ -196,17 +214,21 @@ class Recorder:
         cursor = Cursor(run=run, attempt=max(0, one.attempt), written=one.written, synced=one.synced)
         self._tell_broker(cursor)
 
-    def _sync_and_tell(self) -> None:
+    def _sync_all(self) -> None:
         now = time.monotonic()
         if now < self._next_sync_s:
             return
-        self._next_sync_s = now + SYNC_S
+        self._next_sync_s, self._is_dirty = now + SYNC_S, True  # a person may have removed a file
         for run, one in self._open.items():
             if one.synced < one.written:
                 self._sync(one)
                 self._tell(run, one)
-        self._on_change(self.rows())
-        self._is_dirty = False
+
+    def _tell_people(self) -> None:
+        now = time.monotonic()
+        if self._is_dirty and now >= self._next_tell_s:
+            self._next_tell_s, self._is_dirty = now + TELL_S, False
+            self._on_change(self.rows())
 
     def _sync(self, one: Recording) -> None:
         try:

@@ -46,6 +46,7 @@ class KeptRun:
     moved_s: float = 0.0  # when the cursor last moved, or something was sent
     blocked: str | None = None  # why it waits: no decoder, say
     failures: dict[int, int] = field(default_factory=dict)  # seq -> how many workers ended on it
+    gaps: set[int] = field(default_factory=set)  # seqs that give no picture: the cursor passes them
     _ahead: deque[LatentFrame] = field(default_factory=deque)
 
     @property
@@ -75,6 +76,16 @@ class KeptRun:
             seq += 1
         return self._ahead
 
+    def pass_gap(self, seq: int) -> None:
+        """This frame gives no picture: a new attempt, that leaves it out. The file is told when it is its turn."""
+        self.gaps.add(seq)
+        self.restart(self.written, self.attempt + 1)
+
+    @property
+    def due_gap(self) -> int | None:
+        """The gap that the file has come to, None while there is another frame to write first."""
+        return self.written + 1 if self.written + 1 in self.gaps else None
+
     def restart(self, written: int, attempt: int) -> None:
         """Begin a new attempt behind what the file holds."""
         first = self.log.first_seq
@@ -88,6 +99,7 @@ class KeptRun:
         """The streamer has written so far."""
         if written > self.written:
             self.written = written
+            self.next_seq = max(self.next_seq, written + 1)
             self.moved_s = time.monotonic()
         while self.in_flight and self.in_flight[0][0] <= written:
             self.in_flight.popleft()
@@ -197,7 +209,7 @@ class Run:
         frames: list[LatentFrame] = []
         for frame in kept.ahead():
             within = frame.nbytes <= room_bytes or len(kept.in_flight) + len(frames) < 2
-            if not within:
+            if not within or frame.seq in kept.gaps:
                 break
             room_bytes -= frame.nbytes
             frames.append(frame)
