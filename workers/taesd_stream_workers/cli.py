@@ -5,16 +5,21 @@ from __future__ import annotations
 import sys
 from typing import Final
 
-INSTALL_LINE: Final = 'taesd-stream: its daemon part is not installed ({}): pip install "taesd-stream[daemon]"'
+INSTALL_LINE: Final = 'taesd-stream: its daemon part is not installed ({}): pip install "taesd-stream[daemon]"\n'
+USAGE: Final = 2
 
 
 def main() -> None:
     """Run the command line."""
     try:
         from taesd_stream_workers.commands import run
+
+        run()
     except ModuleNotFoundError as error:
-        sys.exit(INSTALL_LINE.format(error))
-    run()
+        if (error.name or "").startswith("taesd_stream"):
+            raise  # our own fault, not a package that is not installed
+        sys.stderr.write(INSTALL_LINE.format(error))
+        sys.exit(USAGE)
 
 
 if __name__ == "__main__":

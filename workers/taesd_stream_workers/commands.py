@@ -203,6 +203,8 @@ def run() -> None:
     except TaesdStreamError as error:
         say(f"taesd-stream: {error}", is_error=True)
         sys.exit(UNREACHABLE if isinstance(error, UnreachableError) else INTERNAL)
+    except ModuleNotFoundError:
+        raise  # cli.py says what to install
     except Exception as error:
         show = getattr(error, "show", None)  # click's own errors of usage
         if show is not None:
