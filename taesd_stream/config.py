@@ -42,7 +42,7 @@ class BrokerConfig(_Section):
     """Where samplers connect. Port 0 takes a free one. Loopback only, for now."""
     workers_bind: str = AUTO
     """Where decode workers and the streamer connect; "auto" is a socket file of this daemon's own."""
-    idle_interval_s: float = Field(default=2.0, gt=0, le=60)
+    idle_interval_s: float = Field(default=2.0, ge=0.01, le=60)
     """While nobody watches a stream, one frame this often is kept ready for a late viewer."""
     max_fps: float = Field(default=30.0, gt=0, le=240)
     """Most frames a second that a watched stream is asked for."""

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 HELLO_S: Final = 1.0
 RESEND_S: Final = 2.0
-IDLE_INTERVAL_S: Final = 2.0  # a frame at most this often while nobody watches, so that a late viewer has one
+IDLE_INTERVAL_S: Final = 2.0  # of frames while nobody watches, where the broker does not say: a late viewer has one
 REFUSED_RETRY_S: Final = 10.0
 FIRST_ANSWER_S: Final = 0.5  # a daemon that is there has answered by then
 MAX_UNACKED_BYTES: Final = 16 << 20  # on their way at once: past it, wait for acks
@@ -244,10 +244,11 @@ class PublisherLink:
 
     def _on_demand(self, demand: DemandUpdate) -> None:
         self._demand = demand.level
+        asked_s = 1 / demand.max_fps if demand.max_fps else None
         if demand.level == "idle":
-            self._interval_s = IDLE_INTERVAL_S
+            self._interval_s = asked_s or IDLE_INTERVAL_S
         else:
-            self._interval_s = 0.0 if demand.level == "every" or not demand.max_fps else 1 / demand.max_fps
+            self._interval_s = 0.0 if demand.level == "every" else asked_s or 0.0
             self._next_send_s = min(self._next_send_s, time.monotonic() + self._interval_s)
         if self._end is None or self._outbox.mode is None:
             self._outbox.settle(demand.record)

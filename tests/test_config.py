@@ -10,12 +10,14 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from taesd_stream import LatentPublisher
 from taesd_stream.config import SECTIONS, load_config
 from taesd_stream.errors import ConfigError
 from tests.config_document import DEFAULT_TOML, document, section_keys
-from tests.daemon import Daemon, clean_environment
+from tests.daemon import Daemon, clean_environment, wait_for
 
 KEYS = [(section, key) for section in SECTIONS for key, _ in section_keys(section)]
 
@@ -150,7 +152,8 @@ def test_an_unknown_section(tmp_path: Path) -> None:
         ("decoder.max_batch_size=999", "256"),
         ("decoder.max_batch_size=0", "1"),
         ("decoder.max_batch_size=many", "integer"),
-        ("broker.idle_interval_s=0", "greater than 0"),
+        ("broker.idle_interval_s=0", "greater than or equal to 0.01"),
+        ("decoder.max_job_s=0", "greater than 0"),
         ("broker.idle_interval_s=nan", "60"),
         ("recording.default=sometimes", "'off', 'last' or 'all'"),
     ],
@@ -207,6 +210,23 @@ def test_set_beats_the_environment_in_a_running_daemon(tmp_path: Path) -> None:
     with Daemon(tmp_path, environment={"TAESD_STREAM_RECORDING__FOLDER": str(elsewhere)}) as daemon:
         assert (daemon.recordings_folder / ".latents").is_dir()
     assert not elsewhere.exists()
+
+
+def test_a_stream_that_nobody_watches_is_asked_as_often_as_the_key_says(tmp_path: Path) -> None:
+    """`broker.idle_interval_s` reaches the sampler: under its default of 2 s, many frames come in a short while."""
+    seen: set[int] = set()
+
+    def has_seen_enough() -> bool:
+        publisher.publish(np.zeros((4, 8, 8), np.float16), step=0)
+        row = daemon.streams().get("unwatched", {})
+        seen.update(seq for seq in [row.get("seq")] if seq is not None)
+        return len(seen) > 20
+
+    with (
+        Daemon(tmp_path, "broker.idle_interval_s=0.05") as daemon,
+        LatentPublisher(daemon.broker, stream="unwatched", latent_format="sd1") as publisher,
+    ):
+        wait_for(has_seen_enough, 30.0, of="20 different frames")
 
 
 LOAD_AND_TELL = """
