@@ -20,9 +20,10 @@ class FolderLock:
     The file stays when the lock is gone: removing it would let two holders lock two files of one name.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Store only; `acquire` or `with` takes the lock."""
+    def __init__(self, folder: Path, key: str = "") -> None:
+        """Store only; `acquire` or `with` takes the lock. key: the setting that names the folder, for messages."""
         self.folder = folder
+        self._said = f"{key} = {folder}" if key else str(folder)
         self._fd: int | None = None
 
     def acquire(self) -> None:
@@ -35,14 +36,14 @@ class FolderLock:
             self.folder.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
         except OSError as error:
-            raise ConfigError(f"{self.folder}: cannot be used: {error.strerror}; choose another folder") from error
+            raise ConfigError(f"{self._said}: cannot be used: {error.strerror}; choose another folder") from error
         try:
             _lock(fd)
         except OSError as error:
             holder = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
             os.close(fd)
             raise ConfigError(
-                f"{self.folder}: in use by another taesd-stream (process {holder}); stop it, or choose another folder"
+                f"{self._said}: in use by another taesd-stream (process {holder}); stop it, or choose another folder"
             ) from error
         os.ftruncate(fd, 0)
         os.write(fd, f"{os.getpid()}\n".encode())

@@ -21,35 +21,48 @@ def runtime_folder(config: Config) -> Path:
     """A folder of this daemon's own for socket files, told by its public address; made with mode 0700."""
     name = hashlib.sha256(config.broker.bind.encode()).hexdigest()[:10]
     folder = platformdirs.user_runtime_path("taesd-stream", ensure_exists=False) / name
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: no folder for socket files: {error.strerror}; "
+            "give tcp addresses by --set broker.workers_bind=… and --set streamer.packets_bind=…"
+        ) from error
     return folder
 
 
 def workers_address(config: Config) -> str:
     """`broker.workers_bind`, resolved."""
-    return _inner(config, config.broker.workers_bind, "workers", 5761)
+    return _inner(config, "broker.workers_bind", config.broker.workers_bind, "workers", 5761)
 
 
 def packets_address(config: Config) -> str:
     """`streamer.packets_bind`, resolved."""
-    return _inner(config, config.streamer.packets_bind, "packets", 5762)
+    return _inner(config, "streamer.packets_bind", config.streamer.packets_bind, "packets", 5762)
 
 
-def _inner(config: Config, address: str, name: str, port: int) -> str:
+def _inner(config: Config, key: str, address: str, name: str, port: int) -> str:
     if address != AUTO:
-        return _checked(address, name)
+        return _checked(key, address)
     if sys.platform == "win32":
         return f"tcp://127.0.0.1:{port}"
     return f"ipc://{runtime_folder(config) / name}"
 
 
-def _checked(address: str, name: str) -> str:
+def _checked(key: str, address: str) -> str:
     if address.startswith("ipc://"):
         path = address.removeprefix("ipc://")
         if len(path.encode()) > MAX_IPC_PATH_BYTES:
-            raise ConfigError(f"{name}: {path} is too long for a socket file; at most {MAX_IPC_PATH_BYTES} bytes")
+            raise ConfigError(f"{key} = {address}: too long for a socket file; at most {MAX_IPC_PATH_BYTES} bytes")
         return address
-    return require_loopback(f"{name} address", address)
+    return require_tcp(key, address)
+
+
+def require_tcp(key: str, address: str) -> str:
+    """Return `address` if it is one that ZeroMQ can bind and only this host can reach. Raises: ConfigError else."""
+    if not address.startswith(("tcp://", "ipc://")):
+        raise ConfigError(f"{key} = {address}: expected tcp://host:port, as in tcp://127.0.0.1:5760")
+    return require_loopback(key, address)
 
 
 def require_loopback(key: str, address: str) -> str:
@@ -62,7 +75,8 @@ def require_loopback(key: str, address: str) -> str:
     except ValueError as error:
         raise ConfigError(f"{key} = {address}: {error}") from error
     if not host or port is None:
-        raise ConfigError(f"{key} = {address}: expected host:port, as in 127.0.0.1:{5760 if 'broker' in key else 8765}")
+        example = "127.0.0.1:8765" if key == "web.bind" else "tcp://127.0.0.1:5760"
+        raise ConfigError(f"{key} = {address}: expected host:port, as in {example}")
     try:
         is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

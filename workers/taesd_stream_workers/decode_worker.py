@@ -21,7 +21,7 @@ from torch import Tensor
 from taesd_stream import wire
 from taesd_stream.config import Config
 from taesd_stream.decoding.engine import Engine, NoDecoderError, latents_from_payload, open_engine
-from taesd_stream.errors import UnreachableError, WeightsError, WireError
+from taesd_stream.errors import ConfigError, UnreachableError, WeightsError, WireError
 from taesd_stream.frames import Packet, Stamps
 from taesd_stream.media.encoder import EncodedPicture
 from taesd_stream.messages import Done, Drain, Echo, Failed, Forget, Job, JobItem, Progress, WorkerHello
@@ -116,7 +116,8 @@ class DecodeWorker:
             self._outgoing.send()
             if self._clock.offset_ns is None:
                 if now - started_s > UNREACHABLE_S:
-                    raise UnreachableError(f"no broker answers at {workers_address(self._config)}")
+                    where = workers_address(self._config)
+                    raise UnreachableError(f"no broker answers at {where}: start one with `taesd-stream broker`")
             elif not is_ready:
                 is_ready = True
                 self._life.ready(device=str(self._device), reason=self._device_reason)
@@ -367,12 +368,15 @@ def _is_same(one: Engine, other: Engine) -> bool:
 def choose_device(wanted: str, min_free_bytes: int) -> tuple[torch.device, str]:
     """The device to decode on, and why: `auto` takes a GPU only where the sampler has left it enough memory.
 
-    Raises: NoDecoderError when a named device is not there.
+    Raises: ConfigError when a named device is not there.
     """
     if wanted != "auto":
-        device = torch.device(wanted)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise NoDecoderError(f"decoder.device = {wanted}: torch sees no such device here")
+        try:
+            device = torch.device(wanted)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+            reason = next(iter(str(error).splitlines()), "torch sees no such device")
+            raise ConfigError(f"decoder.device = {wanted}: {reason[:200]}; auto takes what is here") from error
         return device, "as decoder.device says"
     if not torch.cuda.is_available():
         return torch.device("cpu"), "no CUDA device"

@@ -1,0 +1,66 @@
+"""What is checked before a role starts: a wrong setting is then one line, and no role's death among other lines.
+
+Whoever uses an address or a folder takes it again and may still be refused: another daemon may have come between.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from taesd_stream.config import Config
+from taesd_stream.errors import ConfigError
+from taesd_stream.folder_lock import FolderLock
+from taesd_stream_workers.addresses import require_loopback, require_tcp
+
+ROLES: Final = ("broker", "streamer", "worker")
+
+
+def check_start(config: Config, roles: Sequence[str] = ROLES) -> None:
+    """Check what these roles need. Raises: ConfigError naming the key, what came, and the way out."""
+    if "streamer" in roles:
+        _check_free("web.bind", require_loopback("web.bind", config.web.bind))
+        _check_folder(config.recording_folder, "recording.folder")
+    if "broker" in roles:
+        _check_free("broker.bind", require_tcp("broker.bind", config.broker.bind))
+        _check_folder(config.log_folder, "broker.log_folder")
+    if "worker" in roles:
+        _check_weights(config)
+
+
+def _check_free(key: str, address: str) -> None:
+    parts = urlsplit(address if "://" in address else f"tcp://{address}")
+    if parts.scheme == "ipc" or not parts.port:
+        return
+    host = parts.hostname or ""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, parts.port))
+        except OSError as error:
+            port_0 = address[: -len(str(parts.port))] + "0"
+            raise ConfigError(
+                f"{key} = {address}: {error.strerror}; another daemon may be running; "
+                f"choose another port, or a free one by --set {key}={port_0}"
+            ) from error
+
+
+def _check_folder(folder: Path, key: str) -> None:
+    with FolderLock(folder, key):
+        pass
+
+
+def _check_weights(config: Config) -> None:
+    folder = config.weights_folder
+    if folder is None or folder.is_dir():
+        return
+    if folder.is_file():
+        raise ConfigError(f"weights.folder = {folder}: expected the folder that the weight file is in: {folder.parent}")
+    raise ConfigError(
+        f"weights.folder = {folder}: there is no such folder; name the one that holds the weight files, "
+        "or leave it out for the linear decoder"
+    )
