@@ -22,8 +22,13 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-def set_up_logging(role: str, *, is_verbose: bool = False, stream: TextIO | None = None) -> None:
-    """Log to stderr, one line an event: text on a terminal, JSON elsewhere (TTY decides)."""
+def set_up_logging(
+    role: str, *, is_verbose: bool = False, is_quiet: bool = False, stream: TextIO | None = None
+) -> None:
+    """Log to stderr, one line an event: text on a terminal, JSON elsewhere (TTY decides).
+
+    is_verbose: messages too. is_quiet: only what was lost, and what someone must act on.
+    """
     target = stream or sys.stderr
     handler = logging.StreamHandler(target)
     if target.isatty():
@@ -32,6 +37,6 @@ def set_up_logging(role: str, *, is_verbose: bool = False, stream: TextIO | None
         handler.setFormatter(_JsonFormatter())
     root = logging.getLogger()
     root.handlers = [handler]
-    root.setLevel(logging.DEBUG if is_verbose else logging.INFO)
+    root.setLevel(logging.DEBUG if is_verbose else logging.WARNING if is_quiet else logging.INFO)
     for noisy in ("uvicorn", "uvicorn.access", "uvicorn.error", "asyncio", "websockets", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -7,6 +7,7 @@ from typing import Final
 
 INSTALL_LINE: Final = 'taesd-stream: its daemon part is not installed ({}): pip install "taesd-stream[daemon]"\n'
 USAGE: Final = 2
+INTERRUPTED: Final = 130
 
 
 def main() -> None:
@@ -15,6 +16,8 @@ def main() -> None:
         from taesd_stream_workers.commands import run
 
         run()
+    except KeyboardInterrupt:  # while modules were imported
+        sys.exit(INTERRUPTED)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("taesd_stream"):
             raise  # our own fault, not a package that is not installed

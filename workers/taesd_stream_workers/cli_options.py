@@ -16,13 +16,14 @@ SetOption = Annotated[
     list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key; may be given many times.")
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Log messages too.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Log warnings and errors only.")]
 WebOption = Annotated[str, typer.Option("--connect", metavar="URL", help="The daemon's web address.")]
 
 
 def say(text: str, *, is_error: bool = False) -> None:
-    """A line for a person, on stderr: stdout is for what other programs read."""
+    """A line for a person, on stderr: stdout is for what other programs read. Brackets in it mean nothing."""
     from rich.console import Console
 
     Console(stderr=True, highlight=False, soft_wrap=True).print(
-        text, style="red" if is_error else None, markup=not is_error
+        text, style="red" if is_error else None, markup=False, emoji=False
     )

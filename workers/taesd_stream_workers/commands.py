@@ -1,4 +1,4 @@
-"""The command line: the roles, `up` that runs them all, `demo`, and the commands of cli_client.py and cli_files.py.
+"""The command line: the roles, each as a command, and the commands of cli_daemon.py, cli_client.py and cli_files.py.
 
 Imports of what is heavy are inside the commands, so that `--help` is quick.
 """
@@ -10,16 +10,20 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
 from taesd_stream import __version__
 from taesd_stream.errors import ConfigError, StreamAbsentError, TaesdStreamError, UnreachableError
-from taesd_stream_workers import cli_client, cli_files
-from taesd_stream_workers.cli_options import ConfigOption, SetOption, VerboseOption, say
+from taesd_stream_workers import cli_client, cli_daemon, cli_files
+from taesd_stream_workers.cli_options import ConfigOption, QuietOption, SetOption, VerboseOption, say
 
-OK, USAGE, UNREACHABLE, INTERNAL = 0, 2, 69, 70
+OK: Final = 0
+USAGE: Final = 2
+UNREACHABLE: Final = 69  # EX_UNAVAILABLE of sysexits.h
+INTERNAL: Final = 70
+INTERRUPTED: Final = 130  # as a shell says it
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +35,7 @@ app = typer.Typer(
     help="Live previews and recordings of what a diffusion sampler is painting.\n\n"
     "Begin with [bold]taesd-stream demo[/bold]; then [bold]taesd-stream up[/bold] beside your sampler.",
 )
+cli_daemon.add_commands(app)
 cli_client.add_commands(app)
 cli_files.add_commands(app)
 
@@ -42,15 +47,18 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit(OK)
 
 
-def _run_role(role: str, config: Path | None, sets: list[str], verbose: bool) -> None:
+def _run_role(role: str, config: Path | None, sets: list[str], verbose: bool, quiet: bool) -> None:
     """Run one role in this process, with its config from a file or, supervised, from stdin."""
     from taesd_stream.config import load_config
     from taesd_stream.log import set_up_logging
     from taesd_stream_workers.lifecycle import Lifecycle
+    from taesd_stream_workers.start_checks import check_start
 
-    set_up_logging(role, is_verbose=verbose)
+    set_up_logging(role, is_verbose=verbose, is_quiet=quiet)
     is_supervised = config is not None and str(config) == "-"
     loaded = load_config(values=_config_from_stdin()) if is_supervised else load_config(config, sets)
+    if not is_supervised:  # else the supervisor has checked
+        check_start(loaded, [role])
     lifecycle = Lifecycle(role, is_supervised=is_supervised)
     lifecycle.start()
     _role_main(role)(loaded, lifecycle)
@@ -87,105 +95,45 @@ def _role_main(role: str) -> Callable[..., None]:
 
 
 @app.command(rich_help_panel="Roles, each alone")
-def broker(config: ConfigOption = None, sets: SetOption = [], verbose: VerboseOption = False) -> None:  # noqa: B006 typer copies it
+def broker(
+    config: ConfigOption = None,
+    sets: SetOption = [],  # noqa: B006 typer copies it
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
     """Take latents in, keep them, give workers their jobs.
 
     Example: taesd-stream broker --set broker.workers_bind=tcp://127.0.0.1:5761
     """
-    _run_role("broker", config, sets, verbose)
+    _run_role("broker", config, sets, verbose, quiet)
 
 
 @app.command(rich_help_panel="Roles, each alone")
-def worker(config: ConfigOption = None, sets: SetOption = [], verbose: VerboseOption = False) -> None:  # noqa: B006
+def worker(
+    config: ConfigOption = None,
+    sets: SetOption = [],  # noqa: B006
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
     """Decode latents and encode pictures, on one device.
 
     Example: taesd-stream worker --set decoder.device=cuda:0 --set broker.workers_bind=tcp://127.0.0.1:5761
     """
-    _run_role("worker", config, sets, verbose)
+    _run_role("worker", config, sets, verbose, quiet)
 
 
 @app.command(rich_help_panel="Roles, each alone")
-def streamer(config: ConfigOption = None, sets: SetOption = [], verbose: VerboseOption = False) -> None:  # noqa: B006
+def streamer(
+    config: ConfigOption = None,
+    sets: SetOption = [],  # noqa: B006
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
     """Serve the page, viewers and recordings.
 
     Example: taesd-stream streamer --set web.bind=127.0.0.1:9000
     """
-    _run_role("streamer", config, sets, verbose)
-
-
-@app.command(rich_help_panel="Daemon")
-def up(
-    config: ConfigOption = None,
-    sets: SetOption = [],  # noqa: B006
-    as_json: Annotated[bool, typer.Option("--json", help="Print the bound addresses as one line of JSON.")] = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Run the whole daemon: broker, decode worker and streamer, until Ctrl-C.
-
-    Example: taesd-stream up --set weights.folder=~/ComfyUI/models/vae_approx --set recording.default=all
-    """
-    _up(config, sets, as_json=as_json, verbose=verbose, beside=None)
-
-
-@app.command(rich_help_panel="Daemon")
-def demo(
-    config: ConfigOption = None,
-    sets: SetOption = [],  # noqa: B006
-    open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page where there is a desktop.")] = True,
-    step_s: Annotated[float, typer.Option(min=0.01, max=10, help="Seconds a step takes.")] = 0.4,
-    verbose: VerboseOption = False,
-) -> None:
-    """Run the daemon with built-in samplers: no weights, no network, no GPU.
-
-    Example: taesd-stream demo --step-s 0.1
-    """
-    from taesd_stream_workers.demo import DemoSamplers, open_browser
-
-    def beside(addresses: Any) -> Any:
-        if open_page:
-            open_browser(addresses.web)
-        return DemoSamplers(addresses.broker, step_s)
-
-    _up(config, sets, as_json=False, verbose=verbose, beside=beside)
-
-
-def _up(
-    config: Path | None, sets: list[str], *, as_json: bool, verbose: bool, beside: Callable[[Any], Any] | None
-) -> None:
-    from taesd_stream.config import load_config
-    from taesd_stream.log import set_up_logging
-    from taesd_stream_workers.supervisor import Supervisor, stopped_by_signals
-
-    set_up_logging("up", is_verbose=verbose)
-    supervisor = Supervisor(load_config(config, sets), is_verbose=verbose)
-    with stopped_by_signals(supervisor.stop), supervisor:
-        try:
-            addresses = supervisor.start()
-        except KeyboardInterrupt:  # told to stop before all were ready
-            return
-        if as_json:
-            sys.stdout.write(json.dumps({**_vars_of(addresses), "roles": supervisor.status()}) + "\n")
-            sys.stdout.flush()
-        else:
-            _greet(addresses)
-        samplers = beside(addresses) if beside else None
-        try:
-            supervisor.run()
-        finally:
-            if samplers is not None:
-                samplers.close()
-            if not as_json:
-                say("Stopping: closing every file.")
-
-
-def _vars_of(addresses: Any) -> dict[str, str]:
-    return {name: getattr(addresses, name) for name in ("web", "broker", "workers", "packets")}
-
-
-def _greet(addresses: Any) -> None:
-    say(f"[bold]Watch[/bold]    {addresses.web}")
-    say(f"[bold]Publish[/bold]  LatentPublisher({addresses.broker!r}, stream=…, latent_format=…)")
-    say("Ctrl-C stops it; files are closed properly.")
+    _run_role("streamer", config, sets, verbose, quiet)
 
 
 def run() -> None:
@@ -194,8 +142,8 @@ def run() -> None:
         app(standalone_mode=False)
     except typer.Exit as done:
         sys.exit(done.exit_code)
-    except typer.Abort:
-        sys.exit(130)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(INTERRUPTED)
     except (ConfigError, StreamAbsentError) as error:
         if str(error):
             say(f"taesd-stream: {error}", is_error=True)

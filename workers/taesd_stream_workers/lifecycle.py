@@ -15,7 +15,10 @@ from types import FrameType
 from typing import Final
 
 TICK_S: Final = 1.0
-HUNG_S: Final = 30.0  # a loop that has not ticked for so long prints its stacks and exits
+STILL_S: Final = 15.0  # a loop that has not ticked for so long prints its stacks and exits
+HUNG_S: Final = 30.0  # work beside the loop that makes no progress for so long is hung
+START_S: Final = 60.0  # imports, a device that is opened, files of a former process that are taken over
+CLOSE_S: Final = 20.0
 
 
 class Lifecycle:
@@ -34,6 +37,7 @@ class Lifecycle:
 
     def start(self) -> None:
         """Watch for the word to stop; call in the main thread."""
+        _exit_after(START_S)
         if self._is_supervised:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's, which stops us in data order
             threading.Thread(target=self._wait_for_stdin, name="lifeline", daemon=True).start()
@@ -57,14 +61,13 @@ class Lifecycle:
         if now < self._next_tick_s:
             return
         self._next_tick_s = now + TICK_S
-        # A thread of ours could not run while something holds the GIL; this timer can, and prints where it hangs.
-        faulthandler.dump_traceback_later(HUNG_S, exit=True)
+        _exit_after(STILL_S)
         if self._is_supervised:
             self._report({"tick": self.role})
 
     def end(self) -> None:
-        """The loop is over; nothing watches it any more."""
-        faulthandler.cancel_dump_traceback_later()
+        """The loop is over. Closing too must come to an end, or a role would outlive a supervisor that was killed."""
+        _exit_after(CLOSE_S)
 
     def _report(self, line: dict[str, object]) -> None:
         with self._output, contextlib.suppress(OSError, ValueError):
@@ -84,3 +87,11 @@ class Lifecycle:
         self.stop.set()
         for wake in self._on_stop:
             wake()
+
+
+def _exit_after(limit_s: float) -> None:
+    """Unless called again before: print every stack and exit with code 1.
+
+    A thread of ours could not run while something holds the GIL; this timer can.
+    """
+    faulthandler.dump_traceback_later(limit_s, exit=True)
