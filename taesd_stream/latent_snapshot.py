@@ -22,51 +22,58 @@ def is_tensor(latents: object) -> bool:
     return torch is not None and isinstance(latents, torch.Tensor)
 
 
-def snapshot(
-    latents: Any, wire_dtype: WireDtype | None, magnitude: float
-) -> tuple[Snapshot, WireDtype, tuple[int, ...]]:
-    """Copy `latents` now.
+def wire_form(latents: Any, wire_dtype: WireDtype | None) -> tuple[WireDtype, tuple[int, ...]]:
+    """The dtype and shape that `latents` will travel in; nothing is copied yet.
 
     latents: numpy array or torch tensor, CPU or CUDA, any float dtype.
     wire_dtype: None sends `float16` (`bfloat16` stays as it is: its range does not fit).
-    Returns: a call that gives the bytes (C order), their dtype, the shape.
     Raises: TypeError for anything that is no array of floats.
     """
     if is_tensor(latents):
-        return _of_tensor(latents, wire_dtype, magnitude)
-    if not isinstance(latents, np.ndarray) or str(latents.dtype) not in _FLOATS:
+        if not latents.is_floating_point():
+            raise TypeError(f"latents: expected floats, got a tensor of {latents.dtype}")
+        own: WireDtype = "bfloat16" if str(latents.dtype) == "torch.bfloat16" else "float16"
+        return wire_dtype or own, tuple(latents.shape)
+    # name, not str: arrays of the other byte order are floats too
+    if not isinstance(latents, np.ndarray) or latents.dtype.name not in _FLOATS:
         given = f"{type(latents).__name__} of {getattr(latents, 'dtype', 'no dtype')}"
         raise TypeError(f"latents: expected a numpy array or torch tensor of floats, got {given}")
-    dtype: WireDtype = wire_dtype or "float16"
-    if dtype == "bfloat16":
+    if wire_dtype == "bfloat16":
         raise TypeError("latents: numpy has no bfloat16; use wire_dtype='float16'")
+    return wire_dtype or "float16", latents.shape
+
+
+def snapshot(latents: Any, dtype: WireDtype, magnitude: float) -> Snapshot:
+    """Copy `latents` now, in the form that wire_form() told.
+
+    magnitude: |z| that `uint8` still holds. Returns: a call that gives the bytes, C order.
+    """
+    if is_tensor(latents):
+        return _of_tensor(latents, dtype, magnitude)
+    # values past the dtype's range become infinite: no warning on the sampler's terminal
+    with np.errstate(over="ignore", invalid="ignore"):
+        data = (_quantised(latents, magnitude) if dtype == "uint8" else latents.astype(dtype, copy=False)).tobytes()
     # tobytes, not copy: it holds the GIL, so the side thread's turn does not land inside publish()
-    data = (_quantised(latents, magnitude) if dtype == "uint8" else latents.astype(dtype, copy=False)).tobytes()
-    return (lambda: data), dtype, latents.shape
+    return lambda: data
 
 
 def _quantised(latents: np.ndarray[Any, Any], magnitude: float) -> np.ndarray[Any, Any]:
     # the field's own uint8 form of latents: AutoencoderTiny.scale_latents, then 8 bits
-    return (np.clip(latents / (2 * magnitude) + 0.5, 0, 1) * 255).round().astype(np.uint8)
+    unit: np.ndarray[Any, Any] = np.clip(latents.astype(np.float32) / (2 * magnitude) + 0.5, 0, 1)
+    return (unit * 255).round().astype(np.uint8)
 
 
-def _of_tensor(
-    latents: Any, wire_dtype: WireDtype | None, magnitude: float
-) -> tuple[Snapshot, WireDtype, tuple[int, ...]]:
+def _of_tensor(latents: Any, dtype: WireDtype, magnitude: float) -> Snapshot:
     torch = sys.modules["torch"]
-    if not latents.is_floating_point():
-        raise TypeError(f"latents: expected floats, got {latents.dtype}")
-    dtype: WireDtype = wire_dtype or ("bfloat16" if latents.dtype == torch.bfloat16 else "float16")
     with torch.no_grad():
         source = latents.detach()
         if dtype == "uint8":
             source = (source.float() / (2 * magnitude) + 0.5).clamp(0, 1).mul(255).round()
         copy = source.to(dtype=getattr(torch, dtype), copy=True, memory_format=torch.contiguous_format)
-    shape = tuple(latents.shape)
     if copy.device.type == "cpu":
         data = _bytes_of(torch, copy)
-        return (lambda: data), dtype, shape
-    return _later(torch, copy), dtype, shape
+        return lambda: data
+    return _later(torch, copy)
 
 
 def _bytes_of(torch: Any, tensor: Any) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import math
 import os
@@ -21,6 +20,7 @@ from taesd_stream.errors import WireError
 from taesd_stream.frames import (
     CLOCK_HZ,
     DTYPE_BYTES,
+    END_REASONS,
     KINDS,
     RECORD_MODES,
     EndReason,
@@ -32,15 +32,18 @@ from taesd_stream.frames import (
     is_stream_name,
 )
 from taesd_stream.latent_formats import LATENT_FORMATS
-from taesd_stream.latent_snapshot import snapshot
+from taesd_stream.latent_snapshot import snapshot, wire_form
 from taesd_stream.outbox import Outbox
+from taesd_stream.publisher_exit import end_at_exit, reason_of
 from taesd_stream.publisher_link import PublisherLink
 
 logger = logging.getLogger(__name__)
 
 RING_BYTES: Final = 256 << 20
 NS_PER_TICK: Final = math.ceil(1e9 / CLOCK_HZ)
-UINT8_MAGNITUDE: Final = 3.0  # PROTOCOL: uint8 = clamp(z / (2 m) + 0.5); m of every format in use
+UINT8_MAGNITUDE: Final = 3.0  # of uint8 = clamp(z / (2 m) + 0.5), for formats that the table does not have
+CLOSE_S: Final = 5.0
+FORKED: Final = "this process was forked from the one that opened the publisher: a forked child must open its own"
 
 
 def default_address() -> str:
@@ -70,7 +73,7 @@ class LatentPublisher:
     record: "off", "last" (only the final frame), "all"; None follows the daemon's `recording.default`.
     meta: what people want to read beside the picture: prompt, seed, sampler, guidance.
     wire_dtype: None sends float16 (bfloat16 stays); "float32" exact, "uint8" smallest.
-    Raises: ValueError for a bad name, kind, mode; nothing after that.
+    Raises: ValueError for a bad address, name, kind, mode; nothing after that.
     """
 
     def __init__(
@@ -96,11 +99,15 @@ class LatentPublisher:
         self._index = 0
         self._sent_ns = 0
         self._faults = 0
+        self._fault: str | None = None  # the last publish's
         self._is_closed = False
         self._outbox = Outbox(info, ring_bytes=RING_BYTES, log_folder=own_log_folder())
         self._link = PublisherLink(self.address, info, self._outbox)
         self._link.start()
-        self._at_exit = _close_at_exit(self)
+        end_at_exit(self._link)
+        # a publisher that is forgotten ends its run: nobody waits for it, for this may be any thread
+        self._forgotten = weakref.finalize(self, self._link.end_soon, CLOSE_S, "done", "")
+        self._forgotten.atexit = False
 
     @property
     def stream(self) -> str:
@@ -121,7 +128,7 @@ class LatentPublisher:
     @property
     def error(self) -> str | None:
         """Why nothing is shown or kept: the broker's or the last publish's complaint; None while all is well."""
-        return self._link.error
+        return self._link.error or self._outbox.error or self._fault
 
     def publish(self, latents: Any, *, step: int, total_steps: int | None = None, sigma: float | None = None) -> None:
         """Show these latents. Never raises, never waits for a device or a socket.
@@ -130,15 +137,13 @@ class LatentPublisher:
             `steps` (C,h,w) or (N,C,h,w); `clip` (T,C,h,w); `live` (C,h,w) or (t,C,h,w).
         step: 0-based. sigma: the noise level that the model saw at this step.
         """
-        outbox = self._outbox
-        with outbox.changed:
-            seq = outbox.next_seq
-            outbox.next_seq = seq + 1
-        is_last = total_steps is not None and step >= total_steps - 1
-        if not (outbox.wanted or is_last):
+        if self._pid != os.getpid():  # first: in a forked child the lock may be held for ever
+            self._complain(RuntimeError(FORKED))
             return
         try:
-            self._offer(latents, seq, int(step), total_steps, sigma)
+            if self._is_wanted(latents, step, total_steps):
+                self._offer(latents, int(step), total_steps, sigma)
+                self._fault = None
         except Exception as error:  # noqa: BLE001 the run is worth more than its preview
             self._complain(error)
 
@@ -147,17 +152,18 @@ class LatentPublisher:
 
         Returns: True when it has (at once when nothing is kept), False on time out or refusal (`error` has the text).
         """
-        return self._link.wait_until_acked(timeout_s)
+        return self._pid == os.getpid() and self._link.wait_until_acked(timeout_s)
 
-    def close(self, timeout_s: float = 5.0, *, reason: EndReason = "done", text: str = "") -> None:
+    def close(self, timeout_s: float = CLOSE_S, *, reason: EndReason = "done", text: str = "") -> None:
         """End the run: send what is kept, then END. What is not acked by then goes to a log file, and it says where."""
         if self._is_closed or self._pid != os.getpid():
             return
+        if reason not in END_REASONS:
+            raise ValueError(f"reason: expected one of {', '.join(END_REASONS)}, got {reason!r}")
         self._is_closed = True
-        atexit.unregister(self._at_exit)
-        if reason == "done" and self._link.is_stopped:
-            reason = "stopped"
-        self._link.close(timeout_s, reason, text)
+        self._forgotten.detach()
+        self._link.end_soon(timeout_s, "stopped" if self._link.is_stopped else reason, text)
+        self._link.join()
 
     def __enter__(self) -> LatentPublisher:
         return self
@@ -165,47 +171,65 @@ class LatentPublisher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self.close(reason="stopped" if isinstance(error, KeyboardInterrupt) else "failed", text=repr(error)[:500])
+        reason, text = reason_of(error)
+        self.close(reason=reason, text=text)
 
-    def _offer(self, latents: Any, seq: int, step: int, total_steps: int | None, sigma: float | None) -> None:
-        if self._is_closed or self._pid != os.getpid():
-            raise RuntimeError(
-                "the publisher is closed"
-                if self._is_closed
-                else "a forked child must open a LatentPublisher of its own"
+    def _is_wanted(self, latents: Any, step: int, total_steps: int | None) -> bool:
+        """Whether to send this one; else it is only counted."""
+        outbox = self._outbox
+        is_last = total_steps is not None and step >= total_steps - 1
+        with outbox.changed:  # a count and its frame go together, or a kept run would have a hole
+            if outbox.wanted or is_last:
+                return True
+            outbox.next_seq += 1
+            if self._kind == "live":
+                self._index += _count_of(latents.shape)
+        return False
+
+    def _offer(self, latents: Any, step: int, total_steps: int | None, sigma: float | None) -> None:
+        if self._is_closed or self._outbox.is_over:
+            raise RuntimeError("the publisher is closed")
+        dtype, shape = wire_form(latents, self._wire_dtype)
+        self._check_shape(shape, dtype)
+        total_steps = None if total_steps is None else int(total_steps)
+        sigma = None if sigma is None or not math.isfinite(float(sigma)) else float(sigma)
+        wire.check(LatentFrame, shape=list(shape), step=step, total_steps=total_steps, sigma=sigma)
+        fetch = snapshot(latents, dtype, self._format.magnitude if self._format else UINT8_MAGNITUDE)
+        outbox = self._outbox
+        with outbox.changed:  # several threads may publish: seq, index and time rise together
+            # two frames never share a tick of the pictures' 90 kHz clock
+            self._sent_ns = max(time.monotonic_ns(), self._sent_ns + NS_PER_TICK)
+            seq = outbox.next_seq
+            frame = LatentFrame(
+                run=self.run,
+                seq=seq,
+                index=self._index if self._kind == "live" else seq,
+                step=step,
+                total_steps=total_steps,
+                sigma=sigma,
+                dtype=dtype,
+                shape=shape,
+                kept=False,
+                sent_ns=self._sent_ns,
+                payload=b"",
             )
-        if self._format is not None:
-            self._format.check_shape(self._kind, tuple(latents.shape))
-        # two frames never share a tick of the pictures' 90 kHz clock
-        self._sent_ns = sent_ns = max(time.monotonic_ns(), self._sent_ns + NS_PER_TICK)
-        fetch, dtype, shape = snapshot(latents, self._wire_dtype, UINT8_MAGNITUDE)
-        frame = LatentFrame(
-            run=self.run,
-            seq=seq,
-            index=self._index if self._kind == "live" else seq,
-            step=step,
-            total_steps=None if total_steps is None else int(total_steps),
-            sigma=None if sigma is None or not math.isfinite(float(sigma)) else float(sigma),
-            dtype=dtype,
-            shape=shape,
-            kept=False,
-            sent_ns=sent_ns,
-            payload=b"",
-        )
-        if frame.nbytes > wire.MAX_FRAME_BYTES:
-            raise ValueError(f"latents: {frame.nbytes} bytes, over the {wire.MAX_FRAME_BYTES} that a message may hold")
-        if self._kind == "live":
-            self._index += shape[0] if len(shape) == 4 else 1
-        with self._outbox.changed:
-            self._outbox.offer(frame, fetch)
+            self._index += _count_of(shape)
+            outbox.offer(frame, fetch)
         self._link.wake()
+
+    def _check_shape(self, shape: tuple[int, ...], dtype: WireDtype) -> None:
+        nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+        if nbytes > wire.MAX_FRAME_BYTES:
+            raise ValueError(f"latents: {nbytes} bytes, over the {wire.MAX_FRAME_BYTES} that a message may hold")
+        if self._format is not None:
+            self._format.check_shape(self._kind, shape)
+        elif len(shape) not in ((4,) if self._kind == "clip" else (3, 4)):
+            forms = "(T, C, h, w)" if self._kind == "clip" else "(C, h, w) or (N, C, h, w)"
+            raise ValueError(f"latents: {self._kind} latents are {forms}, got shape {shape}")
 
     def _complain(self, error: Exception) -> None:
         self._faults += 1
-        self._link.error = f"publish: {error}"
+        self._fault = f"publish: {error}"
         if self._faults == 1:
             logger.warning("publish_failed stream=%s error=%s (said once; the run goes on)", self.stream, error)
 
@@ -213,7 +237,7 @@ class LatentPublisher:
 def _checked_info(
     stream: str, latent_format: str, kind: Kind, fps: float | None, record: RecordMode | None, meta: dict[str, Any]
 ) -> StreamInfo:
-    if not is_stream_name(stream) or "~" in stream:
+    if not isinstance(stream, str) or not is_stream_name(stream) or "~" in stream:
         raise ValueError(
             f"stream: expected up to 4 parts of letters, digits, '.', '_', '-' (each at most 64) joined by '/', "
             f"got {stream!r}"
@@ -230,7 +254,7 @@ def _checked_info(
         latent_format=latent_format,
         fps=fps,
         record=record,
-        meta={str(key): _plain(value) for key, value in meta.items()},
+        meta=_plain(meta),
         opened_ns=time.monotonic_ns(),
     )
     try:
@@ -241,22 +265,20 @@ def _checked_info(
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and texts stay; what msgpack has no form for becomes text."""
-    if value is None or isinstance(value, bool | int | float | str):
+    """Numbers and texts stay; what JSON has no form for becomes text."""
+    if value is None or isinstance(value, bool | str):
         return value
+    if isinstance(value, int):
+        return value if -(1 << 63) <= value < 1 << 64 else str(value)  # msgpack's own bounds; a seed may be larger
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
     return str(value)
 
 
-def _close_at_exit(publisher: LatentPublisher) -> Any:
-    """A program that just ends still says END; held weakly, so that a forgotten publisher can go."""
-    reference = weakref.ref(publisher)
-
-    def close() -> None:
-        alive = reference()
-        if alive is not None:
-            alive.close(timeout_s=2.0)
-
-    atexit.register(close)
-    return close
+def _count_of(shape: tuple[int, ...]) -> int:
+    """Latents in video time that a `live` publish brings."""
+    return shape[0] if len(shape) == 4 else 1

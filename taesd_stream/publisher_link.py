@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
@@ -14,20 +13,21 @@ import zmq
 
 from taesd_stream import wire
 from taesd_stream.errors import WireError
-from taesd_stream.frames import EndReason, LatentFrame, StreamInfo
+from taesd_stream.frames import EndReason, StreamInfo
 from taesd_stream.latent_log import LogError
 from taesd_stream.messages import Ack, DemandUpdate, Echo, End, PublisherHello, Refused, RunHello, StopRun
-from taesd_stream.outbox import Outbox
+from taesd_stream.outbox import Outbox, is_final
+from taesd_stream.send_window import SendWindow
 from taesd_stream.sockets import ClockOffset, WakePipe, connect_dealer
 
 logger = logging.getLogger(__name__)
 
 HELLO_S: Final = 1.0
-RESEND_S: Final = 2.0
-IDLE_INTERVAL_S: Final = 2.0  # of frames while nobody watches, where the broker does not say: a late viewer has one
+RETRY_S: Final = 0.1  # the socket took nothing: it says itself when it does, this is for the rest
+IDLE_INTERVAL_S: Final = 2.0  # a frame at most this often while nobody watches, so that a late viewer has one
 REFUSED_RETRY_S: Final = 10.0
-FIRST_ANSWER_S: Final = 0.5  # a daemon that is there has answered by then
-MAX_UNACKED_BYTES: Final = 16 << 20  # on their way at once: past it, wait for acks
+FIRST_ANSWER_S: Final = 0.5  # a daemon that is there has been reached by then
+JOIN_SPARE_S: Final = 5.0  # for a last write to disk
 
 
 class PublisherLink:
@@ -38,31 +38,39 @@ class PublisherLink:
         self.error: str | None = None
         self.is_stopped = False
         self.is_stoppable = False
+        self.is_over = False  # the thread has ended
         self._address = address
+        self._address_fault: zmq.ZMQError | None = None
+        self._is_connecting = threading.Event()
         self._outbox = outbox
         self._wake = WakePipe()
         self._thread = threading.Thread(target=self._run, name=f"taesd-stream {info.stream}", daemon=True)
-        self._is_open = False  # OPEN went out on this connection
+        self._is_open = False  # OPEN went out, and nobody denied it
+        self._opens = 0
         self._is_refused = False
-        self._next_kept: int | None = None  # seq to send next
-        self._acked = -1
-        self._ack_changed_s = time.monotonic()
-        self._demand = "every" if info.record == "all" else "watched"
+        self._blocked_since_s: float | None = None  # when the socket took nothing for the first time
+        self._window = SendWindow(outbox.kept)
         self._interval_s = 0.0
+        self._is_idle = False
         self._next_hello_s = 0.0
         self._next_send_s = 0.0
         self._clock = ClockOffset()
+        self._bad_messages = 0
         self._end: End | None = None
-        self._end_sent = False
-        self._end_acked = threading.Event()
-        self._give_up_s = float("inf")
-        self._started_s = time.monotonic()
+        self._is_end_sent = False
+        self._is_end_acked = False
+        self._give_up_s = math.inf
 
     # --- entry points of the sampler's thread ---
 
     def start(self) -> None:
-        """Start the side thread."""
+        """Start the side thread. Raises: ValueError for an address that is none."""
         self._thread.start()
+        self._is_connecting.wait()
+        if self._address_fault is not None:
+            self._thread.join()
+            expected = f"address: expected one such as {wire.DEFAULT_ADDRESS}"
+            raise ValueError(f"{expected}, got {self._address!r}: {self._address_fault}") from self._address_fault
 
     def wake(self) -> None:
         """There is something new in the outbox."""
@@ -70,143 +78,147 @@ class PublisherLink:
 
     def wait_until_acked(self, timeout_s: float) -> bool:
         """Wait until nothing kept is unacked."""
-        self.wake()
         outbox = self._outbox
         with outbox.changed:
-            outbox.changed.wait_for(lambda: self._is_all_acked() or self._is_refused, timeout_s)
-            return self._is_all_acked()
+            outbox.changed.wait_for(lambda: outbox.is_all_acked or self._is_refused or self.is_over, timeout_s)
+            return outbox.is_all_acked
 
-    def close(self, timeout_s: float, reason: EndReason, text: str) -> None:
-        """Send what is left, then END, and stop the thread."""
-        self._give_up_s = time.monotonic() + timeout_s
-        self._end = End(run=self.info.run, last_seq=self._outbox.next_seq - 1, reason=reason, text=text)
-        self.wake()
-        self._thread.join(timeout_s + 5)
+    def end_soon(self, timeout_s: float, reason: EndReason, text: str) -> None:
+        """Send what is left, then END, and stop the thread; do not wait for it."""
+        if self._end is None:
+            self._give_up_s = time.monotonic() + timeout_s
+            text = text.encode("utf-8", "replace").decode()[: wire.MAX_TEXT_CHARS]  # text from outside may be no UTF-8
+            self._end = End(run=self.info.run, last_seq=self._outbox.next_seq - 1, reason=reason, text=text)
+            self.wake()
+
+    def join(self) -> None:
+        """Wait for the end that end_soon() asked for."""
+        self._thread.join(max(0.0, self._give_up_s - time.monotonic()) + JOIN_SPARE_S)
 
     # --- side thread ---
 
-    def _is_all_acked(self) -> bool:
-        outbox = self._outbox
-        undecided = outbox.mode is None and outbox.next_seq > 0
-        return not outbox.kept and not undecided and not (outbox.mode == "all" and outbox.pending)
-
     def _run(self) -> None:
-        context = zmq.Context()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         context.linger = 0
+        socket: zmq.Socket[bytes] | None = None
         try:
             socket = connect_dealer(context, self._address)
-        except zmq.ZMQError as error:
-            self.error = f"{self._address}: {error}"
-            logger.error("publisher_address_bad address=%s error=%s", self._address, error)
-            self._leave_log()
-            return
-        try:
+            self._is_connecting.set()
             self._loop(socket)
+        except Exception as error:  # the outermost loop: the sampler goes on
+            if socket is None and isinstance(error, zmq.ZMQError):
+                self._address_fault = error
+            else:
+                self.error = "the publisher failed: see its log"
+                logger.exception("publisher_failed stream=%s (the run goes on, unseen)", self.info.stream)
         finally:
-            self._leave_log()
-            socket.close(linger=0)
+            self._finish()
+            if socket is not None:
+                socket.close(linger=0)
             context.term()
             self._wake.close()
+            self._is_connecting.set()
 
     def _loop(self, socket: zmq.Socket[bytes]) -> None:
         poller = zmq.Poller()
         poller.register(self._wake.fileno(), zmq.POLLIN)
         while not self._is_finished():
-            blocked = not self._send_all(socket)
-            poller.register(socket, zmq.POLLIN | (zmq.POLLOUT if blocked else 0))
-            poller.poll(self._timeout_ms())
-            self._wake.drain()
+            end = self._end  # before collect(): what was published before close() is said before END
             self._outbox.collect()
             self._outbox.spill_if_full(self.info)
+            self._send_all(socket, end)
+            is_blocked = self._blocked_since_s is not None
+            poller.register(socket, zmq.POLLIN | (zmq.POLLOUT if is_blocked else 0))
+            poller.poll(self._timeout_ms())
+            self._wake.drain()
             self._receive_all(socket)
-            self._rearm()
+            if not self._outbox.wanted and time.monotonic() >= self._next_send_s:
+                self._outbox.wanted = True
 
     def _is_finished(self) -> bool:
         if self._end is None:
             return False
         now = time.monotonic()
-        # no daemon ever answered and nothing is to be kept: the end of the run must not wait for one
-        nobody = self._clock.offset_ns is None and not self._outbox.kept and now - self._started_s > FIRST_ANSWER_S
-        return nobody or self._end_acked.is_set() or now >= self._give_up_s
+        return self._is_end_acked or now >= self._give_up_s or self._is_hopeless(now)
+
+    def _is_hopeless(self, now: float) -> bool:
+        """Whether waiting is in vain: the end of a run must not wait for a broker that is not there."""
+        if self._is_refused and self._next_hello_s >= self._give_up_s:
+            return True
+        if self._blocked_since_s is None or now - self._blocked_since_s < FIRST_ANSWER_S:
+            return False
+        return not self._outbox.kept.count and self._outbox.kept_from is None
 
     def _timeout_ms(self) -> int:
         now = time.monotonic()
         until = min(self._next_hello_s, self._give_up_s)
+        if self._blocked_since_s is None and not self._is_refused:
+            if self._outbox.slot or not self._outbox.wanted:
+                until = min(until, self._next_send_s)
+            until = min(until, self._window.resend_s)
         if self._end is not None:
-            until = min(until, now + 0.05)
-        if self._outbox.slot is not None or not self._outbox.wanted:
-            until = min(until, max(self._next_send_s, now + 0.001))
+            until = min(until, now + RETRY_S)
         return max(0, math.ceil((until - now) * 1000))
 
-    def _rearm(self) -> None:
-        if not self._outbox.wanted and time.monotonic() >= self._next_send_s:
-            self._outbox.wanted = True
-
-    def _send_all(self, socket: zmq.Socket[bytes]) -> bool:
-        """Send what can be sent now. Returns False when the socket takes no more."""
+    def _send_all(self, socket: zmq.Socket[bytes], end: End | None) -> None:
+        """Send what can be sent now."""
         now = time.monotonic()
         if self._is_refused and now < self._next_hello_s:
-            return True
+            return
+        if end is not None:
+            self._outbox.keep_last()
         try:
-            if not self._is_open:
-                _send(socket, self.info)
-                self._is_open, self._is_refused = True, False
-                self._next_kept, self._next_hello_s = self._outbox.kept.first_seq, now
-            if now >= self._next_hello_s:
-                _send(socket, self._hello())
-                self._next_hello_s = now + HELLO_S
+            self._send_open(socket)
+            self._send_hello(socket, now)
+            self._send_slot(socket, now, is_ending=end is not None)
             self._send_kept(socket, now)
-            self._send_slot(socket, now)
-            self._send_end(socket)
+            self._send_end(socket, end)
+            self._blocked_since_s = None
         except zmq.Again:
-            self._next_hello_s = max(self._next_hello_s, now + 0.1)
-            return False
-        return True
+            self._next_hello_s = max(self._next_hello_s, now + RETRY_S)
+            self._blocked_since_s = self._blocked_since_s or now
 
-    def _hello(self) -> PublisherHello:
-        run = RunHello(next_seq=self._outbox.next_seq, kept_from=self._outbox.kept_from, stoppable=self.is_stoppable)
-        return PublisherHello(
-            runs={self.info.run: run}, echo_ns=time.monotonic_ns(), offset_ns=self._clock.offset_ns or 0
-        )
+    def _send_open(self, socket: zmq.Socket[bytes]) -> None:
+        if self._is_open:
+            return
+        # the last word on keeping wins, also where a new broker has not heard it
+        _send(socket, dataclasses.replace(self.info, record=self._outbox.mode))
+        self._is_open, self._is_refused = True, False
+        self._next_hello_s = 0.0
+        self._window.rewind()
+        if self._opens:
+            self._outbox.show_again()
+        self._opens += 1
+
+    def _send_hello(self, socket: zmq.Socket[bytes], now: float) -> None:
+        if now < self._next_hello_s:
+            return
+        outbox, offset_ns = self._outbox, self._clock.offset_ns or 0
+        row = RunHello(next_seq=outbox.next_seq, kept_from=outbox.kept_from, stoppable=self.is_stoppable)
+        _send(socket, PublisherHello(runs={self.info.run: row}, echo_ns=time.monotonic_ns(), offset_ns=offset_ns))
+        self._next_hello_s = now + HELLO_S
+
+    def _send_slot(self, socket: zmq.Socket[bytes], now: float, *, is_ending: bool) -> None:
+        slot = self._outbox.slot
+        while slot and (now >= self._next_send_s or is_final(slot[0]) or is_ending):
+            _send(socket, slot[0])
+            slot.popleft()
+            self._next_send_s = now + self._interval_s
+            if self._is_idle and self._outbox.mode == "off":
+                self._outbox.wanted = False
 
     def _send_kept(self, socket: zmq.Socket[bytes], now: float) -> None:
-        kept = self._outbox.kept
-        if not kept:
-            return
-        if now - self._ack_changed_s > RESEND_S:  # the broker dropped some, or is a new one
-            self._next_kept, self._ack_changed_s = kept.first_seq, now
-        if self._next_kept is None or (kept.first_seq is not None and self._next_kept < kept.first_seq):
-            self._next_kept = kept.first_seq
-        sent_bytes = 0
-        while self._next_kept is not None and self._next_kept < kept.next_seq and sent_bytes < MAX_UNACKED_BYTES:
-            frame = kept.read(self._next_kept)
-            if frame is None:
-                return
+        while (frame := self._window.next(now)) is not None:
             _send(socket, frame)
-            self._next_kept = frame.seq + 1
-            sent_bytes += frame.nbytes
+            self._window.sent(frame, now)
 
-    def _send_slot(self, socket: zmq.Socket[bytes], now: float) -> None:
-        frame = self._outbox.slot
-        if frame is None or (now < self._next_send_s and not _is_final(frame) and self._end is None):
+    def _send_end(self, socket: zmq.Socket[bytes], end: End | None) -> None:
+        outbox = self._outbox
+        is_undecided = outbox.mode is None and outbox.next_seq > 0
+        if end is None or self._is_end_sent or is_undecided or outbox.slot or outbox.kept.count:
             return
-        _send(socket, frame)
-        self._outbox.slot = None
-        self._next_send_s = now + self._interval_s
-        if self._demand == "idle" and self._outbox.mode == "off":
-            self._outbox.wanted = False
-
-    def _send_end(self, socket: zmq.Socket[bytes]) -> None:
-        if self._end is None or self._end_sent:
-            return
-        self._outbox.collect()
-        if self._outbox.mode == "last":
-            self._outbox.keep_last()
-            self._send_kept(socket, time.monotonic())
-        undecided = self._outbox.mode is None and self._outbox.next_seq > 0
-        if not undecided and not self._outbox.kept:
-            _send(socket, self._end)
-            self._end_sent = True
+        _send(socket, end)
+        self._is_end_sent = True
 
     def _receive_all(self, socket: zmq.Socket[bytes]) -> None:
         while True:
@@ -217,7 +229,9 @@ class PublisherLink:
             try:
                 self._handle(wire.unpack(parts, wire.TO_PUBLISHER))
             except WireError as error:
-                logger.warning("broker_message_bad stream=%s error=%s", self.info.stream, error)
+                self._bad_messages += 1
+                if self._bad_messages == 1:
+                    logger.warning("broker_message_bad stream=%s error=%s (said once)", self.info.stream, error)
 
     def _handle(self, message: Any) -> None:
         if isinstance(message, Echo):
@@ -234,64 +248,61 @@ class PublisherLink:
             self._on_refused(message)
 
     def _on_ack(self, ack: Ack) -> None:
-        if ack.seq > self._acked:
-            self._acked, self._ack_changed_s = ack.seq, time.monotonic()
-        with self._outbox.changed:
-            self._outbox.kept.ack(ack.seq)
-            self._outbox.changed.notify_all()
-        if ack.ended:
-            self._end_acked.set()
+        if self._window.ack(ack.seq, time.monotonic()):
+            self._notify()
+        self._is_end_acked = self._is_end_acked or (ack.ended and self._is_end_sent)
 
     def _on_demand(self, demand: DemandUpdate) -> None:
-        self._demand = demand.level
-        asked_s = 1 / demand.max_fps if demand.max_fps else None
-        if demand.level == "idle":
-            self._interval_s = asked_s or IDLE_INTERVAL_S
+        self._is_idle = demand.level == "idle"
+        if self._is_idle:
+            self._interval_s = IDLE_INTERVAL_S
         else:
-            self._interval_s = 0.0 if demand.level == "every" else asked_s or 0.0
+            self._interval_s = 0.0 if demand.level == "every" or not demand.max_fps else 1 / demand.max_fps
             self._next_send_s = min(self._next_send_s, time.monotonic() + self._interval_s)
-        if self._end is None or self._outbox.mode is None:
-            self._outbox.settle(demand.record)
-        self._outbox.wanted = self._outbox.wanted or demand.level != "idle" or demand.record != "off"
-        with self._outbox.changed:
-            self._outbox.changed.notify_all()
+            self._outbox.wanted = True
+        is_late = self._end is not None and self._outbox.mode is not None
+        if not is_late and self._outbox.settle(demand.record):
+            self._next_hello_s = 0.0  # say kept_from at once
+        if not self._is_refused:
+            self.error = None
+        self._notify()
 
     def _on_refused(self, refused: Refused) -> None:
         self._is_open = False
         if refused.code == "unknown_run":  # the broker was restarted: say all of it again
-            self._end_sent = False
-            return
-        if refused.code == "taken" and refused.use:
+            self._is_end_sent = False
+            self._clock = ClockOffset()
+        elif refused.code == "taken" and refused.use:
             logger.warning("stream_name_taken stream=%s now=%s", refused.stream, refused.use)
             self.info = dataclasses.replace(self.info, stream=refused.use)
-            return
-        if not self._is_refused:
-            logger.error("stream_refused stream=%s code=%s %s", refused.stream, refused.code, refused.text)
-        self.error = refused.text
-        self._is_refused = True
-        self._next_hello_s = time.monotonic() + REFUSED_RETRY_S
+        else:
+            if refused.text != self.error:
+                logger.error("stream_refused stream=%s code=%s %s", refused.stream, refused.code, refused.text)
+            self.error = refused.text
+            self._is_refused = True
+            self._next_hello_s = time.monotonic() + REFUSED_RETRY_S
+            self._notify()
+
+    def _notify(self) -> None:
         with self._outbox.changed:
             self._outbox.changed.notify_all()
 
-    def _leave_log(self) -> None:
-        """What no broker took is not thrown away."""
+    def _finish(self) -> None:
+        """Whatever happened, what no broker took is not thrown away, and nobody waits for this thread any more."""
         end = self._end or End(run=self.info.run, last_seq=self._outbox.next_seq - 1, reason="failed")
-        with contextlib.suppress(LogError, OSError):
-            self._outbox.collect()
-            if not self._end_sent:
-                self._outbox.keep_last()
-            path = self._outbox.kept.close(self.info, end)
-            if path is not None:
-                self.error = f"kept frames were not taken; they are in {path}"
-                logger.error(
-                    "frames_not_sent stream=%s kept_in=%s (taesd-stream publish %s)", self.info.stream, path, path
-                )
-        with self._outbox.changed:
-            self._outbox.changed.notify_all()
-
-
-def _is_final(frame: LatentFrame) -> bool:
-    return frame.total_steps is not None and frame.step >= frame.total_steps - 1
+        try:
+            paths = self._outbox.stop(self.info, end, is_end_sent=self._is_end_sent)
+        except LogError as error:
+            self.error = f"kept frames were not taken, and are lost: {error}"
+        else:
+            files = " ".join(str(path) for path in paths)
+            self.error = f"kept frames were not taken; `taesd-stream publish` sends {files}" if paths else self.error
+        if self._outbox.kept.count:
+            logger.error(
+                "frames_not_taken stream=%s frames=%d %s", self.info.stream, self._outbox.kept.count, self.error
+            )
+        self.is_over = True
+        self._notify()
 
 
 def _send(socket: zmq.Socket[bytes], message: Any) -> None:

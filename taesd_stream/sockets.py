@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket as os_socket
+import threading
 from collections import deque
 from typing import Final
 
@@ -75,6 +76,8 @@ class WakePipe:
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) if hasattr(os, "eventfd") else None
         self._reader: os_socket.socket | None = None
         self._writer: os_socket.socket | None = None
+        # a wake must not meet close(): the descriptor's number may by then be another file's
+        self._lock = threading.RLock()
         if self._event is None:
             self._reader, self._writer = os_socket.socketpair()
             self._reader.setblocking(False)
@@ -86,7 +89,7 @@ class WakePipe:
 
     def wake(self) -> None:
         """Make the poller return; any thread, also after close()."""
-        with contextlib.suppress(OSError):  # full: it will wake anyway
+        with self._lock, contextlib.suppress(OSError):  # full: it will wake anyway
             if self._event is not None:
                 os.eventfd_write(self._event, 1)
             elif self._writer is not None:
@@ -103,13 +106,14 @@ class WakePipe:
 
     def close(self) -> None:
         """Free it; later wakes do nothing."""
-        event, self._event = self._event, None
-        if event is not None:
-            os.close(event)
-        for end in (self._reader, self._writer):
-            if end is not None:
-                end.close()
-        self._writer = None
+        with self._lock:
+            event, self._event = self._event, None
+            if event is not None:
+                os.close(event)
+            for end in (self._reader, self._writer):
+                if end is not None:
+                    end.close()
+            self._writer = None
 
     def _pair(self) -> tuple[os_socket.socket, os_socket.socket]:
         assert self._reader is not None
