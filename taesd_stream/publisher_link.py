@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 HELLO_S: Final = 1.0
 RETRY_S: Final = 0.1  # the socket took nothing: it says itself when it does, this is for the rest
-IDLE_INTERVAL_S: Final = 2.0  # a frame at most this often while nobody watches, so that a late viewer has one
+IDLE_INTERVAL_S: Final = 2.0  # of frames while nobody watches, where the broker does not say: a late viewer has one
 REFUSED_RETRY_S: Final = 10.0
 FIRST_ANSWER_S: Final = 0.5  # a daemon that is there has been reached by then
 JOIN_SPARE_S: Final = 5.0  # for a last write to disk
@@ -254,10 +254,11 @@ class PublisherLink:
 
     def _on_demand(self, demand: DemandUpdate) -> None:
         self._is_idle = demand.level == "idle"
+        asked_s = 1 / demand.max_fps if demand.max_fps else None
         if self._is_idle:
-            self._interval_s = IDLE_INTERVAL_S
+            self._interval_s = asked_s or IDLE_INTERVAL_S
         else:
-            self._interval_s = 0.0 if demand.level == "every" or not demand.max_fps else 1 / demand.max_fps
+            self._interval_s = 0.0 if demand.level == "every" else asked_s or 0.0
             self._next_send_s = min(self._next_send_s, time.monotonic() + self._interval_s)
             self._outbox.wanted = True
         is_late = self._end is not None and self._outbox.mode is not None
