@@ -25,6 +25,7 @@ class Candidate:
     """One frame that could be decoded now.
 
     since_ns: when it began to wait. worker: the only one that may take it (it holds the encoder), None: any.
+    is_suspect: a job with it has failed: it goes alone, so that a second failure tells whose fault it is.
     """
 
     run: str
@@ -34,6 +35,7 @@ class Candidate:
     nbytes: int
     since_ns: int
     worker: bytes | None = None
+    is_suspect: bool = False
 
     @property
     def is_record(self) -> bool:
@@ -60,18 +62,22 @@ class WorkerLimits:
 def next_job(candidates: Iterable[Candidate], limits: WorkerLimits) -> tuple[Candidate, ...]:
     """The candidates that form this worker's next job, in order of service; empty when none may go to it.
 
-    All share the first one's group. At least one is taken, however large.
+    All share the first one's group. At least one is taken, however large; a suspect one is taken alone.
     """
     mine = sorted(
         (one for one in candidates if one.worker in (None, limits.worker)), key=lambda one: (one.due_ns, one.seq)
     )
     if not mine:
         return ()
+    if mine[0].is_suspect:
+        return (mine[0],)
     group = mine[0].group
     job: list[Candidate] = []
     nbytes = 0
+    passed_over: set[str] = set()  # runs whose later frames must not overtake
     for one in mine:
-        if one.group != group:
+        if one.group != group or one.is_suspect or one.run in passed_over:
+            passed_over.add(one.run)
             continue
         if job and (len(job) == limits.max_batch_size or not _fits(nbytes + one.nbytes, limits)):
             break

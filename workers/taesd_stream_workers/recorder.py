@@ -189,7 +189,8 @@ class Recorder:
             one = self._open.get(run)
             if one is not None and one.written >= row["last_seq"]:
                 self._finish(run)
-            if one is None and (run in self._finished or self.library.holds(run, row["last_seq"])):
+            is_finished = self._finished.get(run, -1) >= row["attempt"] or self.library.holds(run, row["last_seq"])
+            if one is None and is_finished:
                 self._tell_broker(Cursor(run=run, attempt=row["attempt"], written=-1, synced=-1, finished=True))
 
     def _finish(self, run: str) -> None:

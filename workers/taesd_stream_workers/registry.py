@@ -86,14 +86,13 @@ class Registry:
     def keep_log(self, run: Run, first_seq: int) -> KeptRun:
         """Begin to keep a run from `first_seq`."""
         self.log_folder.mkdir(parents=True, exist_ok=True)
-        attempt = run.kept.attempt + 1 if run.kept else 1
         run.kept = KeptRun(
             log=RunLog(self.log_folder, run.info),
             queued=first_seq - 1,
             logged=first_seq - 1,
             next_seq=first_seq,
             written=first_seq - 1,
-            attempt=attempt,
+            attempt=run.attempts + 1,
             moved_s=time.monotonic(),
         )
         return run.kept

@@ -127,6 +127,9 @@ class Run:
         self.live_in_flight = 0
         self.live_since_ns = 0
         self.kept: KeptRun | None = None
+        self.attempts = (
+            0  # of recordings of this run that are finished: the next one's packets must not pass for theirs
+        )
         self.end: End | None = None
         self.ended_unix: float | None = None
         self.note: str | None = None
@@ -225,6 +228,7 @@ class Run:
             nbytes=frame.nbytes,
             since_ns=kept_since if renditions == ("record",) else self.live_since_ns,
             worker=self.worker,
+            is_suspect=self.kept is not None and "record" in renditions and frame.seq in self.kept.failures,
         )
 
     def frame_of(self, candidate: Candidate) -> LatentFrame | None:
@@ -232,6 +236,28 @@ class Run:
         if candidate.is_record and self.kept is not None:
             return next((frame for frame in self.kept.ahead() if frame.seq == candidate.seq), None)
         return self.newest if self.newest is not None and self.newest.seq == candidate.seq else None
+
+    def on_dispatched(self, candidate: Candidate, frame: LatentFrame, worker: bytes) -> None:
+        """A worker has it now."""
+        self.worker = worker
+        for rendition in candidate.renditions:
+            if rendition != "record":
+                self.dispatched[rendition] = frame.seq
+        if candidate.renditions != ("record",):
+            self.live_in_flight += 1
+            self.forced -= set(candidate.renditions)
+            self.live_since_ns = 0
+        if candidate.is_record and self.kept is not None:
+            self.kept.in_flight.append((frame.seq, frame.nbytes))
+            self.kept.next_seq = frame.seq + 1
+            self.kept.moved_s = time.monotonic()
+
+    def finish_keeping(self) -> None:
+        """Its recording is finished: the log has done its work."""
+        assert self.kept is not None
+        self.attempts = self.kept.attempt
+        self.kept.log.delete()
+        self.kept = None
 
     def demand(self, watchers: int) -> Demand:
         """How much of it is wanted now."""

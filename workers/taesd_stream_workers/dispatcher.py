@@ -1,0 +1,247 @@
+"""The broker's side to the decode workers: which job goes to whom, and what becomes of the jobs that fail."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Final
+
+from taesd_stream.config import Config
+from taesd_stream.frames import LatentFrame
+from taesd_stream.messages import Done, Echo, Failed, Forget, Gap, Job, JobItem, Progress, WorkerHello
+from taesd_stream.scheduling import Candidate, desired_workers, next_job
+from taesd_stream_workers.crew import Crew, Worker
+from taesd_stream_workers.links import Links
+from taesd_stream_workers.registry import Registry
+from taesd_stream_workers.runs import RECORD_STUCK_S, KeptRun, Run
+
+logger = logging.getLogger(__name__)
+
+STREAMER_GONE_S: Final = 3.0
+POISON_DEATHS: Final = 2
+
+
+class StreamerLink:
+    """The one streamer of this daemon: its id, where packets go, and whether it is there."""
+
+    def __init__(self) -> None:
+        self.peer: bytes | None = None
+        self.packets_to = ""
+        self.heard_s = float("-inf")
+
+    @property
+    def is_there(self) -> bool:
+        """Without one nobody watches, and recordings wait in the log."""
+        return self.peer is not None and time.monotonic() - self.heard_s <= STREAMER_GONE_S
+
+
+class Dispatcher:
+    """Used in the broker's loop alone."""
+
+    def __init__(self, config: Config, registry: Registry, streamer: StreamerLink, links: Links) -> None:
+        self._decoder = config.decoder
+        self._window_bytes = config.recording.window_bytes
+        self._registry = registry
+        self._streamer = streamer
+        self._links = links
+        self._crew = Crew(config.decoder.job_deadline_s)
+
+    # --- what workers say ---
+
+    def on_hello(self, peer: bytes, hello: WorkerHello) -> None:
+        """A worker is there; a new one may have the decoder that a recording waits for."""
+        if self._crew.hello(peer, hello):
+            logger.info("worker_came worker=%s device=%s", _shown(peer), hello.device)
+            for run in self._registry.by_run.values():
+                if run.kept is not None:
+                    run.kept.blocked = None
+            self._links.is_changed = True
+        self._links.to_inside(peer, Echo(echo_ns=hello.echo_ns, now_ns=time.monotonic_ns()))
+
+    def on_progress(self, peer: bytes, progress: Progress) -> None:
+        """A slice of its job is done: the deadline counts from here."""
+        self._crew.progress(peer, progress.job)
+
+    def on_done(self, peer: bytes, done: Done) -> None:
+        """A job's packets are on their way."""
+        held = self._crew.finish(peer, done.job, done.ms)
+        for item in held.items if held else ():
+            self._item_over(item)
+
+    def on_failed(self, peer: bytes, failed: Failed) -> None:
+        """Some items of a job gave no picture, or all of them."""
+        held = self._crew.finish(peer, failed.job)
+        if held is None:
+            return
+        for place, item in enumerate(held.items):
+            run = self._item_over(item)
+            if run is not None and (not failed.items or place in failed.items):
+                self._item_failed(run, item, failed)
+        self._links.is_changed = True
+
+    def _item_over(self, item: Candidate) -> Run | None:
+        run = self._registry.by_run.get(item.run)
+        if run is not None and item.renditions != ("record",):
+            run.live_in_flight = max(0, run.live_in_flight - 1)
+        return run
+
+    def _item_failed(self, run: Run, item: Candidate, failed: Failed) -> None:
+        run.note = failed.text
+        counts = self._links.counts
+        counts[f"failed_{failed.code}"] += 1
+        if counts[f"failed_{failed.code}"] == 1:
+            fields = (run.info.stream, item.seq, failed.code, failed.text)
+            logger.warning("frame_failed stream=%s seq=%d code=%s %s (said once)", *fields)
+        if not item.is_record or run.kept is None:
+            return
+        if failed.code == "no_decoder":
+            run.kept.blocked = failed.text  # the frames stay in the log
+            run.kept.restart(run.kept.written, run.kept.attempt + 1)
+        elif failed.retry:
+            self._count_failure(run, run.kept, item.seq)
+        else:
+            self._pass_gap(run, run.kept, item.seq, failed.code)
+
+    def _count_failure(self, run: Run, kept: KeptRun, seq: int) -> None:
+        """A frame that ended a job is tried again, alone; one that ended two is poison."""
+        kept.failures[seq] = kept.failures.get(seq, 0) + 1
+        if kept.failures[seq] >= POISON_DEATHS:
+            self._pass_gap(run, kept, seq, "poison")
+        else:
+            kept.restart(kept.written, kept.attempt + 1)
+
+    def _pass_gap(self, run: Run, kept: KeptRun, seq: int, code: str) -> None:
+        self._links.counts["gaps"] += 1
+        logger.warning("frame_not_recorded stream=%s seq=%d code=%s", run.info.stream, seq, code)
+        kept.pass_gap(seq)
+        self.tell_gap(run, kept)
+
+    def tell_gap(self, run: Run, kept: KeptRun) -> None:
+        """Let the file pass its next frame, if that is a gap; said again at each tick until the cursor moves."""
+        if kept.due_gap is not None and self._streamer.peer is not None:
+            gap = Gap(run=run.info.run, seq=kept.due_gap, attempt=kept.attempt, code="no_picture")
+            self._links.to_inside(self._streamer.peer, gap)
+
+    def forget(self, run: Run) -> None:
+        """Its worker may drop the encoders of a run that is over."""
+        if run.worker is not None and not run.is_alive:
+            self._links.to_inside(run.worker, Forget(run=run.info.run))
+
+    def tick(self) -> None:
+        """Twice a second: workers that are gone, recordings that stand still."""
+        for peer in self._crew.gone():
+            self._worker_gone(peer)
+        for run in self._registry.by_run.values():
+            kept = run.kept
+            if kept is None:
+                continue
+            self.tell_gap(run, kept)
+            if kept.in_flight and time.monotonic() - kept.moved_s > RECORD_STUCK_S:
+                kept.restart(kept.written, kept.attempt + 1)
+
+    def _worker_gone(self, peer: bytes) -> None:
+        worker = self._crew.remove(peer)
+        if worker is None:
+            return
+        logger.warning("worker_gone worker=%s jobs=%d", _shown(peer), len(worker.jobs))
+        self._links.counts["workers_gone"] += 1
+        for run in self._registry.by_run.values():
+            if run.worker == peer:
+                run.drop_worker()
+        for item in (item for job in worker.jobs.values() for item in job.items):
+            owner = self._registry.by_run.get(item.run)
+            if owner is not None and item.is_record and owner.kept is not None:
+                self._count_failure(owner, owner.kept, item.seq)
+        self._links.is_changed = True
+
+    # --- giving work ---
+
+    def give_jobs(self) -> None:
+        """Give every worker that has credit the job that is due."""
+        if not self._streamer.is_there:
+            return
+        free = [worker for worker in self._crew.workers.values() if worker.credits > 0]
+        while free:
+            candidates = self._candidates()
+            given = [worker for worker in free if candidates and self._give_job(worker, candidates)]
+            free = [worker for worker in given if worker.credits > 0]
+
+    def _candidates(self) -> list[Candidate]:
+        runs = self._registry.by_run.values()
+        room = self._window_bytes - sum(run.kept.in_flight_bytes for run in runs if run.kept)
+        found: list[Candidate] = []
+        for run in runs:
+            if run.worker is not None and run.worker not in self._crew.workers:
+                run.drop_worker()
+            mine = run.candidates(self._registry.wanted(run), room)
+            room -= sum(one.nbytes for one in mine if one.is_record)
+            found += mine
+        return found
+
+    def _give_job(self, worker: Worker, candidates: list[Candidate]) -> bool:
+        """Give a worker its next job; the runs in it leave `candidates`, for they belong to that worker now."""
+        items = next_job(candidates, worker.limits(self._decoder.max_batch_size, self._decoder.max_job_s))
+        taken = [(item, run, frame) for item in items for run, frame in self._look_up(item)]
+        if not taken:
+            return False
+        message = Job(
+            job=self._crew.assign(worker, tuple(item for item, _, _ in taken)),
+            latent_format=items[0].group[0],
+            items=tuple(_job_item(item, run, frame) for item, run, frame in taken),
+            packets_to=self._streamer.packets_to,
+            payloads=tuple(frame.payload for _, _, frame in taken),
+        )
+        for item, run, frame in taken:
+            run.on_dispatched(item, frame, worker.id)
+        given = {item.run for item in items}
+        candidates[:] = [one for one in candidates if one.run not in given]
+        if not self._links.to_inside(worker.id, message):
+            self._worker_gone(worker.id)
+            return False
+        return True
+
+    def _look_up(self, item: Candidate) -> list[tuple[Run, LatentFrame]]:
+        run = self._registry.by_run.get(item.run)
+        frame = run.frame_of(item) if run else None
+        return [(run, frame)] if run is not None and frame is not None else []
+
+    # --- what people see ---
+
+    def workers_state(self) -> list[dict[str, object]]:
+        """The workers' rows of STATE."""
+        return [worker.to_state() for worker in self._crew.workers.values()]
+
+    def desired_workers(self) -> int:
+        """How many workers the offered load needs."""
+        return desired_workers(
+            [
+                self._crew.slowest_s_per_frame(run.info.latent_format, run.newest.nbytes) / run.interval_s
+                for run in self._registry.by_run.values()
+                if run.newest is not None and run.interval_s and run.state == "live"
+            ]
+        )
+
+
+def _job_item(item: Candidate, run: Run, frame: LatentFrame) -> JobItem:
+    return JobItem(
+        stream=run.info.stream,
+        run=item.run,
+        seq=frame.seq,
+        kind=run.info.kind,
+        shape=frame.shape,
+        dtype=frame.dtype,
+        renditions=item.renditions,
+        attempt=run.kept.attempt if run.kept and item.is_record else 0,
+        keyframe=bool(run.forced),
+        pts=run.pts(frame),
+        picture_ticks=run.picture_ticks,
+        step=frame.step,
+        total_steps=frame.total_steps,
+        sigma=frame.sigma,
+        sent_ns=frame.sent_ns + run.offset_ns,
+        received_ns=run.newest_received_ns if run.newest is frame else 0,
+    )
+
+
+def _shown(peer: bytes) -> str:
+    return peer.decode("ascii", "replace")

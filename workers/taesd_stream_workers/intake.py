@@ -1,0 +1,227 @@
+"""The broker's side to the samplers: who may open a stream, where each frame goes, what is acked and what is asked."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from typing import Any, Final
+
+from taesd_stream.config import Config
+from taesd_stream.frames import LatentFrame, StreamInfo
+from taesd_stream.latent_formats import LATENT_FORMATS
+from taesd_stream.messages import Ack, DemandUpdate, Echo, End, PublisherHello, Refused, StopRun
+from taesd_stream_workers.links import Links
+from taesd_stream_workers.log_writer import LogWriter
+from taesd_stream_workers.registry import Registry
+from taesd_stream_workers.runs import KeptRun, Run
+
+logger = logging.getLogger(__name__)
+
+LOG_ROOM_AGAIN: Final = 0.9  # of the log's bytes: under it, the alert goes
+MAX_REFUSALS_LOGGED: Final = 100  # of one kind
+
+
+class Intake:
+    """Used in the broker's loop alone; the log's writes happen in the writer's thread."""
+
+    def __init__(self, config: Config, registry: Registry, writer: LogWriter, links: Links) -> None:
+        self._config = config
+        self._registry = registry
+        self._writer = writer
+        self._links = links
+        self._log_max_bytes = config.broker.log_max_bytes
+
+    def open(self) -> None:
+        """Find out how much the log may hold."""
+        if not self._log_max_bytes:
+            self._log_max_bytes = shutil.disk_usage(self._registry.log_folder).free // 2
+
+    def take(self, peer: bytes, message: Any) -> None:
+        """One message of a publisher."""
+        if isinstance(message, LatentFrame):
+            self.route(peer, message)
+        elif isinstance(message, PublisherHello):
+            self._on_hello(peer, message)
+        elif isinstance(message, StreamInfo):
+            self._on_open(peer, message)
+        elif isinstance(message, End):
+            self._on_end(peer, message)
+
+    def route(self, peer: bytes, frame: LatentFrame) -> None:
+        """FRAME: the newest of its stream, and, where it is kept, into the log. When full: kept ones get no ack."""
+        received_ns = time.monotonic_ns()
+        run = self._registry.by_run.get(frame.run)
+        if run is None or run.end is not None:
+            return self._unknown_run(peer, frame.run)
+        run.heard_s = time.monotonic()
+        run.peer = peer
+        if not self._is_shape_right(run, frame):
+            return None
+        if frame.kept:
+            self._keep(run, frame)
+        run.take(frame, received_ns)
+        self._links.is_changed = True
+        return None
+
+    def tell(self, run: Run, *, always: bool = False) -> None:
+        """DEMAND: who wants this run, and what is kept; only when that changed, or `always`."""
+        watchers = sum(self._registry.wanted(run).values())
+        told = (run.demand(watchers), run.record)
+        if run.peer is None or run.end is not None or (told == run.told and not always):
+            return
+        run.told = told
+        asked = self._config.broker
+        max_fps = 1 / asked.idle_interval_s if told[0] == "idle" else asked.max_fps
+        demand = DemandUpdate(run=run.info.run, level=told[0], max_fps=max_fps, record=run.record)
+        self._links.to_publisher(run.peer, demand)
+
+    def stop(self, run: Run) -> None:
+        """A person pressed stop; said again at each HELLO until the run ends."""
+        if run.end is None and run.peer is not None:
+            run.stop_asked = self._links.is_changed = True
+            self._links.to_publisher(run.peer, StopRun(run=run.info.run))
+
+    def ack_written(self) -> None:
+        """ACK what the log has since the last call; what it could not take is not acked, and so sent again."""
+        for done in self._writer.results():
+            run = self._registry.by_run.get(done.log.info.run)
+            kept = run.kept if run else None
+            if run is None or kept is None or kept.log is not done.log or isinstance(done.message, End):
+                continue
+            if done.error is not None:
+                kept.queued = kept.logged
+                self._links.alert("log_error", f"The latent log cannot be written: {done.error}")
+                continue
+            self._links.resolve("log_error")
+            kept.logged = done.message.seq
+            if run.peer is not None:
+                self._links.to_publisher(run.peer, Ack(run=run.info.run, seq=kept.logged))
+
+    def tick(self) -> None:
+        """Twice a second: runs whose publisher is silent for too long are kept no longer."""
+        now = time.monotonic()
+        for run in self._registry.by_run.values():
+            is_silent = run.end is None and now - run.heard_s > self._config.recording.lost_after_s
+            if run.kept is not None and is_silent:
+                run.kept.is_over = True
+        if self._log_bytes() < LOG_ROOM_AGAIN * self._log_max_bytes:
+            self._links.resolve("log_full")
+
+    # --- opening and ending ---
+
+    def _on_open(self, peer: bytes, info: StreamInfo) -> None:
+        known = self._registry.by_run.get(info.run)
+        if known is not None:
+            known.peer, known.heard_s = peer, time.monotonic()
+            return self.tell(known, always=True)
+        holder = self._registry.by_name.get(info.stream)
+        if holder is not None and holder.is_alive and self._is_peer_there(holder):
+            use = self._registry.free_name(info.stream)
+            text = f"{info.stream}: another run of that name lives; {use} is free"
+            return self._refuse(peer, info, "taken", text, use=use)
+        alive = sum(run.is_alive for run in self._registry.by_run.values())
+        if alive >= self._config.broker.max_streams:
+            return self._refuse(peer, info, "limit", f"{alive} streams are open, broker.max_streams allows no more")
+        if holder is not None and holder.end is None and holder.kept is not None:
+            holder.kept.is_over = True
+        run = Run(info, peer=peer, record=self._registry.record_mode(info))
+        self._registry.add(run)
+        logger.info("stream_opened stream=%s run=%s record=%s", info.stream, info.run, run.record)
+        self._links.is_changed = True
+        return self.tell(run, always=True)
+
+    def _is_peer_there(self, run: Run) -> bool:
+        """Whether the publisher's connection still stands: one that was killed is found out by sending to it."""
+        ack = Ack(run=run.info.run, seq=_logged(run))
+        return run.peer is not None and self._links.to_publisher(run.peer, ack)
+
+    def _on_end(self, peer: bytes, end: End) -> None:
+        run = self._registry.by_run.get(end.run)
+        if run is None:
+            return self._unknown_run(peer, end.run)
+        run.peer = peer
+        if run.end is None:
+            run.end, run.ended_unix = end, time.time()
+            logger.info("stream_ended stream=%s run=%s reason=%s", run.info.stream, end.run, end.reason)
+            if run.kept is not None:
+                run.kept.is_over = True
+                self._writer.submit(run.kept.log, end)
+        self._links.is_changed = True
+        self._links.to_publisher(peer, Ack(run=end.run, seq=_logged(run), ended=True))
+        return None
+
+    def _on_hello(self, peer: bytes, hello: PublisherHello) -> None:
+        self._links.to_publisher(peer, Echo(echo_ns=hello.echo_ns, now_ns=time.monotonic_ns()))
+        for run_id, row in hello.runs.items():
+            run = self._registry.by_run.get(run_id)
+            if run is None:
+                self._unknown_run(peer, run_id)
+                continue
+            run.peer, run.heard_s, run.offset_ns = peer, time.monotonic(), hello.offset_ns
+            if run.is_stoppable != row.stoppable:
+                run.is_stoppable, self._links.is_changed = row.stoppable, True
+            if row.kept_from is None and run.record != "all" and run.kept is not None and not run.kept.is_over:
+                run.kept.is_over = self._links.is_changed = True
+            self._links.to_publisher(peer, Ack(run=run_id, seq=_logged(run)))
+            self.tell(run, always=True)
+            if run.stop_asked:
+                self._links.to_publisher(peer, StopRun(run=run_id))
+
+    def _unknown_run(self, peer: bytes, run_id: str) -> None:
+        self._links.counts["unknown_runs"] += 1
+        refused = Refused(stream="unknown", run=run_id, code="unknown_run", text="open it first")
+        self._links.to_publisher(peer, refused)
+
+    def _refuse(self, peer: bytes, info: StreamInfo, code: str, text: str, use: str | None = None) -> None:
+        counts = self._links.counts
+        counts[f"refused_{code}"] += 1
+        if counts[f"refused_{code}"] <= MAX_REFUSALS_LOGGED:
+            logger.warning("stream_refused stream=%s code=%s %s", info.stream, code, text)
+        self._links.to_publisher(peer, Refused(stream=info.stream, run=info.run, code=code, text=text, use=use))
+
+    # --- frames ---
+
+    def _is_shape_right(self, run: Run, frame: LatentFrame) -> bool:
+        latent_format = LATENT_FORMATS.get(run.info.latent_format)
+        try:
+            if latent_format is not None:
+                latent_format.check_shape(run.info.kind, frame.shape)
+        except ValueError as error:
+            self._links.counts["bad_shapes"] += 1
+            run.faults += 1
+            run.note = str(error)
+            if run.faults == 1 and run.peer is not None:
+                self._refuse(run.peer, run.info, "format", str(error))
+            return False
+        return True
+
+    def _keep(self, run: Run, frame: LatentFrame) -> None:
+        kept = run.kept
+        if kept is None:
+            kept = self._begin_keeping(run, frame)
+        if kept.is_over or frame.seq != kept.queued + 1:
+            return  # its recording is being finished, or it is there already, or one was lost: it is sent again
+        if self._log_bytes() > self._log_max_bytes:
+            text = "The latent log is full: recordings wait. Free space or raise broker.log_max_bytes."
+            self._links.alert("log_full", text)
+        elif self._writer.submit(kept.log, frame):
+            kept.queued = frame.seq
+
+    def _begin_keeping(self, run: Run, frame: LatentFrame) -> KeptRun:
+        """Keep from this frame on, or from the newest one we hold if it is the one before (PROTOCOL 2)."""
+        newest = run.newest
+        follows = newest is not None and newest.seq == frame.seq - 1 and newest.shape == frame.shape
+        if newest is None or not follows or run.record != "all":
+            return self._registry.keep_log(run, frame.seq)
+        kept = self._registry.keep_log(run, newest.seq)
+        if self._writer.submit(kept.log, newest):
+            kept.queued = newest.seq
+        return kept
+
+    def _log_bytes(self) -> int:
+        return sum(run.kept.log.nbytes for run in self._registry.by_run.values() if run.kept)
+
+
+def _logged(run: Run) -> int:
+    return run.kept.logged if run.kept is not None else -1
