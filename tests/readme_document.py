@@ -1,0 +1,86 @@
+"""README's Files section, made from the first line that each file says. `python -m tests.readme_document` writes it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parent.parent
+README: Final = ROOT / "README.md"
+BEGIN: Final = "<!-- files: begin, made by tests/readme_document.py -->"
+END: Final = "<!-- files: end -->"
+FOLDERS: Final = {
+    "taesd_stream": "the library: no process, no signals, no logging set-up",
+    "workers/taesd_stream_workers": "the processes and the command line",
+    "workers/taesd_stream_workers/web/page": "the page: no build step, nothing from elsewhere",
+    "configs": "settings",
+    "docs": "documents",
+    "tools": "what makes the shipped data; not installed",
+    "tests": "tests, and what they share",
+}
+WITHOUT_WORDS: Final = {  # files that cannot say what they are, and those whose first line is a title
+    "configs/default.toml": "Every setting of the daemon at its default, explained.",
+    "docs/running.md": "How to run it day by day: roles, folders, ports, exit codes, logs, a full disk.",
+    "docs/wire.md": "The protocol, for other languages.",
+    "taesd_stream/data/README.md": "Where the data files come from, and their licences.",
+    "taesd_stream/data/demo_flux2.safetensors": "The demo's latents: eight pictures and a clip.",
+    "taesd_stream/data/latent_formats.json": "Facts on latent spaces and their tiny decoders.",
+    "taesd_stream/data/linear_flux2.safetensors": "The linear projection for FLUX.2.",
+    "workers/taesd_stream_workers/web/page/connect.json": "The lines that connect a sampler, as the page shows them.",
+    "workers/taesd_stream_workers/web/page/icon.svg": "The icon.",
+    "workers/taesd_stream_workers/web/page/index.html": "The page's skeleton, and the shapes of its icons.",
+    "workers/taesd_stream_workers/web/page/style.css": "All of its looks: dark and light, desktop and phone.",
+}
+_SKIPPED: Final = {"tests/data"}  # golden and broken messages: tests/golden_messages.py has a word for each
+
+
+def document() -> str:
+    """The section's lines."""
+    lines = [BEGIN]
+    for folder, meaning in FOLDERS.items():
+        lines += ["", f"**{folder}/**: {meaning}", ""]
+        lines += [f"* `{path.relative_to(ROOT / folder).as_posix()}`: {said_by(path)}" for path in files_of(folder)]
+    return "\n".join([*lines, "", END])
+
+
+def files_of(folder: str) -> list[Path]:
+    """The files that are listed under a folder: those of its own listed sub-folders, and empty ones, are not."""
+    others = [ROOT / name for name in (*FOLDERS, *_SKIPPED) if name.startswith(f"{folder}/")]
+    return sorted(
+        path
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+        and path.suffix not in {".pyc", ".typed"}
+        and path.stat().st_size
+        and not any(other in path.parents for other in others)
+    )
+
+
+def said_by(path: Path) -> str:
+    """The first sentence of a file about itself. Raises: ValueError for one that says nothing."""
+    known = WITHOUT_WORDS.get(path.relative_to(ROOT).as_posix())
+    if known:
+        return known
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        said = ast.get_docstring(ast.parse(text)) or ""
+    else:
+        said = " ".join(line.removeprefix("//").strip() for line in text.partition("\n\n")[0].splitlines())
+    sentence = re.match(r"(.+?[.!?])(?=\s+[A-Z`]|\s*$)", " ".join(said.partition("\n\n")[0].split()))
+    if not sentence:
+        raise ValueError(f"{path}: begins without a sentence that says what it is")
+    return sentence[1]
+
+
+def sections() -> tuple[str, str, str]:
+    """README before the section, the section, and README behind it."""
+    before, begin, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    section, end, after = rest.partition(END)
+    return before, begin + section + end, after
+
+
+if __name__ == "__main__":
+    head, _, tail = sections()
+    README.write_text(head + document() + tail, encoding="utf-8")
