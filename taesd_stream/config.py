@@ -185,7 +185,7 @@ def load_config(file: Path | None = None, sets: Sequence[str] = (), values: Mapp
             return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=from_file)
 
     try:
-        loaded = Loaded(**from_sets)  # type: ignore[arg-type]  # texts, that pydantic turns into sections
+        loaded = Loaded(**from_sets)  # texts, that pydantic turns into sections
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
     except SettingsError as error:

@@ -255,7 +255,7 @@ def test_a_loaded_configuration_does_not_change() -> None:
     """Sections are frozen: what was resolved at the start holds."""
     config = load_config()
     with pytest.raises(ValueError, match="frozen"):
-        config.web.bind = "127.0.0.1:1"  # type: ignore[misc]
+        config.web.bind = "127.0.0.1:1"
     assert config.with_values(web={"bind": "127.0.0.1:1"}).web.bind == "127.0.0.1:1"
     assert config.web.bind == "127.0.0.1:8765"
     assert logging.getLogger("taesd_stream").handlers == []

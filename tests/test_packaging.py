@@ -108,7 +108,7 @@ def test_versions_agree() -> None:
 
 def pinned() -> dict[str, str]:
     """constraints.txt as name -> version; a line that pins nothing exactly fails."""
-    versions = {}
+    versions: dict[str, str] = {}
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
             continue
