@@ -17,6 +17,7 @@ from taesd_stream.frames import EndReason, StreamInfo
 from taesd_stream.latent_log import LogError
 from taesd_stream.messages import Ack, DemandUpdate, Echo, End, PublisherHello, Refused, RunHello, StopRun
 from taesd_stream.outbox import Outbox, is_final
+from taesd_stream.pace import Pace
 from taesd_stream.send_window import SendWindow
 from taesd_stream.sockets import ClockOffset, WakePipe, connect_dealer
 
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 HELLO_S: Final = 1.0
 RETRY_S: Final = 0.1  # the socket took nothing: it says itself when it does, this is for the rest
-IDLE_INTERVAL_S: Final = 2.0  # of frames while nobody watches, where the broker does not say: a late viewer has one
 REFUSED_RETRY_S: Final = 10.0
 FIRST_ANSWER_S: Final = 0.5  # a daemon that is there has been reached by then
 JOIN_SPARE_S: Final = 5.0  # for a last write to disk
@@ -50,10 +50,8 @@ class PublisherLink:
         self._is_refused = False
         self._blocked_since_s: float | None = None  # when the socket took nothing for the first time
         self._window = SendWindow(outbox.kept)
-        self._interval_s = 0.0
-        self._is_idle = False
+        self._pace = Pace()
         self._next_hello_s = 0.0
-        self._next_send_s = 0.0
         self._clock = ClockOffset()
         self._bad_messages = 0
         self._end: End | None = None
@@ -132,8 +130,7 @@ class PublisherLink:
             poller.poll(self._timeout_ms())
             self._wake.drain()
             self._receive_all(socket)
-            if not self._outbox.wanted and time.monotonic() >= self._next_send_s:
-                self._outbox.wanted = True
+            self._rest()
 
     def _is_finished(self) -> bool:
         if self._end is None:
@@ -154,7 +151,7 @@ class PublisherLink:
         until = min(self._next_hello_s, self._give_up_s)
         if self._blocked_since_s is None and not self._is_refused:
             if self._outbox.slot or not self._outbox.wanted:
-                until = min(until, self._next_send_s)
+                until = min(until, self._pace.next_s)
             until = min(until, self._window.resend_s)
         if self._end is not None:
             until = min(until, now + RETRY_S)
@@ -200,12 +197,15 @@ class PublisherLink:
 
     def _send_slot(self, socket: zmq.Socket[bytes], now: float, *, is_ending: bool) -> None:
         slot = self._outbox.slot
-        while slot and (now >= self._next_send_s or is_final(slot[0]) or is_ending):
+        while slot and (now >= self._pace.next_s or is_final(slot[0]) or is_ending):
             _send(socket, slot[0])
             slot.popleft()
-            self._next_send_s = now + self._interval_s
-            if self._is_idle and self._outbox.mode == "off":
-                self._outbox.wanted = False
+            self._pace.sent(now)
+            self._rest()
+
+    def _rest(self) -> None:
+        """Want nothing before the next frame is due, where nobody watches and nothing is kept."""
+        self._outbox.wanted = self._outbox.mode != "off" or not self._pace.is_resting(time.monotonic())
 
     def _send_kept(self, socket: zmq.Socket[bytes], now: float) -> None:
         while (frame := self._window.next(now)) is not None:
@@ -253,17 +253,11 @@ class PublisherLink:
         self._is_end_acked = self._is_end_acked or (ack.ended and self._is_end_sent)
 
     def _on_demand(self, demand: DemandUpdate) -> None:
-        self._is_idle = demand.level == "idle"
-        asked_s = 1 / demand.max_fps if demand.max_fps else None
-        if self._is_idle:
-            self._interval_s = asked_s or IDLE_INTERVAL_S
-        else:
-            self._interval_s = 0.0 if demand.level == "every" else asked_s or 0.0
-            self._next_send_s = min(self._next_send_s, time.monotonic() + self._interval_s)
-            self._outbox.wanted = True
         is_late = self._end is not None and self._outbox.mode is not None
         if not is_late and self._outbox.settle(demand.record):
             self._next_hello_s = 0.0  # say kept_from at once
+        self._pace.ask(demand)
+        self._rest()
         if not self._is_refused:
             self.error = None
         self._notify()

@@ -265,6 +265,18 @@ def test_idle_sends_one_frame_and_counts_the_others(peer: BrokerPeer, open_run: 
     assert peer.seqs() == [0]
 
 
+def test_a_stream_that_is_no_longer_watched_rests_at_once(peer: BrokerPeer, open_run: Any) -> None:
+    """DEMAND idle right after a frame was sent: that one is the late viewer's, the next ones are only counted."""
+    publisher = open_run(record="off")
+    publish(publisher, 1)
+    peer.frame(0)
+    peer.demand(publisher.run, "idle", max_fps=0.001)
+    wait_for(lambda: not publisher._outbox.wanted, of="the publisher's rest")
+    publish(publisher, 5, first=1)
+    peer.next(PublisherHello, lambda hello: hello.runs[publisher.run].next_seq == 6)
+    assert peer.seqs() == [0]
+
+
 def test_a_viewer_ends_the_rest(peer: BrokerPeer, open_run: Any) -> None:
     """DEMAND watched after idle: the very next publish is sent."""
     publisher = open_run(record="off")
@@ -305,7 +317,7 @@ def test_max_fps_bounds_what_is_sent(peer: BrokerPeer, open_run: Any) -> None:
     publisher = open_run(record="off")
     peer.opened()
     peer.demand(publisher.run, "watched", max_fps=0.5)
-    wait_for(lambda: publisher._link._interval_s == 2.0, of="the demand")
+    wait_for(lambda: publisher._link._pace._interval_s == 2.0, of="the demand")
     publish(publisher, 1)
     peer.frame(0)
     publish(publisher, 9, first=1)
