@@ -1,0 +1,419 @@
+"""The outbox: what waits between the sampler's thread and the socket. No hole, no double, bounded, nothing lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from taesd_stream.frames import LatentFrame, RecordMode, StreamInfo
+from taesd_stream.kept_frames import KeptFrames
+from taesd_stream.latent_log import LogError, read_messages
+from taesd_stream.messages import End
+from taesd_stream.outbox import MAX_FINALS, Outbox
+from taesd_stream.send_window import MAX_UNACKED_BYTES, RESEND_S, SendWindow
+from tests.golden_messages import FRAME, OPEN, RUN
+
+FRAME_BYTES = 96
+RING_BYTES = 5 * FRAME_BYTES
+END = End(run=RUN, last_seq=9, reason="done")
+
+
+def payload_of(seq: int) -> bytes:
+    """Bytes that tell a frame's seq."""
+    return random.Random(seq).randbytes(FRAME_BYTES)  # noqa: S311 no secret
+
+
+def frame(seq: int, *, is_final: bool = False) -> LatentFrame:
+    """Frame `seq`."""
+    return dataclasses.replace(
+        FRAME, seq=seq, index=seq, step=3 if is_final else 0, total_steps=4, kept=False, payload=payload_of(seq)
+    )
+
+
+def info(record: RecordMode | None) -> StreamInfo:
+    """OPEN with that word on keeping."""
+    return dataclasses.replace(OPEN, record=record)
+
+
+def outbox(folder: Path, record: RecordMode | None, *, ring_bytes: int = RING_BYTES) -> Outbox:
+    """An outbox with a small ring."""
+    return Outbox(info(record), ring_bytes=ring_bytes, log_folder=folder)
+
+
+def offer(box: Outbox, count: int = 1, *, is_final: bool = False) -> None:
+    """Publish `count` frames."""
+    for _ in range(count):
+        with box.changed:
+            made = frame(box.next_seq, is_final=is_final)
+            box.offer(dataclasses.replace(made, payload=b""), lambda made=made: bytes(made.payload))  # type: ignore[misc]
+
+
+def kept_seqs(kept: KeptFrames) -> list[int]:
+    """All unacked frames as they would be sent, each checked to be whole."""
+    seqs: list[int] = []
+    seq = 0
+    while (found := kept.read(seq)) is not None:
+        assert bytes(found.payload) == payload_of(found.seq)
+        seqs.append(found.seq)
+        seq = found.seq + 1
+    return seqs
+
+
+class KeptMachine(RuleBasedStateMachine):
+    """Kept frames against the simplest model: a list of seqs."""
+
+    @initialize()
+    def start(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.kept = KeptFrames(RING_BYTES, Path(self.folder.name))
+        self.model: list[int] = []
+        self.next_seq = 0
+
+    @rule(count=st.integers(1, 8))
+    def append(self, count: int) -> None:
+        for _ in range(count):
+            self.kept.append(dataclasses.replace(frame(self.next_seq), kept=True))
+            self.model.append(self.next_seq)
+            self.next_seq += 1
+
+    @rule(skipped=st.integers(1, 5))
+    def keep_nothing_for_a_while(self, skipped: int) -> None:
+        self.next_seq += skipped
+
+    @rule()
+    def spill(self) -> None:
+        self.kept.spill(OPEN)
+        assert not self.kept.is_full
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def ack(self, data: st.DataObject) -> None:
+        seq = data.draw(st.integers(-1, self.next_seq + 3))
+        was_new = self.kept.ack(seq)
+        left = [one for one in self.model if one > seq]
+        assert was_new == (len(left) < len(self.model))
+        self.model = left
+
+    @invariant()
+    def holds_the_model(self) -> None:
+        assert kept_seqs(self.kept) == self.model
+        assert self.kept.count == len(self.model)
+
+    @invariant()
+    def leaves_no_file_behind(self) -> None:
+        if not self.model:
+            assert list(Path(self.folder.name).iterdir()) == []
+
+    def teardown(self) -> None:
+        paths = self.kept.close(OPEN, END)
+        messages = [message for path in paths for message in read_messages(path)]
+        assert [message.seq for message in messages if isinstance(message, LatentFrame)][
+            -len(self.model) :
+        ] == self.model
+        assert bool(paths) == bool(self.model)
+        assert messages[-1:] == [END] * bool(self.model)
+        self.folder.cleanup()
+
+
+KeptMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+class TestKeptFrames(KeptMachine.TestCase):  # type: ignore[misc, name-defined]
+    """Over any order of appends, pauses, spills and acks: what is unacked is there once, in order, whole."""
+
+
+def test_the_ring_says_when_it_is_over_its_bytes(tmp_path: Path) -> None:
+    """Up to its bytes the ring holds frames in memory; the one past them makes it full."""
+    kept = KeptFrames(RING_BYTES, tmp_path)
+    for seq in range(5):
+        kept.append(frame(seq))
+        assert not kept.is_full
+    kept.append(frame(5))
+    assert kept.is_full
+
+
+def test_a_spilled_frame_is_not_in_memory(tmp_path: Path) -> None:
+    """spill() empties the ring into files of the run, each closed to others."""
+    kept = KeptFrames(RING_BYTES, tmp_path)
+    for seq in range(20):
+        kept.append(frame(seq))
+    paths = kept.spill(OPEN)
+    assert [path.name for path in paths] == [f"{RUN}.0000.latents"]
+    assert kept._held_bytes == 0
+    assert kept_seqs(kept) == list(range(20))
+
+
+def test_a_disk_that_takes_nothing_is_a_log_error(tmp_path: Path) -> None:
+    """Where the log's folder cannot be made spill() says so, and the frames stay in memory."""
+    (tmp_path / "file").write_text("")
+    kept = KeptFrames(RING_BYTES, tmp_path / "file" / "logs")
+    kept.append(frame(0))
+    with pytest.raises(LogError, match="file/logs"):
+        kept.spill(OPEN)
+    assert kept_seqs(kept) == [0]
+
+
+# --- the window ---
+
+
+def test_nothing_is_sent_twice_before_its_time(tmp_path: Path) -> None:
+    """Each kept frame goes once; without an ack all of them go again after 2 s, the first one first."""
+    kept = KeptFrames(RING_BYTES, tmp_path)
+    window = SendWindow(kept)
+    for seq in range(3):
+        kept.append(frame(seq))
+
+    def sent_at(now: float) -> list[int]:
+        seqs = []
+        while (one := window.next(now)) is not None:
+            window.sent(one, now)
+            seqs.append(one.seq)
+        return seqs
+
+    assert sent_at(100.0) == [0, 1, 2]
+    assert sent_at(100.0 + 0.9 * RESEND_S) == []
+    assert window.ack(0, 101.0)
+    assert sent_at(101.0 + 0.9 * RESEND_S) == []
+    assert sent_at(101.0 + RESEND_S) == [1, 2]
+
+
+@given(st.lists(st.integers(0, 30), max_size=30), st.integers(1, 31))
+@settings(deadline=None)
+def test_the_window_is_bounded_in_bytes(acks: list[int], count: int) -> None:
+    """However acks come, no more than 16 MiB and one frame are on their way, and all is sent in the end, once."""
+    with tempfile.TemporaryDirectory() as folder:
+        kept = KeptFrames(1 << 40, Path(folder))
+        window = SendWindow(kept)
+        big = dataclasses.replace(FRAME, shape=(1, 1024, 1024), dtype="float32", payload=b"")
+        for seq in range(count):
+            kept.append(dataclasses.replace(big, seq=seq))
+        sent: list[int] = []
+        for ack in [*acks, *range(count)]:
+            while (one := window.next(0.0)) is not None:
+                window.sent(one, 0.0)
+                sent.append(one.seq)
+                assert window._on_way_bytes < MAX_UNACKED_BYTES + big.nbytes
+            window.ack(min(ack, sent[-1]) if sent else -1, 0.0)
+        assert sent == list(range(count))
+
+
+# --- the slot ---
+
+
+@pytest.mark.parametrize("record", ["off", "last"])
+def test_the_newest_wins_before_and_behind_collect(tmp_path: Path, record: RecordMode) -> None:
+    """Of frames that nobody keeps one waits: the newest."""
+    box = outbox(tmp_path, record)
+    offer(box, 3)
+    assert len(box.pending) == 1
+    box.collect()
+    offer(box, 2)
+    box.collect()
+    assert [one.seq for one in box.slot] == [4]
+
+
+def test_last_steps_wait_beside_the_newest(tmp_path: Path) -> None:
+    """A last step's frame is not replaced by a newer one; but without a broker only so many wait."""
+    box = outbox(tmp_path, "off")
+    for _ in range(MAX_FINALS + 5):
+        offer(box, 2)
+        offer(box, is_final=True)
+        box.collect()
+    offer(box)
+    box.collect()
+    finals = [3 * number + 2 for number in range(MAX_FINALS + 5)][-MAX_FINALS:]
+    assert [one.seq for one in box.slot] == [*finals, box.next_seq - 1]
+
+
+# --- settling ---
+
+
+def test_undecided_frames_become_kept_from_the_first(tmp_path: Path) -> None:
+    """Before the first DEMAND frames wait; `all` keeps them, and those that came since, without a hole."""
+    box = outbox(tmp_path, None)
+    offer(box, 3)
+    box.collect()
+    offer(box, 2)
+    assert box.settle("all")
+    box.collect()
+    assert (box.kept_from, kept_seqs(box.kept)) == (0, [0, 1, 2, 3, 4])
+
+
+def test_undecided_frames_are_bounded(tmp_path: Path) -> None:
+    """While no broker says what is kept, the ring holds the newest frames and lets the oldest go, collected or not."""
+    box = outbox(tmp_path, None)
+    offer(box, 50)
+    box.collect()
+    offer(box, 50)
+    box.collect()
+    assert box.settle("all")
+    assert kept_seqs(box.kept) == [95, 96, 97, 98, 99]
+    assert box.kept_from == 95
+
+
+def test_the_frame_that_waits_is_kept_when_recording_begins(tmp_path: Path) -> None:
+    """Set to record while the newest frame is not sent yet: that one is the first kept."""
+    box = outbox(tmp_path, "off")
+    offer(box, 3)
+    box.collect()
+    assert box.settle("all")
+    offer(box)
+    box.collect()
+    assert (box.kept_from, kept_seqs(box.kept), list(box.slot)) == (2, [2, 3], [])
+
+
+def test_a_frame_before_a_pause_is_not_kept(tmp_path: Path) -> None:
+    """Set to record after publishes that were only counted: keeping begins at the next one, without a hole."""
+    box = outbox(tmp_path, "off")
+    offer(box)
+    box.collect()
+    box.next_seq += 4
+    assert box.settle("all")
+    offer(box)
+    box.collect()
+    assert (box.kept_from, kept_seqs(box.kept), [one.seq for one in box.slot]) == (5, [5], [0])
+
+
+@given(
+    st.sampled_from([None, "off", "last", "all"]),
+    st.lists(
+        st.one_of(
+            st.integers(1, 6).map(lambda count: ("offer", count)),
+            st.just(("collect", 0)),
+            st.sampled_from(["off", "last", "all"]).map(lambda mode: ("settle", mode)),
+            st.just(("skip", 0)),
+            st.just(("spill", 0)),
+        ),
+        max_size=40,
+    ),
+)
+@settings(max_examples=200, deadline=None)
+def test_from_kept_from_on_there_is_no_hole(record: RecordMode | None, steps: list[tuple[str, object]]) -> None:
+    """Whatever the order of publishes, demands and rests: while `all` is in force, every seq from kept_from is kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        box = outbox(Path(folder), record, ring_bytes=1 << 20)
+        for word, value in steps:
+            if word == "offer":
+                offer(box, int(str(value)))
+            elif word == "collect":
+                box.collect()
+            elif word == "settle":
+                box.settle(value)  # type: ignore[arg-type]
+            elif word == "skip" and box.mode == "off":
+                box.next_seq += 1
+            elif word == "spill":
+                box.kept.spill(OPEN)
+        box.collect()
+        seqs = kept_seqs(box.kept)
+        assert seqs == sorted(set(seqs))
+        if box.mode == "all":
+            assert box.kept_from is not None
+            assert [seq for seq in seqs if seq >= box.kept_from] == list(range(box.kept_from, box.next_seq))
+        else:
+            assert box.kept_from is None
+        box.kept.close(OPEN, END)
+
+
+# --- acks and ends ---
+
+
+def test_what_is_being_collected_is_not_acked(tmp_path: Path) -> None:
+    """While the side thread fetches a kept frame from its device, the frame counts as unacked."""
+    box = outbox(tmp_path, "all")
+    seen: list[bool] = []
+
+    def fetch() -> bytes:
+        with box.changed:
+            seen.append(box.is_all_acked)
+        return payload_of(0)
+
+    with box.changed:
+        box.offer(frame(0), fetch)
+    box.collect()
+    assert seen == [False]
+    box.kept.ack(0)
+    assert box.is_all_acked
+
+
+def test_a_device_that_fails_ends_keeping_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A kept frame that does not come off its device: what was kept before stays, what comes is only shown."""
+    box = outbox(tmp_path, "all")
+    offer(box, 2)
+
+    def fetch() -> bytes:
+        raise RuntimeError("CUDA error: device lost")
+
+    with box.changed:
+        box.offer(frame(2), fetch)
+    offer(box, 1)
+    box.collect()
+    assert (kept_seqs(box.kept), [one.seq for one in box.slot], box.mode, box.kept_from) == ([0, 1], [3], "off", None)
+    assert "device lost" in (box.error or "")
+    assert "keeping_stopped" in caplog.text
+
+
+def test_a_full_disk_ends_keeping_for_the_rest_of_the_run(tmp_path: Path) -> None:
+    """Ring and disk both full: keeping ends, is not begun again with a hole, and no wait says that all is well."""
+    (tmp_path / "file").write_text("")
+    box = outbox(tmp_path / "file" / "logs", "all")
+    for _ in range(6):
+        offer(box)
+        box.collect()
+    box.spill_if_full(OPEN)
+    assert (box.mode, box.kept.count) == ("off", 6)
+    assert "file/logs" in (box.error or "")
+    assert not box.settle("all")
+    box.kept.ack(5)
+    assert not box.is_all_acked
+
+
+def test_what_nobody_collects_is_bounded(tmp_path: Path) -> None:
+    """A side thread that is stuck does not fill the memory: past the ring's bytes keeping ends, loudly."""
+    box = outbox(tmp_path, "all")
+    offer(box, 100)
+    assert len(box.pending) == 1
+    assert "wait to be taken" in (box.error or "")
+
+
+def test_last_keeps_the_newest_once(tmp_path: Path) -> None:
+    """keep_last() turns the newest frame into a kept one, sent or not, and does nothing the second time."""
+    box = outbox(tmp_path, "last")
+    offer(box, 3)
+    box.collect()
+    box.slot.clear()  # sent
+    box.keep_last()
+    box.keep_last()
+    assert (kept_seqs(box.kept), box.kept_from) == ([2], 2)
+
+
+def test_stopping_leaves_what_was_not_taken(tmp_path: Path) -> None:
+    """stop() puts kept frames, also uncollected ones, and END into a log that can be published later."""
+    box = outbox(tmp_path, "all")
+    offer(box, 2)
+    box.collect()
+    offer(box, 1)
+    (path,) = box.stop(info("all"), END, is_end_sent=False)
+    messages = list(read_messages(path))
+    assert [message.seq for message in messages if isinstance(message, LatentFrame)] == [0, 1, 2]
+    assert (messages[0], messages[-1]) == (info("all"), END)
+    assert box.is_over
+
+
+def test_stopping_with_nothing_left_makes_no_file(tmp_path: Path) -> None:
+    """All acked, or nothing kept: no log is left."""
+    box = outbox(tmp_path / "kept", "all")
+    offer(box, 2)
+    box.collect()
+    box.kept.ack(1)
+    assert box.stop(OPEN, END, is_end_sent=True) == []
+    other = outbox(tmp_path / "off", "off")
+    offer(other, 2)
+    assert other.stop(OPEN, END, is_end_sent=False) == []
+    assert list(tmp_path.iterdir()) == []
