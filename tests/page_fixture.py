@@ -37,6 +37,7 @@ import taesd_stream_workers.web
 
 PAGE = Path(taesd_stream_workers.web.__file__).parent / "page"
 Json = dict[str, Any]
+Colour = tuple[int, int, int]
 # (stream, rendition, keyframe wanted) -> (header fields, bytes), or None while there is no picture
 Source = Callable[[str, str, bool], tuple[Json, bytes] | None]
 
@@ -292,7 +293,15 @@ PIXEL = """canvas => {
 }"""
 
 
-def middle_of(page: Page, selector: str) -> tuple[int, int, int]:
+def middle_of(page: Page, selector: str) -> Colour:
     """Red, green and blue in the middle of a canvas, whose pixels its worker alone may read directly."""
     red, green, blue = page.locator(selector).evaluate(PIXEL)
     return red, green, blue
+
+
+def await_colour(page: Page, canvas: str, colour: Colour) -> None:
+    """Wait until the middle of a canvas is the colour; what a worker draws is seen a moment after it says so."""
+    deadline_s = time.monotonic() + 20
+    while max(abs(one - other) for one, other in zip(middle_of(page, canvas), colour, strict=True)) > 8:
+        assert time.monotonic() < deadline_s, f"{canvas}: {middle_of(page, canvas)}, expected {colour}"
+        page.evaluate("() => new Promise(requestAnimationFrame)")

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from tests.page_fixture import PAGE, Json, PageHost, chromium, middle_of, recording, serving, stream
+from tests.page_fixture import PAGE, Json, PageHost, await_colour, chromium, recording, serving, stream
 
 pytestmark = pytest.mark.browser
 
@@ -82,7 +82,7 @@ def opened(browser: Browser, host: PageHost) -> Iterator[Open]:
         if script:
             page.add_init_script(script)
         page.goto(host.url + at)
-        expect(page.locator("body[data-link=on]")).to_be_attached()
+        expect(page.locator("#tab-live .count")).not_to_be_empty()  # the first state has come
         return page
 
     yield open_page
@@ -97,10 +97,6 @@ def until(condition: Callable[[], object], page: Page) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the page did not do it in 10 s"
         page.evaluate("() => new Promise(requestAnimationFrame)")
-
-
-def near(pixel: tuple[int, int, int], colour: tuple[int, int, int]) -> bool:
-    return max(abs(a - b) for a, b in zip(pixel, colour, strict=True)) <= 6
 
 
 def last_watch(host: PageHost) -> Json:
@@ -121,7 +117,7 @@ def test_each_tile_shows_its_own_picture(host: PageHost, opened: Open, script: s
     for name, colour in colours.items():
         canvas = f"canvas[data-stream='{name}'][data-seq='5']"
         expect(page.locator(canvas)).to_be_attached()
-        assert near(middle_of(page, canvas), colour)
+        await_colour(page, canvas, colour)
 
 
 @pytest.mark.parametrize(("script", "rendition"), [("", "live"), ("delete self.VideoDecoder", "jpeg")])
@@ -132,7 +128,7 @@ def test_opened_stream_shows_its_colour(host: PageHost, opened: Open, script: st
     page = opened("#/s/green", script=script)
     canvas = f"#stage-canvas[data-stream=green][data-rendition={rendition}][data-seq='16']"
     expect(page.locator(canvas)).to_be_attached()
-    assert near(middle_of(page, canvas), GREEN)
+    await_colour(page, canvas, GREEN)
     assert last_watch(host) == {"green": rendition}
 
 
@@ -159,6 +155,23 @@ def test_numbers_never_run_ahead_of_the_picture(host: PageHost, opened: Open) ->
     host.push()
     expect(page.locator("[data-name=blue] .step")).to_have_text("21/28")
     expect(page.locator("[data-name=red] .step")).to_have_text("17/28")
+
+
+def test_a_new_run_is_live_at_its_first_picture(host: PageHost, opened: Open) -> None:
+    """A picture of the next run before the state tells of that run: the tile, done before, shows its step as live."""
+    host.streams = [stream("red", state="done", seq=27, step=27, ended=time.time()), stream("b")]
+    picture = jpeg(RED)
+    run: Json = {}
+    host.source = lambda name, _rendition, _key: (run, picture) if name == "red" else None
+    page = opened()
+    tile = page.locator("[data-name=red]")
+    expect(tile.locator("article")).to_have_attribute("data-look", "done")
+    expect(tile.locator("canvas[data-pictures='1']")).to_be_attached()
+    until(lambda: {"type": "credit", "stream": "red", "rendition": "thumb"} in host.messages, page)
+    run |= {"run": "f" * 16, "seq": 0, "step": 0}
+    host.draw("red")
+    expect(tile.locator("article")).to_have_attribute("data-look", "live")
+    expect(tile.locator(".step")).to_have_text("1/28")
 
 
 def test_only_tiles_in_sight_are_watched(host: PageHost, opened: Open) -> None:

@@ -174,13 +174,14 @@ def _add_streams(app: FastAPI, hub: Hub) -> None:
         return {"desired_workers": state.desired_workers if state else 1, "workers": state.workers if state else []}
 
     @app.get("/streams/{name:path}/latest.jpg")
-    async def latest(name: str) -> Response:
-        """The newest picture; waits up to 4 s for one."""
+    async def latest(name: str, rendition: Literal["jpeg", "thumb"] = "jpeg") -> Response:
+        """The newest picture, `thumb`: as small as a tile; waits up to 4 s for one."""
         row = known(name)
-        with hub.watching(name, "jpeg"):
+        with hub.watching(name, rendition):
             for _ in range(int(LATEST_WAIT_S / 0.05)):
-                packet = hub.picture(name, "jpeg")
-                if packet is not None and (packet.run, packet.seq) >= (row["run"], row["seq"] or 0):
+                packet = hub.picture(name, rendition)
+                least = row["seq"] or 0 if (run := known(name)["run"]) == row["run"] else 0
+                if packet is not None and packet.run == run and packet.seq >= least:
                     return Response(
                         bytes(packet.payload), media_type="image/jpeg", headers={"cache-control": "no-store"}
                     )

@@ -147,6 +147,7 @@ export class Stage {
   picture({ header, shown_us, pictures }) {
     if (header.stream !== this.item?.name) return
     this.last = header
+    this.item.run_seen = header.run
     this.latency.take(header, shown_us)
     put(this.canvas, { hidden: false })
     Object.assign(this.canvas.dataset, { rendition: header.rendition, seq: header.seq, pictures })

@@ -27,6 +27,7 @@ export function stateOf(item, now_s = Date.now() / 1000) {
   const worse = { look: "live", bar: "warn", level: "warn", icon: "warn", ms: true }
   const right = data.ended ? agoText(now_s - data.ended) : data.latency_ms != null ? msText(data.latency_ms) : ""
   const missing = data.note?.startsWith("No ") ? data.note : null
+  if (item.ahead) return { look: "live", bar: "", left: liveNumbers(item), right: "", state: "Live" }
   if (item.stopping) return { look: "stopping", bar: "still", left: "", right: "", state: "Stopping…" }
   switch (data.state) {
     case "waiting": {

@@ -9,6 +9,8 @@ export class Item {
     this.data = entry
     this.moved_ms = performance.now() // when its seq last changed, as far as this page saw
     this.drawn = null // header of the picture on its tile
+    this.run_seen = null // run of the newest picture
+    this.run_before = null // the run that this one replaced
     this.stop_held = false // Stop was pressed and can still be undone
     this.stop_sent = false
     this.record_busy = false
@@ -19,16 +21,22 @@ export class Item {
   get kept() { return this.data.record !== "off" || this.data.files.length > 0 }
   get stopping() { return !this.ended && (this.stop_held || this.stop_sent || this.data.flags.includes("stopping")) }
 
+  /** Whether its picture is of a run that the daemon has not told of yet: pictures travel faster than its word. */
+  get ahead() { return ![null, this.data.run, this.run_before].includes(this.run_seen) }
+
   /** Number, total and sigma of the step that is seen: they never run ahead of the picture while the stream lives. */
   numbers(drawn = this.drawn) {
-    const seen = drawn?.run === this.data.run && !this.ended ? drawn : this.data
+    const seen = drawn && (this.ahead || (drawn.run === this.data.run && !this.ended)) ? drawn : this.data
     const at = seen.step ?? seen.seq ?? null
     return { number: at === null ? null : at + 1, total: seen.total_steps ?? null, sigma: seen.sigma ?? null }
   }
 
   take(entry) {
     const renewed = entry.run !== this.data.run
-    if (renewed) Object.assign(this, { drawn: null, stop_held: false, stop_sent: false })
+    if (renewed) {
+      const drawn = this.drawn?.run === entry.run ? this.drawn : null
+      Object.assign(this, { drawn, run_before: this.data.run, stop_held: false, stop_sent: false })
+    }
     if (renewed || entry.seq !== this.data.seq) this.moved_ms = performance.now()
     const { ended } = this
     this.data = entry

@@ -16,7 +16,7 @@ class Tile {
     const part = (selector) => $(selector, root)
     Object.assign(this, { item, root, article: part("article"), canvas: part("canvas"), link: part(".name"), visible: false, left_ms: -Infinity })
     this.parts = {
-      note: part(".box-note"), badge: part(".badge"), plate: part(".plate"), bar: part(".bar"), number: part(".step b"), total: part(".step span"),
+      first: part("img"), note: part(".box-note"), badge: part(".badge"), plate: part(".plate"), bar: part(".bar"), number: part(".step b"), total: part(".step span"),
       say: part(".say"), undo: part(".undo"), aside: part(".aside"), record: part("[data-act=record]"), stop: part("[data-act=stop]"),
     }
     root.dataset.name = name
@@ -40,6 +40,10 @@ class Tile {
     const state = stateOf(item)
     const numbers = item.numbers()
     put(this.article, { "data-look": state.look })
+    // The first picture is an ordinary image too: a screenshot tool waits for those, not for sockets.
+    if (this.visible && !item.drawn && item.data.seq !== null && !state.missing) {
+      put(parts.first, { src: `/streams/${item.name}/latest.jpg?rendition=thumb` })
+    }
     put(parts.note, { text: item.drawn && !state.missing ? "" : (state.note ?? "") })
     put(parts.plate, { hidden: state.look !== "stopping" })
     putBadge(parts.badge, item)
@@ -129,7 +133,7 @@ export class Wall {
   drawn(header, pictures) {
     const tile = this.tiles.get(header.stream)
     if (!tile) return
-    tile.item.drawn = header
+    Object.assign(tile.item, { drawn: header, run_seen: header.run })
     Object.assign(tile.canvas.dataset, { seq: header.seq, pictures })
   }
 
