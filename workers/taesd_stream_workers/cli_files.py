@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import threading
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
 from taesd_stream.errors import ConfigError, UnreachableError
-from taesd_stream_workers.cli_options import SetOption, say
+from taesd_stream_workers.cli_options import SetOption, check_output, say
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from taesd_stream.config import Config
+    from taesd_stream.decoding.engine import Engine
+    from taesd_stream.frames import Kind, StreamInfo
     from taesd_stream.publisher import LatentPublisher
+    from taesd_stream_workers.latent_files import Row
 
 KindWord = Literal["steps", "clip", "live"]
 RecordWord = Literal["off", "last", "all"]
 MAX_IN_FLIGHT: Final = 64
+ACK_S: Final = 30.0
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -34,7 +40,9 @@ def publish(
     file: FileArgument,
     latent_format: Annotated[str | None, typer.Option("--latent-format", help="As sdxl, flux2, wan2_1.")] = None,
     stream: Annotated[str | None, typer.Option(help="Name of the stream; else the file's.")] = None,
-    kind: Annotated[KindWord, typer.Option(help="A row a step, the whole file as one clip, or video time.")] = "steps",
+    kind: Annotated[
+        KindWord | None, typer.Option(help="A row a step (the default), the whole file as one clip, or video time.")
+    ] = None,
     record: Annotated[RecordWord | None, typer.Option(help="What the daemon keeps.")] = None,
     fps: Annotated[
         float | None, typer.Option(min=0.01, max=1000, help="Rows a second; else as fast as they are kept.")
@@ -45,29 +53,53 @@ def publish(
 ) -> None:
     """Publish latents from a file as a sampler would, and wait until what is kept is safe.
 
+    A .latents file, as a publisher leaves one that found no daemon, says all but the address by itself.
+
     Example: taesd-stream publish latents.safetensors --latent-format flux2 --record all --fps 8
     """
-    from taesd_stream.publisher import LatentPublisher
-    from taesd_stream_workers.latent_files import format_of, info_of_log, load_latents, rows_to_publish
+    from taesd_stream.publisher import LatentPublisher, default_address
+    from taesd_stream_workers.broker_probe import greet_broker
+    from taesd_stream_workers.latent_files import info_of_log
 
     info = info_of_log(file)
     name = latent_format or (info.latent_format if info else None)
     if name is None:
         raise ConfigError(f"{file}: say what its latents are, as in --latent-format flux2")
-    rows = rows_to_publish(load_latents(file, format_of(name)), kind, is_batch=batch)
+    if info is not None and record is None:
+        record = "last" if info.record == "last" else "all"  # they are in a log because they were to be kept
+    word: Kind = kind or (info.kind if info else "steps")
+    rows = _rows(file, name, word, info, is_batch=batch)
+    greet_broker(connect or default_address())
     try:
         publisher = LatentPublisher(
             connect,
             stream=stream or (info.stream.partition("~")[0] if info else _name_from(file)),
             latent_format=name,
-            kind=kind,
-            fps=fps,
+            kind=word,
+            fps=fps or (info.fps if info else None),
             record=record,
             meta={**(info.meta if info else {}), "file": file.name},
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    _publish_rows(publisher, rows, fps if kind != "clip" else None, loop=loop)
+    pause_s = 0.0 if fps is None else (len(rows[0].latents) if word == "clip" else 1) / fps
+    _publish_rows(publisher, rows, pause_s, is_loop=loop)
+
+
+def _rows(file: Path, name: str, kind: Kind, info: StreamInfo | None, *, is_batch: bool) -> list[Row]:
+    from taesd_stream_workers.latent_files import format_of, load_latents, rows_of, rows_of_log
+
+    if info is None:
+        return rows_of(load_latents(file, format_of(name)), kind, is_batch=is_batch)
+    rows = list(rows_of_log(file))
+    if not rows:
+        raise ConfigError(f"{file}: no whole frame is in it")
+    for row in rows:
+        try:
+            format_of(name).check_shape(kind, tuple(row.latents.shape))
+        except ValueError as error:
+            raise ConfigError(f"{file}: {error}") from error
+    return rows
 
 
 def _name_from(file: Path) -> str:
@@ -78,33 +110,46 @@ def _name_from(file: Path) -> str:
     return kept.lstrip("._-")[:64] or "latents"
 
 
-def _publish_rows(publisher: LatentPublisher, rows: list[Tensor], fps: float | None, *, loop: bool) -> None:
-    from rich.progress import Progress
-
-    pause = threading.Event()
+def _publish_rows(publisher: LatentPublisher, rows: list[Row], pause_s: float, *, is_loop: bool) -> None:
     reason: Literal["done", "stopped"] = "done"
+    count = 0
     try:
-        with Progress(transient=True) as progress:
-            task = progress.add_task(f"publish {publisher.stream}", total=None if loop else len(rows))
-            step = 0
-            while not publisher.stopped and (loop or step < len(rows)):
-                total = None if loop else len(rows)
-                publisher.publish(rows[step % len(rows)], step=step, total_steps=total)
-                step += 1
-                progress.advance(task)
-                if fps:
-                    pause.wait(1 / fps)
-                elif step % MAX_IN_FLIGHT == 0:
-                    publisher.wait_until_acked(30.0)  # no faster than they are kept
+        for row in _with_progress(_looped(rows) if is_loop else rows, publisher.stream, None if is_loop else len(rows)):
+            if publisher.stopped:
+                break
+            publisher.publish(row.latents, step=row.step, total_steps=row.total_steps, sigma=row.sigma)
+            count += 1
+            if pause_s:
+                time.sleep(pause_s)
+            elif count % MAX_IN_FLIGHT == 0 and not publisher.wait_until_acked(ACK_S):
+                break  # no faster than they are kept
     except KeyboardInterrupt:
         reason = "stopped"
-    is_acked = publisher.wait_until_acked(30.0)
+    is_acked = publisher.wait_until_acked(ACK_S)
+    error = publisher.error
     publisher.close(reason=reason)
-    if not is_acked:
-        raise UnreachableError(
-            publisher.error or f"no broker answered at {publisher.address}: nothing was shown or kept"
-        )
-    say(f"{publisher.stream}: {step} frames published")
+    if error or not is_acked:
+        raise UnreachableError(error or f"{publisher.address}: the broker did not keep all within {ACK_S:.0f} s")
+    say(f"{publisher.stream}: {count} frames published")
+
+
+def _looped(rows: list[Row]) -> Iterator[Row]:
+    """The rows again and again, their steps counted on."""
+    from taesd_stream_workers.latent_files import Row
+
+    step = 0
+    while True:
+        for row in rows:
+            yield Row(row.latents, step, None, row.sigma)
+            step += 1
+
+
+def _with_progress(rows: Iterable[Row], stream: str, total: int | None) -> Iterator[Row]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
+        yield from progress.track(rows, total=total, description=f"publish {stream}")
 
 
 def decode(
@@ -123,34 +168,47 @@ def decode(
 
     if output.suffix != ".mp4":
         raise ConfigError(f"{output}: expected a name that ends in .mp4")
-    if not output.parent.is_dir():
-        raise ConfigError(f"{output}: there is no folder {output.parent}")
+    check_output(output)
+    config = load_config(sets=sets)
     latents = load_latents(file, format_of(latent_format))
-    count, decoder, reason = _decode_to_file(latents, latent_format, output, fps, load_config(sets=sets))
-    say(f"{output}: {count} pictures, decoder {decoder}")
-    if reason:
-        say(reason)
+    try:
+        engine = _open_engine(latent_format, config)
+        count = _decode_to_file(latents, engine, output, fps, config.decoder.memory_bytes)
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from error
+    say(f"{output}: {count} pictures, decoder {engine.decoder}")
+    if not engine.is_full:
+        say(engine.reason)
 
 
-def _decode_to_file(latents: Tensor, latent_format: str, output: Path, fps: float, config: Any) -> tuple[int, str, str]:
+def _open_engine(latent_format: str, config: Config) -> Engine:
+    from taesd_stream.decoding.engine import NoDecoderError, open_engine
+    from taesd_stream_workers.decode_worker import choose_device
+    from taesd_stream_workers.start_checks import check_start
+
+    check_start(config, ["worker"])
+    device, _ = choose_device(config.decoder.device, config.decoder.min_free_bytes)
+    folder, choice = config.weights_folder, config.decoder.choice
+    try:
+        return open_engine(latent_format, weights_folder=folder, choice=choice, device=str(device))
+    except NoDecoderError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _decode_to_file(latents: Tensor, engine: Engine, output: Path, fps: float, budget_bytes: int) -> int:
+    from rich.console import Console
     from rich.progress import Progress
 
     from taesd_stream.decoding.colour import video_planes
-    from taesd_stream.decoding.engine import open_engine
     from taesd_stream.media.video_file import VideoFile
-    from taesd_stream_workers.decode_worker import choose_device
 
-    device, _ = choose_device(config.decoder.device, config.decoder.min_free_bytes)
-    engine = open_engine(
-        latent_format, weights_folder=config.weights_folder, choice=config.decoder.choice, device=str(device)
-    )
     count = 0
-    with Progress(transient=True) as progress, VideoFile(output, fps) as video:
+    with Progress(transient=True, console=Console(stderr=True)) as progress, VideoFile(output, fps) as video:
         task = progress.add_task(f"decode with {engine.decoder}", total=len(latents))
         for row in (latents[place : place + 1] for place in range(len(latents))):
-            for _, rgb in engine.decode(row, budget_bytes=config.decoder.memory_bytes):
+            for _, rgb in engine.decode(row, budget_bytes=budget_bytes):
                 for planes in video_planes(rgb).cpu().numpy():
                     video.add(planes)
                     count += 1
             progress.advance(task)
-    return count, engine.decoder, "" if engine.is_full else engine.reason
+    return count

@@ -7,7 +7,10 @@ from typing import Annotated, Final
 
 import typer
 
+from taesd_stream.errors import ConfigError
+
 DEFAULT_WEB: Final = "http://127.0.0.1:8765"
+INTERRUPTED: Final = 130  # as a shell says it
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="TOML file; configs/default.toml shows every key.")
@@ -18,6 +21,14 @@ SetOption = Annotated[
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Log messages too.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Log warnings and errors only.")]
 WebOption = Annotated[str, typer.Option("--connect", metavar="URL", help="The daemon's web address.")]
+
+
+def check_output(file: Path) -> None:
+    """Before minutes of work: can this file be written? Raises: ConfigError when there is no such place."""
+    if file.is_dir():
+        raise ConfigError(f"{file}: is a folder; name the file to write")
+    if not file.parent.is_dir():
+        raise ConfigError(f"{file}: there is no folder {file.parent}")
 
 
 def say(text: str, *, is_error: bool = False) -> None:

@@ -17,13 +17,12 @@ import typer
 from taesd_stream import __version__
 from taesd_stream.errors import ConfigError, StreamAbsentError, TaesdStreamError, UnreachableError
 from taesd_stream_workers import cli_client, cli_daemon, cli_files
-from taesd_stream_workers.cli_options import ConfigOption, QuietOption, SetOption, VerboseOption, say
+from taesd_stream_workers.cli_options import INTERRUPTED, ConfigOption, QuietOption, SetOption, VerboseOption, say
 
 OK: Final = 0
 USAGE: Final = 2
 UNREACHABLE: Final = 69  # EX_UNAVAILABLE of sysexits.h
 INTERNAL: Final = 70
-INTERRUPTED: Final = 130  # as a shell says it
 
 logger = logging.getLogger(__name__)
 

@@ -1,68 +1,127 @@
-"""Latents from files: .safetensors, .npy, .pth (weights_only) and .latents, as frames to publish or to decode."""
+"""Latents from files: .safetensors, .npy, .pth (weights_only) and .latents, as rows to publish or to decode.
+
+Nothing in a file is executed: no pickle is read that holds more than plain tensors.
+"""
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from taesd_stream.errors import ConfigError
 from taesd_stream.frames import Kind, LatentFrame, StreamInfo
-from taesd_stream.latent_formats import LatentFormat
+from taesd_stream.latent_formats import LatentFormat, latent_format
 from taesd_stream.latent_log import read_messages
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUFFIXES: Final = (".safetensors", ".npy", ".pth", ".pt", ".latents")
+LOG_SUFFIX: Final = ".latents"
+SUFFIXES: Final = (".safetensors", ".npy", ".pth", ".pt", LOG_SUFFIX)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one publish sends; of a log with the step and sigma that its sampler said."""
+
+    latents: Tensor
+    step: int
+    total_steps: int | None
+    sigma: float | None = None
 
 
 def format_of(name: str) -> LatentFormat:
-    """The format of that name. Raises: ConfigError naming the known ones."""
-    from taesd_stream.latent_formats import latent_format
-
+    """The format of that name. Raises: ConfigError naming the nearest known ones."""
     try:
         return latent_format(name)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def load_latents(path: Path, latent_format: LatentFormat | None) -> Tensor:
-    """The latents of a file, first axis time: (T, C, h, w), floating point.
+def load_latents(path: Path, known: LatentFormat) -> Tensor:
+    """The latents of a file, first axis time: (T, C, h, w), floating point, finite.
 
     A leading batch axis of 1 goes, and channels-first video (C, T, h, w) is turned, where the format tells.
-    latent_format: None leaves the axes as they are. Raises: ConfigError for a file that cannot be read, or holds no
-    such latents.
+    Raises: ConfigError for a file that cannot be read, or holds no such latents.
     """
+    _check_name(path)
+    try:
+        tensor = _read(path)
+    except (pickle.UnpicklingError, EOFError) as error:
+        # torch's own text advises to load it without the check: not what to tell about a file from outside.
+        raise ConfigError(f"{path}: not a file of plain tensors, or cut short") from error
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(f"{path}: cannot be read: {reason[:300]}") from error
+    return _time_first(tensor, known, path)
+
+
+def rows_of(latents: Tensor, kind: Kind, *, is_batch: bool) -> list[Row]:
+    """One publish a frame; of a clip and of a grid the whole file is one."""
+    parts = [latents] if kind == "clip" or is_batch else list(latents)
+    return [Row(part, step, len(parts)) for step, part in enumerate(parts)]
+
+
+def info_of_log(path: Path) -> StreamInfo | None:
+    """Who published a .latents file; None for other files. Raises: ConfigError when it does not say."""
+    if path.suffix != LOG_SUFFIX:
+        return None
+    _check_name(path)
+    info = next((message for message in read_messages(path) if isinstance(message, StreamInfo)), None)
+    if info is None:
+        raise ConfigError(f"{path}: no whole record is in it")
+    return info
+
+
+def rows_of_log(path: Path) -> Iterator[Row]:
+    """The frames of a .latents file as they were published, one read at a time."""
+    from taesd_stream.decoding.engine import latents_from_payload
+
+    for message in read_messages(path):
+        if isinstance(message, LatentFrame):
+            latents = latents_from_payload(message.payload, message.dtype, message.shape)
+            yield Row(latents, message.step, message.total_steps, message.sigma)
+
+
+def _check_name(path: Path) -> None:
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file")
     if path.suffix not in SUFFIXES:
-        raise ConfigError(f"{path}: expected one of {', '.join(SUFFIXES)}")
-    try:
-        tensor = _read(path)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    return _time_first(tensor, latent_format, path)
+        raise ConfigError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
 
 
 def _read(path: Path) -> Tensor:
     import torch
 
     if path.suffix == ".npy":
-        return torch.from_numpy(np.load(path, allow_pickle=False))
-    if path.suffix == ".latents":
-        return _read_log(path)
+        with path.open("rb") as file:
+            return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
+    if path.suffix == LOG_SUFFIX:
+        return _stacked(list(rows_of_log(path)))
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return _pick(load_file(path))
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    return _pick(loaded) if isinstance(loaded, dict) else loaded
+        try:
+            return _pick(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+    return _pick(torch.load(path, map_location="cpu", weights_only=True))
 
 
-def _pick(tensors: dict[str, Tensor]) -> Tensor:
-    """`latents`, else the only one of the highest rank."""
+def _pick(loaded: Any) -> Tensor:
+    """`latents`, else the only tensor of the highest rank."""
+    from torch import Tensor
+
+    if isinstance(loaded, Tensor):
+        return loaded
+    items = loaded.items() if isinstance(loaded, dict) else ()
+    tensors = {str(name): value for name, value in items if isinstance(value, Tensor)}
     if "latents" in tensors:
         return tensors["latents"]
     deepest = max((tensor.ndim for tensor in tensors.values()), default=0)
@@ -72,31 +131,18 @@ def _pick(tensors: dict[str, Tensor]) -> Tensor:
     return candidates[0]
 
 
-def _read_log(path: Path) -> Tensor:
+def _stacked(rows: list[Row]) -> Tensor:
     import torch
 
-    from taesd_stream.decoding.engine import latents_from_payload
-
-    frames = [
-        latents_from_payload(message.payload, message.dtype, message.shape)
-        for message in read_messages(path)
-        if isinstance(message, LatentFrame)
-    ]
-    if not frames:
+    if not rows:
         raise ValueError("no whole frame is in it")
-    if len({frame.shape for frame in frames}) > 1:
+    frames = [row.latents if row.latents.ndim == 4 else row.latents.unsqueeze(0) for row in rows]
+    if len({frame.shape[1:] for frame in frames}) > 1:
         raise ValueError("its frames have several sizes")
-    return torch.stack(frames)
+    return torch.cat(frames)
 
 
-def info_of_log(path: Path) -> StreamInfo | None:
-    """Who published a .latents file; None for other files."""
-    if path.suffix != ".latents" or not path.is_file():
-        return None
-    return next((message for message in read_messages(path) if isinstance(message, StreamInfo)), None)
-
-
-def _time_first(tensor: Tensor, latent_format: LatentFormat | None, path: Path) -> Tensor:
+def _time_first(tensor: Tensor, known: LatentFormat, path: Path) -> Tensor:
     if not tensor.is_floating_point():
         raise ConfigError(f"{path}: expected floating point latents, got {tensor.dtype}")
     if tensor.ndim == 5 and tensor.shape[0] == 1:
@@ -105,20 +151,21 @@ def _time_first(tensor: Tensor, latent_format: LatentFormat | None, path: Path) 
         tensor = tensor.unsqueeze(0)
     if tensor.ndim != 4:
         raise ConfigError(f"{path}: expected latents of 3 to 5 axes, got shape {tuple(tensor.shape)}")
-    if latent_format is not None:
-        channels = {latent_format.channels, latent_format.patchified_channels}
-        if tensor.shape[1] not in channels and tensor.shape[0] in channels:
-            tensor = tensor.transpose(0, 1).contiguous()
-        if tensor.shape[1] not in channels:
-            expected = " or ".join(str(one) for one in sorted(one for one in channels if one))
-            raise ConfigError(
-                f"{path}: {latent_format.name} has {expected} channels, the file has {tuple(tensor.shape)}"
-            )
+    channels = {known.channels, known.patchified_channels}
+    if tensor.shape[1] not in channels and tensor.shape[0] in channels:
+        tensor = tensor.transpose(0, 1).contiguous()
+    if tensor.shape[1] not in channels:
+        expected = " or ".join(str(one) for one in sorted(one for one in channels if one))
+        raise ConfigError(f"{path}: {known.name} has {expected} channels, the file has {tuple(tensor.shape)}")
+    if not tensor.numel():
+        raise ConfigError(f"{path}: holds no latents, shape {tuple(tensor.shape)}")
+    _check_finite(tensor, path)
     return tensor
 
 
-def rows_to_publish(latents: Tensor, kind: Kind, *, is_batch: bool) -> list[Tensor]:
-    """What each publish sends: a row a step, the whole file for a clip or a grid."""
-    if kind == "clip" or is_batch:
-        return [latents]
-    return list(latents)
+def _check_finite(tensor: Tensor, path: Path) -> None:
+    from taesd_stream.decoding.engine import check_finite
+
+    bad = check_finite(tensor)
+    if bad:
+        raise ConfigError(f"{path}: {len(bad)} of {len(tensor)} frames hold NaN or infinity, the first is {bad[0]}")
