@@ -10,10 +10,19 @@ import typer
 
 from taesd_stream.errors import ConfigError, UnreachableError
 from taesd_stream.frames import is_stream_name
-from taesd_stream_workers.cli_options import DEFAULT_WEB, WebOption, say
-from taesd_stream_workers.daemon_client import DaemonClient
+from taesd_stream_workers.cli_options import (
+    DEFAULT_WEB,
+    INTERRUPTED,
+    ConfigOption,
+    SetOption,
+    WebOption,
+    check_output,
+    say,
+)
+from taesd_stream_workers.daemon_client import DaemonClient, DaemonError
 
 POLL_S: Final = 0.2
+OVER: Final = ("finished", "finishing")
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -88,10 +97,10 @@ def record(
         raise ConfigError(
             f"{name}: cannot name a stream: up to 4 parts of letters, digits, '.', '_', '-' joined by '/'"
         )
-    if not output.parent.is_dir():
-        raise ConfigError(f"{output}: there is no folder {output.parent}")
+    check_output(output)
     client = DaemonClient(connect)
-    old = {row["run"] for row in client.recordings() if row["stream"] == name and row["state"] == "finished"}
+    # What is over already is an earlier run's: asked for is the one that lives, else the next.
+    old = {row["run"] for row in client.recordings() if row["stream"] == name and row["state"] in OVER}
     client.record(name, "all")
     say(f"waiting for {name}")
     try:
@@ -99,7 +108,7 @@ def record(
         _download(client, recording, output, frames)
     except KeyboardInterrupt:
         say(f"left; the daemon goes on recording {name}")
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
     say(f"{output}: {min(frames or recording['frames'], recording['frames'])} frames")
 
 
@@ -107,47 +116,68 @@ def _wait_for_recording(client: DaemonClient, name: str, old: set[str], frames: 
     """The recording of the stream's first run that has what is wanted; progress on the terminal."""
     from rich.console import Console
 
-    console = Console(stderr=True)
-    with console.status(f"waiting for {name}") as status:
+    with Console(stderr=True).status("Ctrl-C leaves it; the daemon goes on") as status:
         while True:
             rows = [row for row in client.recordings() if row["stream"] == name and row["run"] not in old]
-            rows.sort(key=lambda row: float(row["started"]))
-            for row in rows[:1]:
+            for row in sorted(rows, key=lambda row: float(row["started"]))[:1]:
                 status.update(f"recording {name}: {row['frames']} frames")
                 if row["state"] == "failed":
-                    raise UnreachableError(f"{name}: recording failed: {row['error']}")
+                    raise DaemonError(f"{name}: recording failed: {row['error']}")
                 if row["state"] == "finished" or (frames is not None and row["frames"] >= frames):
                     return row
             time.sleep(POLL_S)
 
 
 def _download(client: DaemonClient, recording: dict[str, Any], output: Path, frames: int | None) -> None:
+    from rich.console import Console
     from rich.progress import DownloadColumn, Progress
 
     part = output.with_name(output.name + ".part")
-    with (
-        Progress(*Progress.get_default_columns(), DownloadColumn(), transient=True) as progress,
-        part.open("wb") as file,
-    ):
-        task = progress.add_task("download", total=None)
-        for piece, total in client.download(recording["id"], frames):
-            file.write(piece)
-            progress.update(task, total=total or None, advance=len(piece))
-    part.replace(output)
+    columns = (*Progress.get_default_columns(), DownloadColumn())
+    try:
+        with Progress(*columns, transient=True, console=Console(stderr=True)) as progress, part.open("wb") as file:
+            task = progress.add_task("download", total=None)
+            for piece, total in client.download(recording["id"], frames):
+                file.write(piece)
+                progress.update(task, total=total or None, advance=len(piece))
+        part.replace(output)
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be written: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def health(
     connect: WebOption = DEFAULT_WEB,
     role: Annotated[str, typer.Option(help="broker, worker, streamer, or all.")] = "all",
+    config: ConfigOption = None,
+    sets: SetOption = [],  # noqa: B006 typer copies it
 ) -> None:
     """Exit 0 when the daemon is ready, 69 when it is not.
 
+    Of a broker or a worker whose broker.workers_bind is set, the broker itself is asked; else the web address.
+
     Example: taesd-stream health --connect 127.0.0.1:8765
     """
+    from taesd_stream.config import AUTO, load_config
+
     if role not in ("all", "broker", "worker", "streamer"):
         raise ConfigError(f"--role {role}: expected broker, worker, streamer or all")
-    client = DaemonClient(connect)
-    if role == "streamer":
-        client.streams()
-    elif not client.is_ready():
-        raise UnreachableError(f"the daemon at {client.address} is not ready")
+    workers_bind = load_config(config, sets).broker.workers_bind
+    if role in ("broker", "worker") and workers_bind != AUTO:
+        _ask_broker(workers_bind, role)
+    elif role == "streamer":
+        DaemonClient(connect).streams()
+    else:
+        try:
+            DaemonClient(connect).require_ready()
+        except DaemonError as error:
+            raise UnreachableError(f"not ready: {error}") from error
+
+
+def _ask_broker(workers_bind: str, role: str) -> None:
+    from taesd_stream_workers.broker_probe import broker_state
+
+    workers = broker_state(workers_bind).workers
+    if role == "worker" and not workers:
+        raise UnreachableError(f"the broker at {workers_bind} has no decode worker")

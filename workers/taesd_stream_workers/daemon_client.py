@@ -7,9 +7,10 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 from typing import Any, Final
 
-from taesd_stream.errors import TaesdStreamError, UnreachableError
+from taesd_stream.errors import ConfigError, TaesdStreamError, UnreachableError
 
 TIMEOUT_S: Final = 10.0
 CHUNK_BYTES: Final = 1 << 20
@@ -20,45 +21,76 @@ class DaemonError(TaesdStreamError):
 
 
 class DaemonClient:
-    """Calls to one daemon. Raises: UnreachableError when nothing answers, DaemonError with the daemon's own words."""
+    """Calls to one daemon.
+
+    Raises: UnreachableError when none answers there, DaemonError with the daemon's own words.
+    """
 
     def __init__(self, address: str) -> None:
+        """address: host:port, or with http://. Raises: ConfigError for what is none."""
         self.address = address.rstrip("/") if "://" in address else f"http://{address.rstrip('/')}"
+        parts = urllib.parse.urlsplit(self.address)
+        try:
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_address = False
+        if not is_address:
+            raise ConfigError(f"--connect {address}: expected the web address, as in http://127.0.0.1:8765")
+        # A proxy of the environment would not find this host's own daemon.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def streams(self) -> list[dict[str, Any]]:
         """GET /api/v1/streams."""
-        rows: list[dict[str, Any]] = self._json("GET", "/api/v1/streams")["streams"]
-        return rows
+        return self._rows("/api/v1/streams", "streams")
 
     def recordings(self) -> list[dict[str, Any]]:
         """GET /api/v1/recordings."""
-        rows: list[dict[str, Any]] = self._json("GET", "/api/v1/recordings")["recordings"]
-        return rows
+        return self._rows("/api/v1/recordings", "recordings")
+
+    def workers(self) -> list[dict[str, Any]]:
+        """The workers of GET /api/v1/workers."""
+        return self._rows("/api/v1/workers", "workers")
 
     def record(self, stream: str, mode: str) -> None:
         """Keep a stream from now on, or the next run of its name."""
         self._json("POST", f"/api/v1/streams/{urllib.parse.quote(stream)}/record", {"mode": mode})
 
-    def is_ready(self) -> bool:
-        """GET /readyz."""
-        try:
-            self._json("GET", "/readyz")
-        except (DaemonError, UnreachableError):
-            return False
-        return True
+    def require_ready(self) -> None:
+        """GET /readyz. Raises: DaemonError with what is missing."""
+        self._json("GET", "/readyz")
 
     def download(self, recording_id: str, frames: int | None) -> Iterator[tuple[bytes, int]]:
         """Pieces of a recording's file, and its whole size in bytes."""
         path = f"/api/v1/recordings/{urllib.parse.quote(recording_id)}/file"
         with self._open("GET", path + (f"?frames={frames}" if frames else "")) as answer:
             total = int(answer.headers.get("content-length") or 0)
-            while piece := answer.read(CHUNK_BYTES):
-                yield piece, total
+            read = 0
+            try:
+                while piece := answer.read(CHUNK_BYTES):
+                    read += len(piece)
+                    yield piece, total
+            except (OSError, HTTPException) as error:
+                raise UnreachableError(f"{self.address}: the download broke off: {error}") from error
+            if read < total:
+                raise UnreachableError(f"{self.address}: the download broke off: {read} of {total} bytes came")
+
+    def _rows(self, path: str, key: str) -> list[dict[str, Any]]:
+        rows = self._json("GET", path).get(key)
+        if not isinstance(rows, list):
+            raise self._other_server()
+        return rows
 
     def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        with self._open(method, path, body) as answer:
-            value: dict[str, Any] = json.loads(answer.read())
-            return value
+        try:
+            with self._open(method, path, body) as answer:
+                value = json.loads(answer.read())
+        except ValueError as error:
+            raise self._other_server() from error
+        except (OSError, HTTPException) as error:
+            raise self._no_answer() from error
+        if not isinstance(value, dict):
+            raise self._other_server()
+        return value
 
     def _open(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -66,15 +98,22 @@ class DaemonClient:
             self.address + path, data, {"content-type": "application/json"}, method=method
         )
         try:
-            return urllib.request.urlopen(request, timeout=TIMEOUT_S)  # noqa: S310
+            return self._opener.open(request, timeout=TIMEOUT_S)
         except urllib.error.HTTPError as error:
-            raise DaemonError(_text_of(error)) from error
-        except OSError as error:
-            raise UnreachableError(f"no daemon answers at {self.address}: start one with `taesd-stream up`") from error
+            with error:
+                raise DaemonError(f"{self.address}: {_text_of(error)}") from error
+        except (OSError, HTTPException) as error:
+            raise self._no_answer() from error
+
+    def _no_answer(self) -> UnreachableError:
+        return UnreachableError(f"no daemon answers at {self.address}: start one with `taesd-stream up`")
+
+    def _other_server(self) -> UnreachableError:
+        return UnreachableError(f"{self.address}: what answers there is no taesd-stream; --connect says where one is")
 
 
 def _text_of(error: urllib.error.HTTPError) -> str:
     try:
         return str(json.loads(error.read())["text"])
-    except (ValueError, KeyError, OSError):
+    except (ValueError, KeyError, TypeError, OSError, HTTPException):
         return f"{error.code} {error.reason}"
