@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 import webbrowser
 from dataclasses import dataclass
 from typing import Final
 
 from taesd_stream.demo_sampler import CLIP, CLIP_FPS, LATENT_FORMAT, DemoScene, load_clip, load_scenes, x0_predictions
+from taesd_stream.frames import EndReason
 from taesd_stream.publisher import LatentPublisher
 
 PAUSE_S: Final = 3.0  # a finished picture stays for a while before the next run
+CLOSE_S: Final = 0.5  # for the word that a run was stopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +51,11 @@ class DemoSamplers:
             thread.start()
 
     def close(self) -> None:
-        """Stop painting; the runs say that they were stopped."""
+        """Stop painting; the runs say that they were stopped. Bounded: the daemon's own stop comes after it."""
         self._stop.set()
+        deadline_s = time.monotonic() + CLOSE_S
         for thread in self._threads:
-            thread.join(2.0)
+            thread.join(max(0.0, deadline_s - time.monotonic()))
 
     def _paint(self, plan: _Plan, number: int) -> None:
         run = 0
@@ -64,22 +68,29 @@ class DemoSamplers:
     def _paint_one(self, plan: _Plan, scene: DemoScene, seed: int) -> None:
         meta = {"prompt": scene.prompt, "seed": seed, "sampler": "euler, rectified flow", "guidance": plan.guidance}
         publisher = LatentPublisher(self._broker, stream=plan.name, latent_format=LATENT_FORMAT, meta=meta)
+        reason: EndReason = "done"
         for step, sigma, denoised in x0_predictions(scene, steps=plan.steps, seed=seed):
             publisher.publish(denoised, step=step, total_steps=plan.steps, sigma=sigma)
             if publisher.stopped or self._stop.wait(self._step_s * plan.pace):
-                return publisher.close(timeout_s=1.0, reason="stopped")
-        return publisher.close(timeout_s=1.0)
+                reason = "stopped"
+                break
+        publisher.close(timeout_s=CLOSE_S, reason=reason)
 
     def _play(self) -> None:
-        scene, number = load_clip(), 0
+        while not self._stop.is_set():
+            self._play_until_stopped(load_clip())
+            self._stop.wait(PAUSE_S)
+
+    def _play_until_stopped(self, scene: DemoScene) -> None:
         meta = {"prompt": scene.prompt}
         publisher = LatentPublisher(
             self._broker, stream=CLIP, latent_format=LATENT_FORMAT, kind="live", fps=CLIP_FPS, meta=meta
         )
+        number = 0
         while not (self._stop.wait(1 / CLIP_FPS) or publisher.stopped):
             publisher.publish(scene.latents[number % len(scene.latents)], step=number)
             number += 1
-        publisher.close(timeout_s=1.0, reason="stopped")
+        publisher.close(timeout_s=CLOSE_S, reason="stopped")
 
 
 def open_browser(url: str) -> None:
