@@ -9,7 +9,10 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ import pytest
 
 from taesd_stream import LatentPublisher
 from taesd_stream.folder_lock import FolderLock
+from taesd_stream_workers.supervisor import SILENT_S
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import decode_file
@@ -74,7 +78,7 @@ def test_a_killed_role_comes_back_where_it_was(role: str, healing: Daemon) -> No
 
 
 @pytest.fixture(scope="module")
-def healing(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+def healing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon whose roles are killed."""
     with Daemon(tmp_path_factory.mktemp("healing")) as daemon:
         yield daemon
@@ -99,9 +103,8 @@ def test_a_supervisor_that_was_paused_takes_no_role_for_hung(tmp_path: Path) -> 
     with Daemon(tmp_path) as daemon:
         before = set(children_of(daemon.process.pid))
         os.kill(daemon.process.pid, signal.SIGSTOP)
-        broker = daemon.pid_of("broker")
-        # Twenty-five ticks into the pipe that nobody reads: each role is silent for the supervisor by then.
-        wait_for(lambda: _seconds_of(broker) > 25, HANG_S, of="a pause of 25 s")
+        over_s = time.monotonic() + SILENT_S + 4  # the roles tick into a pipe that nobody reads
+        wait_for(lambda: time.monotonic() > over_s, HANG_S, of="the end of the pause")
         os.kill(daemon.process.pid, signal.SIGCONT)
         shows_a_picture(daemon, "after")
         wait_for(lambda: is_ready(daemon), of="the daemon ready")
@@ -109,11 +112,28 @@ def test_a_supervisor_that_was_paused_takes_no_role_for_hung(tmp_path: Path) -> 
         assert "role_hung" not in daemon.log()
 
 
-def _seconds_of(pid: int) -> float:
-    """How long a process has been there."""
-    started_ticks = int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[19])
-    up_s = float(Path("/proc/uptime").read_text().split()[0])
-    return up_s - started_ticks / os.sysconf("SC_CLK_TCK")
+HUNG_LOOP = """
+import ctypes
+from taesd_stream_workers.lifecycle import Lifecycle
+lifecycle = Lifecycle("worker", is_supervised=True)
+lifecycle.start()
+lifecycle.tick()
+ctypes.PyDLL(None).sleep(600)  # a PyDLL's call keeps the interpreter's lock: no thread of Python runs
+"""
+
+
+@pytest.mark.faults
+def test_a_loop_that_hangs_in_native_code_says_where(tmp_path: Path) -> None:
+    """A role that holds the interpreter's lock prints its stack and ends, though its supervisor is gone."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HUNG_LOOP], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    process.stdin.close()
+    process.stdin = None
+    _, errors = process.communicate(timeout=HANG_S)
+    assert process.returncode == 1
+    assert b'File "<string>", line 6' in errors
 
 
 @pytest.mark.faults
@@ -191,7 +211,7 @@ def _written(daemon: Daemon) -> int:
 
 
 @contextlib.contextmanager
-def _waiting_reader(daemon: Daemon):  # type: ignore[no-untyped-def]
+def _waiting_reader(daemon: Daemon) -> Iterator[None]:
     """An HTTP request under way for a picture that does not come, on a connection that nobody closes."""
     publisher = LatentPublisher(daemon.broker, stream="silent", latent_format="sd1")
     wait_for(lambda: "silent" in daemon.streams(), of="the silent stream")
@@ -240,7 +260,7 @@ def refusal(command: str, *sets: str, folder: Path, **environment: str) -> tuple
 
 
 @pytest.fixture
-def taken_port() -> int:
+def taken_port() -> Iterator[int]:
     """A port that another program listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
