@@ -13,6 +13,15 @@ from taesd_stream.frames import is_stream_name
 from taesd_stream_workers.cli_options import (
     DEFAULT_WEB,
     INTERRUPTED,
+    NAME_RULE,
+    ConfigOption,
+    SetOption,
+    WebOption,
+    check_output,
+    say,
+)
+    DEFAULT_WEB,
+    INTERRUPTED,
     ConfigOption,
     SetOption,
     WebOption,
@@ -94,16 +103,14 @@ def record(
     Example: taesd-stream record my-run -o my-run.mp4
     """
     if not is_stream_name(name):
-        raise ConfigError(
-            f"{name}: cannot name a stream: up to 4 parts of letters, digits, '.', '_', '-' joined by '/'"
-        )
+        raise ConfigError(f"{name}: {NAME_RULE}")
     check_output(output)
     client = DaemonClient(connect)
     # What is over already is an earlier run's: asked for is the one that lives, else the next.
     old = {row["run"] for row in client.recordings() if row["stream"] == name and row["state"] in OVER}
     client.record(name, "all")
-    say(f"waiting for {name}")
     try:
+        say(f"waiting for {name}")
         recording = _wait_for_recording(client, name, old, frames)
         _download(client, recording, output, frames)
     except KeyboardInterrupt:

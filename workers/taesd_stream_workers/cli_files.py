@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import typer
 
 from taesd_stream.errors import ConfigError, UnreachableError
-from taesd_stream_workers.cli_options import SetOption, check_output, say
+from taesd_stream_workers.cli_options import NAME_RULE, SetOption, check_output, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +57,7 @@ def publish(
 
     Example: taesd-stream publish latents.safetensors --latent-format flux2 --record all --fps 8
     """
+    from taesd_stream.frames import is_stream_name
     from taesd_stream.publisher import LatentPublisher, default_address
     from taesd_stream_workers.broker_probe import greet_broker
     from taesd_stream_workers.latent_files import info_of_log
@@ -69,6 +70,8 @@ def publish(
         record = "last" if info.record == "last" else "all"  # they are in a log because they were to be kept
     word: Kind = kind or (info.kind if info else "steps")
     rows = _rows(file, name, word, info, is_batch=batch)
+    if stream is not None and not is_stream_name(stream):
+        raise ConfigError(f"--stream {stream}: {NAME_RULE}")
     greet_broker(connect or default_address())
     try:
         publisher = LatentPublisher(

@@ -10,6 +10,7 @@ import typer
 from taesd_stream.errors import ConfigError
 
 DEFAULT_WEB: Final = "http://127.0.0.1:8765"
+NAME_RULE: Final = "cannot name a stream: up to 4 parts of letters, digits, '.', '_', '-' joined by '/'"
 INTERRUPTED: Final = 130  # as a shell says it
 
 ConfigOption = Annotated[

@@ -138,9 +138,8 @@ def streamer(
 def run() -> None:
     """Run the command line: every error on purpose becomes one line and the exit code that says whose it is."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
+        code = app(prog_name="taesd-stream", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else OK)  # typer.Exit comes back as its code
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
     except (ConfigError, StreamAbsentError) as error:
