@@ -287,7 +287,7 @@ def test_decode_with_the_real_weights(shared: Path, tmp_path: Path) -> None:
         (["decode", "{}/good.npy", "--latent-format", "sd1", "-o", "{}/no/out.mp4"], "there is no folder {}/no"),
         (
             ["decode", "{}/good.npy", "--latent-format", "sd1", "-o", "{}/out.mp4", "--set", "weights.folder={}/no"],
-            "{}/no",
+            "weights.folder = {}/no: there is no such folder",
         ),
         (["record", "a b", "-o", "{}/out.mp4"], "a b: cannot name a stream"),
         (["record", "a", "-o", "{}"], "{}: is a folder"),

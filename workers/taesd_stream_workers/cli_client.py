@@ -20,14 +20,6 @@ from taesd_stream_workers.cli_options import (
     check_output,
     say,
 )
-    DEFAULT_WEB,
-    INTERRUPTED,
-    ConfigOption,
-    SetOption,
-    WebOption,
-    check_output,
-    say,
-)
 from taesd_stream_workers.daemon_client import DaemonClient, DaemonError
 
 POLL_S: Final = 0.2
