@@ -70,9 +70,9 @@ class Daemon:
         if kind is None:
             assert code == 0, f"exit code {code}:\n{self.log()[-3000:]}"
 
-    def start(self) -> None:
+    def start(self, *more_sets: str) -> None:
         """Start it and wait until every role is ready."""
-        options = [word for one in self._sets for word in ("--set", one)]
+        options = [word for one in (*self._sets, *more_sets) for word in ("--set", one)]
         self._log = (self.folder / "daemon.log").open("ab")
         self.process = subprocess.Popen(
             [*COMMAND, self._command, "--json", *options],

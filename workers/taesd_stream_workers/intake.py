@@ -212,7 +212,7 @@ class Intake:
         """Keep from this frame on, or from the newest one we hold if it is the one before (PROTOCOL 2)."""
         newest = run.newest
         follows = newest is not None and newest.seq == frame.seq - 1 and newest.shape == frame.shape
-        if newest is None or not follows or run.record != "all":
+        if newest is None or not follows or newest.kept or run.record != "all":
             return self._registry.keep_log(run, frame.seq)
         kept = self._registry.keep_log(run, newest.seq)
         if self._writer.submit(kept.log, newest):

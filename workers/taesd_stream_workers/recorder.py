@@ -42,7 +42,7 @@ class Recorder:
         self._errors: dict[str, str] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recorder")
-        self._early: deque[Packet] = deque()  # of runs that no STATE has named yet
+        self._early: deque[Packet] = deque()  # of recordings that no STATE has named yet
         self._next_sync_s = 0.0
         self._next_tell_s = 0.0
         self._is_dirty = True
@@ -141,15 +141,20 @@ class Recorder:
             self._finish_what_ended()
 
     def _write_early(self, state_ns: int) -> None:
-        """Packets may overtake the STATE that names their run; one that a later STATE does not name is nobody's."""
+        """Packets may overtake the STATE that names their attempt; one that a later STATE does not name is nobody's."""
         early = list(self._early)
         self._early.clear()
         for packet in early:
-            if packet.run in self._runs or packet.stamps.encoded_ns > state_ns:
+            if self._is_named(packet) or packet.stamps.encoded_ns > state_ns:
                 self._write(packet)
 
+    def _is_named(self, packet: Packet) -> bool:
+        """Whether what we know of its run is as new as the packet: a run may be recorded again, from another frame."""
+        row = self._runs.get(packet.run)
+        return packet.run in self._open or (row is not None and row["attempt"] >= packet.attempt)
+
     def _write(self, packet: Packet) -> None:
-        if packet.run not in self._runs and packet.run not in self._open and len(self._early) < MAX_EARLY:
+        if not self._is_named(packet) and len(self._early) < MAX_EARLY:
             self._early.append(packet)
             return
         recording = self._recording(packet.run, packet.attempt)
