@@ -110,7 +110,7 @@ class Outbox:
         self.slot.clear()
         with self.changed:
             self.mode = mode
-            begin = self.pending[0][0].seq if self.pending else self.next_seq
+            begin = self.next_seq - len(_tail_before([frame for frame, _ in self.pending], self.next_seq))
             early = _tail_before(waiting, begin) if mode == "all" else []
             self.kept_from = begin - len(early) if mode == "all" else None
             self.wanted = self.wanted or mode != "off"
@@ -162,7 +162,9 @@ class Outbox:
         return self.kept.close(info, end)
 
     def _take(self, frame: LatentFrame) -> None:
-        if self.mode == "all":
+        if self.mode == "all" and self.kept_from is not None and frame.seq < self.kept_from:
+            self.slot.append(frame)  # offered before keeping began, with publishes behind it that were only counted
+        elif self.mode == "all":
             self.kept.append(dataclasses.replace(frame, kept=True))
         elif self.mode is None:
             self._undecided.append(frame)

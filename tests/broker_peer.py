@@ -28,7 +28,7 @@ class BrokerPeer:
     def __init__(self, address: str = "tcp://127.0.0.1:0") -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = bind_router(self._context, address)
-        self.address = self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self.heard: list[Any] = []  # every message so far
         self.sender = b""  # who said the last one
 
@@ -47,7 +47,7 @@ class BrokerPeer:
 
     def receive(self, timeout_s: float = TIMEOUT_S) -> Any:
         """The next message."""
-        assert self._socket.poll(timeout_s * 1000), f"nothing came in {timeout_s} s, only {self.heard[-5:]}"
+        assert self._socket.poll(round(timeout_s * 1000)), f"nothing came in {timeout_s} s, only {self.heard[-5:]}"
         self.sender, *parts = self._socket.recv_multipart()
         message = wire.unpack(parts, wire.FROM_PUBLISHER)
         self.heard.append(message)

@@ -274,8 +274,8 @@ def test_a_forked_child_is_told_to_open_its_own(peer: BrokerPeer, tmp_path: Path
     )
     process = started(peer, tmp_path, code)
     assert (peer.finish().last_seq, peer.seqs()) == (1, [0, 1])
-    code, stderr = code_of(process)
-    assert code == 0, stderr
+    exit_code, stderr = code_of(process)
+    assert exit_code == 0, stderr
 
 
 # --- the real broker ---

@@ -55,7 +55,7 @@ def sockets() -> Iterator[Sockets]:
 
 def endpoint(socket: zmq.Socket[bytes]) -> str:
     """Where it is bound."""
-    return socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
 
 def test_a_dealer_takes_nothing_before_it_is_connected(sockets: Sockets, tmp_path: Path) -> None:
