@@ -94,6 +94,6 @@ class DemoSamplers:
 
 
 def open_browser(url: str) -> None:
-    """Open the page, where there is a desktop to open it on."""
+    """Open the page, where there is a desktop to open it on. In a thread: some browsers return when they are closed."""
     if sys.platform in ("win32", "darwin") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
-        webbrowser.open(url)
+        threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
