@@ -28,6 +28,11 @@ class KeptFrames:
         self._log: RunLog | None = None
 
     @property
+    def first_seq(self) -> int | None:
+        """seq of the oldest unacked frame."""
+        return self._spans[0][0] if self._spans else None
+
+    @property
     def is_full(self) -> bool:
         """Whether the ring is over its bytes, so that it is time to spill."""
         return self._held_bytes > self._ring_bytes

@@ -122,15 +122,19 @@ class Outbox:
             self._newest = None
         return True
 
-    def keep_last(self) -> None:
-        """Turn the newest frame of `record="last"` into a kept one; the side thread alone, at the end of the run."""
+    def keep_last(self) -> bool:
+        """Turn the newest frame of `record="last"` into a kept one; the side thread alone, at the end of the run.
+
+        Returns whether there was one.
+        """
         frame = self._newest
         if self.mode != "last" or frame is None:
-            return
+            return False
         self._newest, self.kept_from = None, frame.seq
         self.kept.append(dataclasses.replace(frame, kept=True))
         if self.slot and self.slot[-1] is frame:
             self.slot.pop()
+        return True
 
     def show_again(self) -> None:
         """A broker that does not know the run has no picture of it: send the newest once more."""

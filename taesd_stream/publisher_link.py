@@ -162,8 +162,8 @@ class PublisherLink:
         now = time.monotonic()
         if self._is_refused and now < self._next_hello_s:
             return
-        if end is not None:
-            self._outbox.keep_last()
+        if end is not None and self._outbox.keep_last():
+            self._next_hello_s = now  # say kept_from before it is sent
         try:
             self._send_open(socket)
             self._send_hello(socket, now)
@@ -191,7 +191,9 @@ class PublisherLink:
         if now < self._next_hello_s:
             return
         outbox, offset_ns = self._outbox, self._clock.offset_ns or 0
-        row = RunHello(next_seq=outbox.next_seq, kept_from=outbox.kept_from, stoppable=self.is_stoppable)
+        # the oldest unacked one first: a broker that sees it jump knows that what it has before is whole
+        kept_from = outbox.kept.first_seq if outbox.kept.count else outbox.kept_from
+        row = RunHello(next_seq=outbox.next_seq, kept_from=kept_from, stoppable=self.is_stoppable)
         _send(socket, PublisherHello(runs={self.info.run: row}, echo_ns=time.monotonic_ns(), offset_ns=offset_ns))
         self._next_hello_s = now + HELLO_S
 

@@ -378,17 +378,32 @@ def test_keeping_can_begin_again(peer: BrokerPeer, open_run: Any, beside: Thread
     publish(publisher, 2)
     peer.frame(1)
     peer.demand(publisher.run, "watched", record="off")
-    peer.next(PublisherHello, lambda hello: hello.runs[publisher.run].kept_from is None)
+    wait_for(lambda: publisher._outbox.mode == "off", of="the demand")
     publish(publisher, 2, first=2)
     peer.frame(3)
     peer.demand(publisher.run, "every", record="all")
-    peer.next(PublisherHello, lambda hello: hello.runs[publisher.run].kept_from == 4)
+    wait_for(lambda: publisher._outbox.mode == "all", of="the demand")
     publish(publisher, 2, first=4)
     peer.frame(5, kept=True)
     peer.heard.clear()
     peer.refuse(publisher.run, "unknown_run")
     closed(publisher, beside, peer)
     assert [frame.seq for frame in peer.heard if isinstance(frame, LatentFrame) and frame.kept] == [0, 1, 4, 5]
+
+
+def test_hello_names_the_oldest_unacked_frame(peer: BrokerPeer, open_run: Any) -> None:
+    """kept_from is the first frame that the log has not: past a pause it jumps once the part before is acked."""
+    publisher = open_run(record="all")
+    publish(publisher, 2)
+    peer.frame(1)
+    peer.demand(publisher.run, "watched", record="off")
+    wait_for(lambda: publisher._outbox.mode == "off", of="the demand")
+    assert peer.next(PublisherHello).runs[publisher.run].kept_from == 0
+    publish(publisher, 2, first=2)
+    peer.frame(3)
+    peer.demand(publisher.run, "every", record="all")
+    peer.ack(publisher.run, 1)
+    peer.next(PublisherHello, lambda hello: hello.runs[publisher.run].kept_from == 4)
 
 
 def test_unacked_frames_are_sent_again(peer: BrokerPeer, open_run: Any) -> None:

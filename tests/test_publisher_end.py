@@ -8,17 +8,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zmq
 
-from taesd_stream import LatentPublisher
+from taesd_stream import LatentPublisher, wire
 from taesd_stream.frames import LatentFrame, RecordMode
 from taesd_stream.latent_log import read_messages
-from taesd_stream.messages import End, PublisherHello, StopRun
+from taesd_stream.messages import Ack, End, PublisherHello, RunHello, StopRun
+from taesd_stream.sockets import connect_dealer
 from tests.broker_peer import BrokerPeer
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
+from tests.golden_messages import FRAME
+from tests.golden_messages import OPEN as GOLDEN_OPEN
 
 LATENTS = np.zeros((4, 8, 8), np.float16)
 OPEN = "from taesd_stream import LatentPublisher\nimport numpy as np\nLATENTS = np.zeros((4, 8, 8), np.float16)\n"
@@ -369,6 +374,40 @@ def test_last_is_one_frame_though_the_one_before_it_was_shown(daemon: Daemon) ->
         wait_for(lambda: daemon.streams().get("shown-last", {}).get("seq") == 0, of="the first frame")
         publisher.publish(LATENTS, step=1)
     assert daemon.recording(publisher.run)["frames"] == 1
+
+
+def test_a_recording_never_begins_behind_a_frame_that_did_not_come(tmp_path: Path) -> None:
+    """The oldest kept frame was lost on its way: the broker acks nothing until it is sent again, then everything."""
+    run = "00000000000000aa"
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    with BrokerProcess(tmp_path) as broker:
+        socket = connect_dealer(context, broker.address)
+        try:
+            assert socket.poll(30_000, zmq.POLLOUT)
+
+            def say(*messages: object) -> None:
+                for message in messages:
+                    socket.send_multipart(wire.pack(message))
+
+            def acked(seq: int) -> None:
+                while True:
+                    assert socket.poll(20_000)
+                    answer = wire.unpack(socket.recv_multipart(), wire.TO_PUBLISHER)
+                    if isinstance(answer, Ack):
+                        assert answer.seq in (-1, seq)
+                        if answer.seq == seq:
+                            return
+
+            frames = [replace(FRAME, run=run, seq=seq, index=seq) for seq in range(4)]
+            hello = PublisherHello(runs={run: RunHello(next_seq=4, kept_from=0)}, echo_ns=0)
+            say(replace(GOLDEN_OPEN, run=run, kind="steps", latent_format="sd1"), hello, *frames[1:], hello)
+            acked(-1)
+            acked(-1)  # of the second HELLO, said behind the frames
+            say(*frames)
+            acked(0)
+        finally:
+            socket.close(linger=0)
+            context.term()
 
 
 def test_the_record_button_pressed_off_and_on_leaves_no_frame_unacked(daemon: Daemon) -> None:

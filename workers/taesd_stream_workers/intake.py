@@ -10,7 +10,7 @@ from typing import Any, Final
 from taesd_stream.config import Config
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.latent_formats import LATENT_FORMATS
-from taesd_stream.messages import Ack, DemandUpdate, Echo, End, PublisherHello, Refused, StopRun
+from taesd_stream.messages import Ack, DemandUpdate, Echo, End, PublisherHello, Refused, RunHello, StopRun
 from taesd_stream_workers.links import Links
 from taesd_stream_workers.log_writer import LogWriter
 from taesd_stream_workers.registry import Registry
@@ -159,9 +159,10 @@ class Intake:
                 self._unknown_run(peer, run_id)
                 continue
             run.peer, run.heard_s, run.offset_ns = peer, time.monotonic(), hello.offset_ns
+            run.unacked_from = row.kept_from
             if run.is_stoppable != row.stoppable:
                 run.is_stoppable, self._links.is_changed = row.stoppable, True
-            if row.kept_from is None and run.record != "all" and run.kept is not None and not run.kept.is_over:
+            if run.kept is not None and not run.kept.is_over and _ends_keeping(run, run.kept, row):
                 run.kept.is_over = self._links.is_changed = True
             self._links.to_publisher(peer, Ack(run=run_id, seq=_logged(run)))
             self.tell(run, always=True)
@@ -198,6 +199,8 @@ class Intake:
 
     def _keep(self, run: Run, frame: LatentFrame) -> None:
         kept = run.kept
+        if kept is None and _is_behind_a_lost_one(run, frame):
+            return
         if kept is None:
             kept = self._begin_keeping(run, frame)
         if kept.is_over or frame.seq != kept.queued + 1:
@@ -221,6 +224,18 @@ class Intake:
 
     def _log_bytes(self) -> int:
         return sum(run.kept.log.nbytes for run in self._registry.by_run.values() if run.kept)
+
+
+def _ends_keeping(run: Run, kept: KeptRun, row: RunHello) -> bool:
+    """Whether nothing more comes for this recording: keeping is off, or was, and began again behind a hole."""
+    if row.kept_from is None:
+        return run.record != "all"
+    return row.kept_from > kept.queued + 1
+
+
+def _is_behind_a_lost_one(run: Run, frame: LatentFrame) -> bool:
+    """Whether an earlier kept frame did not come in: to begin here would ack it. Both are sent again."""
+    return run.unacked_from is not None and frame.seq > max(run.unacked_from, run.recorded_until + 1)
 
 
 def _logged(run: Run) -> int:

@@ -130,6 +130,8 @@ class Run:
         self.attempts = (
             0  # of recordings of this run that are finished: the next one's packets must not pass for theirs
         )
+        self.recorded_until = -1  # last seq of those recordings
+        self.unacked_from: int | None = None  # oldest seq that the publisher still keeps for us
         self.end: End | None = None
         self.ended_unix: float | None = None
         self.note: str | None = None
@@ -255,7 +257,7 @@ class Run:
     def finish_keeping(self) -> None:
         """Its recording is finished: the log has done its work."""
         assert self.kept is not None
-        self.attempts = self.kept.attempt
+        self.attempts, self.recorded_until = self.kept.attempt, self.kept.logged
         self.kept.log.delete()
         self.kept = None
 
