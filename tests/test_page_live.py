@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, ViewportSize, expect
 
 from taesd_stream import LatentPublisher
+from taesd_stream_workers.demo import DemoSamplers
 from tests.daemon import Daemon, wait_for
 from tests.page_fixture import Colour, await_colour, chromium, chromium_path, middle_of
 from tests.pictures import decode_file, sd1_latents_of
@@ -284,3 +286,75 @@ def test_a_page_without_time_shows_pictures(tmp_path: Path) -> None:
         subprocess.run([chrome, *options, f"--screenshot={shot}", daemon.web], check=True, capture_output=True)
     is_magenta = np.abs(pixels(shot) - np.array(MAGENTA)).max(axis=2) <= 12
     assert is_magenta.sum() > 2 * 128 * 128
+
+
+ARTIFACTS = Path(__file__).parent.parent / "artifacts" / "page"
+SCREENS = {"desktop": (1440, 900), "phone": (390, 844)}
+THEMES: tuple[Literal["dark", "light"], ...] = ("dark", "light")
+SPREAD = """canvas => {
+  const copy = new OffscreenCanvas(16, 16)
+  const context = copy.getContext("2d")
+  context.drawImage(canvas, 0, 0, 16, 16)
+  const data = context.getImageData(0, 0, 16, 16).data
+  return Math.max(...data.filter((_, i) => i % 4 === 1)) - Math.min(...data.filter((_, i) => i % 4 === 1))
+}"""
+
+
+def await_scenes(page: Page, canvases: str, least: int) -> None:
+    """Wait until this many canvases show a scene, and not one grey."""
+    drawn = page.locator(f"{canvases}:not([data-pictures='0'])")
+
+    def are_there() -> bool:
+        return len([one for one in drawn.all() if one.evaluate(SPREAD) > 60]) >= least
+
+    wait_for(are_there, WAIT_S, of=f"{least} scenes on {canvases}")
+
+
+def take(page: Page, name: str) -> None:
+    """Write a screenshot to the artefacts; it must show something."""
+    path = ARTIFACTS / f"{name}.png"
+    page.screenshot(path=path, animations="disabled")
+    assert len(np.unique(pixels(path).reshape(-1, 3), axis=0)) > 20, f"{path} is blank"
+
+
+@contextlib.contextmanager
+def screens(browser: Browser) -> Iterator[dict[str, Page]]:
+    """One page for each screen and theme, by name."""
+    with contextlib.ExitStack() as contexts:
+        pages = {}
+        for (screen, (width, height)), theme in itertools.product(SCREENS.items(), THEMES):
+            size: ViewportSize = {"width": width, "height": height}
+            context = browser.new_context(viewport=size, color_scheme=theme, has_touch=screen == "phone")
+            contexts.callback(context.close)
+            pages[f"{screen}-{theme}"] = context.new_page()
+        yield pages
+
+
+@pytest.mark.browser
+def test_screenshots_show_the_page(browser: Browser, tmp_path: Path) -> None:
+    """Empty page, wall, opened stream and recordings, on desktop and phone, dark and light, all show something."""
+    ARTIFACTS.mkdir(parents=True, exist_ok=True)
+    with Daemon(tmp_path) as daemon, screens(browser) as pages, contextlib.ExitStack() as samplers:
+        for name, page in pages.items():
+            page.goto(daemon.web)
+            expect(page.get_by_role("heading", name="No streams yet")).to_be_visible()
+            take(page, f"{name}-empty")
+            page.goto("about:blank")  # the next one has the machine for itself
+        samplers.callback(DemoSamplers(daemon.broker, 0.12).close)
+        wait_for(lambda: "quick" in daemon.streams(), WAIT_S, of="the demo's streams")
+        recorded = daemon.streams()["quick"]["run"]
+        daemon.json("/api/v1/streams/quick/record", method="POST", body={"mode": "all"})
+        for name, page in pages.items():
+            page.goto(daemon.web)
+            await_scenes(page, "#wall canvas", 5)
+            take(page, f"{name}-wall")
+            page.goto(f"{daemon.web}/#/s/lighthouse")
+            await_scenes(page, "#stage-canvas", 1)
+            expect(page.locator(".inspector tfoot td")).to_contain_text("p95")
+            take(page, f"{name}-opened")
+            daemon.recording(recorded)
+            page.goto(f"{daemon.web}/#/recordings")
+            thumb = page.locator("#recordings img").first
+            wait_for(lambda thumb=thumb: thumb.evaluate("img => img.naturalWidth"), WAIT_S, of="a thumbnail")  # type: ignore[misc]
+            take(page, f"{name}-recordings")
+            page.goto("about:blank")

@@ -174,6 +174,20 @@ def test_a_new_run_is_live_at_its_first_picture(host: PageHost, opened: Open) ->
     expect(tile.locator(".step")).to_have_text("1/28")
 
 
+def test_a_new_run_has_no_numbers_before_its_picture(host: PageHost, opened: Open) -> None:
+    """While the tile still shows the former run's picture, no step of the new run stands beside it."""
+    host.streams = [stream("red", state="done", seq=27, step=27, ended=time.time()), stream("b")]
+    host.source = one_colour({"red": RED})
+    page = opened()
+    tile = page.locator("[data-name=red]")
+    expect(tile.locator("canvas[data-pictures='1']")).to_be_attached()
+    expect(tile.locator(".step")).to_have_text("28/28")
+    host.streams[0].update(run="f" * 16, state="live", seq=0, step=0, ended=None)
+    host.push()
+    expect(tile.locator(".say")).to_have_text("New run")
+    expect(tile.locator(".step")).to_have_text("")
+
+
 def test_only_tiles_in_sight_are_watched(host: PageHost, opened: Open) -> None:
     """Of 80 streams the page asks for those on screen; scrolled down, for the last and no more for the first."""
     host.streams = [stream(f"s{index:02}") for index in range(80)]
@@ -522,6 +536,23 @@ def test_nothing_is_wider_than_the_screen(host: PageHost, opened: Open, width: i
         page.goto(host.url + view)
         expect(page.locator("#view-wall, #view-stage, #view-recordings").locator("visible=true")).to_have_count(1)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_phone_shows_the_picture_from_edge_to_edge(host: PageHost, opened: Open) -> None:
+    """On a phone the stage has the width of the screen and the shape of its picture."""
+    host.streams = [stream("a", width=640, height=384), stream("b")]
+    page = opened("#/s/a", viewport={"width": 390, "height": 844})
+    box = page.locator(".stage").bounding_box()
+    assert box is not None
+    assert (box["x"], box["width"], round(box["height"])) == (0, 390, 234)
+
+
+def test_less_motion_has_no_transitions(host: PageHost, opened: Open) -> None:
+    """Who asks for less motion gets none of the page's own."""
+    host.streams = [stream("a"), stream("b")]
+    for motion, expected in (("no-preference", "0.08s"), ("reduce", "0s")):
+        page = opened(reduced_motion=motion)
+        assert page.locator(".acts").first.evaluate("acts => getComputedStyle(acts).transitionDuration") == expected
 
 
 def test_theme_is_kept(host: PageHost, opened: Open) -> None:

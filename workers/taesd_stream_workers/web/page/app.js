@@ -137,7 +137,7 @@ function tellTools() {
 function tellCounts() {
   const live = streams.count(SHOWS.live)
   const { stats } = daemon
-  const measured = !paused && live > 0 && stats?.latency_ms != null
+  const measured = !paused && (view.kind === "wall" || view.name) && live > 0 && stats?.latency_ms != null
   put($("#tab-live .count"), { text: line.first ? "" : live })
   put($("#tab-recordings .count"), { text: line.first ? "" : recordings().length })
   put($("#empty"), { hidden: line.first || streams.size > 0 })

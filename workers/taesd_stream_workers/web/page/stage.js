@@ -5,8 +5,8 @@ import { bytesText, clockText, fpsText, msText, plural, sigmaText, spanText, whe
 import { Latency, STAGES } from "./latency.js"
 import { putBadge, putBar, putButtons, putSay, stateOf, stepText } from "./states.js"
 
-const FACT_NAMES = { cfg: "Guidance", guidance_scale: "Guidance", cfg_scale: "Guidance", negative_prompt: "Negative" }
-const TOLD_APART = ["prompt", "sampler", "scheduler", "pid", "host"]
+const FACT_NAMES = { latent_format: "Latents", cfg: "Guidance", guidance_scale: "Guidance", cfg_scale: "Guidance", negative_prompt: "Negative" }
+const TOLD_APART = ["prompt", "kind", "sampler", "scheduler", "pid", "host"]
 const FACTS_MAX = 24
 
 export const fileOf = (id) => `/api/v1/recordings/${encodeURIComponent(id)}/file`
@@ -105,6 +105,11 @@ export class Stage {
     put(this.parts.note, { text, hidden: !text })
   }
 
+  /** On a small screen the stage has the shape of its picture. */
+  shape(width, height) {
+    this.root.style.setProperty("--aspect", width ? width / height : 1)
+  }
+
   /** Empty the stage, and write what is above it. */
   open(title, back, href) {
     this.close()
@@ -132,7 +137,6 @@ export class Stage {
     Object.assign(this, { item, latency: new Latency(), built: "" })
     Object.assign(this.canvas.dataset, { stream: item.name, rendition, seq: "", pictures: "0" })
     put(this.canvas, { "aria-label": `Picture of ${item.name}` })
-    put(this.parts.under, { hidden: false })
     this.on.open(item.name)
     this.update()
   }
@@ -186,9 +190,11 @@ export class Stage {
     const moving = !item.ended && fps > 0
     const left_s = moving && state.look === "live" && total && number ? Math.ceil((total - number) / fps) : 0
     put(parts.left, { text: left_s ? `about ${spanText(left_s, 0)} left` : "" })
+    put(parts.under, { hidden: !total }) // without an end there is no progress, and the number stands beside
+    this.shape(width, height)
     this.figures.tell({
       [this.counted]: [number ?? "–", total ? `/ ${total}` : ""],
-      Sigma: [sigma === null ? "–" : sigmaText(sigma)],
+      ...(this.counted === "Step" && { Sigma: [sigma === null ? "–" : sigmaText(sigma)] }),
       Pictures: moving ? [fpsText(fps), "/s"] : ["–"],
       Size: width ? [width, `× ${height}`] : ["–"],
     })
@@ -201,7 +207,7 @@ export class Stage {
     const built = JSON.stringify([run, kind, meta, apart, end_text, decoder, files, viewers, latent_format])
     if (built === this.built) return
     this.counted = kind === "live" ? "Frame" : "Step"
-    this.figures = figures([this.counted, "Sigma", "Pictures", "Size"])
+    this.figures = figures(kind === "live" ? ["Frame", "Pictures", "Size"] : ["Step", "Sigma", "Pictures", "Size"])
     this.latencyPart = latencySection()
     this.built = built
     const recorded = files.map((id) => make("a", { href: `#/r/${id}` }, icon("play"), "Play the recording"))
@@ -223,6 +229,7 @@ export class Stage {
   openRecording(recording) {
     const { id, stream, name, state, started, frames, duration_s, width, height, bytes, error, gaps } = recording
     const meta = recording.meta ?? {}
+    this.shape(width, height)
     const playable = state === "finished" || state === "failed"
     this.open(stream, "Recordings", "#/recordings")
     this.recording = recording

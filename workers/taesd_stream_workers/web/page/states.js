@@ -11,8 +11,9 @@ function degradedText({ note, decoder }) {
 }
 
 function liveNumbers(item) {
-  const { sigma } = item.numbers()
+  const { number, sigma } = item.numbers()
   const { fps } = item.data
+  if (number === null) return "New run"
   return [sigma !== null && `σ ${sigmaText(sigma)}`, fps != null && `${fpsText(fps)} fps`].filter(Boolean).join(" · ")
 }
 

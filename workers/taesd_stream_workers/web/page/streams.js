@@ -26,7 +26,8 @@ export class Item {
 
   /** Number, total and sigma of the step that is seen: they never run ahead of the picture while the stream lives. */
   numbers(drawn = this.drawn) {
-    const seen = drawn && (this.ahead || (drawn.run === this.data.run && !this.ended)) ? drawn : this.data
+    const mine = drawn && (this.ahead || (drawn.run === this.data.run && !this.ended))
+    const seen = mine ? drawn : this.run_seen && !this.ended ? {} : this.data // a new run, beside the former's picture
     const at = seen.step ?? seen.seq ?? null
     return { number: at === null ? null : at + 1, total: seen.total_steps ?? null, sigma: seen.sigma ?? null }
   }
