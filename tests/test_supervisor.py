@@ -131,7 +131,11 @@ def test_a_loop_that_hangs_in_native_code_says_where(tmp_path: Path) -> None:
     assert process.stdin is not None
     process.stdin.close()
     process.stdin = None
-    _, errors = process.communicate(timeout=HANG_S)
+    try:
+        _, errors = process.communicate(timeout=HANG_S)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 1
     assert b'File "<string>", line 6' in errors
 
@@ -326,7 +330,7 @@ def test_a_folder_of_another_daemon(tmp_path: Path) -> None:
 
 
 def test_the_environment_sets_keys_of_every_role(tmp_path: Path) -> None:
-    """Addresses and folders by environment reach the roles."""
+    """Addresses and folders by environment reach the roles; piped, a start is under ten lines of JSON on stderr."""
     environment = {
         "TAESD_STREAM_BROKER__BIND": "tcp://127.0.0.1:0",
         "TAESD_STREAM_WEB__BIND": "127.0.0.1:0",
@@ -344,6 +348,10 @@ def test_the_environment_sets_keys_of_every_role(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=30)
     assert (process.returncode, output) == (0, ""), errors
+    logged = [json.loads(line) for line in errors.splitlines()]  # piped, all of stderr is JSON lines
+    assert {line["level"] for line in logged} == {"INFO"}
+    assert [line["text"].split()[1] for line in logged if line["text"].startswith("role_ready")][:1] == ["role=broker"]
+    assert len(logged) < 10
 
 
 def test_on_a_terminal_the_page_is_the_last_line(tmp_path: Path) -> None:
