@@ -160,6 +160,18 @@ def test_late_viewer_sees_the_newest_picture_at_once(daemon: Daemon) -> None:
                 assert np.abs(shown.mean(axis=(0, 1)) - (200, 60, 60)).max() <= 8
 
 
+def test_late_viewer_gets_nothing_of_a_former_run(daemon: Daemon) -> None:
+    """A viewer that comes after a stream ran again, unwatched, gets the new run's picture first."""
+    for colour in ((200, 60, 60), (60, 70, 180)):
+        with LatentPublisher(daemon.broker, stream="former", latent_format="sd1") as publisher:
+            publisher.publish(sd1_latents_of(colour), step=0, total_steps=9)
+            wait_for(lambda run=publisher.run: daemon.streams().get("former", {}).get("run") == run, of="the run")  # type: ignore[misc]
+            with PageSocket(daemon) as page:
+                page.watch({"former": "thumb"})
+                assert page.picture()[0]["run"] == publisher.run
+            wait_for(lambda: not daemon.streams()["former"]["viewers"], of="no viewer")
+
+
 def test_a_stream_that_runs_again_shows_and_records_its_new_run(daemon: Daemon) -> None:
     """A second run under the same name gets the name, its own picture and its own file."""
     runs = []

@@ -347,6 +347,7 @@ def test_screenshots_show_the_page(browser: Browser, tmp_path: Path) -> None:
         for name, page in pages.items():
             page.goto(daemon.web)
             await_scenes(page, "#wall canvas", 5)
+            expect(page.locator("#wall [data-pictures='0']")).to_have_count(0)
             take(page, f"{name}-wall")
             page.goto(f"{daemon.web}/#/s/lighthouse")
             await_scenes(page, "#stage-canvas", 1)

@@ -182,8 +182,13 @@ class Hub:
             self._change(stream, rendition, +1)
             if rendition == "live":
                 self.keyframe(stream)
-            elif (packet := self._pictures.get((stream, rendition))) is not None:
+            elif (packet := self._pictures.get((stream, rendition))) is not None and self._is_newest_run(packet):
                 viewer.offer(packet, self.clock_ns())
+
+    def _is_newest_run(self, packet: Packet) -> bool:
+        """Whether a name still means the run of this picture: a late viewer must not see a former one's."""
+        rows = self.state.streams if self.state else []
+        return any(row["run"] == packet.run for row in rows)
 
     @contextlib.contextmanager
     def watching(self, stream: str, rendition: Rendition) -> Iterator[None]:
