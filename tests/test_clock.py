@@ -3,73 +3,81 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taesd_stream.media.clock import PROVISIONAL_TICKS, ForwardPts, SteadyPts
+from taesd_stream.media.clock import PROVISIONAL_TICKS, ForwardPts, PlayerClock, frame_pts, picture_ticks
+from taesd_stream.publisher import NS_PER_TICK
+from tests.test_recording import packet
 
 SECOND_NS = 1_000_000_000
 
 
+def steps_pts(sent_ns: int) -> int:
+    """Of a run that was opened at 5 s."""
+    return frame_pts("steps", sent_ns=sent_ns, opened_ns=5 * SECOND_NS, index=0, fps=None)
+
+
 def test_steps_keep_the_samplers_own_pace() -> None:
-    """A step's time is when it was published, from the run's first frame on."""
-    clock = SteadyPts("steps")
-    sent = [7 * SECOND_NS, 7 * SECOND_NS + 500_000_000, 10 * SECOND_NS]
-    assert [clock.stamp(seq=i, sent_ns=ns) for i, ns in enumerate(sent)] == [[0], [45_000], [270_000]]
+    """A step's time is when it was published, from the run's opening on; one from before it begins at 0."""
+    assert [steps_pts(ns) for ns in (5 * SECOND_NS, 5_500_000_000, 8 * SECOND_NS, 0)] == [0, 45_000, 270_000, 0]
 
 
-def test_steps_within_one_tick_are_put_apart() -> None:
-    """Publishes closer than 11 microseconds still have times that grow."""
-    clock = SteadyPts("steps")
-    assert [clock.stamp(seq=i, sent_ns=i * 1000)[0] for i in range(5)] == [0, 1, 2, 3, 4]
-
-
-@given(st.lists(st.integers(0, 3 * SECOND_NS), min_size=1, max_size=50))
-def test_steps_always_grow_and_follow_the_source(gaps: list[int]) -> None:
-    """Whatever the gaps, times grow strictly and are never ahead of the source by more than the frames' number."""
-    sent = list(itertools.accumulate(gaps, initial=123))
-    clock = SteadyPts("steps")
-    times = [clock.stamp(seq=i, sent_ns=ns)[0] for i, ns in enumerate(sent)]
-    assert all(before < after for before, after in itertools.pairwise(times))
-    for i, (pts, ns) in enumerate(zip(times, sent, strict=True)):
-        assert 0 <= pts - (ns - 123) * 9 // 100_000 <= i
-
-
-def test_a_frame_sent_again_keeps_its_time() -> None:
-    """The newest frame as a job again, or an old one, has the time it had."""
-    clock = SteadyPts("steps")
-    times = [clock.stamp(seq=i, sent_ns=i * 1000) for i in range(3)]
-    assert clock.stamp(seq=2, sent_ns=2000) == times[2]
-    assert clock.stamp(seq=0, sent_ns=0) == times[0]
-    assert clock.stamp(seq=3, sent_ns=3000) == [3]
-
-
-def test_another_worker_goes_on_with_the_runs_epoch() -> None:
-    """Told the run's first time, a worker that takes a run over stamps as the first one would."""
-    assert SteadyPts("steps", epoch_ns=SECOND_NS).stamp(seq=9, sent_ns=3 * SECOND_NS) == [180_000]
+@given(st.integers(0, 1 << 50), st.integers(1, 3 * SECOND_NS))
+def test_steps_a_tick_apart_have_times_that_grow(sent_ns: int, gap_ns: int) -> None:
+    """Publishes at least as far apart as the publisher puts them never share a time."""
+    before, after = (steps_pts(5 * SECOND_NS + ns) for ns in (sent_ns, sent_ns + NS_PER_TICK + gap_ns))
+    assert before < after
 
 
 def test_live_is_stamped_by_place_and_rate() -> None:
     """A live picture's time is its place in the run over fps, without drift."""
-    clock = SteadyPts("live", 16)
-    assert clock.stamp(seq=0, sent_ns=5, index=0, count=4) == [0, 5625, 11250, 16875]
-    assert clock.stamp(seq=1, sent_ns=9, index=4, count=1) == [22500]
-    assert SteadyPts("live", 23.976).stamp(seq=1, sent_ns=0, index=86_314) == [round(86_314 / 23.976 * 90_000)]
+    times = [frame_pts("live", sent_ns=9, opened_ns=1, index=index, fps=23.976) for index in (0, 1, 86_314)]
+    assert times == [0, 3754, round(86_314 / 23.976 * 90_000)]
+    assert picture_ticks(16) == 5625
 
 
 def test_a_clip_starts_at_0() -> None:
     """Every clip of a run is stamped from 0."""
-    clock = SteadyPts("clip", 8)
-    assert [clock.stamp(seq=seq, sent_ns=seq, count=3) for seq in range(2)] == [[0, 11250, 22500]] * 2
+    assert frame_pts("clip", sent_ns=9 * SECOND_NS, opened_ns=1, index=7, fps=8) == 0
 
 
-@pytest.mark.parametrize("fps", [0, -1, float("nan")])
-def test_a_rate_must_be_above_0(fps: float) -> None:
-    """fps of 0, below, or no number is refused."""
-    with pytest.raises(ValueError, match="fps"):
-        SteadyPts("live", fps)
+def shown(packets: list[tuple[str, int, int, float]]) -> list[int]:
+    """The player's times of (run, pts, index, second when it came)."""
+    clock = PlayerClock()
+    plain = packet(0, b"-", is_keyframe=True, pts=0)
+    return [
+        clock.stamp(replace(plain, run=run, pts=pts, index=index), round(second * SECOND_NS))
+        for run, pts, index, second in packets
+    ]
+
+
+def test_a_player_keeps_the_samplers_pace() -> None:
+    """From the first picture on a player's times are the run's own, whenever they come."""
+    assert shown([("a", 900, 0, 1), ("a", 9900, 0, 1.5), ("a", 90_900, 0, 1.6)]) == [0, 9000, 90_000]
+
+
+def test_a_players_clock_goes_on_through_repeats_and_then_fits_again() -> None:
+    """A picture shown again comes when it really does; the next new one has its own time."""
+    assert shown([("a", 0, 0, 1), ("a", 0, 0, 2), ("a", 0, 0, 3), ("a", 225_000, 0, 3.5)]) == [
+        0,
+        90_000,
+        180_000,
+        225_000,
+    ]
+
+
+def test_a_players_clock_goes_on_in_the_next_run() -> None:
+    """A new run, whose times begin anew, follows the old one by the real pause, at its own pace."""
+    assert shown([("a", 0, 0, 1), ("b", 40, 0, 3), ("b", 9040, 0, 3.2)]) == [0, 180_000, 189_000]
+
+
+def test_a_clip_that_comes_again_follows_itself() -> None:
+    """Each picture of a looped clip keeps its distance to the clip's first."""
+    times = shown([("a", 0, 0, 1), ("a", 3000, 1, 1), ("a", 0, 0, 2), ("a", 3000, 1, 2)])
+    assert times == [0, 3000, 93_000, 96_000]
 
 
 def test_clips_follow_each_other_on_one_timeline() -> None:

@@ -4,54 +4,51 @@ from __future__ import annotations
 
 from typing import Final
 
-from taesd_stream.frames import CLOCK_HZ, Kind
+from taesd_stream.frames import CLOCK_HZ, Kind, Packet
 
 PROVISIONAL_TICKS: Final = CLOCK_HZ // 30  # how long a picture lasts while nobody knows when the next one comes
 DEFAULT_FPS: Final = 24.0  # of a `clip` or `live` run that names none: what most video models are trained at
 _NS_PER_S: Final = 1_000_000_000
 
 
-class SteadyPts:
-    """Times of one run's pictures, for one rendition.
+def picture_ticks(fps: float | None) -> int:
+    """From one picture of a `clip` or `live` frame to the next."""
+    return round(CLOCK_HZ / (fps or DEFAULT_FPS))
 
-    `steps`: when it was published, counted from the run's first frame; `live`: its place in the run / fps;
-    `clip`: its place in the clip / fps.
+
+def frame_pts(kind: Kind, *, sent_ns: int, opened_ns: int, index: int, fps: float | None) -> int:
+    """The time of a frame's first picture; a frame sent again keeps its own.
+
+    `steps`: when it was published, from the run's opening on (a publisher never puts two frames into one tick);
+    `live`: its place in the run / fps, without drift; `clip`: 0, for each is a video of its own.
+    """
+    if kind == "steps":
+        return max(0, (sent_ns - opened_ns) * CLOCK_HZ // _NS_PER_S)
+    return round(index * CLOCK_HZ / (fps or DEFAULT_FPS)) if kind == "live" else 0
+
+
+class PlayerClock:
+    """The time of each picture for one player, whose clock goes on through repeats, new runs and clips that loop.
+
+    A picture keeps its own time where it can; else it comes as long after the last one as it really does.
     """
 
-    def __init__(self, kind: Kind, fps: float | None = None, *, epoch_ns: int | None = None) -> None:
-        """epoch_ns: `sent_ns` of the run's first frame; None: of the first frame that is stamped here.
-
-        Raises: ValueError when fps is not above 0.
-        """
-        if fps is not None and not fps > 0:
-            raise ValueError(f"fps: expected above 0, got {fps}")
-        self._kind = kind
-        self._fps = fps or DEFAULT_FPS
-        self._epoch_ns = epoch_ns
-        self._seq = -1
+    def __init__(self) -> None:
+        self._run: str | None = None
+        self._base = 0  # from the run's times to the player's
+        self._shift = 0  # the same for the frame at hand
         self._last = -1
+        self._last_ns = 0
 
-    def stamp(self, *, seq: int, sent_ns: int, index: int = 0, count: int = 1) -> list[int]:
-        """The times of the `count` pictures of frame `seq`; the same frame again gets the same ones.
-
-        index: of the first of them in the run, in pictures (`live` only).
-        `steps` grow strictly from one frame to the next: two frames in one tick are put one tick apart.
-        """
-        if self._kind == "steps":
-            return [self._since_first(seq, sent_ns)] * count
-        first = index if self._kind == "live" else 0
-        return [round((first + i) * CLOCK_HZ / self._fps) for i in range(count)]
-
-    def _since_first(self, seq: int, sent_ns: int) -> int:
-        if self._epoch_ns is None:
-            self._epoch_ns = sent_ns
-        pts = max(0, (sent_ns - self._epoch_ns) * CLOCK_HZ // _NS_PER_S)
-        if seq == self._seq:
-            return self._last
-        if seq > self._seq:
-            pts = max(pts, self._last + 1)
-            self._seq, self._last = seq, pts
-        return pts
+    def stamp(self, packet: Packet, now_ns: int) -> int:
+        """The time of the next picture. now_ns: a monotonic clock."""
+        if packet.index == 0:
+            now = self._last + max(1, (now_ns - self._last_ns) * CLOCK_HZ // _NS_PER_S)
+            if packet.run != self._run:
+                self._base = (now if self._run else 0) - packet.pts
+            self._shift = self._base if packet.pts + self._base > self._last else now - packet.pts
+        self._run, self._last, self._last_ns = packet.run, packet.pts + self._shift, now_ns
+        return self._last
 
 
 class ForwardPts:

@@ -27,7 +27,8 @@ class Hub:
 
     def __init__(self, latency: Latency, tell_broker: Callable[[Any], None]) -> None:
         self.latency = latency
-        self.viewers: set[Viewer] = set()
+        self.is_closing = False
+        self._viewers: set[Viewer] = set()
         self.state: State | None = None
         self.state_at_s = 0.0
         self.recordings: list[dict[str, Any]] = []
@@ -57,17 +58,18 @@ class Hub:
                 if dropped.rendition == "live":
                     self._tell_broker(Keyframe(stream=dropped.stream, rendition="live"))
         if is_first:
-            self._call(self._take_packets)
+            self.call(self._take_packets)
 
     def offer_state(self, state: State) -> None:
         """The broker's newest STATE."""
-        self._call(self._take_state, state)
+        self.call(self._take_state, state)
 
     def offer_recordings(self, rows: list[dict[str, Any]]) -> None:
         """The recordings' newest rows."""
-        self._call(self._take_recordings, rows)
+        self.call(self._take_recordings, rows)
 
-    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Run it in the web thread's loop, soon. Any thread."""
         loop = self._loop
         if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(function, *arguments)
@@ -78,6 +80,22 @@ class Hub:
         """From now on things are delivered in this loop."""
         self._loop = loop
         loop.call_soon(self._take_packets)
+
+    def join(self, viewer: Viewer) -> None:
+        """A viewer is there: pictures and news go to it too."""
+        self._viewers.add(viewer)
+        self.latency.viewers.set(len(self._viewers))
+
+    def leave(self, viewer: Viewer) -> None:
+        """A viewer is gone."""
+        self._viewers.discard(viewer)
+        self.latency.viewers.set(len(self._viewers))
+
+    def close(self) -> None:
+        """The daemon stops: endless answers end."""
+        self.is_closing = True
+        for viewer in self._viewers:
+            viewer.state_changed()
 
     def _take_packets(self) -> None:
         with self._inbox_lock:
@@ -90,7 +108,7 @@ class Hub:
             self._rate.append(time.monotonic())
             if packet.rendition != "live":
                 self._pictures[packet.stream, packet.rendition] = packet
-            for viewer in self.viewers:
+            for viewer in self._viewers:
                 viewer.offer(packet, streamed_ns)
 
     def _take_state(self, state: State) -> None:
@@ -105,12 +123,12 @@ class Hub:
         self.latency.desired_workers.set(state.desired_workers)
         for name, count in state.stats.get("counts", {}).items():
             self.latency.broker.labels(name).set(count)
-        for viewer in self.viewers:
+        for viewer in self._viewers:
             viewer.state_changed()
 
     def _take_recordings(self, rows: list[dict[str, Any]]) -> None:
         self.recordings = rows
-        for viewer in self.viewers:
+        for viewer in self._viewers:
             viewer.state_changed()
 
     @property

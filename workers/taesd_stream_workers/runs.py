@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from taesd_stream.frames import (
-    CLOCK_HZ,
     Demand,
     LatentFrame,
     RecordMode,
@@ -18,11 +17,11 @@ from taesd_stream.frames import (
 )
 from taesd_stream.latent_formats import LATENT_FORMATS
 from taesd_stream.latent_log import RunLog
+from taesd_stream.media.clock import frame_pts
 from taesd_stream.messages import End
 from taesd_stream.scheduling import Candidate
 
 LOST_AFTER_S: Final = 10.0
-DEFAULT_FPS: Final = 16.0  # of a clip whose publisher does not say; Wan's own
 MAX_LIVE_IN_FLIGHT: Final = 2
 READ_AHEAD_FRAMES: Final = 16
 READ_AHEAD_BYTES: Final = 16 << 20
@@ -173,18 +172,10 @@ class Run:
         if not self.live_since_ns:
             self.live_since_ns = received_ns
 
-    @property
-    def picture_ticks(self) -> int:
-        """1/90000 s from one picture of a `clip` or `live` frame to the next."""
-        return round(CLOCK_HZ / (self.info.fps or DEFAULT_FPS))
-
     def pts(self, frame: LatentFrame) -> int:
-        """Time of the frame's first picture, 1/90000 s since the run's opening; a frame sent again keeps its own."""
-        if self.info.kind == "clip":
-            return frame.seq * frame.shape[0] * self.picture_ticks
-        if self.info.kind == "live":
-            return frame.index * self.picture_ticks
-        return max(0, (frame.sent_ns - self.info.opened_ns) * CLOCK_HZ // 1_000_000_000)
+        """Time of the frame's first picture, 1/90000 s."""
+        info = self.info
+        return frame_pts(info.kind, sent_ns=frame.sent_ns, opened_ns=info.opened_ns, index=frame.index, fps=info.fps)
 
     def candidates(self, wanted: dict[Rendition, int], room_bytes: int) -> list[Candidate]:
         """What of this run could be decoded now. room_bytes: how much more may be on its way into files."""

@@ -121,8 +121,8 @@ class Viewer:
             return
         self._something.clear()
 
-    def take(self) -> list[bytes]:
-        """The pictures to send now, as WebSocket messages."""
+    def take(self) -> list[tuple[Packet, int]]:
+        """The pictures to send now, each with the time it came to the streamer."""
         taken = [chain.take() for chain in self._chains.values() for _ in range(len(chain.packets))]
         for stream in [stream for stream in self._pictures if self._credits.get(stream, 0) > 0]:
             self._credits[stream] = 0
@@ -131,7 +131,7 @@ class Viewer:
             self._sent[packet.stream, packet.run, packet.seq] = packet.stamps.sent_ns
         while len(self._sent) > 4096:
             del self._sent[next(iter(self._sent))]
-        return [to_message(packet, streamed_ns) for packet, streamed_ns in taken]
+        return taken
 
 
 def to_message(packet: Packet, streamed_ns: int) -> bytes:

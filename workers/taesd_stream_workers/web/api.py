@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 import av
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.background import BackgroundTask
@@ -27,10 +27,12 @@ from taesd_stream.frames import is_stream_name
 from taesd_stream_workers.hub import Hub
 from taesd_stream_workers.library import first_pictures, thumbnail
 from taesd_stream_workers.recorder import Recorder
+from taesd_stream_workers.web.players import MJPEG_TYPE, TS_TYPE, motion_jpeg, transport_stream
 from taesd_stream_workers.web.sockets import serve_page
 
 LATEST_WAIT_S: Final = 4.0
 THUMB_PX: Final = 256
+_NO_STORE: Final = {"cache-control": "no-store"}
 _MEDIA_TYPES: Final = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -182,11 +184,21 @@ def _add_streams(app: FastAPI, hub: Hub) -> None:
                 packet = hub.picture(name, rendition)
                 least = row["seq"] or 0 if (run := known(name)["run"]) == row["run"] else 0
                 if packet is not None and packet.run == run and packet.seq >= least:
-                    return Response(
-                        bytes(packet.payload), media_type="image/jpeg", headers={"cache-control": "no-store"}
-                    )
+                    return Response(bytes(packet.payload), media_type="image/jpeg", headers=_NO_STORE)
                 await asyncio.sleep(0.05)
         raise ApiError(503, "no_picture", f"{name} gave no picture within {LATEST_WAIT_S:.0f} s.")
+
+    @app.get("/streams/{name:path}/live.ts")
+    async def live_ts(name: str) -> Response:
+        """The stream for players, as MPEG-TS without end."""
+        known(name)
+        return StreamingResponse(transport_stream(hub, name), media_type=TS_TYPE, headers=_NO_STORE)
+
+    @app.get("/streams/{name:path}/live.mjpeg")
+    async def live_mjpeg(name: str) -> Response:
+        """The stream as JPEG pictures without end."""
+        known(name)
+        return StreamingResponse(motion_jpeg(hub, name), media_type=MJPEG_TYPE, headers=_NO_STORE)
 
 
 def _add_recordings(app: FastAPI, hub: Hub, recorder: Recorder) -> None:

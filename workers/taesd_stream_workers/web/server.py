@@ -73,6 +73,7 @@ class WebServer:
     def stop(self) -> None:
         """Close every connection and join the thread."""
         if self._server is not None:
+            self._hub.call(self._hub.close)
             self._server.should_exit = True
             self._thread.join(GRACE_S + 2)
 

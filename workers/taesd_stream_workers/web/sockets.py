@@ -13,7 +13,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from taesd_stream import __version__
 from taesd_stream.frames import Rendition, is_stream_name
 from taesd_stream_workers.hub import Hub
-from taesd_stream_workers.viewer import Viewer
+from taesd_stream_workers.viewer import Viewer, to_message
 
 STATE_S: Final = 0.25
 MAX_WATCHED: Final = 1000
@@ -27,8 +27,7 @@ async def serve_page(socket: WebSocket, *, hub: Hub, page_version: str) -> None:
     """Serve one page until it goes."""
     await socket.accept()
     viewer = Viewer(hub.latency)
-    hub.viewers.add(viewer)
-    hub.latency.viewers.set(len(hub.viewers))
+    hub.join(viewer)
     hello = {"type": "hello", "version": __version__, "daemon": _DAEMON, "page": page_version}
     reader = asyncio.create_task(_read(socket, hub, viewer))
     try:
@@ -38,9 +37,8 @@ async def serve_page(socket: WebSocket, *, hub: Hub, page_version: str) -> None:
         pass  # the page went, or stalled for too long: it comes back by itself
     finally:
         reader.cancel()
-        hub.viewers.discard(viewer)
         hub.watch(viewer, viewer.want({}), {})
-        hub.latency.viewers.set(len(hub.viewers))
+        hub.leave(viewer)
 
 
 async def _send(socket: WebSocket, hub: Hub, viewer: Viewer, reader: asyncio.Task[None]) -> None:
@@ -52,8 +50,8 @@ async def _send(socket: WebSocket, hub: Hub, viewer: Viewer, reader: asyncio.Tas
             viewer.is_state_dirty = False
             next_state_s = now + STATE_S
             await asyncio.wait_for(socket.send_text(_state(hub)), STALLED_S)
-        for message in viewer.take():
-            await asyncio.wait_for(socket.send_bytes(message), STALLED_S)
+        for packet, streamed_ns in viewer.take():
+            await asyncio.wait_for(socket.send_bytes(to_message(packet, streamed_ns)), STALLED_S)
         while viewer.starved:
             hub.keyframe(viewer.starved.pop())
         await viewer.wait(max(0.01, next_state_s - time.monotonic()) if viewer.is_state_dirty else 1.0)
