@@ -124,6 +124,13 @@ class Daemon:
             with error:
                 return error.code, error.read()
 
+    def is_ready(self) -> bool:
+        """Whether every role works; False also while nobody listens."""
+        try:
+            return self.get("/readyz")[0] == 200
+        except OSError:
+            return False
+
     def json(self, path: str, *, method: str = "GET", body: dict[str, Any] | None = None) -> Any:
         """Body of an HTTP answer that must be 200."""
         status, answer = self.get(path, method=method, body=body)

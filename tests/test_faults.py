@@ -45,6 +45,7 @@ def publish_all(publisher: LatentPublisher, kill_at: dict[int, tuple[int, int]])
 
 def assert_whole(daemon: Daemon, run: str) -> None:
     """The recording has every frame, once and in order."""
+    wait_for(daemon.is_ready, 60, of="the roles that were killed")
     recording = daemon.recording(run)
     assert (recording["frames"], recording["last_seq"], recording["gaps"]) == (FRAMES, FRAMES - 1, [])
     pictures = decode_file(daemon.file(recording["id"]))
