@@ -145,7 +145,7 @@ def test_credit_brings_the_next_picture(host: PageHost, opened: Open) -> None:
 
 
 def test_numbers_never_run_ahead_of_the_picture(host: PageHost, opened: Open) -> None:
-    """While the daemon is at step 21 and the tile shows the picture of step 17, the tile says 17."""
+    """While the daemon is at step 21, or done, and the tile shows the picture of step 17, the tile says 17."""
     host.streams = [stream("red", step=16, seq=16), stream("blue")]
     host.source = one_colour({"red": RED})
     page = opened()
@@ -154,6 +154,10 @@ def test_numbers_never_run_ahead_of_the_picture(host: PageHost, opened: Open) ->
     host.streams[1].update(step=20, seq=20)
     host.push()
     expect(page.locator("[data-name=blue] .step")).to_have_text("21/28")
+    expect(page.locator("[data-name=red] .step")).to_have_text("17/28")
+    host.streams[0].update(state="done", step=27, seq=27, ended=time.time())
+    host.push()
+    expect(page.locator("[data-name=red] .say")).to_contain_text("Done in")
     expect(page.locator("[data-name=red] .step")).to_have_text("17/28")
 
 

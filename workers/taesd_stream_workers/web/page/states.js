@@ -40,8 +40,8 @@ export function stateOf(item, now_s = Date.now() / 1000) {
     case "stopped":
       return { look: "stopped", bar: "still", left: "Stopped by you", right }
     case "failed": {
-      const { number } = item.numbers()
-      return { look: "failed", ...failed, left: number === null ? "Sampler failed" : `Sampler failed at ${number}`, right }
+      const at = data.step ?? data.seq
+      return { look: "failed", ...failed, left: at === null ? "Sampler failed" : `Sampler failed at ${at + 1}`, right }
     }
     case "lost":
       return { look: "gone", ...failed, left: "Sampler left", right }

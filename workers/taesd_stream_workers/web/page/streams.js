@@ -24,9 +24,9 @@ export class Item {
   /** Whether its picture is of a run that the daemon has not told of yet: pictures travel faster than its word. */
   get ahead() { return ![null, this.data.run, this.run_before].includes(this.run_seen) }
 
-  /** Number, total and sigma of the step that is seen: they never run ahead of the picture while the stream lives. */
+  /** Number, total and sigma of the step that is seen: they never run ahead of the picture. */
   numbers(drawn = this.drawn) {
-    const mine = drawn && (this.ahead || (drawn.run === this.data.run && !this.ended))
+    const mine = drawn && (this.ahead || drawn.run === this.data.run)
     const seen = mine ? drawn : this.run_seen && !this.ended ? {} : this.data // a new run, beside the former's picture
     const at = seen.step ?? seen.seq ?? null
     return { number: at === null ? null : at + 1, total: seen.total_steps ?? null, sigma: seen.sigma ?? null }
