@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -87,7 +88,12 @@ def publish_load(address: str, streams: int, hz: float) -> None:
     publishers = [LatentPublisher(address, stream=f"load/{n}", latent_format="sd1") for n in range(streams)]
     latents = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
     done = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), done.set()), daemon=True).start()
+
+    def wait_for_end() -> None:
+        sys.stdin.read()
+        done.set()
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
     step = 0
     while not done.wait(1 / hz):
         for publisher in publishers:
@@ -158,8 +164,12 @@ def sampler_cost(daemon: Daemon) -> dict[str, Any]:
                 page.watch({f"cost/{name}": "live"})
             record: Any = "all" if name == "kept" else "off"
             with LatentPublisher(daemon.broker, stream=f"cost/{name}", latent_format="sd1", record=record) as publisher:
-                costs[name] = run_sampler(lambda latents, step, to=publisher: to.publish(latents, step=step))
+                costs[name] = run_sampler(partial(_publish, publisher))
     return costs
+
+
+def _publish(publisher: LatentPublisher, latents: torch.Tensor, step: int) -> None:
+    publisher.publish(latents, step=step)
 
 
 def in_process_cost() -> dict[str, Any]:
@@ -167,7 +177,9 @@ def in_process_cost() -> dict[str, Any]:
     from diffusers import AutoencoderTiny
     from diffusers.image_processor import VaeImageProcessor
 
-    decoder, processor = AutoencoderTiny().eval(), VaeImageProcessor()
+    decoder: Any = AutoencoderTiny()  # type: ignore[no-untyped-call]
+    decoder.eval()
+    processor: Any = VaeImageProcessor()
 
     @torch.no_grad()
     def preview(latents: torch.Tensor, _step: int) -> None:

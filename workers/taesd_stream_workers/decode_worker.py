@@ -4,67 +4,47 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import secrets
 import socket as os_socket
-import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 import zmq
-from torch import Tensor
 
 from taesd_stream import wire
 from taesd_stream.config import Config
-from taesd_stream.decoding.engine import Engine, NoDecoderError, latents_from_payload, open_engine
-from taesd_stream.errors import ConfigError, UnreachableError, WeightsError, WireError
-from taesd_stream.frames import Packet, Stamps
-from taesd_stream.media.encoder import EncodedPicture
-from taesd_stream.messages import Done, Drain, Echo, Failed, Forget, Job, JobItem, Progress, WorkerHello
+from taesd_stream.errors import UnreachableError, WeightsError, WireError
+from taesd_stream.messages import Done, Drain, Echo, Forget, Job, WorkerHello
 from taesd_stream.sockets import ClockOffset, WakePipe, connect_dealer, receive_parts
 from taesd_stream_workers.addresses import workers_address
-from taesd_stream_workers.encode_pool import EncodePool, EncodeTask
+from taesd_stream_workers.devices import choose_device
+from taesd_stream_workers.job_decoder import JobDecoder, JobRun
 from taesd_stream_workers.lifecycle import HUNG_S, Lifecycle
 from taesd_stream_workers.outgoing import Outgoing
-from taesd_stream_workers.rendering import Sizes, as_pictures, finite, grid, render
 
 logger = logging.getLogger(__name__)
 
 CREDITS: Final = 2  # one job computes, the next waits beside it
 HELLO_S: Final = 1.0
 UNREACHABLE_S: Final = 10.0
-
-
-@dataclass(slots=True)
-class _JobRun:
-    """A job in work: how many pictures are still to be encoded, and what went wrong."""
-
-    job: Job
-    started_s: float
-    waiting: int = 1  # one for the decoding itself
-    failed: Failed | None = None
+MAX_ENCODE_THREADS: Final = 8
 
 
 class DecodeWorker:
-    """One device. The main thread owns the sockets, a device thread decodes, a pool encodes."""
+    """One device. This thread owns the sockets; the decoder has threads of its own."""
 
     def __init__(self, config: Config, lifecycle: Lifecycle) -> None:
         self._config = config
         self._life = lifecycle
         self._wake = WakePipe()
         self._clock = ClockOffset()
-        self._jobs: queue.SimpleQueue[_JobRun | None] = queue.SimpleQueue()
-        self._ready: deque[Any] = deque()  # from the other threads: messages to the broker, packets with their endpoint
-        self._held: list[_JobRun] = []  # done, but their credit waits for room
-        self._engines: dict[tuple[str, str], Engine] = {}
-        self._pool = EncodePool(max(2, min(8, os.cpu_count() or 2)))
-        self._sizes = Sizes(config.streamer.live_max_px, config.streamer.thumb_max_px)
+        self._ready: deque[Any] = deque()  # from the decoder: see JobDecoder.pass_on
+        self._held: list[JobRun] = []  # done, but their credit waits for room
         self._device, self._device_reason = choose_device(config.decoder.device, config.decoder.min_free_bytes)
-        self._busy_since_s = float("inf")
+        threads = max(2, min(MAX_ENCODE_THREADS, os.cpu_count() or 2))
+        self._decoder = JobDecoder(config, self._device, self._now_ns, self._pass, threads=threads)
         self._is_draining = False
         self._open_jobs = 0
 
@@ -82,22 +62,16 @@ class DecodeWorker:
         self._broker = connect_dealer(context, workers_address(self._config), identity=name.encode()[:200])
         self._outgoing = Outgoing(context)
         self._life.on_stop(self._wake.wake)
-        device_thread = threading.Thread(target=self._decode_jobs, name="device")
-        device_thread.start()
-        self._pool.start()
+        self._decoder.start()
         try:
             self._loop()
         finally:
             self._life.end()
-            self._jobs.put(None)
-            device_thread.join()
-            self._pool.close()
+            self._decoder.close()
             self._forward()
             self._outgoing.send()
             self._outgoing.close()
             context.destroy()
-
-    # --- main thread: sockets ---
 
     def _loop(self) -> None:
         poller = zmq.Poller()
@@ -114,25 +88,23 @@ class DecodeWorker:
             self._receive()
             self._forward()
             self._outgoing.send()
+            if self._decoder.error is not None:
+                raise self._decoder.error
             if self._clock.offset_ns is None:
                 if now - started_s > UNREACHABLE_S:
                     where = workers_address(self._config)
                     raise UnreachableError(f"no broker answers at {where}: start one with `taesd-stream broker`")
-            elif not is_ready:
+            elif self._decoder.is_warm and not is_ready:
                 is_ready = True
                 self._life.ready(device=str(self._device), reason=self._device_reason)
-            if time.monotonic() - self._busy_since_s < HUNG_S:  # a hung device thread must not look alive
+            if time.monotonic() - self._decoder.busy_since_s < HUNG_S:  # a hung device thread must not look alive
                 self._life.tick()
 
     def _hello(self) -> WorkerHello:
-        engines = {
-            latent_format: {"decoder": engine.decoder, "reason": engine.reason, "is_full": engine.is_full}
-            for (latent_format, _), engine in list(self._engines.items())
-        }
         return WorkerHello(
             device=f"{self._device} ({self._device_reason})",
             credits=0 if self._is_draining else CREDITS,
-            engines=engines,
+            engines=self._decoder.engines(),
             echo_ns=time.monotonic_ns(),
             offset_ns=self._clock.offset_ns or 0,
         )
@@ -153,9 +125,9 @@ class DecodeWorker:
             self._clock.add(message.echo_ns, message.now_ns, time.monotonic_ns())
         elif isinstance(message, Job):
             self._open_jobs += 1
-            self._jobs.put(_JobRun(message, time.monotonic()))
+            self._decoder.submit(JobRun(message))
         elif isinstance(message, Forget):
-            self._pool.forget(message.run)
+            self._decoder.forget(message.run)
         elif isinstance(message, Drain):
             self._is_draining = True
 
@@ -163,7 +135,7 @@ class DecodeWorker:
         """Pass on what the other threads made; packets before the DONE that follows them."""
         while self._ready:
             item = self._ready.popleft()
-            if isinstance(item, _JobRun):
+            if isinstance(item, JobRun):
                 self._held.append(item)
             elif isinstance(item, tuple):
                 self._outgoing.put(*item)
@@ -185,205 +157,9 @@ class DecodeWorker:
         self._ready.append(item)
         self._wake.wake()
 
-    # --- device thread ---
-
-    def _decode_jobs(self) -> None:
-        while (run := self._jobs.get()) is not None:
-            self._busy_since_s = run.started_s = time.monotonic()
-            try:
-                self._decode(run)
-            except NoDecoderError as error:
-                run.failed = _failure(run.job, "no_decoder", error, retry=False)
-            except torch.OutOfMemoryError as error:
-                run.failed = _failure(run.job, "memory", error, retry=True)
-            except Exception as error:  # the worker's outermost loop: this job is lost, the next may do
-                logger.exception("job_failed job=%d", run.job.job)
-                run.failed = _failure(run.job, "internal", error, retry=True)
-            self._busy_since_s = float("inf")
-            self._part_done(run)
-
-    def _decode(self, run: _JobRun) -> None:
-        job = run.job
-        bad: list[int] = []
-        good: list[tuple[JobItem, Tensor]] = []
-        for place, (item, payload) in enumerate(zip(job.items, job.payloads, strict=True)):
-            latents = as_pictures(latents_from_payload(payload, item.dtype, item.shape))
-            if finite(latents):
-                good.append((item, latents))
-            else:
-                bad.append(place)
-        if bad:
-            text = "latents hold NaN or infinite values: no picture can be made of them"
-            run.failed = Failed(job=job.job, items=bad, code="bad_frame", text=text, retry=False)
-        for for_record in (False, True):
-            self._decode_with(run, good, for_record)
-
-    def _decode_with(self, run: _JobRun, items: list[tuple[JobItem, Tensor]], for_record: bool) -> None:
-        """Decode what one engine serves: live pictures by `decoder.choice`, recordings always by the full decoder."""
-        latent_format = run.job.latent_format
-        live, full = self._engine(latent_format, self._config.decoder.choice), self._engine(latent_format, "auto")
-        mine: list[tuple[JobItem, Tensor, Any]] = []
-        for item, latents in items:
-            is_shared = live is full
-            wanted = tuple(
-                rendition
-                for rendition in item.renditions
-                if (is_shared and not for_record) or (not is_shared and (rendition == "record") == for_record)
-            )
-            if wanted:
-                mine.append((item, latents, wanted))
-        if mine:
-            self._decode_batch(run, full if for_record else live, mine)
-
-    def _decode_batch(self, run: _JobRun, engine: Engine, mine: list[tuple[JobItem, Tensor, Any]]) -> None:
-        started_ns = self._now_ns()
-        owners = [(place, index) for place, (_, latents, _) in enumerate(mine) for index in range(len(latents))]
-        batch = torch.cat([latents for _, latents, _ in mine])
-        waiting: dict[int, list[Tensor]] = {}
-        for part, rgb in engine.decode(batch, budget_bytes=self._config.decoder.memory_bytes):
-            decoded_ns = self._now_ns()
-            for (place, index), picture in zip(owners[part], rgb, strict=True):
-                item, latents, wanted = mine[place]
-                show = _Shower(self, run, item, engine.decoder, wanted, started_ns, decoded_ns)
-                if item.kind != "steps" or len(latents) == 1:
-                    show(picture, index, len(latents))
-                    continue
-                sheet = waiting.setdefault(place, [])
-                sheet.append(picture)
-                if len(sheet) == len(latents):
-                    show(grid(torch.stack(waiting.pop(place))), 0, 1)
-            self._busy_since_s = time.monotonic()
-            self._pass(Progress(job=run.job.job))
-
-    def _engine(self, latent_format: str, choice: Any) -> Engine:
-        key = (latent_format, choice)
-        if key not in self._engines:
-            engine = open_engine(
-                latent_format, weights_folder=self._config.weights_folder, choice=choice, device=str(self._device)
-            )
-            same = next((one for one in self._engines.values() if _is_same(one, engine)), engine)
-            self._engines[key] = same
-            if same is engine:
-                logger.info("engine_opened format=%s decoder=%s %s", latent_format, engine.decoder, engine.reason)
-        return self._engines[key]
-
     def _now_ns(self) -> int:
-        """This moment on the broker's clock."""
+        """This moment on the broker's clock. Any thread."""
         return time.monotonic_ns() + (self._clock.offset_ns or 0)
-
-    def _part_done(self, run: _JobRun) -> None:
-        """One of the pictures, or the decoding, is over; the last gives the credit back. Any thread."""
-        with _COUNTING:
-            run.waiting -= 1
-            is_last = run.waiting == 0
-        if is_last:
-            self._pass(run)
-
-    def encode(self, run: _JobRun, task: EncodeTask) -> None:
-        """Queue one picture of a job for encoding."""
-        with _COUNTING:
-            run.waiting += 1
-        self._pool.submit(task)
-
-
-_COUNTING = threading.Lock()
-
-
-@dataclass(frozen=True, slots=True)
-class _Shower:
-    """Brings one decoded picture of an item into its renditions, and their packets on their way."""
-
-    worker: DecodeWorker
-    run: _JobRun
-    item: JobItem
-    decoder: str
-    renditions: tuple[Any, ...]
-    started_ns: int
-    decoded_ns: int
-
-    def __call__(self, picture: Tensor, index: int, count: int) -> None:
-        """picture: (3,H,W) in [0, 1]."""
-        item = self.item
-        for rendition, planes, size in render(picture, self.renditions, self.worker._sizes):
-            task = EncodeTask(
-                run=item.run,
-                rendition=rendition,
-                attempt=item.attempt if rendition == "record" else 0,
-                keyframe=rendition == "live" and index == 0 and (item.keyframe or item.kind == "clip"),
-                pts=item.pts + index * item.picture_ticks,
-                planes=planes,
-                size=size,
-                on_done=self._sender(rendition, index, count),
-            )
-            self.worker.encode(self.run, task)
-
-    def _sender(self, rendition: Any, index: int, count: int) -> Callable[[EncodedPicture | None], None]:
-        def send(picture: EncodedPicture | None) -> None:
-            if picture is not None:
-                packet = self._packet(picture, rendition, index, count)
-                self.worker._pass((self.run.job.packets_to, packet))
-            elif rendition == "record":
-                self.run.failed = _failure(self.run.job, "internal", RuntimeError("encoding failed"), retry=True)
-            self.worker._part_done(self.run)
-
-        return send
-
-    def _packet(self, picture: EncodedPicture, rendition: Any, index: int, count: int) -> Packet:
-        item = self.item
-        return Packet(
-            stream=item.stream,
-            run=item.run,
-            seq=item.seq,
-            index=index,
-            count=count,
-            rendition=rendition,
-            attempt=item.attempt if rendition == "record" else 0,
-            is_keyframe=picture.is_keyframe,
-            pts=item.pts + index * item.picture_ticks,
-            width=picture.width,
-            height=picture.height,
-            decoder=self.decoder,
-            step=item.step,
-            total_steps=item.total_steps,
-            sigma=item.sigma,
-            stamps=Stamps(
-                sent_ns=item.sent_ns,
-                received_ns=item.received_ns,
-                started_ns=self.started_ns,
-                decoded_ns=self.decoded_ns,
-                encoded_ns=self.worker._now_ns(),
-            ),
-            payload=picture.payload,
-        )
-
-
-def _failure(job: Job, code: str, error: Exception, *, retry: bool) -> Failed:
-    return Failed(job=job.job, items=[], code=code, text=str(error)[:500] or type(error).__name__, retry=retry)
-
-
-def _is_same(one: Engine, other: Engine) -> bool:
-    return one.latent_format == other.latent_format and one.decoder == other.decoder
-
-
-def choose_device(wanted: str, min_free_bytes: int) -> tuple[torch.device, str]:
-    """The device to decode on, and why: `auto` takes a GPU only where the sampler has left it enough memory.
-
-    Raises: ConfigError when a named device is not there.
-    """
-    if wanted != "auto":
-        try:
-            device = torch.device(wanted)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
-            reason = next(iter(str(error).splitlines()), "torch sees no such device")
-            raise ConfigError(f"decoder.device = {wanted}: {reason[:200]}; auto takes what is here") from error
-        return device, "as decoder.device says"
-    if not torch.cuda.is_available():
-        return torch.device("cpu"), "no CUDA device"
-    free_bytes, _ = torch.cuda.mem_get_info()
-    if free_bytes < min_free_bytes:
-        return torch.device("cpu"), f"the GPU has {free_bytes >> 20} MiB free, under decoder.min_free_bytes"
-    return torch.device("cuda"), f"the GPU has {free_bytes >> 20} MiB free"
 
 
 def run_worker(config: Config, lifecycle: Lifecycle) -> None:

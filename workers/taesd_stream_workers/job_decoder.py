@@ -1,0 +1,296 @@
+"""The decoding half of a worker: one thread that owns the device, and turns jobs into pictures for the encoders."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from taesd_stream.config import Config
+from taesd_stream.decoding.engine import Engine, NoDecoderError, latents_from_payload, open_engine
+from taesd_stream.frames import RENDITIONS, Packet, Stamps
+from taesd_stream.latent_formats import latent_format as format_named
+from taesd_stream.media.encoder import EncodedPicture
+from taesd_stream.messages import Failed, Job, JobItem, Progress
+from taesd_stream_workers.encode_pool import EncodePool, EncodeTask
+from taesd_stream_workers.rendering import Sizes, as_pictures, finite, grid, render
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_FORMAT: Final = "sd1"  # any one with rgb factors
+
+
+class JobRun:
+    """A job in work: how many pictures are still to be encoded, and what went wrong. Any thread."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.started_s = time.monotonic()
+        self.failed: Failed | None = None
+        self._waiting = 1  # one for the decoding itself
+        self._lock = threading.Lock()
+
+    def add(self) -> None:
+        """One picture more goes to the encoders."""
+        with self._lock:
+            self._waiting += 1
+
+    def is_last(self) -> bool:
+        """One of the pictures, or the decoding, is over. Returns whether it was the last: the credit may go back."""
+        with self._lock:
+            self._waiting -= 1
+            return self._waiting == 0
+
+    def fail(self, code: str, error: Exception, *, retry: bool) -> None:
+        """Nothing of the job counts."""
+        text = str(error)[:500] or type(error).__name__
+        self.failed = Failed(job=self.job.job, items=[], code=code, text=text, retry=retry)
+
+
+class JobDecoder:
+    """A device and its thread; an EncodePool takes what it decodes.
+
+    pass_on: called in any thread with PROGRESS, with (endpoint, packet), and with a JobRun that is over.
+    busy_since_s: when the slice at hand began; a hung device shows here. error: why it could not even begin.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        now_ns: Callable[[], int],
+        pass_on: Callable[[Any], None],
+        *,
+        threads: int,
+    ) -> None:
+        self.is_warm = False
+        self.error: Exception | None = None
+        self.busy_since_s = float("inf")
+        self._weights_folder, self._decoder = config.weights_folder, config.decoder
+        self._device = device
+        self._now_ns = now_ns
+        self._pass_on = pass_on
+        self._sizes = Sizes(config.streamer.live_max_px, config.streamer.thumb_max_px)
+        self._jobs: queue.SimpleQueue[JobRun | None] = queue.SimpleQueue()
+        self._pool = EncodePool(threads)
+        self._engines: dict[tuple[str, str], Engine] = {}
+        self._thread = threading.Thread(target=self._run, name="device")
+
+    def start(self) -> None:
+        """Start the threads."""
+        self._pool.start()
+        self._thread.start()
+
+    def submit(self, run: JobRun) -> None:
+        """Queue a job."""
+        self._jobs.put(run)
+
+    def forget(self, run: str) -> None:
+        """Drop the encoders of a run."""
+        self._pool.forget(run)
+
+    def close(self) -> None:
+        """Finish the job at hand and its pictures, then join the threads; what is queued is for another worker."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait()
+        self._jobs.put(None)
+        self._thread.join()
+        self._pool.close()
+
+    def engines(self) -> dict[str, dict[str, Any]]:
+        """What decodes each latent format, and why; any thread."""
+        return {
+            latent_format: {"decoder": engine.decoder, "reason": engine.reason, "is_full": engine.is_full}
+            for (latent_format, _), engine in list(self._engines.items())
+        }
+
+    def _run(self) -> None:
+        try:
+            self._warm_up()
+        except Exception as error:  # noqa: BLE001 the worker ends with it
+            self.error = error
+            return
+        while (run := self._jobs.get()) is not None:
+            self.busy_since_s = run.started_s = time.monotonic()
+            try:
+                self._decode(run)
+            except NoDecoderError as error:
+                run.fail("no_decoder", error, retry=False)
+            except torch.OutOfMemoryError as error:
+                run.fail("memory", error, retry=True)
+            except Exception as error:  # the worker's outermost loop: this job is lost, the next may do
+                logger.exception("job_failed job=%d", run.job.job)
+                run.fail("internal", error, retry=True)
+            self.busy_since_s = float("inf")
+            self._part_done(run)
+
+    def _warm_up(self) -> None:
+        """Make every kind of picture once: what torch and FFmpeg load at first use would hold up the first stream."""
+        engine = open_engine(WARM_UP_FORMAT, weights_folder=None, choice="linear", device=str(self._device))
+        latents = torch.zeros(1, format_named(WARM_UP_FORMAT).channels, 8, 8)
+        for _, rgb in engine.decode(latents, budget_bytes=self._decoder.memory_bytes):
+            for rendition, planes, size in render(rgb[0], RENDITIONS, self._sizes):
+                task = EncodeTask(
+                    run="",
+                    rendition=rendition,
+                    attempt=0,
+                    keyframe=True,
+                    pts=0,
+                    planes=planes,
+                    size=size,
+                    on_done=lambda _: None,
+                )
+                self._pool.submit(task)
+        self._pool.forget("")
+        self.is_warm = True
+
+    def _decode(self, run: JobRun) -> None:
+        job = run.job
+        bad: list[int] = []
+        good: list[tuple[JobItem, Tensor]] = []
+        for place, (item, payload) in enumerate(zip(job.items, job.payloads, strict=True)):
+            latents = as_pictures(latents_from_payload(payload, item.dtype, item.shape))
+            if finite(latents):
+                good.append((item, latents))
+            else:
+                bad.append(place)
+        if bad:
+            text = "latents hold NaN or infinite values: no picture can be made of them"
+            run.failed = Failed(job=job.job, items=bad, code="bad_frame", text=text, retry=False)
+        for for_record in (False, True):
+            self._decode_with(run, good, for_record)
+
+    def _decode_with(self, run: JobRun, items: list[tuple[JobItem, Tensor]], for_record: bool) -> None:
+        """Decode what one engine serves: live pictures by `decoder.choice`, recordings always by the full decoder."""
+        latent_format = run.job.latent_format
+        live, full = self._engine(latent_format, self._decoder.choice), self._engine(latent_format, "auto")
+        mine: list[tuple[JobItem, Tensor, Any]] = []
+        for item, latents in items:
+            is_shared = live is full
+            wanted = tuple(
+                rendition
+                for rendition in item.renditions
+                if (is_shared and not for_record) or (not is_shared and (rendition == "record") == for_record)
+            )
+            if wanted:
+                mine.append((item, latents, wanted))
+        if mine:
+            self._decode_batch(run, full if for_record else live, mine)
+
+    def _decode_batch(self, run: JobRun, engine: Engine, mine: list[tuple[JobItem, Tensor, Any]]) -> None:
+        started_ns = self._now_ns()
+        owners = [(place, index) for place, (_, latents, _) in enumerate(mine) for index in range(len(latents))]
+        batch = torch.cat([latents for _, latents, _ in mine])
+        waiting: dict[int, list[Tensor]] = {}
+        for part, rgb in engine.decode(batch, budget_bytes=self._decoder.memory_bytes):
+            decoded_ns = self._now_ns()
+            for (place, index), picture in zip(owners[part], rgb, strict=True):
+                item, latents, wanted = mine[place]
+                show = _Shower(self, run, item, engine.decoder, wanted, started_ns, decoded_ns)
+                if item.kind != "steps" or len(latents) == 1:
+                    show(picture, index, len(latents))
+                    continue
+                sheet = waiting.setdefault(place, [])
+                sheet.append(picture)
+                if len(sheet) == len(latents):
+                    show(grid(torch.stack(waiting.pop(place))), 0, 1)
+            self.busy_since_s = time.monotonic()
+            self._pass_on(Progress(job=run.job.job))
+
+    def _engine(self, latent_format: str, choice: Any) -> Engine:
+        key = (latent_format, choice)
+        if key not in self._engines:
+            engine = open_engine(
+                latent_format, weights_folder=self._weights_folder, choice=choice, device=str(self._device)
+            )
+            same = next((one for one in self._engines.values() if _is_same(one, engine)), engine)
+            self._engines[key] = same
+            if same is engine:
+                logger.info("engine_opened format=%s decoder=%s %s", latent_format, engine.decoder, engine.reason)
+        return self._engines[key]
+
+    def _part_done(self, run: JobRun) -> None:
+        if run.is_last():
+            self._pass_on(run)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shower:
+    """Brings one decoded picture of an item into its renditions, and their packets on their way."""
+
+    decoder: JobDecoder
+    run: JobRun
+    item: JobItem
+    decoder_name: str
+    renditions: tuple[Any, ...]
+    started_ns: int
+    decoded_ns: int
+
+    def __call__(self, picture: Tensor, index: int, count: int) -> None:
+        """picture: (3,H,W) in [0, 1]."""
+        item = self.item
+        for rendition, planes, size in render(picture, self.renditions, self.decoder._sizes):
+            task = EncodeTask(
+                run=item.run,
+                rendition=rendition,
+                attempt=item.attempt if rendition == "record" else 0,
+                keyframe=rendition == "live" and index == 0 and (item.keyframe or item.kind == "clip"),
+                pts=item.pts + index * item.picture_ticks,
+                planes=planes,
+                size=size,
+                on_done=self._sender(rendition, index, count),
+            )
+            self.run.add()
+            self.decoder._pool.submit(task)
+
+    def _sender(self, rendition: Any, index: int, count: int) -> Callable[[EncodedPicture | None], None]:
+        def send(picture: EncodedPicture | None) -> None:
+            if picture is not None:
+                packet = self._packet(picture, rendition, index, count)
+                self.decoder._pass_on((self.run.job.packets_to, packet))
+            elif rendition == "record":
+                self.run.fail("internal", RuntimeError("encoding failed"), retry=True)
+            self.decoder._part_done(self.run)
+
+        return send
+
+    def _packet(self, picture: EncodedPicture, rendition: Any, index: int, count: int) -> Packet:
+        item = self.item
+        return Packet(
+            stream=item.stream,
+            run=item.run,
+            seq=item.seq,
+            index=index,
+            count=count,
+            rendition=rendition,
+            attempt=item.attempt if rendition == "record" else 0,
+            is_keyframe=picture.is_keyframe,
+            pts=item.pts + index * item.picture_ticks,
+            width=picture.width,
+            height=picture.height,
+            decoder=self.decoder_name,
+            step=item.step,
+            total_steps=item.total_steps,
+            sigma=item.sigma,
+            stamps=Stamps(
+                sent_ns=item.sent_ns,
+                received_ns=item.received_ns,
+                started_ns=self.started_ns,
+                decoded_ns=self.decoded_ns,
+                encoded_ns=self.decoder._now_ns(),
+            ),
+            payload=picture.payload,
+        )
+
+
+def _is_same(one: Engine, other: Engine) -> bool:
+    return one.latent_format == other.latent_format and one.decoder == other.decoder
