@@ -181,6 +181,8 @@ def _add_streams(app: FastAPI, hub: Hub) -> None:
         row = known(name)
         with hub.watching(name, rendition):
             for _ in range(int(LATEST_WAIT_S / 0.05)):
+                if hub.is_closing:
+                    raise ApiError(503, "stopping", "The daemon stops.")
                 packet = hub.picture(name, rendition)
                 least = row["seq"] or 0 if (run := known(name)["run"]) == row["run"] else 0
                 if packet is not None and packet.run == run and packet.seq >= least:
