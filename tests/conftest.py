@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.broker_peer import BrokerPeer
 from tests.daemon import Daemon
 
 
@@ -32,3 +34,24 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """One daemon for all tests that do not harm it: broker, worker and streamer on free ports, linear decoder."""
     with Daemon(tmp_path_factory.mktemp("daemon")) as one:
         yield one
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Logs that publishers leave go to a folder of the test."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def peer() -> Iterator[BrokerPeer]:
+    """A broker that the test speaks for."""
+    with BrokerPeer() as one:
+        yield one
+
+
+@pytest.fixture
+def beside() -> Iterator[ThreadPoolExecutor]:
+    """Another thread, for calls that wait for an answer of the test."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool

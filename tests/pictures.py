@@ -15,6 +15,17 @@ from PIL import Image
 from taesd_stream.models import build_decoder
 
 Pixels = NDArray[np.uint8]
+# Colours that the linear decoder of sd1 can show.
+PATCHES = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "red": (190, 60, 60),
+    "green": (60, 170, 60),
+    "blue": (60, 70, 180),
+    "yellow": (200, 190, 70),
+    "cyan": (70, 180, 190),
+    "magenta": (180, 70, 170),
+}
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from taesd_stream.models import build_decoder, build_encoder
 from taesd_stream.models.checkpoints import load_state_dict
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.page_socket import PageSocket
-from tests.pictures import decode_file, decode_h264, decode_jpeg, psnr_db, sd1_latents_of
+from tests.pictures import PATCHES, decode_file, decode_h264, decode_jpeg, psnr_db, sd1_latents_of
 
 FRAMES = 12
 # Latents that are published and gone: the program exits as soon as they are acked.
@@ -34,16 +34,6 @@ assert publisher.wait_until_acked(30), publisher.error
 publisher.close()
 print(publisher.run)
 """
-PATCHES = {
-    "white": (255, 255, 255),
-    "black": (0, 0, 0),
-    "red": (190, 60, 60),
-    "green": (60, 170, 60),
-    "blue": (60, 70, 180),
-    "yellow": (200, 190, 70),
-    "cyan": (70, 180, 190),
-    "magenta": (180, 70, 170),
-}
 
 
 @pytest.fixture(scope="module")

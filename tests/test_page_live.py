@@ -20,19 +20,9 @@ from taesd_stream import LatentPublisher
 from taesd_stream_workers.demo import DemoSamplers
 from tests.daemon import Daemon, wait_for
 from tests.page_fixture import Colour, await_colour, chromium, chromium_path, middle_of
-from tests.pictures import decode_file, sd1_latents_of
+from tests.pictures import PATCHES, decode_file, sd1_latents_of
 
 WAIT_S = 30.0
-PATCHES = {
-    "white": (255, 255, 255),
-    "black": (0, 0, 0),
-    "red": (190, 60, 60),
-    "green": (60, 170, 60),
-    "blue": (60, 70, 180),
-    "yellow": (200, 190, 70),
-    "cyan": (70, 180, 190),
-    "magenta": (180, 70, 170),
-}
 GREY = (120, 120, 120)
 RED, BLUE, MAGENTA = PATCHES["red"], PATCHES["blue"], PATCHES["magenta"]
 NO_DECODER = "delete self.VideoDecoder"

@@ -21,27 +21,6 @@ from tests.daemon import wait_for
 LATENTS = np.arange(4 * 8 * 8, dtype=np.float16).reshape(4, 8, 8)
 
 
-@pytest.fixture(autouse=True)
-def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Logs that publishers leave go to a folder of the test."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return tmp_path / "state"
-
-
-@pytest.fixture
-def peer() -> Iterator[BrokerPeer]:
-    """A broker that the test speaks for."""
-    with BrokerPeer() as one:
-        yield one
-
-
-@pytest.fixture
-def beside() -> Iterator[ThreadPoolExecutor]:
-    """Another thread, for calls that wait for an answer of the test."""
-    with ThreadPoolExecutor(1) as pool:
-        yield pool
-
-
 @pytest.fixture
 def open_run(peer: BrokerPeer) -> Iterator[Any]:
     """Opens publishers at the peer, and ends what the test left open without waiting."""

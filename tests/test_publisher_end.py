@@ -6,7 +6,6 @@ import gc
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,27 +26,6 @@ from tests.golden_messages import OPEN as GOLDEN_OPEN
 
 LATENTS = np.zeros((4, 8, 8), np.float16)
 OPEN = "from taesd_stream import LatentPublisher\nimport numpy as np\nLATENTS = np.zeros((4, 8, 8), np.float16)\n"
-
-
-@pytest.fixture(autouse=True)
-def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Logs that publishers leave go to a folder of the test."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return tmp_path / "state"
-
-
-@pytest.fixture
-def peer() -> Iterator[BrokerPeer]:
-    """A broker that the test speaks for."""
-    with BrokerPeer() as one:
-        yield one
-
-
-@pytest.fixture
-def beside() -> Iterator[ThreadPoolExecutor]:
-    """Another thread, for calls that wait for an answer of the test."""
-    with ThreadPoolExecutor(1) as pool:
-        yield pool
 
 
 def logs(folder: Path) -> list[Path]:

@@ -114,6 +114,7 @@ def make_app(hub: Hub, recorder: Recorder, port: int) -> FastAPI:
     page = Page()
     _add_page(app, page)
     _add_streams(app, hub)
+    _add_players(app, hub)
     _add_recordings(app, hub, recorder)
     _add_health(app, hub)
     app.router.routes.append(WebSocketRoute("/ws", partial(serve_page, hub=hub, page_version=page.version)))
@@ -141,12 +142,15 @@ def _add_page(app: FastAPI, page: Page) -> None:
         return Response(page.files[name], media_type=media_type, headers={"cache-control": "no-cache", **common})
 
 
+def _known(hub: Hub, name: str) -> dict[str, Any]:
+    row = next((row for row in hub.streams() if row["name"] == name), None)
+    if row is None:
+        raise ApiError(404, "no_stream", f"There is no stream {name}.")
+    return row
+
+
 def _add_streams(app: FastAPI, hub: Hub) -> None:
-    def known(name: str) -> dict[str, Any]:
-        row = next((row for row in hub.streams() if row["name"] == name), None)
-        if row is None:
-            raise ApiError(404, "no_stream", f"There is no stream {name}.")
-        return row
+    known = partial(_known, hub)
 
     @app.get("/api/v1/streams")
     async def streams() -> dict[str, Any]:
@@ -174,6 +178,10 @@ def _add_streams(app: FastAPI, hub: Hub) -> None:
         """The decode workers, and how many the load needs."""
         state = hub.state
         return {"desired_workers": state.desired_workers if state else 1, "workers": state.workers if state else []}
+
+
+def _add_players(app: FastAPI, hub: Hub) -> None:
+    known = partial(_known, hub)
 
     @app.get("/streams/{name:path}/latest.jpg")
     async def latest(name: str, rendition: Literal["jpeg", "thumb"] = "jpeg") -> Response:
