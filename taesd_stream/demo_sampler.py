@@ -19,6 +19,7 @@ from safetensors.numpy import load
 LATENT_FORMAT: Final = "flux2"
 MAGNITUDE: Final = 3.0  # of the uint8 form that the file holds (PROTOCOL 2)
 SHIFT: Final = 3.0  # of the schedule, as Stable Diffusion 3 at 1024x1024 (arXiv:2403.03206, 5.3.2)
+FIRST_BELIEF: Final = 0.9  # noise level of what is believed at the first step: the coarsest forms, no detail
 CLIP: Final = "lighthouse"
 CLIP_FPS: Final = 12.0
 
@@ -86,7 +87,7 @@ def x0_predictions(scene: DemoScene, *, steps: int, seed: int) -> Iterator[tuple
     sigmas = flow_sigmas(steps)
     for step, (sigma, next_sigma) in enumerate(pairwise(sigmas)):
         # A model knows more than x_t shows: believe it part of the way ahead, the rest is a guess by the spectrum.
-        ahead = sigma**3
+        ahead = FIRST_BELIEF * sigma**3
         yield step, sigma, _best_guess(latents + (ahead - sigma) * velocity, power, ahead)
         latents = latents + (next_sigma - sigma) * velocity
 

@@ -16,11 +16,13 @@ from taesd_stream import LatentPublisher
 from taesd_stream.demo_sampler import load_scenes
 from taesd_stream.models import build_decoder, build_encoder
 from taesd_stream.models.checkpoints import load_state_dict
+from taesd_stream_workers.latency import STAGES
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import PATCHES, decode_file, decode_h264, decode_jpeg, psnr_db, sd1_latents_of
 
 FRAMES = 12
+STAMPS = ("sent", "received", "started", "decoded", "encoded", "streamed")
 # Latents that are published and gone: the program exits as soon as they are acked.
 PUBLISH = """
 import sys
@@ -160,6 +162,27 @@ def test_late_viewer_gets_nothing_of_a_former_run(daemon: Daemon) -> None:
                 page.watch({"former": "thumb"})
                 assert page.picture()[0]["run"] == publisher.run
             wait_for(lambda: not daemon.streams()["former"]["viewers"], of="no viewer")
+
+
+def test_every_picture_tells_its_latency_by_stage(daemon: Daemon) -> None:
+    """A picture's stamps are in the order of its way, and every stage, up to the screen, is counted in /metrics."""
+    with LatentPublisher(daemon.broker, stream="stamps", latent_format="sd1") as publisher, PageSocket(daemon) as page:
+        page.watch({"stamps": "live"})
+        publisher.publish(sd1_latents_of((90, 160, 90)), step=0)
+        header, _ = page.picture()
+        stamps = list(header["stamps"].values())
+        assert list(header["stamps"]) == [f"{stage}_us" for stage in STAMPS]
+        assert stamps == sorted(stamps)
+        assert stamps[0] > 0
+        page.say("shown", stream="stamps", run=header["run"], seq=0, shown_us=stamps[-1] + 5000)
+
+        def counted() -> bool:
+            lines = daemon.get("/metrics")[1].decode().splitlines()
+            counts = {line.split()[0]: float(line.split()[1]) for line in lines if "_count" in line}
+            stages = [f'taesd_stream_stage_seconds_count{{stage="{stage}"}}' for stage in STAGES]
+            return all(counts.get(name, 0) > 0 for name in [*stages, "taesd_stream_shown_seconds_count"])
+
+        wait_for(counted, of="every stage in /metrics")
 
 
 def test_a_stream_that_runs_again_shows_and_records_its_new_run(daemon: Daemon) -> None:
