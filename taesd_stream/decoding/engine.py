@@ -19,7 +19,7 @@ from taesd_stream.latent_formats import latent_format as format_named
 from taesd_stream.models import build_decoder
 from taesd_stream.models.checkpoints import find_weights, load_state_dict
 from taesd_stream.models.linear import has_linear_decoder
-from taesd_stream.models.tiny import TINY_FAMILIES
+from taesd_stream.models.networks import TINY_FAMILIES
 
 Choice: TypeAlias = Literal["auto", "tiny", "linear"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from taesd_stream.errors import WeightsError
-from taesd_stream.models.tiny import TINY_FAMILIES, TinyFamily, tiny_decoder, tiny_encoder
+from taesd_stream.models.networks import TINY_FAMILIES, TinyFamily, tiny_decoder, tiny_encoder
 
 Part: TypeAlias = Literal["decoder", "encoder"]
 StateDict: TypeAlias = Mapping[str, Tensor]
