@@ -74,7 +74,7 @@ class Engine:
         self._check(tensor)
         count, _, height, width = self._format.check_shape("steps", tensor.shape)
         pieces = list(slices(count, self.bytes_per_latent_px * height * width, budget_bytes))
-        return self._decode_slices(self._format.to_spatial(tensor), pieces)
+        return self._decode_slices(self._format.unfold(tensor), pieces)
 
     def _check(self, latents: Tensor) -> None:
         if latents.ndim != 4 or not latents.is_floating_point():
