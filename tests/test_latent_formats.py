@@ -70,7 +70,8 @@ def layout_of(packing: dict[str, Any]) -> str:
     """Our name of a layout in the source."""
     if packing["layout"] == "none":
         return "frames_third" if ", T, " in packing["held_shape"] else "spatial"
-    return OUR_LAYOUTS.get(packing["layout"], packing["layout"])
+    name: str = packing["layout"]
+    return OUR_LAYOUTS.get(name, name)
 
 
 def test_every_way_to_hold_latents_is_there() -> None:

@@ -321,7 +321,7 @@ def test_what_cannot_be_unpacked_is_refused(name: str, shape: Any, how: dict[str
 def test_any_order_of_axes_is_reached(target: list[str], random: Any) -> None:
     """rearrange moves every element where the letters say, as indexing by hand does."""
     sizes = {"n": 2, "h": 3, "w": 2, "c": 2, "y": 3, "x": 1}
-    array = np.arange(72).reshape(2, 6, 6)
+    array = np.arange(72.0).reshape(2, 6, 6)
     moved = rearrange(array, "n (h w) (c y x)", " ".join(target), sizes)
     index = {letter: random.randrange(size) for letter, size in sizes.items()}
     held = array[index["n"], index["h"] * 2 + index["w"], index["c"] * 3 + index["y"]]
