@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from taesd_stream.decoding.cpu_choice import cpu_choice
 from taesd_stream.decoding.slicing import bytes_per_latent_px, slices
 from taesd_stream.errors import TaesdStreamError, WeightsError
 from taesd_stream.frames import WireDtype
@@ -41,12 +43,21 @@ class Engine:
     """A network on its device, for one latent format. Used by one thread at a time.
 
     reason: why it is this decoder, and how to get the full one if this is not it.
-    is_full: whether it is the format's own tiny decoder. history: latents that a frame needs before it; 0 for pictures.
+    is_full: whether it is the format's own tiny decoder. dtype: what it computes in: on a processor
+    float32, or with `is_fast` what is fastest there. history: latents that a frame needs before it; 0 for pictures.
     bytes_per_latent_px: memory that decoding one latent cell takes, at its worst moment.
     """
 
     def __init__(
-        self, latent_format: LatentFormat, network: nn.Module, *, decoder: str, reason: str, is_full: bool, device: str
+        self,
+        latent_format: LatentFormat,
+        network: nn.Module,
+        *,
+        decoder: str,
+        reason: str,
+        is_full: bool,
+        device: str,
+        is_fast: bool = False,
     ) -> None:
         self.latent_format = latent_format.name
         self.decoder = decoder
@@ -55,12 +66,10 @@ class Engine:
         self.history = 0
         self._format = latent_format
         self._device = torch.device(device)
-        # The published weights are half precision, and a GPU is twice as fast in it; few processors are.
-        self._dtype = torch.float16 if is_full and self._device.type == "cuda" else torch.float32
-        # channels_last: a fifth to a quarter faster with oneDNN, and what cuDNN's half-precision kernels want.
-        network = network.to(device=self._device, dtype=self._dtype).eval().requires_grad_(False)
-        self._network: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.bytes_per_latent_px = bytes_per_latent_px(network, latent_format.channels, self._dtype)
+        self.dtype, self._memory_format = _arithmetic(self._device, is_full=is_full, is_fast=is_fast)
+        network = network.to(device=self._device, dtype=self.dtype).eval().requires_grad_(False)
+        self._network: nn.Module = network.to(memory_format=self._memory_format)  # type: ignore[call-overload]
+        self.bytes_per_latent_px = bytes_per_latent_px(network, latent_format.channels, self.dtype)
 
     def decode(self, latents: NDArray[Any] | Tensor, *, budget_bytes: int) -> Iterator[tuple[slice, Tensor]]:
         """Decode a batch, slice by slice, in order; each slice is decoded when it is asked for.
@@ -88,17 +97,23 @@ class Engine:
     def _decode_slices(self, latents: Tensor, pieces: Sequence[slice]) -> Iterator[tuple[slice, Tensor]]:
         for piece in pieces:
             part = latents[piece].float().clamp(-_LARGEST_LATENT, _LARGEST_LATENT)
-            part = part.to(device=self._device, dtype=self._dtype, memory_format=torch.channels_last)
+            part = part.to(device=self._device, dtype=self.dtype, memory_format=self._memory_format)
             yield piece, self._network(part).float().clamp_(0, 1).contiguous()
 
 
 def open_engine(
-    latent_format: str, *, weights_folder: Path | None, choice: Choice = "auto", device: str = "cpu"
+    latent_format: str,
+    *,
+    weights_folder: Path | None,
+    choice: Choice = "auto",
+    device: str = "cpu",
+    is_fast: bool = False,
 ) -> Engine:
     """Choose and load a decoder for the format.
 
     choice: "tiny" is the format's own decoder or nothing, "linear" the projection or nothing; "auto" takes the
     projection where the tiny decoder cannot be had, and `reason` says why.
+    is_fast: for live views: a processor computes in bfloat16 where that is faster. What is kept is decoded in float32.
     Raises: NoDecoderError with the way out; WeightsError if `weights_folder` is no folder.
     """
     try:
@@ -109,7 +124,8 @@ def open_engine(
     if choice != "linear":
         tiny, reason = _open_tiny(known, weights_folder)
         if tiny is not None:
-            return Engine(known, tiny, decoder=known.decoder or "", reason=reason, is_full=True, device=device)
+            decoder = known.decoder or ""
+            return Engine(known, tiny, decoder=decoder, reason=reason, is_full=True, device=device, is_fast=is_fast)
     if choice == "tiny" or not has_linear_decoder(known):
         lacks = "" if choice == "tiny" else ", and no rgb factors are known"
         raise NoDecoderError(f"No decoder for {latent_format}: {reason}{lacks}")
@@ -134,6 +150,19 @@ def _open_tiny(known: LatentFormat, folder: Path | None) -> tuple[nn.Module | No
     except WeightsError as error:
         text = str(error)
         return None, text if str(path) in text else f"{path}: {text}"
+
+
+_measured = functools.cache(cpu_choice)  # a processor does not change under a process
+
+
+def _arithmetic(device: torch.device, *, is_full: bool, is_fast: bool) -> tuple[torch.dtype, torch.memory_format]:
+    """Dtype and memory format of a decoder on its device."""
+    if device.type == "cpu" and is_full:
+        choice = _measured() if is_fast else _measured().exact
+        return choice.dtype, choice.memory_format
+    # The published weights are half precision, and a GPU is twice as fast in it, in channels_last. The projection is
+    # quick in any form.
+    return (torch.float16 if is_full and device.type == "cuda" else torch.float32), torch.channels_last
 
 
 _KINDS: Final = {"image": "an image decoder", "video": "a video decoder"}

@@ -60,7 +60,7 @@ class DecodeWorker:
         self._jobs: queue.SimpleQueue[_JobRun | None] = queue.SimpleQueue()
         self._ready: deque[Any] = deque()  # from the other threads: messages to the broker, packets with their endpoint
         self._held: list[_JobRun] = []  # done, but their credit waits for room
-        self._engines: dict[tuple[str, str], Engine] = {}
+        self._engines: dict[tuple[str, str, bool], Engine] = {}
         self._pool = EncodePool(max(2, min(8, os.cpu_count() or 2)))
         self._sizes = Sizes(config.streamer.live_max_px, config.streamer.thumb_max_px)
         self._device, self._device_reason = choose_device(config.decoder.device, config.decoder.min_free_bytes)
@@ -127,7 +127,8 @@ class DecodeWorker:
     def _hello(self) -> WorkerHello:
         engines = {
             latent_format: {"decoder": engine.decoder, "reason": engine.reason, "is_full": engine.is_full}
-            for (latent_format, _), engine in list(self._engines.items())
+            for (latent_format, _, is_fast), engine in list(self._engines.items())
+            if is_fast
         }
         return WorkerHello(
             device=f"{self._device} ({self._device_reason})",
@@ -219,21 +220,31 @@ class DecodeWorker:
             self._decode_with(run, good, for_record)
 
     def _decode_with(self, run: _JobRun, items: list[tuple[JobItem, Tensor]], for_record: bool) -> None:
-        """Decode what one engine serves: live pictures by `decoder.choice`, recordings always by the full decoder."""
+        """Decode what one engine serves: live pictures by `decoder.choice`, recordings by the full decoder, exactly.
+
+        Where both are the same network, an item that is recorded is decoded once, exactly, for all its renditions.
+        """
         latent_format = run.job.latent_format
-        live, full = self._engine(latent_format, self._config.decoder.choice), self._engine(latent_format, "auto")
+        if for_record and not any("record" in item.renditions for item, _ in items):
+            return
+        live = self._engine(latent_format, self._config.decoder.choice, is_fast=True)
+        engine = self._engine(latent_format, "auto", is_fast=False) if for_record else live
         mine: list[tuple[JobItem, Tensor, Any]] = []
         for item, latents in items:
-            is_shared = live is full
+            is_recorded = "record" in item.renditions
             wanted = tuple(
                 rendition
                 for rendition in item.renditions
-                if (is_shared and not for_record) or (not is_shared and (rendition == "record") == for_record)
+                if for_record == (is_recorded and (rendition == "record" or self._records_as_it_shows(live)))
             )
             if wanted:
                 mine.append((item, latents, wanted))
         if mine:
-            self._decode_batch(run, full if for_record else live, mine)
+            self._decode_batch(run, engine, mine)
+
+    def _records_as_it_shows(self, live: Engine) -> bool:
+        """Whether recordings of the format are decoded by the network that shows it live."""
+        return self._engine(live.latent_format, "auto", is_fast=False).decoder == live.decoder
 
     def _decode_batch(self, run: _JobRun, engine: Engine, mine: list[tuple[JobItem, Tensor, Any]]) -> None:
         started_ns = self._now_ns()
@@ -255,16 +266,21 @@ class DecodeWorker:
             self._busy_since_s = time.monotonic()
             self._pass(Progress(job=run.job.job))
 
-    def _engine(self, latent_format: str, choice: Any) -> Engine:
-        key = (latent_format, choice)
+    def _engine(self, latent_format: str, choice: Any, *, is_fast: bool) -> Engine:
+        key = (latent_format, choice, is_fast)
         if key not in self._engines:
             engine = open_engine(
-                latent_format, weights_folder=self._config.weights_folder, choice=choice, device=str(self._device)
+                latent_format,
+                weights_folder=self._config.weights_folder,
+                choice=choice,
+                device=str(self._device),
+                is_fast=is_fast,
             )
             same = next((one for one in self._engines.values() if _is_same(one, engine)), engine)
             self._engines[key] = same
             if same is engine:
-                logger.info("engine_opened format=%s decoder=%s %s", latent_format, engine.decoder, engine.reason)
+                what = f"format={latent_format} decoder={engine.decoder} dtype={engine.dtype}"
+                logger.info("engine_opened %s %s", what, engine.reason)
         return self._engines[key]
 
     def _now_ns(self) -> int:
@@ -362,7 +378,7 @@ def _failure(job: Job, code: str, error: Exception, *, retry: bool) -> Failed:
 
 
 def _is_same(one: Engine, other: Engine) -> bool:
-    return one.latent_format == other.latent_format and one.decoder == other.decoder
+    return (one.latent_format, one.decoder, one.dtype) == (other.latent_format, other.decoder, other.dtype)
 
 
 def choose_device(wanted: str, min_free_bytes: int) -> tuple[torch.device, str]:
