@@ -82,14 +82,14 @@ class VideoDecoder(nn.Module):
         latents = latents[:, : self.family.shown_latents(length)]
         streams, count = latents.shape[:2]
         shown = [self._shown(0, count, length)] * streams
-        frames: Tensor = self._frames(latents.flatten(0, 1), streams, shown).unflatten(0, (streams, -1))
-        return frames
+        return _of_streams(self._frames(latents.flatten(0, 1), streams, shown), streams)
 
     def step(self, latents: Tensor, memory: Memory | None = None) -> tuple[Frames, Memory]:
         """The next latents of N streams, each at its own moment: each gets the frames that it would get alone.
 
         latents: (N, C, h, w), or (N, T, C, h, w) for T steps at once. memory: what the last step gave, None at the
-        start; it is not changed. CogVideoX hides no frame of a stream, as in the original: only a clip's length decides.
+        start; it is not changed. CogVideoX hides no frame of a stream, as in the original: only a clip's length
+        decides.
         Raises: ValueError for a wrong shape, dtype or NaN, and for a memory of other streams.
         """
         latents = latents.unsqueeze(1) if latents.ndim == 4 else latents
@@ -102,7 +102,7 @@ class VideoDecoder(nn.Module):
         kept: list[Tensor] = []
         frames = self._frames(latents.flatten(0, 1), streams, shown, iter(past), kept)
         counts = [len(one) for one in shown]
-        result: Frames = frames.unflatten(0, (streams, -1)) if len(set(counts)) == 1 else frames.split(counts)
+        result: Frames = _of_streams(frames, streams) if len(set(counts)) == 1 else torch.split(frames, counts)
         return result, (positions + count, *kept)
 
     def start(self, streams: int, height: int, width: int) -> Memory:
@@ -216,15 +216,19 @@ class VideoEncoder(nn.Module):
 
     def _encode_chunks(self, pixels: Tensor) -> Tensor:
         """H3: each 17 frames alone, behind three black ones; the last chunk's last three latents are dropped."""
-        chunks = _padded(pixels, CHUNK_FRAMES).unflatten(1, (-1, CHUNK_FRAMES)).flatten(0, 1)
+        chunks = _padded(pixels, CHUNK_FRAMES).reshape(-1, CHUNK_FRAMES, *pixels.shape[2:])
         black = CHUNK_LATENTS * self.frames_per_latent - CHUNK_FRAMES
         chunks = functional.pad(chunks, (0, 0, 0, 0, 0, 0, black, 0))
-        latents = self._encode(chunks).unflatten(0, (len(pixels), -1)).flatten(1, 2)
+        latents = _of_streams(self._encode(chunks).flatten(0, 1), len(pixels))
         return latents[:, : self.family.shown_latents(latents.shape[1])]
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        latents: Tensor = run_layers(self.encoder, pixels.flatten(0, 1), len(pixels)).unflatten(0, (len(pixels), -1))
-        return latents
+        return _of_streams(run_layers(self.encoder, pixels.flatten(0, 1), len(pixels)), len(pixels))
+
+
+def _of_streams(frames: Tensor, streams: int) -> Tensor:
+    """(N*T, C, H, W) -> (N, T, C, H, W)."""
+    return frames.reshape(streams, -1, *frames.shape[1:])
 
 
 def _padded(frames: Tensor, multiple: int) -> Tensor:

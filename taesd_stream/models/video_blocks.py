@@ -76,7 +76,7 @@ class TimeGrow(nn.Module):
         grown: Tensor = self.conv(x)
         if self.factor == 1:
             return grown
-        frames = grown.unflatten(1, (self.factor, -1))
+        frames = grown.view(len(x), self.factor, *x.shape[1:])
         if grown.is_contiguous(memory_format=torch.channels_last):  # a plain reshape would lose the layout
             return frames.permute(0, 1, 3, 4, 2).flatten(0, 1).permute(0, 3, 1, 2)
         return frames.flatten(0, 1)
@@ -92,7 +92,7 @@ class TimePool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n*factor, channels, H, W) -> (n, channels, H, W)."""
-        pooled: Tensor = self.conv(x.unflatten(0, (-1, self.factor)).flatten(1, 2))
+        pooled: Tensor = self.conv(x.view(-1, self.factor, *x.shape[1:]).flatten(1, 2))
         return pooled
 
 
@@ -128,7 +128,7 @@ def steps_before(x: Tensor, streams: int, past: Tensor | None) -> Tensor:
     if len(x) == streams:
         return torch.zeros_like(x) if past is None else past
     before = torch.empty_like(x)  # keeps the layout of x, which torch.cat of five axes would not
-    steps, steps_of_before = x.unflatten(0, (streams, -1)), before.unflatten(0, (streams, -1))
+    steps, steps_of_before = (one.view(streams, -1, *x.shape[1:]) for one in (x, before))
     steps_of_before[:, 1:] = steps[:, :-1]
     steps_of_before[:, 0] = 0 if past is None else past
     return before
@@ -136,4 +136,4 @@ def steps_before(x: Tensor, streams: int, past: Tensor | None) -> Tensor:
 
 def last_steps(x: Tensor, streams: int) -> Tensor:
     """The last frame of each stream: (streams*T, C, H, W) -> (streams, C, H, W), memory of its own."""
-    return x if len(x) == streams else x.unflatten(0, (streams, -1))[:, -1].clone()
+    return x if len(x) == streams else x.view(streams, -1, *x.shape[1:])[:, -1].clone()

@@ -1,7 +1,7 @@
 """The video autoencoders' layers in a row, numbered as in the original files: the number is in each weight's key.
 
-Layouts follow the code of madebyollin/taehv@1f14a56, taem1@863c0eb and taesdv@1b2655e (all MIT), the super decoders too:
-with the same weights all families gave the frames and latents of that code. No published video weights were at hand.
+Layouts follow the code of madebyollin/taehv@1f14a56, taem1@863c0eb and taesdv@1b2655e (all MIT), the super decoders
+too: with the same weights every family gave that code's frames and latents. No published video weights were at hand.
 """
 
 from __future__ import annotations
