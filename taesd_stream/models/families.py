@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from taesd_stream.errors import WeightsError
 from taesd_stream.models.networks import TINY_FAMILIES, tiny_decoder, tiny_encoder
+from taesd_stream.models.tiny_rgba import RGBA_FAMILY, rgba_decoder, rgba_encoder
 from taesd_stream.models.tiny_video import VideoDecoder, VideoEncoder
 from taesd_stream.models.video_families import VIDEO_FAMILIES
 
@@ -17,6 +18,7 @@ Part: TypeAlias = Literal["decoder", "encoder"]
 StateDict: TypeAlias = Mapping[str, Tensor]
 
 _PARTS: Final[tuple[Part, ...]] = ("decoder", "encoder")
+FAMILIES: Final = (*TINY_FAMILIES, RGBA_FAMILY, *VIDEO_FAMILIES)
 
 
 def build_decoder(
@@ -29,8 +31,8 @@ def build_decoder(
 ) -> nn.Module:
     """A decoder by its family's name: (N, C, h, w) latents -> (N, 3, H, W), values in [0, 1] but not clamped.
 
-    family: a key of TINY_FAMILIES or VIDEO_FAMILIES (a VideoDecoder), or "linear" with the `latent_format` whose
-    projection it is.
+    family: one of FAMILIES, or "linear" with the `latent_format` whose projection it is. Of VIDEO_FAMILIES it is a
+    VideoDecoder; RGBA_FAMILY has a fourth channel.
     state_dict: as in the original file: of image families `nn.Sequential` indices without a prefix, of video families
     "decoder.N..." (the encoder's keys beside them are passed over); None leaves random weights.
     decoder_time_upscale, decoder_space_upscale: stages of a video decoder that grow (three flags, or two for the last
@@ -79,9 +81,10 @@ def _bare(part: Part, family: str) -> nn.Module:
     if family in VIDEO_FAMILIES:
         video = VIDEO_FAMILIES[family]
         return VideoDecoder(video) if part == "decoder" else VideoEncoder(video)
+    if family == RGBA_FAMILY:
+        return rgba_decoder() if part == "decoder" else rgba_encoder()
     if family not in TINY_FAMILIES:
-        known = ", ".join((*TINY_FAMILIES, *VIDEO_FAMILIES))
-        raise ValueError(f"no {part} family {family!r}; there are: {known}")
+        raise ValueError(f"no {part} family {family!r}; there are: {', '.join(FAMILIES)}")
     tiny = TINY_FAMILIES[family]
     return tiny_decoder(tiny) if part == "decoder" else tiny_encoder(tiny)
 
@@ -131,7 +134,7 @@ def families_that_fit(state_dict: StateDict) -> list[str]:
     fitting = []
     with torch.device("meta"):  # shapes only: neither memory nor time
         for part in _PARTS:
-            for name in (*TINY_FAMILIES, *VIDEO_FAMILIES):
+            for name in FAMILIES:
                 weights = _of_part(part, state_dict) if name in VIDEO_FAMILIES else state_dict
                 if first_difference(_bare(part, name).state_dict(), weights) is None:
                     fitting.append(f"{name} {part}")

@@ -84,12 +84,18 @@ class VideoDecoder(nn.Module):
         shown = [self._shown(0, count, length)] * streams
         return _of_streams(self._frames(latents.flatten(0, 1), streams, shown), streams)
 
-    def step(self, latents: Tensor, memory: Memory | None = None) -> tuple[Frames, Memory]:
+    def clip_frames(self, length: int) -> int:
+        """How many frames a clip of so many latents shows."""
+        return len(self._shown(0, self.family.shown_latents(length), length))
+
+    def step(
+        self, latents: Tensor, memory: Memory | None = None, *, clip_length: int | None = None
+    ) -> tuple[Frames, Memory]:
         """The next latents of N streams, each at its own moment: each gets the frames that it would get alone.
 
         latents: (N, C, h, w), or (N, T, C, h, w) for T steps at once. memory: what the last step gave, None at the
-        start; it is not changed. CogVideoX hides no frame of a stream, as in the original: only a clip's length
-        decides.
+        start; it is not changed. clip_length: latents in all, where that is known: CogVideoX hides its first frames by
+        it, and none of a stream, as in the original.
         Raises: ValueError for a wrong shape, dtype or NaN, and for a memory of other streams.
         """
         latents = latents.unsqueeze(1) if latents.ndim == 4 else latents
@@ -98,7 +104,7 @@ class VideoDecoder(nn.Module):
         if memory is None:
             memory = self.start(streams, *latents.shape[3:])
         positions, past = self._opened(memory, streams)
-        shown = [self._shown(position, count) for position in positions.tolist()]
+        shown = [self._shown(position, count, clip_length) for position in positions.tolist()]
         kept: list[Tensor] = []
         frames = self._frames(latents.flatten(0, 1), streams, shown, iter(past), kept)
         counts = [len(one) for one in shown]
@@ -245,5 +251,5 @@ def check_frames(frames: Tensor, channels: int, dtype: torch.dtype, name: str) -
         raise ValueError(f"{name}: expected {channels} channels, got {frames.shape[2]} in {tuple(frames.shape)}")
     if frames.dtype != dtype:
         raise ValueError(f"{name}: expected {dtype}, got {frames.dtype}")
-    if not frames.isfinite().all():
+    if not frames.is_meta and not frames.isfinite().all():
         raise ValueError(f"{name}: hold NaN or infinity")
