@@ -175,7 +175,7 @@ def test_history_is_as_long_as_needed_and_no_longer(family: str, is_cheap: bool)
     """From `history` latents the memory is rebuilt exactly, and the first of them still matters to it."""
     decoder = copy.deepcopy(video_decoder(family, is_cheap)).double()
     for weight in decoder.parameters():
-        weight *= 1.5  # else what is long past fades to less than rounding
+        weight.mul_(1.5)  # else what is long past fades to less than rounding
     latents = latents_for(family, decoder.history + 2, size=(1, 1)).double()
     expected = stepped(decoder, latents)[1]
     rebuilt = decoder.rebuild(latents[:, -decoder.history :], position=latents.shape[1])

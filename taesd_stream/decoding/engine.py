@@ -20,8 +20,10 @@ from taesd_stream.latent_formats import TINY_DECODERS, LatentFormat
 from taesd_stream.latent_formats import latent_format as format_named
 from taesd_stream.models import build_decoder
 from taesd_stream.models.checkpoints import find_weights, load_state_dict
+from taesd_stream.models.families import FAMILIES
 from taesd_stream.models.linear import has_linear_decoder
-from taesd_stream.models.networks import TINY_FAMILIES
+from taesd_stream.models.tiny_rgba import RGBA_FAMILY, OverWhite
+from taesd_stream.models.tiny_video import VideoDecoder
 
 Choice: TypeAlias = Literal["auto", "tiny", "linear"]
 
@@ -124,13 +126,23 @@ def open_engine(
     if choice != "linear":
         tiny, reason = _open_tiny(known, weights_folder)
         if tiny is not None:
-            decoder = known.decoder or ""
-            return Engine(known, tiny, decoder=decoder, reason=reason, is_full=True, device=device, is_fast=is_fast)
+            return _full_engine(known, tiny, reason, device, is_fast=is_fast)
     if choice == "tiny" or not has_linear_decoder(known):
         lacks = "" if choice == "tiny" else ", and no rgb factors are known"
         raise NoDecoderError(f"No decoder for {latent_format}: {reason}{lacks}")
     linear = build_decoder("linear", latent_format=latent_format)
     return Engine(known, linear, decoder="linear", reason=reason, is_full=False, device=device)
+
+
+def _full_engine(known: LatentFormat, network: nn.Module, reason: str, device: str, *, is_fast: bool) -> Engine:
+    from taesd_stream.decoding.video_engine import VideoEngine  # here: its base is in this module
+
+    decoder = known.decoder or ""
+    if isinstance(network, VideoDecoder):
+        return VideoEngine(known, network, decoder=decoder, reason=reason, is_full=True, device=device, is_fast=is_fast)
+    if decoder == RGBA_FAMILY:
+        network = nn.Sequential(network, OverWhite())
+    return Engine(known, network, decoder=decoder, reason=reason, is_full=True, device=device, is_fast=is_fast)
 
 
 def _open_tiny(known: LatentFormat, folder: Path | None) -> tuple[nn.Module | None, str]:
@@ -139,7 +151,7 @@ def _open_tiny(known: LatentFormat, folder: Path | None) -> tuple[nn.Module | No
     if decoder is None:
         return None, f"no tiny decoder is published for {known.name}"
     facts = TINY_DECODERS[decoder]
-    if decoder not in TINY_FAMILIES:
+    if decoder not in FAMILIES:
         return None, f"its {decoder} is {_KINDS[facts.kind]} that this version cannot run yet"
     path = find_weights(decoder, folder)
     if path is None:
