@@ -17,6 +17,7 @@ from torch import Tensor
 from taesd_stream.errors import WeightsError
 from taesd_stream.latent_formats import TINY_DECODERS
 from taesd_stream.models.families import Part
+from taesd_stream.models.hub_weights import cached_weights
 
 # Where weights lie below the folder that a user names: a flat folder, ComfyUI's own folder, its `models`,
 # or a clone of madebyollin/taehv.
@@ -31,7 +32,7 @@ def weights_cache() -> Path:
 
 
 def find_weights(decoder_id: str, folder: Path | None, part: Part = "decoder") -> Path | None:
-    """The weight file of a known decoder in `folder`, else in our cache; None if neither has it.
+    """The weight file of a known decoder in `folder`, in our cache or in the Hugging Face cache; None if none has it.
 
     folder: flat, ComfyUI's (also its `models` or `models/vae_approx`), or one sub-folder a model as diffusers saves.
     Raises: ValueError for an id that is not in TINY_DECODERS; WeightsError if `folder` is given and is no folder.
@@ -42,7 +43,8 @@ def find_weights(decoder_id: str, folder: Path | None, part: Part = "decoder") -
         raise WeightsError(f"weights.folder: {folder} is not a folder")
     folders = [weights_cache()] if folder is None else [folder, weights_cache()]
     names = list(_file_names(decoder_id, part))
-    return next((path for base in folders for name in names if (path := base / name).is_file()), None)
+    found = next((path for base in folders for name in names if (path := base / name).is_file()), None)
+    return found or cached_weights(decoder_id, part)
 
 
 def _file_names(decoder_id: str, part: Part) -> Iterator[Path]:
