@@ -8,28 +8,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Final, Literal, Protocol, Self, TypeVar
+from typing import Any, Final, Literal, TypeAlias
 
 from taesd_stream.frames import Kind
+from taesd_stream.latent_layouts import LAYOUTS, Latents, Shape, Space, find_layout, rearrange, unpack
 
-Shape = Sequence[int]
-
-
-class Reshapeable(Protocol):
-    """What numpy arrays and torch tensors have in common here."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def reshape(self, shape: tuple[int, ...], /) -> Self: ...
-
-    def swapaxes(self, axis0: int, axis1: int, /) -> Self: ...
-
-
-Latents = TypeVar("Latents", bound=Reshapeable)
+Convention: TypeAlias = Literal["diffusers", "comfyui"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +35,8 @@ class TinyDecoder:
     hub_id: str | None
     hub_files: tuple[str, ...]
     source: str  # where the original files are
+    mirrors: tuple[tuple[str, str], ...] = ()  # other Hugging Face repositories that have it, each with its file
+    image_channels: int = 3  # 4: RGBA, straight alpha
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +47,8 @@ class LatentFormat:
     spatial_factor: pixels per cell; temporal_factor: pictures per latent, None for pictures.
     scale, shift, mean, std: z to the full VAE's input, by `normalisation`: z/scale + shift, or z*std + mean (per
     channel; "batch_norm" in the patchified channel order; 256 values are 16 channels of 16 moments).
+    layouts: how diffusers' pipelines hold latents, names of latent_layouts.LAYOUTS; comfyui_layout: how ComfyUI does.
+    decoder_scale: what z is divided by for the tiny decoder, the full VAE's scale; None, but for CogVideoX: z itself.
     rgb_factors, rgb_bias: C rows of 3: rgb = z @ factors + bias, in [-1, 1].
     magnitude: |z| that the uint8 wire form still holds.
     """
@@ -70,6 +60,9 @@ class LatentFormat:
     temporal_factor: int | None = None
     patchified_channels: int | None = None
     decoder: str | None = None  # key of TINY_DECODERS
+    layouts: tuple[str, ...] = ()
+    comfyui_layout: str | None = None  # None: its rule, (B, C, h, w) and (B, C, T, h, w)
+    decoder_scale: float | None = None
     aliases: tuple[str, ...] = ()  # models whose latents these are too
     scale: float | None = None
     shift: float | None = None
@@ -102,17 +95,97 @@ class LatentFormat:
             raise ValueError(f"{self.name}: expected {self.channels} channels, got {channels} (shape {tuple(shape)})")
         return count, channels, height, width
 
-    def to_spatial(self, latents: Latents) -> Latents:
-        """Unfold patchified latents: (..., 4C, h, w) -> (..., C, 2h, 2w); spatial ones come back as they are.
+    def to_spatial(
+        self,
+        latents: Latents,
+        width: int,
+        height: int,
+        *,
+        convention: Convention = "diffusers",
+        layout: str | None = None,
+        leading_tokens: int = 0,
+        latent_frames: int | None = None,
+        scaling_factor: float | None = None,
+    ) -> Latents:
+        """What a sampler holds -> what a publisher sends: (N, C, h, w), of video (N, T, C, h, w); z stays z.
+
+        latents: numpy or torch, as diffusers' callbacks or ComfyUI's see them ("convention"); of ComfyUI's nested
+            video and audio the video. width, height: pixels of the picture, for tokens alone.
+        layout: a name of LAYOUTS, where the shape cannot tell (Ideogram 4 holds its tokens as FLUX.2 does).
+        leading_tokens: conditions before the picture's tokens. latent_frames: T; conditions behind it are dropped.
+        scaling_factor: the checkpoint's own, where it is not `scale` (CogVideoX-5b: 0.7).
+        Raises: ValueError that names the format, what was expected and what came.
+        """
+        if convention == "comfyui":
+            latents = _first_of_nested(latents)
+        space = Space(
+            name=self.name,
+            channels=self.channels,
+            spatial_factor=self.spatial_factor,
+            width=width,
+            height=height,
+            leading_tokens=leading_tokens,
+            latent_frames=latent_frames,
+        )
+        held = find_layout(space, self._layout_names(convention, layout), latents.shape)
+        spatial = unpack(latents, held, space)
+        if scaling_factor is not None:
+            spatial = spatial * self._own_scale(scaling_factor)
+        count, frames, *cell_axes = spatial.shape
+        # A picture's frames are pictures too: AnimateDiff's and SVD's, and the layers of Qwen-Image-Layered.
+        return spatial if self.temporal_factor else spatial.reshape((count * frames, *cell_axes))
+
+    def to_decoder(self, latents: Latents, width: int, height: int, **how: Any) -> Latents:
+        """What a sampler holds -> what its tiny decoder wants: (N, C, h, w), of video decoders (N, T, C, h, w).
+
+        how: as to_spatial takes it. Raises: ValueError as to_spatial does.
+        """
+        spatial = self.to_spatial(latents, width, height, **how)
+        if self.decoder_scale is not None:
+            spatial = spatial / self.decoder_scale
+        is_video = self.decoder is not None and TINY_DECODERS[self.decoder].kind == "video"
+        if is_video and len(spatial.shape) == 4:  # Qwen-Image: a video of one latent each
+            count, *cell_axes = spatial.shape
+            return spatial.reshape((count, 1, *cell_axes))
+        return spatial
+
+    def unfold(self, latents: Latents) -> Latents:
+        """A publisher's latents with whole cells: (..., 4C, h, w) -> (..., C, 2h, 2w); others come back as they are.
 
         A patchified channel is c*4 + dy*2 + dx (FLUX.2 as ComfyUI and ERNIE-Image hold it). numpy or torch.
         """
         *leading, channels, height, width = latents.shape
         if channels != self.patchified_channels:
             return latents
-        cells = latents.reshape((*leading, self.channels, 2, 2, height, width))  # c dy dx y x
-        rows = cells.swapaxes(-4, -2).swapaxes(-3, -2).swapaxes(-2, -1)  # c y dy x dx
-        return rows.reshape((*leading, self.channels, 2 * height, 2 * width))
+        flat = latents.reshape((-1, channels, height, width))
+        cells = rearrange(flat, "n (c y x) h w", "n c (h y) (w x)", {"y": 2, "x": 2})
+        return cells.reshape((*leading, self.channels, 2 * height, 2 * width))
+
+    def _layout_names(self, convention: Convention, layout: str | None) -> tuple[str, ...]:
+        """The layouts that latents may have."""
+        if layout is not None:
+            if layout not in LAYOUTS:
+                raise ValueError(f"{self.name}: no layout {layout!r}; there are: {', '.join(LAYOUTS)}")
+            return (layout,)
+        if convention == "comfyui":
+            return (self.comfyui_layout or ("frames_third" if self.temporal_factor else "spatial"),)
+        if convention != "diffusers":
+            raise ValueError(f"{self.name}: expected convention 'diffusers' or 'comfyui', got {convention!r}")
+        if not self.layouts:
+            raise ValueError(f"{self.name}: diffusers has no pipeline for it; say layout=, one of {', '.join(LAYOUTS)}")
+        return self.layouts
+
+    def _own_scale(self, scaling_factor: float) -> float:
+        """From a checkpoint's own scale to the table's: its latents are then the format's, for every decoder."""
+        if self.decoder_scale is None:
+            raise ValueError(f"{self.name}: its decoder takes latents as they are held: no scaling_factor is used")
+        return self.decoder_scale / scaling_factor
+
+
+def _first_of_nested(latents: Any) -> Any:
+    """The video of ComfyUI's nested (video, audio); other latents as they are."""
+    parts = getattr(latents, "tensors", latents)
+    return parts[0] if isinstance(parts, list | tuple) else latents
 
 
 def latent_format(name: str) -> LatentFormat:

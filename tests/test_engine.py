@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from taesd_stream.decoding.engine import Choice, Engine, NoDecoderError, check_finite, latents_from_payload, open_engine
@@ -64,11 +65,12 @@ def test_without_weights_the_projection_says_how_to_get_them() -> None:
     assert "models/vae_approx" in engine.reason
 
 
-def test_a_video_format_says_that_its_decoder_cannot_run() -> None:
-    """Where only a video decoder would fit, the reason says so instead of asking for weights."""
+def test_a_video_format_names_the_weights_that_it_lacks() -> None:
+    """Without the weights of its video decoder a format is shown by the projection, and the reason names the file."""
     engine = open_engine("wan2_1", weights_folder=None)
     assert engine.decoder == "linear"
-    assert engine.reason == "its taew2_1 is a video decoder that this version cannot run yet"
+    assert "no weights of taew2_1 were found" in engine.reason
+    assert "taew2_1.pth" in engine.reason
 
 
 def test_broken_weights_are_the_reason_for_the_projection(weights: Path) -> None:
@@ -194,3 +196,11 @@ def test_the_published_flux2_weights_open() -> None:
     engine = open_engine("flux2", weights_folder=Path(SHARED or "") / "weights")
     assert engine.is_full
     assert decoded(engine, torch.randn(1, 32, 8, 8)).std() > 0.05
+
+
+def test_rgba_pictures_are_shown_over_white(weights: Path) -> None:
+    """The RGBA decoder's pictures have three channels, whatever its alpha says."""
+    save_file(build_decoder("taeqi2_1").state_dict(), weights / "taeqi2_1_decoder.safetensors")
+    engine = open_engine("qwen_image_2_1", weights_folder=weights)
+    assert engine.is_full
+    assert decoded(engine, torch.randn(2, 64, 1, 2)).shape == (2, 3, 16, 32)

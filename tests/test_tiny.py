@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from taesd_stream.errors import WeightsError
 from taesd_stream.models import build_decoder, build_encoder
 from taesd_stream.models.families import families_that_fit
-from taesd_stream.models.tiny import TINY_FAMILIES
+from taesd_stream.models.networks import TINY_FAMILIES
 
 SHARED = os.environ.get("TAESD_STREAM_SHARED")
 needs_shared = pytest.mark.skipif(SHARED is None, reason="TAESD_STREAM_SHARED is not set: no golden vectors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from taesd_stream.decoding.cpu_choice import cpu_choice
 from taesd_stream.decoding.slicing import bytes_per_latent_px, slices
 from taesd_stream.errors import TaesdStreamError, WeightsError
 from taesd_stream.frames import WireDtype
@@ -18,8 +20,10 @@ from taesd_stream.latent_formats import TINY_DECODERS, LatentFormat
 from taesd_stream.latent_formats import latent_format as format_named
 from taesd_stream.models import build_decoder
 from taesd_stream.models.checkpoints import find_weights, load_state_dict
+from taesd_stream.models.families import FAMILIES
 from taesd_stream.models.linear import has_linear_decoder
-from taesd_stream.models.tiny import TINY_FAMILIES
+from taesd_stream.models.tiny_rgba import RGBA_FAMILY, OverWhite
+from taesd_stream.models.tiny_video import VideoDecoder
 
 Choice: TypeAlias = Literal["auto", "tiny", "linear"]
 
@@ -41,12 +45,21 @@ class Engine:
     """A network on its device, for one latent format. Used by one thread at a time.
 
     reason: why it is this decoder, and how to get the full one if this is not it.
-    is_full: whether it is the format's own tiny decoder. history: latents that a frame needs before it; 0 for pictures.
+    is_full: whether it is the format's own tiny decoder. dtype: what it computes in: on a processor
+    float32, or with `is_fast` what is fastest there. history: latents that a frame needs before it; 0 for pictures.
     bytes_per_latent_px: memory that decoding one latent cell takes, at its worst moment.
     """
 
     def __init__(
-        self, latent_format: LatentFormat, network: nn.Module, *, decoder: str, reason: str, is_full: bool, device: str
+        self,
+        latent_format: LatentFormat,
+        network: nn.Module,
+        *,
+        decoder: str,
+        reason: str,
+        is_full: bool,
+        device: str,
+        is_fast: bool = False,
     ) -> None:
         self.latent_format = latent_format.name
         self.decoder = decoder
@@ -55,12 +68,10 @@ class Engine:
         self.history = 0
         self._format = latent_format
         self._device = torch.device(device)
-        # The published weights are half precision, and a GPU is twice as fast in it; few processors are.
-        self._dtype = torch.float16 if is_full and self._device.type == "cuda" else torch.float32
-        # channels_last: a fifth to a quarter faster with oneDNN, and what cuDNN's half-precision kernels want.
-        network = network.to(device=self._device, dtype=self._dtype).eval().requires_grad_(False)
-        self._network: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.bytes_per_latent_px = bytes_per_latent_px(network, latent_format.channels, self._dtype)
+        self.dtype, self._memory_format = _arithmetic(self._device, is_full=is_full, is_fast=is_fast)
+        network = network.to(device=self._device, dtype=self.dtype).eval().requires_grad_(False)
+        self._network: nn.Module = network.to(memory_format=self._memory_format)  # type: ignore[call-overload]
+        self.bytes_per_latent_px = bytes_per_latent_px(network, latent_format.channels, self.dtype)
 
     def decode(self, latents: NDArray[Any] | Tensor, *, budget_bytes: int) -> Iterator[tuple[slice, Tensor]]:
         """Decode a batch, slice by slice, in order; each slice is decoded when it is asked for.
@@ -74,7 +85,7 @@ class Engine:
         self._check(tensor)
         count, _, height, width = self._format.check_shape("steps", tensor.shape)
         pieces = list(slices(count, self.bytes_per_latent_px * height * width, budget_bytes))
-        return self._decode_slices(self._format.to_spatial(tensor), pieces)
+        return self._decode_slices(self._format.unfold(tensor), pieces)
 
     def _check(self, latents: Tensor) -> None:
         if latents.ndim != 4 or not latents.is_floating_point():
@@ -88,17 +99,23 @@ class Engine:
     def _decode_slices(self, latents: Tensor, pieces: Sequence[slice]) -> Iterator[tuple[slice, Tensor]]:
         for piece in pieces:
             part = latents[piece].float().clamp(-_LARGEST_LATENT, _LARGEST_LATENT)
-            part = part.to(device=self._device, dtype=self._dtype, memory_format=torch.channels_last)
+            part = part.to(device=self._device, dtype=self.dtype, memory_format=self._memory_format)
             yield piece, self._network(part).float().clamp_(0, 1).contiguous()
 
 
 def open_engine(
-    latent_format: str, *, weights_folder: Path | None, choice: Choice = "auto", device: str = "cpu"
+    latent_format: str,
+    *,
+    weights_folder: Path | None,
+    choice: Choice = "auto",
+    device: str = "cpu",
+    is_fast: bool = False,
 ) -> Engine:
     """Choose and load a decoder for the format.
 
     choice: "tiny" is the format's own decoder or nothing, "linear" the projection or nothing; "auto" takes the
     projection where the tiny decoder cannot be had, and `reason` says why.
+    is_fast: for live views: a processor computes in bfloat16 where that is faster. What is kept is decoded in float32.
     Raises: NoDecoderError with the way out; WeightsError if `weights_folder` is no folder.
     """
     try:
@@ -109,12 +126,23 @@ def open_engine(
     if choice != "linear":
         tiny, reason = _open_tiny(known, weights_folder)
         if tiny is not None:
-            return Engine(known, tiny, decoder=known.decoder or "", reason=reason, is_full=True, device=device)
+            return _full_engine(known, tiny, reason, device, is_fast=is_fast)
     if choice == "tiny" or not has_linear_decoder(known):
         lacks = "" if choice == "tiny" else ", and no rgb factors are known"
         raise NoDecoderError(f"No decoder for {latent_format}: {reason}{lacks}")
     linear = build_decoder("linear", latent_format=latent_format)
     return Engine(known, linear, decoder="linear", reason=reason, is_full=False, device=device)
+
+
+def _full_engine(known: LatentFormat, network: nn.Module, reason: str, device: str, *, is_fast: bool) -> Engine:
+    from taesd_stream.decoding.video_engine import VideoEngine  # here: its base is in this module
+
+    decoder = known.decoder or ""
+    if isinstance(network, VideoDecoder):
+        return VideoEngine(known, network, decoder=decoder, reason=reason, is_full=True, device=device, is_fast=is_fast)
+    if decoder == RGBA_FAMILY:
+        network = nn.Sequential(network, OverWhite())
+    return Engine(known, network, decoder=decoder, reason=reason, is_full=True, device=device, is_fast=is_fast)
 
 
 def _open_tiny(known: LatentFormat, folder: Path | None) -> tuple[nn.Module | None, str]:
@@ -123,7 +151,7 @@ def _open_tiny(known: LatentFormat, folder: Path | None) -> tuple[nn.Module | No
     if decoder is None:
         return None, f"no tiny decoder is published for {known.name}"
     facts = TINY_DECODERS[decoder]
-    if decoder not in TINY_FAMILIES:
+    if decoder not in FAMILIES:
         return None, f"its {decoder} is {_KINDS[facts.kind]} that this version cannot run yet"
     path = find_weights(decoder, folder)
     if path is None:
@@ -134,6 +162,19 @@ def _open_tiny(known: LatentFormat, folder: Path | None) -> tuple[nn.Module | No
     except WeightsError as error:
         text = str(error)
         return None, text if str(path) in text else f"{path}: {text}"
+
+
+_measured = functools.cache(cpu_choice)  # a processor does not change under a process
+
+
+def _arithmetic(device: torch.device, *, is_full: bool, is_fast: bool) -> tuple[torch.dtype, torch.memory_format]:
+    """Dtype and memory format of a decoder on its device."""
+    if device.type == "cpu" and is_full:
+        choice = _measured() if is_fast else _measured().exact
+        return choice.dtype, choice.memory_format
+    # The published weights are half precision, and a GPU is twice as fast in it, in channels_last. The projection is
+    # quick in any form.
+    return (torch.float16 if is_full and device.type == "cuda" else torch.float32), torch.channels_last
 
 
 _KINDS: Final = {"image": "an image decoder", "video": "a video decoder"}

@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
+
+from taesd_stream.decoding.live_bytes import LiveBytes
 
 _PROBE_CELLS = 16  # side of the latent that is measured; the bytes grow with its area
-
-
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
-    """Counts the bytes of all tensors that are alive, operation by operation; `peak` is the most at once."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak: int = 0
-        self._live: dict[int, int] = {}  # storage -> bytes
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._see(value.untyped_storage())
-        self.peak = max(self.peak, sum(self._live.values()))
-        return result
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._live:
-            self._live[key] = storage.nbytes()
-            weakref.finalize(storage, self._live.pop, key, None)
 
 
 def bytes_per_latent_px(network: nn.Module, latent_channels: int, dtype: torch.dtype = torch.float32) -> int:
@@ -47,7 +20,7 @@ def bytes_per_latent_px(network: nn.Module, latent_channels: int, dtype: torch.d
     takes beside tensors (cuDNN's workspaces) is not in it.
     """
     shapes_only = copy.deepcopy(network).to(device="meta", dtype=dtype)
-    live = _LiveBytes()
+    live = LiveBytes()
     with torch.inference_mode(), live:
         shapes_only(torch.empty(1, latent_channels, _PROBE_CELLS, _PROBE_CELLS, device="meta", dtype=dtype))
     return -(-live.peak // _PROBE_CELLS**2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from taesd_stream.errors import WeightsError
 from taesd_stream.latent_formats import TINY_DECODERS
 from taesd_stream.models.families import Part
+from taesd_stream.models.hub_weights import cached_weights
 
 # Where weights lie below the folder that a user names: a flat folder, ComfyUI's own folder, its `models`,
 # or a clone of madebyollin/taehv.
@@ -31,7 +32,7 @@ def weights_cache() -> Path:
 
 
 def find_weights(decoder_id: str, folder: Path | None, part: Part = "decoder") -> Path | None:
-    """The weight file of a known decoder in `folder`, else in our cache; None if neither has it.
+    """The weight file of a known decoder in `folder`, in our cache or in the Hugging Face cache; None if none has it.
 
     folder: flat, ComfyUI's (also its `models` or `models/vae_approx`), or one sub-folder a model as diffusers saves.
     Raises: ValueError for an id that is not in TINY_DECODERS; WeightsError if `folder` is given and is no folder.
@@ -42,7 +43,8 @@ def find_weights(decoder_id: str, folder: Path | None, part: Part = "decoder") -
         raise WeightsError(f"weights.folder: {folder} is not a folder")
     folders = [weights_cache()] if folder is None else [folder, weights_cache()]
     names = list(_file_names(decoder_id, part))
-    return next((path for base in folders for name in names if (path := base / name).is_file()), None)
+    found = next((path for base in folders for name in names if (path := base / name).is_file()), None)
+    return found or cached_weights(decoder_id, part)
 
 
 def _file_names(decoder_id: str, part: Part) -> Iterator[Path]:
@@ -61,16 +63,24 @@ def load_state_dict(path: Path, part: Part = "decoder") -> dict[str, Tensor]:
     clamp outside of the layers; "encoder.layers.N" is N.
     Raises: WeightsError with the path and the reason.
     """
-    state = _read(path)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{path}: holds {type(state).__name__}, not named tensors")
-    if not any(str(key).startswith(("decoder.", "encoder.")) for key in state):
-        return {str(key): value for key, value in state.items()}
-    prefix = f"{part}."
-    renamed = {_original_key(key.removeprefix(prefix), part): state[key] for key in state if key.startswith(prefix)}
-    if not renamed:
+    state = read_tensors(path)
+    if not has_parts(state):
+        return state
+    weights = part_of(state, part)
+    if not weights:
         raise WeightsError(f"{path}: has no {part}")
-    return renamed
+    return weights
+
+
+def has_parts(state: Mapping[str, Tensor]) -> bool:
+    """Whether the keys say which part of an autoencoder they belong to."""
+    return any(key.startswith(("decoder.", "encoder.")) for key in state)
+
+
+def part_of(state: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
+    """One part of a whole autoencoder's weights, with the keys of the original files; empty if it has none."""
+    prefix = f"{part}."
+    return {_original_key(key.removeprefix(prefix), part): state[key] for key in state if key.startswith(prefix)}
 
 
 def _original_key(key: str, part: Part) -> str:
@@ -81,6 +91,18 @@ def _original_key(key: str, part: Part) -> str:
     if not index.isdecimal():
         return key  # no layout that we know: load_strictly will name it
     return f"{int(index) + (part == 'decoder')}.{rest}"
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All that a weight file holds, by its own keys.
+
+    path: `.safetensors`, or a `torch.save` file, which is read with `weights_only`: nothing in it is executed.
+    Raises: WeightsError with the path and the reason.
+    """
+    state = _read(path)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path}: holds {type(state).__name__}, not named tensors")
+    return {str(key): value for key, value in state.items()}
 
 
 def _read(path: Path) -> Any:

@@ -2,42 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from taesd_stream.errors import WeightsError
-from taesd_stream.models.tiny import TINY_FAMILIES, TinyFamily, tiny_decoder, tiny_encoder
+from taesd_stream.models.networks import TINY_FAMILIES, tiny_decoder, tiny_encoder
+from taesd_stream.models.tiny_rgba import RGBA_FAMILY, rgba_decoder, rgba_encoder
+from taesd_stream.models.tiny_video import VideoDecoder, VideoEncoder
+from taesd_stream.models.video_families import VIDEO_FAMILIES
 
 Part: TypeAlias = Literal["decoder", "encoder"]
 StateDict: TypeAlias = Mapping[str, Tensor]
-_Builder: TypeAlias = Callable[[TinyFamily], nn.Module]
 
-_BUILDERS: dict[Part, _Builder] = {"decoder": tiny_decoder, "encoder": tiny_encoder}
+_PARTS: Final[tuple[Part, ...]] = ("decoder", "encoder")
+FAMILIES: Final = (*TINY_FAMILIES, RGBA_FAMILY, *VIDEO_FAMILIES)
 
 
-def build_decoder(family: str, state_dict: StateDict | None = None, *, latent_format: str | None = None) -> nn.Module:
+def build_decoder(
+    family: str,
+    state_dict: StateDict | None = None,
+    *,
+    latent_format: str | None = None,
+    decoder_time_upscale: Sequence[bool] | None = None,
+    decoder_space_upscale: Sequence[bool] | None = None,
+) -> nn.Module:
     """A decoder by its family's name: (N, C, h, w) latents -> (N, 3, H, W), values in [0, 1] but not clamped.
 
-    family: a key of TINY_FAMILIES, or "linear" with the `latent_format` whose projection it is.
-    state_dict: as in the original file, `nn.Sequential` indices without a prefix; None leaves random weights.
-    Raises: ValueError for an unknown family; WeightsError for weights that do not fit.
+    family: one of FAMILIES, or "linear" with the `latent_format` whose projection it is. Of VIDEO_FAMILIES it is a
+    VideoDecoder; RGBA_FAMILY has a fourth channel.
+    state_dict: as in the original file: of image families `nn.Sequential` indices without a prefix, of video families
+    "decoder.N..." (the encoder's keys beside them are passed over); None leaves random weights.
+    decoder_time_upscale, decoder_space_upscale: stages of a video decoder that grow (three flags, or two for the last
+    two in time); weights of growth in time that is off are cut to their last step.
+    Raises: ValueError for an unknown family or option; WeightsError for weights that do not fit.
     """
     if family == "linear":
         return _build_linear(state_dict, latent_format)
     if latent_format is not None:
         raise ValueError(f"latent_format belongs to the family 'linear', not to {family!r}")
-    return _build_tiny("decoder", family, state_dict)
+    if family in VIDEO_FAMILIES:
+        network = VideoDecoder(
+            VIDEO_FAMILIES[family],
+            decoder_time_upscale=decoder_time_upscale,
+            decoder_space_upscale=decoder_space_upscale,
+        )
+        return _loaded("decoder", family, network, state_dict)
+    if decoder_time_upscale is not None or decoder_space_upscale is not None:
+        raise ValueError(f"decoder_time_upscale and decoder_space_upscale belong to video families, not to {family!r}")
+    return _loaded("decoder", family, _bare("decoder", family), state_dict)
 
 
 def build_encoder(family: str, state_dict: StateDict | None = None) -> nn.Module:
-    """An encoder by its family's name: (N, 3, H, W) pixels in [0, 1] -> (N, C, h, w) latents.
+    """An encoder by its family's name: (N, 3, H, W) pixels in [0, 1] -> (N, C, h, w) latents; or a VideoEncoder.
 
     Raises: ValueError for an unknown family; WeightsError for weights that do not fit.
     """
-    return _build_tiny("encoder", family, state_dict)
+    return _loaded("encoder", family, _bare("encoder", family), state_dict)
 
 
 def _build_linear(state_dict: StateDict | None, latent_format: str | None) -> nn.Module:
@@ -53,13 +76,34 @@ def _build_linear(state_dict: StateDict | None, latent_format: str | None) -> nn
     return network
 
 
-def _build_tiny(part: Part, family: str, state_dict: StateDict | None) -> nn.Module:
+def _bare(part: Part, family: str) -> nn.Module:
+    """The network with random weights."""
+    if family in VIDEO_FAMILIES:
+        video = VIDEO_FAMILIES[family]
+        return VideoDecoder(video) if part == "decoder" else VideoEncoder(video)
+    if family == RGBA_FAMILY:
+        return rgba_decoder() if part == "decoder" else rgba_encoder()
     if family not in TINY_FAMILIES:
-        raise ValueError(f"no {part} family {family!r}; there are: {', '.join(TINY_FAMILIES)}")
-    network = _BUILDERS[part](TINY_FAMILIES[family])
+        raise ValueError(f"no {part} family {family!r}; there are: {', '.join(FAMILIES)}")
+    tiny = TINY_FAMILIES[family]
+    return tiny_decoder(tiny) if part == "decoder" else tiny_encoder(tiny)
+
+
+def _loaded(part: Part, family: str, network: nn.Module, state_dict: StateDict | None) -> nn.Module:
     if state_dict is not None:
-        load_strictly(network, state_dict, name=f"{family} {part}", hint=lambda: _fit_hint(state_dict))
+        weights = _of_part(part, state_dict) if family in VIDEO_FAMILIES else state_dict
+        if isinstance(network, VideoDecoder):
+            weights = network.cut_growth(weights)
+        load_strictly(network, weights, name=f"{family} {part}", hint=lambda: _fit_hint(state_dict))
     return network
+
+
+def _of_part(part: Part, state_dict: StateDict) -> StateDict:
+    """What a video file holds of one part, its prefix on; a file without prefixes is one part alone."""
+    other = "encoder." if part == "decoder" else "decoder."
+    if any(key.startswith((f"{part}.", other)) for key in state_dict):
+        return {key: value for key, value in state_dict.items() if not key.startswith(other)}
+    return {f"{part}.{key}": value for key, value in state_dict.items()}
 
 
 def load_strictly(network: nn.Module, state_dict: StateDict, *, name: str, hint: Callable[[], str] = str) -> None:
@@ -89,9 +133,10 @@ def families_that_fit(state_dict: StateDict) -> list[str]:
     """Families and parts that the weights would fit, as "taef1 decoder"; several share one layout."""
     fitting = []
     with torch.device("meta"):  # shapes only: neither memory nor time
-        for part, builder in _BUILDERS.items():
-            for name, family in TINY_FAMILIES.items():
-                if first_difference(builder(family).state_dict(), state_dict) is None:
+        for part in _PARTS:
+            for name in FAMILIES:
+                weights = _of_part(part, state_dict) if name in VIDEO_FAMILIES else state_dict
+                if first_difference(_bare(part, name).state_dict(), weights) is None:
                     fitting.append(f"{name} {part}")
     return fitting
 

@@ -10,12 +10,15 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taesd_stream.errors import WeightsError
 from taesd_stream.latent_formats import LatentFormat
+from taesd_stream.models.families import first_difference
+from taesd_stream.user_formats import UserFormat
 
 
 class FactorProjection(nn.Module):
@@ -55,17 +58,45 @@ class ShuffleProjection(nn.Module):
         return F.pixel_shuffle(F.conv2d(bordered, self.weight, self.bias), self.spatial_factor)
 
 
-class LeastSquares:
-    """Collects pairs of latents and pictures, and solves for the ShuffleProjection that explains them best.
+class _NormalEquations:
+    """Least squares with a bias. Holds the normal equations only, in float64: the pairs may be more than memory holds.
 
-    Holds the normal equations only, in float64: the pairs may be many more than memory holds.
+    rows: how many cells went in.
     """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self.rows = 0
+        self._gram = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64)
+        self._moments = torch.zeros(inputs + 1, outputs, dtype=torch.float64)
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Add rows of (n, inputs) and (n, outputs)."""
+        with_bias = torch.cat([inputs.double(), torch.ones(len(inputs), 1, dtype=torch.float64)], dim=1)
+        self._gram += with_bias.T @ with_bias
+        self._moments += with_bias.T @ outputs.double()
+        self.rows += len(inputs)
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """(inputs, outputs) weights and (outputs,) bias; `ridge`, relative, keeps rare directions small."""
+        scale = self._gram.diagonal().mean()
+        if scale == 0:
+            raise ValueError("no pairs to fit a projection to")
+        damped = self._gram + ridge * scale * torch.eye(len(self._gram), dtype=torch.float64)
+        solution = torch.linalg.solve(damped, self._moments).float()
+        return solution[:-1], solution[-1]
+
+
+class LeastSquares:
+    """Collects pairs of latents and pictures, and solves for the ShuffleProjection that explains them best."""
 
     def __init__(self, latent_channels: int, spatial_factor: int) -> None:
         self._channels, self._factor = latent_channels, spatial_factor
-        inputs, outputs = 9 * latent_channels + 1, 3 * spatial_factor**2
-        self._gram = torch.zeros(inputs, inputs, dtype=torch.float64)
-        self._moments = torch.zeros(inputs, outputs, dtype=torch.float64)
+        self._equations = _NormalEquations(9 * latent_channels, 3 * spatial_factor**2)
+
+    @property
+    def is_determined(self) -> bool:
+        """Whether there are more cells than each pixel has unknowns."""
+        return self._equations.rows > 9 * self._channels + 1
 
     def add(self, latents: Tensor, pictures: Tensor) -> None:
         """Add pairs: latents (N, C, h, w), pictures (N, 3, h*factor, w*factor) in [0, 1].
@@ -74,29 +105,54 @@ class LeastSquares:
         """
         count, channels, height, width = latents.shape
         expected = (count, 3, height * self._factor, width * self._factor)
-        if channels != self._channels:
-            raise ValueError(f"latents: expected {self._channels} channels, got {channels}")
+        _check_channels(self._channels, channels)
         if tuple(pictures.shape) != expected:
             raise ValueError(f"pictures: expected shape {expected}, got {tuple(pictures.shape)}")
         bordered = F.pad(latents.float(), (1, 1, 1, 1), mode="replicate")
-        windows = F.unfold(bordered, 3).transpose(1, 2).reshape(-1, 9 * channels).double()
-        inputs = torch.cat([windows, windows.new_ones(len(windows), 1)], dim=1)
-        outputs = F.pixel_unshuffle(pictures, self._factor).flatten(2).transpose(1, 2).flatten(0, 1).double()
-        self._gram += inputs.T @ inputs
-        self._moments += inputs.T @ outputs
+        windows = F.unfold(bordered, 3).transpose(1, 2).reshape(-1, 9 * channels)
+        outputs = F.pixel_unshuffle(pictures, self._factor).flatten(2).transpose(1, 2).flatten(0, 1)
+        self._equations.add(windows, outputs)
 
     def solve(self, ridge: float = 1e-6) -> ShuffleProjection:
         """The projection with the least squared error; `ridge`, relative, keeps rare directions small."""
-        scale = self._gram.diagonal().mean()
-        if scale == 0:
-            raise ValueError("no pairs to fit a projection to")
-        damped = self._gram + ridge * scale * torch.eye(len(self._gram), dtype=torch.float64)
-        solution = torch.linalg.solve(damped, self._moments).float()
+        weight, bias = self._equations.solve(ridge)
         network = ShuffleProjection(self._channels, self._factor)
         with torch.no_grad():
-            network.weight.copy_(solution[:-1].T.reshape(network.weight.shape))
-            network.bias.copy_(solution[-1])
+            network.weight.copy_(weight.T.reshape(network.weight.shape))
+            network.bias.copy_(bias)
         return network
+
+
+class FactorSquares:
+    """Collects pairs of latents and pictures, and solves for the rgb factors that explain each cell's mean colour best.
+
+    One colour a cell has few unknowns: it needs few pairs, and sizes whose ratio is no whole number.
+    """
+
+    def __init__(self, latent_channels: int) -> None:
+        self._channels = latent_channels
+        self._equations = _NormalEquations(latent_channels, 3)
+
+    def add(self, latents: Tensor, pictures: Tensor) -> None:
+        """Add pairs: latents (N, C, h, w), pictures (N, 3, H, W) in [0, 1], of which each cell takes its box's mean.
+
+        Raises: ValueError for shapes that do not belong together.
+        """
+        _check_channels(self._channels, latents.shape[1])
+        if len(pictures) != len(latents) or pictures.shape[1] != 3:
+            raise ValueError(f"pictures: expected ({len(latents)}, 3, H, W), got {tuple(pictures.shape)}")
+        boxes = F.interpolate(pictures.float(), size=latents.shape[-2:], mode="area")
+        rows, colours = (values.movedim(1, -1).flatten(0, -2) for values in (latents, boxes))
+        self._equations.add(rows, 2 * colours - 1)
+
+    def solve(self, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
+        """(C, 3) factors and (3,) bias: rgb = z @ factors + bias in [-1, 1], as ComfyUI's tables have them."""
+        return self._equations.solve(ridge)
+
+
+def _check_channels(expected: int, given: int) -> None:
+    if given != expected:
+        raise ValueError(f"latents: expected {expected} channels, got {given}")
 
 
 def fit(latents: Tensor, pictures: Tensor) -> ShuffleProjection:
@@ -105,6 +161,16 @@ def fit(latents: Tensor, pictures: Tensor) -> ShuffleProjection:
     pictures: [0, 1]; H is a whole multiple of h. Raises: ValueError for shapes that do not belong together.
     """
     equations = LeastSquares(latents.shape[1], pictures.shape[-2] // latents.shape[-2])
+    equations.add(latents, pictures)
+    return equations.solve()
+
+
+def fit_factors(latents: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """The rgb factors (C, 3) and bias (3,) that map `latents` (N, C, h, w) to the mean colours of their cells best.
+
+    pictures: (N, 3, H, W) in [0, 1], any size. Raises: ValueError for shapes that do not belong together.
+    """
+    equations = FactorSquares(latents.shape[1])
     equations.add(latents, pictures)
     return equations.solve()
 
@@ -124,6 +190,24 @@ def linear_decoder(latent_format: LatentFormat) -> nn.Module:
         return FactorProjection(latent_format)
     network = ShuffleProjection(latent_format.channels, round(latent_format.spatial_factor))
     network.load_state_dict(load(fitted.read_bytes()))
+    return network
+
+
+def user_decoder(fitted: UserFormat) -> nn.Module:
+    """The projection that a user's format file holds: all pixels of a cell, else one colour a cell.
+
+    Raises: WeightsError for tensors that are no projection of its format.
+    """
+    with safe_open(fitted.path, framework="pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 it is no dict
+    if not state:
+        return FactorProjection(fitted.format)
+    with torch.device("meta"):  # no memory before the file is known to fill it
+        network = ShuffleProjection(fitted.format.channels, round(fitted.format.spatial_factor))
+    difference = first_difference(network.state_dict(), state)
+    if difference is not None:
+        raise WeightsError(f"{fitted.path}: its tensors are no projection of {fitted.format.name}: {difference}")
+    network.load_state_dict(state, assign=True)
     return network
 
 

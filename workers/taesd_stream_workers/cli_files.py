@@ -173,7 +173,7 @@ def decode(
         raise ConfigError(f"{output}: expected a name that ends in .mp4")
     check_output(output)
     config = load_config(sets=sets)
-    latents = load_latents(file, format_of(latent_format))
+    latents = load_latents(file, format_of(latent_format, config.weights_folder))
     try:
         engine = _open_engine(latent_format, config)
         count = _decode_to_file(latents, engine, output, fps, config.decoder.memory_bytes)

@@ -1,4 +1,4 @@
-"""The command line: the roles, each as a command, and the commands of cli_daemon.py, cli_client.py and cli_files.py.
+"""The command line: the roles, each as a command, and the commands of the cli_*.py files.
 
 Imports of what is heavy are inside the commands, so that `--help` is quick.
 """
@@ -17,7 +17,7 @@ import typer
 
 from taesd_stream import __version__
 from taesd_stream.errors import ConfigError, StreamAbsentError, TaesdStreamError, UnreachableError
-from taesd_stream_workers import cli_client, cli_daemon, cli_files
+from taesd_stream_workers import cli_client, cli_daemon, cli_files, cli_fit, cli_weights
 from taesd_stream_workers.cli_options import INTERRUPTED, ConfigOption, QuietOption, SetOption, VerboseOption, say
 
 OK: Final = 0
@@ -38,6 +38,8 @@ app = typer.Typer(
 cli_daemon.add_commands(app)
 cli_client.add_commands(app)
 cli_files.add_commands(app)
+cli_weights.add_commands(app)
+cli_fit.add_commands(app)
 
 
 @app.callback(invoke_without_command=True)

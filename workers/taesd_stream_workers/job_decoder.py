@@ -81,7 +81,7 @@ class JobDecoder:
         self._sizes = Sizes(config.streamer.live_max_px, config.streamer.thumb_max_px)
         self._jobs: queue.SimpleQueue[JobRun | None] = queue.SimpleQueue()
         self._pool = EncodePool(threads)
-        self._engines: dict[tuple[str, str], Engine] = {}
+        self._engines: dict[tuple[str, str, bool], Engine] = {}
         self._thread = threading.Thread(target=self._run, name="device")
 
     def start(self) -> None:
@@ -110,7 +110,8 @@ class JobDecoder:
         """What decodes each latent format, and why; any thread."""
         return {
             latent_format: {"decoder": engine.decoder, "reason": engine.reason, "is_full": engine.is_full}
-            for (latent_format, _), engine in list(self._engines.items())
+            for (latent_format, _, is_fast), engine in list(self._engines.items())
+            if is_fast
         }
 
     def _run(self) -> None:
@@ -170,21 +171,31 @@ class JobDecoder:
             self._decode_with(run, good, for_record)
 
     def _decode_with(self, run: JobRun, items: list[tuple[JobItem, Tensor]], for_record: bool) -> None:
-        """Decode what one engine serves: live pictures by `decoder.choice`, recordings always by the full decoder."""
+        """Decode what one engine serves: live pictures by `decoder.choice`, recordings by the full decoder, exactly.
+
+        Where both are the same network, an item that is recorded is decoded once, exactly, for all its renditions.
+        """
         latent_format = run.job.latent_format
-        live, full = self._engine(latent_format, self._decoder.choice), self._engine(latent_format, "auto")
+        if for_record and not any("record" in item.renditions for item, _ in items):
+            return
+        live = self._engine(latent_format, self._decoder.choice, is_fast=True)
+        engine = self._engine(latent_format, "auto", is_fast=False) if for_record else live
         mine: list[tuple[JobItem, Tensor, Any]] = []
         for item, latents in items:
-            is_shared = live is full
+            is_recorded = "record" in item.renditions
             wanted = tuple(
                 rendition
                 for rendition in item.renditions
-                if (is_shared and not for_record) or (not is_shared and (rendition == "record") == for_record)
+                if for_record == (is_recorded and (rendition == "record" or self._records_as_it_shows(live)))
             )
             if wanted:
                 mine.append((item, latents, wanted))
         if mine:
-            self._decode_batch(run, full if for_record else live, mine)
+            self._decode_batch(run, engine, mine)
+
+    def _records_as_it_shows(self, live: Engine) -> bool:
+        """Whether recordings of the format are decoded by the network that shows it live."""
+        return self._engine(live.latent_format, "auto", is_fast=False).decoder == live.decoder
 
     def _decode_batch(self, run: JobRun, engine: Engine, mine: list[tuple[JobItem, Tensor, Any]]) -> None:
         started_ns = self._now_ns()
@@ -206,16 +217,21 @@ class JobDecoder:
             self.busy_since_s = time.monotonic()
             self._pass_on(Progress(job=run.job.job))
 
-    def _engine(self, latent_format: str, choice: Any) -> Engine:
-        key = (latent_format, choice)
+    def _engine(self, latent_format: str, choice: Any, *, is_fast: bool) -> Engine:
+        key = (latent_format, choice, is_fast)
         if key not in self._engines:
             engine = open_engine(
-                latent_format, weights_folder=self._weights_folder, choice=choice, device=str(self._device)
+                latent_format,
+                weights_folder=self._weights_folder,
+                choice=choice,
+                device=str(self._device),
+                is_fast=is_fast,
             )
             same = next((one for one in self._engines.values() if _is_same(one, engine)), engine)
             self._engines[key] = same
             if same is engine:
-                logger.info("engine_opened format=%s decoder=%s %s", latent_format, engine.decoder, engine.reason)
+                what = f"format={latent_format} decoder={engine.decoder} dtype={engine.dtype}"
+                logger.info("engine_opened %s %s", what, engine.reason)
         return self._engines[key]
 
     def _part_done(self, run: JobRun) -> None:
@@ -293,4 +309,4 @@ class _Shower:
 
 
 def _is_same(one: Engine, other: Engine) -> bool:
-    return one.latent_format == other.latent_format and one.decoder == other.decoder
+    return (one.latent_format, one.decoder, one.dtype) == (other.latent_format, other.decoder, other.dtype)

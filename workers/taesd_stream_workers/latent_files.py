@@ -15,7 +15,7 @@ import numpy as np
 
 from taesd_stream.errors import ConfigError
 from taesd_stream.frames import Kind, LatentFrame, StreamInfo
-from taesd_stream.latent_formats import LatentFormat, latent_format
+from taesd_stream.latent_formats import LATENT_FORMATS, LatentFormat, latent_format
 from taesd_stream.latent_log import read_messages
 
 if TYPE_CHECKING:
@@ -35,10 +35,13 @@ class Row:
     sigma: float | None = None
 
 
-def format_of(name: str) -> LatentFormat:
-    """The format of that name. Raises: ConfigError naming the nearest known ones."""
+def format_of(name: str, weights_folder: Path | None = None) -> LatentFormat:
+    """The format of that name, of the table or a user's own. Raises: ConfigError naming the nearest known ones."""
+    from taesd_stream.user_formats import find_user_format
+
     try:
-        return latent_format(name)
+        fitted = None if name in LATENT_FORMATS else find_user_format(name, weights_folder)
+        return latent_format(name) if fitted is None else fitted.format
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -49,16 +52,23 @@ def load_latents(path: Path, known: LatentFormat) -> Tensor:
     A leading batch axis of 1 goes, and channels-first video (C, T, h, w) is turned, where the format tells.
     Raises: ConfigError for a file that cannot be read, or holds no such latents.
     """
+    return _time_first(load_tensor(path), known, path)
+
+
+def load_tensor(path: Path) -> Tensor:
+    """The latents of a file as they were saved, any axes.
+
+    Raises: ConfigError for a file that cannot be read, or holds no one tensor.
+    """
     _check_name(path)
     try:
-        tensor = _read(path)
+        return _read(path)
     except (pickle.UnpicklingError, EOFError) as error:
         # torch's own text advises to load it without the check: not what to tell about a file from outside.
         raise ConfigError(f"{path}: not a file of plain tensors, or cut short") from error
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{path}: cannot be read: {reason[:300]}") from error
-    return _time_first(tensor, known, path)
 
 
 def rows_of(latents: Tensor, kind: Kind, *, is_batch: bool) -> list[Row]:
