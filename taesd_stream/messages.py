@@ -135,12 +135,14 @@ class Failed:
 class JobItem:
     """One frame to decode. keyframe: its `live` chain must start anew here; times as in Stamps.
 
-    pts: of its first picture, 1/90000 s; picture_ticks: from one of its pictures to the next.
+    index: place in the run of its first latent (`live`), else seq. pts: of a `steps` picture, 1/90000 s;
+    picture_ticks: from one picture of a `clip` or `live` frame to the next.
     """
 
     stream: str
     run: str
     seq: int
+    index: int
     kind: Kind
     shape: tuple[int, ...]
     dtype: WireDtype

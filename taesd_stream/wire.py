@@ -169,6 +169,7 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
         "stream": STREAM,
         "run": RUN,
         "seq": _SEQ,
+        "index": _SEQ,
         "kind": choice(KINDS),
         "shape": _SHAPE,
         "dtype": _DTYPE,

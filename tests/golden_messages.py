@@ -49,6 +49,7 @@ JOB_ITEM: Final = messages.JobItem(
     stream="studio/KSampler.3",
     run=RUN,
     seq=7,
+    index=7,
     kind="steps",
     shape=(4, 3, 4),
     dtype="float16",

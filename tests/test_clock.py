@@ -8,40 +8,34 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taesd_stream.media.clock import PROVISIONAL_TICKS, ForwardPts, PlayerClock, frame_pts, picture_ticks
+from taesd_stream.media.clock import PROVISIONAL_TICKS, ForwardPts, PlayerClock, picture_ticks, steps_pts
 from taesd_stream.publisher import NS_PER_TICK
 from tests.test_recording import packet
 
 SECOND_NS = 1_000_000_000
-
-
-def steps_pts(sent_ns: int) -> int:
-    """Of a run that was opened at 5 s."""
-    return frame_pts("steps", sent_ns=sent_ns, opened_ns=5 * SECOND_NS, index=0, fps=None)
+OPENED_NS = 5 * SECOND_NS
 
 
 def test_steps_keep_the_samplers_own_pace() -> None:
     """A step's time is when it was published, from the run's opening on; one from before it begins at 0."""
-    assert [steps_pts(ns) for ns in (5 * SECOND_NS, 5_500_000_000, 8 * SECOND_NS, 0)] == [0, 45_000, 270_000, 0]
+    assert [steps_pts(ns, OPENED_NS) for ns in (5 * SECOND_NS, 5_500_000_000, 8 * SECOND_NS, 0)] == [
+        0,
+        45_000,
+        270_000,
+        0,
+    ]
 
 
 @given(st.integers(0, 1 << 50), st.integers(1, 3 * SECOND_NS))
 def test_steps_a_tick_apart_have_times_that_grow(sent_ns: int, gap_ns: int) -> None:
     """Publishes at least as far apart as the publisher puts them never share a time."""
-    before, after = (steps_pts(5 * SECOND_NS + ns) for ns in (sent_ns, sent_ns + NS_PER_TICK + gap_ns))
+    before, after = (steps_pts(OPENED_NS + ns, OPENED_NS) for ns in (sent_ns, sent_ns + NS_PER_TICK + gap_ns))
     assert before < after
 
 
-def test_live_is_stamped_by_place_and_rate() -> None:
-    """A live picture's time is its place in the run over fps, without drift."""
-    times = [frame_pts("live", sent_ns=9, opened_ns=1, index=index, fps=23.976) for index in (0, 1, 86_314)]
-    assert times == [0, 3754, round(86_314 / 23.976 * 90_000)]
-    assert picture_ticks(16) == 5625
-
-
-def test_a_clip_starts_at_0() -> None:
-    """Every clip of a run is stamped from 0."""
-    assert frame_pts("clip", sent_ns=9 * SECOND_NS, opened_ns=1, index=7, fps=8) == 0
+def test_a_rate_is_ticks_from_picture_to_picture() -> None:
+    """Pictures of video are as far apart as the stream's rate says, or the usual one where it says none."""
+    assert [picture_ticks(fps) for fps in (16, 30, None)] == [5625, 3000, 3750]
 
 
 def shown(packets: list[tuple[str, int, int, float]]) -> list[int]:

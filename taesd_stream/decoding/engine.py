@@ -87,6 +87,9 @@ class Engine:
         pieces = list(slices(count, self.bytes_per_latent_px * height * width, budget_bytes))
         return self._decode_slices(self._format.unfold(tensor), pieces)
 
+    def forget(self, run: str) -> None:
+        """Drop what is remembered of a live run: of pictures nothing. Any thread."""
+
     def _check(self, latents: Tensor) -> None:
         if latents.ndim != 4 or not latents.is_floating_point():
             given = f"{tuple(latents.shape)} {latents.dtype}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from taesd_stream.frames import CLOCK_HZ, Kind, Packet
+from taesd_stream.frames import CLOCK_HZ, Packet
 
 PROVISIONAL_TICKS: Final = CLOCK_HZ // 30  # how long a picture lasts while nobody knows when the next one comes
 DEFAULT_FPS: Final = 24.0  # of a `clip` or `live` run that names none: what most video models are trained at
@@ -16,15 +16,13 @@ def picture_ticks(fps: float | None) -> int:
     return round(CLOCK_HZ / (fps or DEFAULT_FPS))
 
 
-def frame_pts(kind: Kind, *, sent_ns: int, opened_ns: int, index: int, fps: float | None) -> int:
-    """The time of a frame's first picture; a frame sent again keeps its own.
+def steps_pts(sent_ns: int, opened_ns: int) -> int:
+    """The time of a `steps` picture: when it was published, from the run's opening on; sent again it keeps its own.
 
-    `steps`: when it was published, from the run's opening on (a publisher never puts two frames into one tick);
-    `live`: its place in the run / fps, without drift; `clip`: 0, for each is a video of its own.
+    A publisher never puts two frames into one tick. A `live` picture's time is its place in the run, a `clip` picture's
+    its place in the clip, in picture_ticks.
     """
-    if kind == "steps":
-        return max(0, (sent_ns - opened_ns) * CLOCK_HZ // _NS_PER_S)
-    return round(index * CLOCK_HZ / (fps or DEFAULT_FPS)) if kind == "live" else 0
+    return max(0, (sent_ns - opened_ns) * CLOCK_HZ // _NS_PER_S)
 
 
 class PlayerClock:

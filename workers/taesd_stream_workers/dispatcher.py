@@ -8,7 +8,7 @@ from typing import Final
 
 from taesd_stream.config import Config
 from taesd_stream.frames import LatentFrame
-from taesd_stream.media.clock import picture_ticks
+from taesd_stream.media.clock import picture_ticks, steps_pts
 from taesd_stream.messages import Done, Echo, Failed, Forget, Gap, Job, JobItem, Progress, WorkerHello
 from taesd_stream.scheduling import Candidate, desired_workers, next_job
 from taesd_stream_workers.crew import Crew, Worker
@@ -228,13 +228,14 @@ def _job_item(item: Candidate, run: Run, frame: LatentFrame) -> JobItem:
         stream=run.info.stream,
         run=item.run,
         seq=frame.seq,
+        index=frame.index,
         kind=run.info.kind,
         shape=frame.shape,
         dtype=frame.dtype,
         renditions=item.renditions,
         attempt=run.kept.attempt if run.kept and item.is_record else 0,
         keyframe=bool(run.forced),
-        pts=run.pts(frame),
+        pts=steps_pts(frame.sent_ns, run.info.opened_ns),
         picture_ticks=picture_ticks(run.info.fps),
         step=frame.step,
         total_steps=frame.total_steps,

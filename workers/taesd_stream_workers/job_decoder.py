@@ -16,12 +16,13 @@ from torch import Tensor
 
 from taesd_stream.config import Config
 from taesd_stream.decoding.engine import Engine, NoDecoderError, latents_from_payload, open_engine
-from taesd_stream.frames import RENDITIONS, Packet, Stamps
+from taesd_stream.frames import RENDITIONS, Packet, Rendition, Stamps
 from taesd_stream.latent_formats import latent_format as format_named
 from taesd_stream.media.encoder import EncodedPicture
 from taesd_stream.messages import Failed, Job, JobItem, Progress
 from taesd_stream_workers.encode_pool import EncodePool, EncodeTask
-from taesd_stream_workers.rendering import Sizes, as_pictures, finite, grid, render
+from taesd_stream_workers.job_pictures import Picture, pictures_of
+from taesd_stream_workers.rendering import Sizes, as_pictures, finite, render
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,10 @@ class JobDecoder:
         self._jobs.put(run)
 
     def forget(self, run: str) -> None:
-        """Drop the encoders of a run."""
+        """Drop the encoders and memories of a run."""
         self._pool.forget(run)
+        for engine in list(self._engines.values()):
+            engine.forget(run)
 
     def close(self) -> None:
         """Finish the job at hand and its pictures, then join the threads; what is queued is for another worker."""
@@ -199,21 +202,12 @@ class JobDecoder:
 
     def _decode_batch(self, run: JobRun, engine: Engine, mine: list[tuple[JobItem, Tensor, Any]]) -> None:
         started_ns = self._now_ns()
-        owners = [(place, index) for place, (_, latents, _) in enumerate(mine) for index in range(len(latents))]
-        batch = torch.cat([latents for _, latents, _ in mine])
-        waiting: dict[int, list[Tensor]] = {}
-        for part, rgb in engine.decode(batch, budget_bytes=self._decoder.memory_bytes):
+        entries = [(place, item, latents) for place, (item, latents, _) in enumerate(mine)]
+        for pictures in pictures_of(engine, entries, self._decoder.memory_bytes):
             decoded_ns = self._now_ns()
-            for (place, index), picture in zip(owners[part], rgb, strict=True):
-                item, latents, wanted = mine[place]
-                show = _Shower(self, run, item, engine.decoder, wanted, started_ns, decoded_ns)
-                if item.kind != "steps" or len(latents) == 1:
-                    show(picture, index, len(latents))
-                    continue
-                sheet = waiting.setdefault(place, [])
-                sheet.append(picture)
-                if len(sheet) == len(latents):
-                    show(grid(torch.stack(waiting.pop(place))), 0, 1)
+            for picture in pictures:
+                item, _, wanted = mine[picture.place]
+                _Shower(self, run, item, engine.decoder, wanted, started_ns, decoded_ns).show(picture)
             self.busy_since_s = time.monotonic()
             self._pass_on(Progress(job=run.job.job))
 
@@ -251,27 +245,29 @@ class _Shower:
     started_ns: int
     decoded_ns: int
 
-    def __call__(self, picture: Tensor, index: int, count: int) -> None:
-        """picture: (3,H,W) in [0, 1]."""
+    def show(self, picture: Picture) -> None:
+        """Queue it for every rendition that is wanted."""
         item = self.item
-        for rendition, planes, size in render(picture, self.renditions, self.decoder._sizes):
+        for rendition, planes, size in render(picture.rgb, self.renditions, self.decoder._sizes):
             task = EncodeTask(
                 run=item.run,
                 rendition=rendition,
                 attempt=item.attempt if rendition == "record" else 0,
-                keyframe=rendition == "live" and index == 0 and (item.keyframe or item.kind == "clip"),
-                pts=item.pts + index * item.picture_ticks,
+                keyframe=rendition == "live" and picture.index == 0 and (item.keyframe or item.kind == "clip"),
+                pts=picture.pts,
                 planes=planes,
                 size=size,
-                on_done=self._sender(rendition, index, count),
+                on_done=self._sender(rendition, picture.index, picture.count, picture.pts),
             )
             self.run.add()
             self.decoder._pool.submit(task)
 
-    def _sender(self, rendition: Any, index: int, count: int) -> Callable[[EncodedPicture | None], None]:
+    def _sender(
+        self, rendition: Rendition, index: int, count: int, pts: int
+    ) -> Callable[[EncodedPicture | None], None]:
         def send(picture: EncodedPicture | None) -> None:
             if picture is not None:
-                packet = self._packet(picture, rendition, index, count)
+                packet = self._packet(picture, rendition, index, count, pts)
                 self.decoder._pass_on((self.run.job.packets_to, packet))
             elif rendition == "record":
                 self.run.fail("internal", RuntimeError("encoding failed"), retry=True)
@@ -279,7 +275,7 @@ class _Shower:
 
         return send
 
-    def _packet(self, picture: EncodedPicture, rendition: Any, index: int, count: int) -> Packet:
+    def _packet(self, picture: EncodedPicture, rendition: Rendition, index: int, count: int, pts: int) -> Packet:
         item = self.item
         return Packet(
             stream=item.stream,
@@ -290,7 +286,7 @@ class _Shower:
             rendition=rendition,
             attempt=item.attempt if rendition == "record" else 0,
             is_keyframe=picture.is_keyframe,
-            pts=item.pts + index * item.picture_ticks,
+            pts=pts,
             width=picture.width,
             height=picture.height,
             decoder=self.decoder_name,

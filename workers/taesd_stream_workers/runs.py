@@ -17,7 +17,6 @@ from taesd_stream.frames import (
 )
 from taesd_stream.latent_formats import LATENT_FORMATS
 from taesd_stream.latent_log import RunLog
-from taesd_stream.media.clock import frame_pts
 from taesd_stream.messages import End
 from taesd_stream.scheduling import Candidate
 
@@ -171,11 +170,6 @@ class Run:
         self.frames += 1
         if not self.live_since_ns:
             self.live_since_ns = received_ns
-
-    def pts(self, frame: LatentFrame) -> int:
-        """Time of the frame's first picture, 1/90000 s."""
-        info = self.info
-        return frame_pts(info.kind, sent_ns=frame.sent_ns, opened_ns=info.opened_ns, index=frame.index, fps=info.fps)
 
     def candidates(self, wanted: dict[Rendition, int], room_bytes: int) -> list[Candidate]:
         """What of this run could be decoded now. room_bytes: how much more may be on its way into files."""
