@@ -18,6 +18,9 @@ from taesd_stream.latent_layouts import LAYOUTS, Latents, Shape, Space, find_lay
 Convention: TypeAlias = Literal["diffusers", "comfyui"]
 
 
+DEFAULT_MAGNITUDE: Final = 3.0  # of uint8 = clamp(z / (2 m) + 0.5), for formats that the table does not have
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyDecoder:
     """One published set of decoder weights.
@@ -70,7 +73,7 @@ class LatentFormat:
     std: tuple[float, ...] | None = None
     rgb_factors: tuple[tuple[float, float, float], ...] | None = None
     rgb_bias: tuple[float, float, float] | None = None
-    magnitude: float = 3.0
+    magnitude: float = DEFAULT_MAGNITUDE
 
     def picture_size(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) cells -> (H, W) pixels."""

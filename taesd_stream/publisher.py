@@ -31,7 +31,7 @@ from taesd_stream.frames import (
     WireDtype,
     is_stream_name,
 )
-from taesd_stream.latent_formats import LATENT_FORMATS
+from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
 from taesd_stream.latent_snapshot import snapshot, wire_form
 from taesd_stream.outbox import Outbox
 from taesd_stream.publisher_exit import end_at_exit, reason_of
@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 RING_BYTES: Final = 256 << 20
 NS_PER_TICK: Final = math.ceil(1e9 / CLOCK_HZ)
-UINT8_MAGNITUDE: Final = 3.0  # of uint8 = clamp(z / (2 m) + 0.5), for formats that the table does not have
 CLOSE_S: Final = 5.0
 FORKED: Final = "this process was forked from the one that opened the publisher: a forked child must open its own"
 
@@ -194,7 +193,7 @@ class LatentPublisher:
         total_steps = None if total_steps is None else int(total_steps)
         sigma = None if sigma is None or not math.isfinite(float(sigma)) else float(sigma)
         wire.check(LatentFrame, shape=list(shape), step=step, total_steps=total_steps, sigma=sigma)
-        fetch = snapshot(latents, dtype, self._format.magnitude if self._format else UINT8_MAGNITUDE)
+        fetch = snapshot(latents, dtype, self._format.magnitude if self._format else DEFAULT_MAGNITUDE)
         outbox = self._outbox
         with outbox.changed:  # several threads may publish: seq, index and time rise together
             # two frames never share a tick of the pictures' 90 kHz clock

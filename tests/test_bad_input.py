@@ -123,6 +123,41 @@ def test_nan_latents_give_no_picture_and_no_harm(daemon: Daemon) -> None:
         assert "NaN" in row["note"]
 
 
+def test_a_bad_frame_is_forgotten_with_the_next_good_one(daemon: Daemon) -> None:
+    """The note about a frame without a picture goes when the stream shows one again."""
+    with (
+        LatentPublisher(daemon.broker, stream="nan/once", latent_format="sd1") as publisher,
+        PageSocket(daemon) as page,
+    ):
+        page.watch({"nan/once": "thumb"})
+        publisher.publish(np.full((4, 8, 8), np.nan, np.float32), step=0)
+        wait_for(lambda: daemon.streams().get("nan/once", {}).get("note"), of="the note")
+        publisher.publish(sd1_latents_of((90, 160, 90)), step=1)
+        page.picture()
+        wait_for(lambda: daemon.streams()["nan/once"]["note"] is None, of="the note's end")
+        assert "degraded" not in daemon.streams()["nan/once"]["flags"]
+
+
+def test_patchified_latents_have_their_pictures_size(daemon: Daemon) -> None:
+    """FLUX.2 latents of 128 channels, as ComfyUI holds them, are listed by the size of their picture."""
+    with LatentPublisher(daemon.broker, stream="patches", latent_format="flux2") as publisher:
+        publisher.publish(np.zeros((128, 8, 4), np.float32), step=0)
+        row = wait_for(lambda: (row := daemon.streams().get("patches", {})).get("width") and row, of="the size")
+    assert (row["width"], row["height"]) == (64, 128)
+
+
+def test_record_for_a_lost_run_means_its_next_one(daemon: Daemon, raw_socket: Socket) -> None:
+    """Record pressed on a run whose publisher vanished keeps the next run of that name."""
+    info = dataclasses.replace(INFO, stream="vanished", run="00000000000000ad")
+    raw_socket.send_multipart([bytes(part) for part in wire.pack(info)])
+    wait_for(lambda: daemon.streams().get("vanished", {}).get("state") == "lost", 30.0, of="lost")
+    daemon.json("/api/v1/streams/vanished/record", method="POST", body={"mode": "all"})
+    with LatentPublisher(daemon.broker, stream="vanished", latent_format="sd1") as publisher:
+        publisher.publish(sd1_latents_of((90, 160, 90)), step=0)
+        wait_for(lambda: daemon.streams()["vanished"]["run"] == publisher.run, of="the new run")
+        assert daemon.streams()["vanished"]["record"] == "all"
+
+
 def test_a_kept_nan_frame_is_a_gap_that_the_file_lists(daemon: Daemon) -> None:
     """In a kept run a frame that cannot be decoded is passed over; the recording names it and has all others."""
     with LatentPublisher(daemon.broker, stream="nan/kept", latent_format="sd1", record="all") as publisher:

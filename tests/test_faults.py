@@ -62,6 +62,22 @@ def test_a_kept_run_survives_the_death_of_a_role(own_daemon: Daemon, role: str) 
     assert_whole(own_daemon, publisher.run)
 
 
+def test_a_fast_run_survives_the_death_of_the_streamer(own_daemon: Daemon) -> None:
+    """What an older attempt has under way when the streamer comes back leaves no hole in the file."""
+    count = 600
+    with LatentPublisher(own_daemon.broker, stream="fast", latent_format="sd1", record="all") as publisher:
+        pace = threading.Event()
+        for step in range(count):
+            if step == count // 3:
+                os.kill(own_daemon.pid_of("streamer"), signal.SIGKILL)
+            publisher.publish(sd1_latents_of((90, 90, 90)), step=step, total_steps=count)
+            pace.wait(0.005)
+        assert publisher.wait_until_acked(60), publisher.error
+    wait_for(own_daemon.is_ready, 60, of="the streamer")
+    recording = own_daemon.recording(publisher.run)
+    assert (recording["frames"], recording["last_seq"], recording["gaps"]) == (count, count - 1, [])
+
+
 def test_a_kept_run_survives_a_restart_of_the_daemon(tmp_path: Path) -> None:
     """The daemon is stopped in the middle of a kept run and started again: one file has all of it."""
     daemon = Daemon(tmp_path)

@@ -113,6 +113,8 @@ class Broker:
             self._wake.drain()
             self._drain(self._links.inner, wire.FROM_INSIDE, lambda peer, one: self._inside[type(one)](peer, one))
             self._drain(self._links.front, wire.FROM_PUBLISHER, self._intake.take)
+            if self._writer.error is not None:
+                raise self._writer.error
             self._intake.ack_written()
             self._dispatcher.give_jobs()
             self._send_state()
@@ -162,7 +164,7 @@ class Broker:
         self._links.is_changed = True
 
     def _on_watch(self, _peer: bytes, watch: Watch) -> None:
-        self._registry.viewers.setdefault(watch.stream, {})[watch.rendition] = watch.viewers
+        self._registry.watch(watch.stream, watch.rendition, watch.viewers)
         run = self._registry.by_name.get(watch.stream)
         if run is not None:
             run.live_since_ns = run.live_since_ns or time.monotonic_ns()
@@ -192,10 +194,13 @@ class Broker:
         if run is None or run.kept is None:
             return
         if cursor.finished and run.kept.is_over:
-            run.finish_keeping()
+            self._writer.delete(run.finish_keeping())
             self._links.is_changed = True
             self._dispatcher.forget(run)
             return
+        run.kept.told = cursor.written
+        if cursor.attempt < run.kept.attempt:
+            return  # of an attempt that the newer one cuts back
         run.kept.on_cursor(cursor.written)
         run.kept.log.release(cursor.synced + 1)
         self._dispatcher.tell_gap(run, run.kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -10,6 +11,7 @@ from taesd_stream.messages import WorkerHello
 from taesd_stream.scheduling import Candidate, WorkerLimits
 
 SILENT_S: Final = 3.0
+MAX_GONE: Final = 64  # workers that are remembered for what they held
 
 
 @dataclass(slots=True)
@@ -29,14 +31,15 @@ class Worker:
     id: bytes
     hello: WorkerHello
     heard_s: float
-    jobs: dict[int, JobHeld] = field(default_factory=dict)
+    jobs: dict[int, JobHeld] = field(default_factory=dict)  # in the order they were given
+    overdue: set[int] = field(default_factory=set)  # given to others since, but still in its hands
     seconds_per_byte: dict[str, float] = field(default_factory=dict)  # by latent format
     frames: int = 0
 
     @property
     def credits(self) -> int:
         """How many jobs it takes now."""
-        return self.hello.credits - len(self.jobs)
+        return self.hello.credits - len(self.jobs) - len(self.overdue)
 
     def limits(self, max_batch_size: int, max_job_s: float) -> WorkerLimits:
         """What the scheduler must know; the slowest format counts, for the group is not chosen yet."""
@@ -64,13 +67,14 @@ class Crew:
     def __init__(self, job_deadline_s: float) -> None:
         self.workers: dict[bytes, Worker] = {}
         self._deadline_s = job_deadline_s
-        self._next_job = 1
+        self._next_job = 1 + secrets.randbits(32)  # an answer to a former broker must not pass for one to us
+        self._overdue: dict[bytes, set[int]] = {}
 
     def hello(self, peer: bytes, hello: WorkerHello) -> bool:
         """Note that a worker is there. Returns whether it is new."""
         worker = self.workers.get(peer)
         if worker is None:
-            self.workers[peer] = Worker(peer, hello, time.monotonic())
+            self.workers[peer] = Worker(peer, hello, time.monotonic(), overdue=self._overdue.pop(peer, set()))
             return True
         worker.hello, worker.heard_s = hello, time.monotonic()
         return False
@@ -86,16 +90,17 @@ class Crew:
 
     def progress(self, peer: bytes, job: int) -> None:
         """One slice more is done: the deadline counts from here."""
-        held = self._held(peer, job)
-        if held is not None:
-            held.deadline_s = time.monotonic() + self._deadline_s
+        if peer in self.workers and job in self.workers[peer].jobs:
+            self._renew(peer)
 
     def finish(self, peer: bytes, job: int, ms: float | None = None) -> JobHeld | None:
         """The worker answered. Returns the job; None for one that was given to another since: its answer is late."""
         worker = self.workers.get(peer)
+        (worker.overdue if worker else self._overdue.get(peer, set())).discard(job)
         held = worker.jobs.pop(job, None) if worker else None
         if worker is None or held is None:
             return None
+        self._renew(peer)
         worker.frames += len(held.items)
         if ms is not None:
             measured = ms / 1000 / max(1, held.nbytes)
@@ -103,9 +108,19 @@ class Crew:
             worker.seconds_per_byte[held.latent_format] = 0.7 * before + 0.3 * measured
         return held
 
+    def _renew(self, peer: bytes) -> None:
+        """It works: the jobs that wait behind the one at hand have all their time before them."""
+        for held in self.workers[peer].jobs.values():
+            held.deadline_s = time.monotonic() + self._deadline_s
+
     def remove(self, peer: bytes) -> Worker | None:
-        """Forget a worker that is gone."""
-        return self.workers.pop(peer, None)
+        """Forget a worker that is gone; should it come back, what it still holds counts against its credits."""
+        worker = self.workers.pop(peer, None)
+        if worker is not None:
+            self._overdue[peer] = worker.overdue | set(worker.jobs)
+            while len(self._overdue) > MAX_GONE:
+                del self._overdue[next(iter(self._overdue))]
+        return worker
 
     def gone(self) -> list[bytes]:
         """Workers that are silent, or whose job is over its deadline."""
@@ -120,7 +135,3 @@ class Crew:
         """Seconds a frame takes, from what was measured; 0 when nothing was."""
         rates = [worker.seconds_per_byte.get(latent_format, 0.0) for worker in self.workers.values()]
         return max(rates, default=0.0) * nbytes
-
-    def _held(self, peer: bytes, job: int) -> JobHeld | None:
-        worker = self.workers.get(peer)
-        return worker.jobs.get(job) if worker else None

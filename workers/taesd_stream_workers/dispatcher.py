@@ -14,12 +14,12 @@ from taesd_stream.scheduling import Candidate, desired_workers, next_job
 from taesd_stream_workers.crew import Crew, Worker
 from taesd_stream_workers.links import Links
 from taesd_stream_workers.registry import Registry
-from taesd_stream_workers.runs import RECORD_STUCK_S, KeptRun, Run
+from taesd_stream_workers.runs import MAX_TRIES, RECORD_STUCK_S, KeptRun, Run
 
 logger = logging.getLogger(__name__)
 
 STREAMER_GONE_S: Final = 3.0
-POISON_DEATHS: Final = 2
+RETRY_S: Final = 1.0
 
 
 class StreamerLink:
@@ -67,7 +67,10 @@ class Dispatcher:
         """A job's packets are on their way."""
         held = self._crew.finish(peer, done.job, done.ms)
         for item in held.items if held else ():
-            self._item_over(item)
+            run = self._item_over(item)
+            if run is not None:
+                run.note = None  # what was wrong with a frame is not wrong with the next
+                run.failures.pop(item.seq, None)
 
     def on_failed(self, peer: bytes, failed: Failed) -> None:
         """Some items of a job gave no picture, or all of them."""
@@ -93,23 +96,31 @@ class Dispatcher:
         if counts[f"failed_{failed.code}"] == 1:
             fields = (run.info.stream, item.seq, failed.code, failed.text)
             logger.warning("frame_failed stream=%s seq=%d code=%s %s (said once)", *fields)
-        if not item.is_record or run.kept is None:
+        kept = run.kept if item.is_record else None
+        if failed.code == "internal":
+            self._blame(run, item)
+        elif kept is None:
             return
-        if failed.code == "no_decoder":
-            run.kept.blocked = failed.text  # the frames stay in the log
-            run.kept.restart(run.kept.written, run.kept.attempt + 1)
-        elif failed.retry:
-            self._count_failure(run, run.kept, item.seq)
-        else:
-            self._pass_gap(run, run.kept, item.seq, failed.code)
-
-    def _count_failure(self, run: Run, kept: KeptRun, seq: int) -> None:
-        """A frame that ended a job is tried again, alone; one that ended two is poison."""
-        kept.failures[seq] = kept.failures.get(seq, 0) + 1
-        if kept.failures[seq] >= POISON_DEATHS:
-            self._pass_gap(run, kept, seq, "poison")
-        else:
+        elif failed.code == "no_decoder":
+            kept.blocked = failed.text  # the frames stay in the log
             kept.restart(kept.written, kept.attempt + 1)
+        elif failed.retry:
+            kept.restart(kept.written, kept.attempt + 1)
+            kept.not_before_s = time.monotonic() + RETRY_S  # memory comes back: a recording waits for it
+        else:
+            self._pass_gap(run, kept, item.seq, failed.code)
+
+    def _blame(self, run: Run, item: Candidate) -> None:
+        """A frame that ended a job is tried again, alone; one that ended two is poison: nobody gets it any more."""
+        run.failures[item.seq] = run.failures.get(item.seq, 0) + 1
+        is_poison = run.failures[item.seq] >= MAX_TRIES
+        if is_poison:
+            run.note = f"frame {item.seq} ended {MAX_TRIES} decode jobs and is left out"
+        if item.is_record and run.kept is not None:
+            if is_poison:
+                self._pass_gap(run, run.kept, item.seq, "poison")
+            else:
+                run.kept.restart(run.kept.written, run.kept.attempt + 1)
 
     def _pass_gap(self, run: Run, kept: KeptRun, seq: int, code: str) -> None:
         self._links.counts["gaps"] += 1
@@ -138,7 +149,9 @@ class Dispatcher:
                 continue
             self.tell_gap(run, kept)
             if kept.in_flight and time.monotonic() - kept.moved_s > RECORD_STUCK_S:
-                kept.restart(kept.written, kept.attempt + 1)
+                kept.restart(min(kept.written, kept.told), kept.attempt + 1)
+            elif kept.is_damaged:
+                self._pass_gap(run, kept, kept.next_seq, "log_damaged")
 
     def _worker_gone(self, peer: bytes) -> None:
         worker = self._crew.remove(peer)
@@ -149,10 +162,11 @@ class Dispatcher:
         for run in self._registry.by_run.values():
             if run.worker == peer:
                 run.drop_worker()
-        for item in (item for job in worker.jobs.values() for item in job.items):
+        at_hand = next(iter(worker.jobs.values()), None)  # what waited behind it did no harm
+        for item in at_hand.items if at_hand else ():
             owner = self._registry.by_run.get(item.run)
-            if owner is not None and item.is_record and owner.kept is not None:
-                self._count_failure(owner, owner.kept, item.seq)
+            if owner is not None:
+                self._blame(owner, item)
         self._links.is_changed = True
 
     # --- giving work ---
@@ -241,7 +255,7 @@ def _job_item(item: Candidate, run: Run, frame: LatentFrame) -> JobItem:
         total_steps=frame.total_steps,
         sigma=frame.sigma,
         sent_ns=frame.sent_ns + run.offset_ns,
-        received_ns=run.newest_received_ns if run.newest is frame else 0,
+        received_ns=run.newest_received_ns if run.newest is not None and run.newest.seq == frame.seq else 0,
     )
 
 

@@ -14,12 +14,13 @@ from taesd_stream.messages import Ack, DemandUpdate, Echo, End, PublisherHello, 
 from taesd_stream_workers.links import Links
 from taesd_stream_workers.log_writer import LogWriter
 from taesd_stream_workers.registry import Registry
-from taesd_stream_workers.runs import KeptRun, Run
+from taesd_stream_workers.runs import KeptRun, Run, meta_bytes
 
 logger = logging.getLogger(__name__)
 
 LOG_ROOM_AGAIN: Final = 0.9  # of the log's bytes: under it, the alert goes
 MAX_REFUSALS_LOGGED: Final = 100  # of one kind
+MAX_META_BYTES: Final = 6 << 20  # of all runs: STATE tells it to the streamer, twice where a run is kept
 
 
 class Intake:
@@ -90,6 +91,8 @@ class Intake:
             if run is None or kept is None or kept.log is not done.log or isinstance(done.message, End):
                 continue
             if done.error is not None:
+                if done.message.seq != kept.logged + 1:
+                    continue  # it only followed one that failed, which was sent again since
                 kept.queued = kept.logged
                 self._links.alert("log_error", f"The latent log cannot be written: {done.error}")
                 continue
@@ -120,6 +123,9 @@ class Intake:
             use = self._registry.free_name(info.stream)
             text = f"{info.stream}: another run of that name lives; {use} is free"
             return self._refuse(peer, info, "taken", text, use=use)
+        if self._registry.meta_bytes + meta_bytes(info) > MAX_META_BYTES:
+            text = f"what all runs say of themselves (meta) is over {MAX_META_BYTES} bytes; say less, or end some"
+            return self._refuse(peer, info, "limit", text)
         alive = sum(run.is_alive for run in self._registry.by_run.values())
         if alive >= self._config.broker.max_streams:
             return self._refuse(peer, info, "limit", f"{alive} streams are open, broker.max_streams allows no more")

@@ -17,6 +17,7 @@ from torch import Tensor
 from taesd_stream.config import Config
 from taesd_stream.decoding.engine import Engine, NoDecoderError, latents_from_payload, open_engine
 from taesd_stream.frames import RENDITIONS, Packet, Rendition, Stamps
+from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
 from taesd_stream.latent_formats import latent_format as format_named
 from taesd_stream.media.encoder import EncodedPicture
 from taesd_stream.messages import Failed, Job, JobItem, Progress
@@ -110,11 +111,10 @@ class JobDecoder:
         self._pool.close()
 
     def engines(self) -> dict[str, dict[str, Any]]:
-        """What decodes each latent format, and why; any thread."""
+        """What decodes each latent format, and why: the live view's engine, else the recordings'. Any thread."""
         return {
             latent_format: {"decoder": engine.decoder, "reason": engine.reason, "is_full": engine.is_full}
-            for (latent_format, _, is_fast), engine in list(self._engines.items())
-            if is_fast
+            for (latent_format, _, _), engine in sorted(self._engines.items(), key=lambda entry: entry[0][2])
         }
 
     def _run(self) -> None:
@@ -161,8 +161,10 @@ class JobDecoder:
         job = run.job
         bad: list[int] = []
         good: list[tuple[JobItem, Tensor]] = []
+        known = LATENT_FORMATS.get(job.latent_format)
+        magnitude = known.magnitude if known else DEFAULT_MAGNITUDE
         for place, (item, payload) in enumerate(zip(job.items, job.payloads, strict=True)):
-            latents = as_pictures(latents_from_payload(payload, item.dtype, item.shape))
+            latents = as_pictures(latents_from_payload(payload, item.dtype, item.shape, magnitude))
             if finite(latents):
                 good.append((item, latents))
             else:
@@ -181,8 +183,11 @@ class JobDecoder:
         latent_format = run.job.latent_format
         if for_record and not any("record" in item.renditions for item, _ in items):
             return
-        live = self._engine(latent_format, self._decoder.choice, is_fast=True)
-        engine = self._engine(latent_format, "auto", is_fast=False) if for_record else live
+        is_shown = any(item.renditions != ("record",) for item, _ in items)
+        if not (for_record or is_shown):
+            return
+        live = self._engine(latent_format, self._decoder.choice, is_fast=True) if is_shown else None
+        engine = self._engine(latent_format, "auto", is_fast=False) if for_record or live is None else live
         mine: list[tuple[JobItem, Tensor, Any]] = []
         for item, latents in items:
             is_recorded = "record" in item.renditions
@@ -196,9 +201,9 @@ class JobDecoder:
         if mine:
             self._decode_batch(run, engine, mine)
 
-    def _records_as_it_shows(self, live: Engine) -> bool:
+    def _records_as_it_shows(self, live: Engine | None) -> bool:
         """Whether recordings of the format are decoded by the network that shows it live."""
-        return self._engine(live.latent_format, "auto", is_fast=False).decoder == live.decoder
+        return live is not None and self._engine(live.latent_format, "auto", is_fast=False).decoder == live.decoder
 
     def _decode_batch(self, run: JobRun, engine: Engine, mine: list[tuple[JobItem, Tensor, Any]]) -> None:
         started_ns = self._now_ns()

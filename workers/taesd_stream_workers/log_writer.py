@@ -28,10 +28,11 @@ class Written:
 
 
 class LogWriter:
-    """Appends in order; the owner collects the results in its own thread."""
+    """Appends in order; the owner collects the results in its own thread. error: why the thread ended too early."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
-        self._queue: ByteBoundedQueue[tuple[RunLog, LatentFrame | End]] = ByteBoundedQueue(QUEUE_BYTES, _size)
+        self._queue: ByteBoundedQueue[tuple[RunLog, LatentFrame | End | None]] = ByteBoundedQueue(QUEUE_BYTES, _size)
+        self.error: Exception | None = None
         self._results: deque[Written] = deque()
         self._wake = wake
         self._stop = threading.Event()
@@ -45,6 +46,10 @@ class LogWriter:
     def submit(self, log: RunLog, message: LatentFrame | End) -> bool:
         """Queue an append; False when the queue is full (then nobody is acked, and the publisher sends it again)."""
         return self._queue.put((log, message))
+
+    def delete(self, log: RunLog) -> None:
+        """Remove a log, behind what is queued for it."""
+        self._queue.put((log, None))
 
     def results(self) -> list[Written]:
         """What was tried since the last call."""
@@ -61,13 +66,26 @@ class LogWriter:
     def _run(self) -> None:
         next_sync_s = time.monotonic() + SYNC_S
         while not (self._stop.is_set() and not len(self._queue)):
-            taken = self._queue.get(timeout_s=0.1)
-            if taken is not None:
-                self._append(*taken)
-            if time.monotonic() >= next_sync_s:
-                self._sync()
-                next_sync_s = time.monotonic() + SYNC_S
+            try:
+                self._take(self._queue.get(timeout_s=0.1))
+                if time.monotonic() >= next_sync_s:
+                    self._sync()
+                    next_sync_s = time.monotonic() + SYNC_S
+            except Exception as error:  # noqa: BLE001 the role ends with it: without this thread nothing is acked
+                self.error = error
+                self._wake()
+                return
         self._sync()
+
+    def _take(self, taken: tuple[RunLog, LatentFrame | End | None] | None) -> None:
+        if taken is None:
+            return
+        log, message = taken
+        if message is None:
+            self._touched.discard(log)
+            log.delete()
+        else:
+            self._append(log, message)
 
     def _append(self, log: RunLog, message: LatentFrame | End) -> None:
         error: str | None = None
@@ -88,6 +106,6 @@ class LogWriter:
         self._touched.clear()
 
 
-def _size(item: tuple[RunLog, LatentFrame | End]) -> int:
+def _size(item: tuple[RunLog, LatentFrame | End | None]) -> int:
     message = item[1]
     return message.nbytes if isinstance(message, LatentFrame) else 0

@@ -23,6 +23,7 @@ QUEUE_BYTES: Final = 64 << 20
 MAX_EARLY: Final = 256
 SYNC_S: Final = 1.0
 TELL_S: Final = 0.2
+RETRY_S: Final = 5.0
 
 
 class Recorder:
@@ -40,6 +41,7 @@ class Recorder:
         self._finished: dict[str, int] = {}  # run -> attempt that its finished file ended with
         self._runs: dict[str, dict[str, Any]] = {}
         self._errors: dict[str, str] = {}
+        self._retry_at_s: dict[str, float] = {}  # when a file that could not be finished is tried again
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recorder")
         self._early: deque[Packet] = deque()  # of recordings that no STATE has named yet
@@ -119,10 +121,10 @@ class Recorder:
             item = self._queue.get(timeout_s=0.1)
             try:
                 self._handle(item)
+                self._sync_all()
+                self._tell_people()
             except Exception as error:  # the thread's outermost loop: one bad file must not end the others
                 logger.exception("recorder_failed error=%s", error)
-            self._sync_all()
-            self._tell_people()
         for one in self._open.values():
             self._sync(one)
             one.close()
@@ -137,6 +139,7 @@ class Recorder:
                 self._tell(item.run, recording)
         elif isinstance(item, State):
             self._runs = item.runs
+            self._finished = {run: attempt for run, attempt in self._finished.items() if run in item.runs}
             self._write_early(item.now_ns)
             self._finish_what_ended()
 
@@ -177,8 +180,8 @@ class Recorder:
             if attempt <= self._finished.get(run, -1):
                 return None  # late, of a file that is finished
             row = self._runs.get(run)
-            if row is None:
-                return None  # a run that the broker no longer keeps
+            if row is None or (row["ended"] and self.library.holds(run, row["last_seq"])):
+                return None  # a run that the broker no longer keeps, or whose file is finished
             self._open[run] = Recording.open(
                 self.folder, stream=row["stream"], run=run, meta=_meta_of(row), kept_from=row["kept_from"]
             )
@@ -195,20 +198,27 @@ class Recorder:
             if one is not None and one.written >= row["last_seq"]:
                 self._finish(run)
             is_finished = self._finished.get(run, -1) >= row["attempt"] or self.library.holds(run, row["last_seq"])
+            if one is None and not is_finished and time.monotonic() >= self._retry_at_s.get(run, float("inf")):
+                self._open[run] = Recording.open(self.folder, stream=row["stream"], run=run, meta=_meta_of(row))
             if one is None and is_finished:
                 self._tell_broker(Cursor(run=run, attempt=row["attempt"], written=-1, synced=-1, finished=True))
 
     def _finish(self, run: str) -> None:
         one = self._open[run]
+        if time.monotonic() < self._retry_at_s.get(run, 0.0):
+            return
         attempt = max(0, one.attempt)
         try:
             paths = one.finish()
         except RecordingError as error:
-            logger.error("recording_not_finished run=%s error=%s", run, error)
-            self._errors[run] = str(error)
+            if run not in self._errors:
+                logger.error("recording_not_finished run=%s error=%s", run, error)
+            self._errors[run], self._retry_at_s[run] = str(error), time.monotonic() + RETRY_S
+            del self._open[run]
             self._open[run] = Recording.open(self.folder, stream=one.stream, run=run, meta=one.meta)
             return
         del self._open[run]
+        self._retry_at_s.pop(run, None)
         self._errors.pop(run, None)
         self._finished[run] = attempt
         self._is_dirty = True

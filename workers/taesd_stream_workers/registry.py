@@ -64,10 +64,21 @@ class Registry:
     def ask_record(self, stream: str, mode: RecordMode) -> Run | None:
         """The living run that a RECORD means; None: it waits for the name's next run."""
         run = self.by_name.get(stream)
-        if run is not None and run.end is None:
-            return run
-        self._pending_record[stream] = (mode, time.monotonic() + PENDING_RECORD_S)
-        return None
+        if run is None or not run.is_alive:  # a lost one may come back, or be run again
+            self._pending_record[stream] = (mode, time.monotonic() + PENDING_RECORD_S)
+        return run if run is not None and run.end is None else None
+
+    def watch(self, stream: str, rendition: Rendition, viewers: int) -> None:
+        """So many viewers of a rendition."""
+        renditions = self.viewers.setdefault(stream, {})
+        renditions[rendition] = viewers
+        if not any(renditions.values()):
+            del self.viewers[stream]
+
+    @property
+    def meta_bytes(self) -> int:
+        """Bytes of what all runs say of themselves."""
+        return sum(run.meta_bytes for run in self.by_run.values())
 
     def free_name(self, stream: str) -> str:
         """A name like `stream` whose newest run is over."""
@@ -98,7 +109,9 @@ class Registry:
         return run.kept
 
     def forget_old(self) -> list[Run]:
-        """Drop what is no longer shown nor kept: replaced runs, and the oldest ended ones over the bound."""
+        """Drop what is no longer shown nor kept: replaced runs, the oldest ended ones over the bound, old wishes."""
+        now = time.monotonic()
+        self._pending_record = {name: wish for name, wish in self._pending_record.items() if wish[1] > now}
         over = [run for run in self.by_run.values() if run.kept is None and not run.is_alive]
         replaced = [run for run in over if self.by_name.get(run.info.stream) is not run]
         shown = sorted((run for run in over if run not in replaced), key=lambda run: run.heard_s, reverse=True)

@@ -7,6 +7,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import msgpack
+
 from taesd_stream.frames import (
     Demand,
     LatentFrame,
@@ -22,6 +24,7 @@ from taesd_stream.scheduling import Candidate
 
 LOST_AFTER_S: Final = 10.0
 MAX_LIVE_IN_FLIGHT: Final = 2
+MAX_TRIES: Final = 2  # jobs that may end on one frame
 READ_AHEAD_FRAMES: Final = 16
 READ_AHEAD_BYTES: Final = 16 << 20
 RECORD_STUCK_S: Final = 15.0  # packets that were sent and never written: a new attempt
@@ -41,9 +44,10 @@ class KeptRun:
         default_factory=deque
     )  # (seq, bytes) decoded or decoding, not yet written
     is_over: bool = False  # nothing more will be kept
-    moved_s: float = 0.0  # when the cursor last moved, or something was sent
+    moved_s: float = 0.0  # when the cursor last moved, or the first frame behind it was sent
+    not_before_s: float = 0.0  # when the next frame may be tried
+    told: int = -1  # last seq in the file, as the streamer last said, of whatever attempt
     blocked: str | None = None  # why it waits: no decoder, say
-    failures: dict[int, int] = field(default_factory=dict)  # seq -> how many workers ended on it
     gaps: set[int] = field(default_factory=set)  # seqs that give no picture: the cursor passes them
     _ahead: deque[LatentFrame] = field(default_factory=deque)
 
@@ -53,19 +57,21 @@ class KeptRun:
         return sum(nbytes for _, nbytes in self.in_flight)
 
     @property
-    def is_done(self) -> bool:
-        """Whether everything kept is in the file."""
-        return self.is_over and self.written >= self.logged and self.queued == self.logged
+    def is_damaged(self) -> bool:
+        """Whether the log has not what it should have: the next frame cannot be read."""
+        is_due = self.next_seq <= self.logged and self.next_seq not in self.gaps and not self.in_flight
+        return is_due and self.blocked is None and not self.ahead(1)
 
-    def ahead(self) -> deque[LatentFrame]:
-        """The next frames to decode, read from the log, in order."""
+    def ahead(self, room_bytes: int = READ_AHEAD_BYTES) -> deque[LatentFrame]:
+        """The next frames to decode, read from the log, in order; the first whatever the room."""
         while self._ahead and self._ahead[0].seq < self.next_seq:
             self._ahead.popleft()
         if self._ahead and self._ahead[0].seq != self.next_seq:
             self._ahead.clear()
         seq = self._ahead[-1].seq + 1 if self._ahead else self.next_seq
         held = sum(frame.nbytes for frame in self._ahead)
-        while seq <= self.logged and len(self._ahead) < READ_AHEAD_FRAMES and held < READ_AHEAD_BYTES:
+        limit = min(room_bytes, READ_AHEAD_BYTES)
+        while seq <= self.logged and len(self._ahead) < READ_AHEAD_FRAMES and (held < limit or not self._ahead):
             frame = self.log.read(seq)
             if frame is None:
                 break
@@ -103,11 +109,17 @@ class KeptRun:
             self.in_flight.popleft()
 
 
+def meta_bytes(info: StreamInfo) -> int:
+    """Bytes of what a run says of itself, as it travels."""
+    return len(msgpack.packb(info.meta))
+
+
 class Run:
     """One run of a stream, as the broker sees it. Used in the broker's loop alone."""
 
     def __init__(self, info: StreamInfo, *, peer: bytes | None, record: RecordMode) -> None:
         self.info = info
+        self.meta_bytes = meta_bytes(info)
         self.peer = peer
         self.record = record
         self.started_unix = time.time()
@@ -121,6 +133,7 @@ class Run:
         self.interval_s: float | None = None  # mean time between frames
         self.dispatched: dict[Rendition, int] = {}  # newest seq that went to a worker
         self.forced: set[Rendition] = set()  # renditions that must start anew
+        self.failures: dict[int, int] = {}  # seq -> how many jobs ended on it
         self.worker: bytes | None = None
         self.live_in_flight = 0
         self.live_since_ns = 0
@@ -184,7 +197,7 @@ class Run:
 
     def _live_renditions(self, wanted: dict[Rendition, int]) -> tuple[Rendition, ...]:
         newest = self.newest
-        if newest is None or self.live_in_flight >= MAX_LIVE_IN_FLIGHT:
+        if newest is None or self.live_in_flight >= MAX_LIVE_IN_FLIGHT or self.failures.get(newest.seq, 0) >= MAX_TRIES:
             return ()
         return tuple(
             rendition
@@ -196,8 +209,10 @@ class Run:
         kept = self.kept
         if kept is None or kept.blocked is not None or kept.next_seq > kept.logged:
             return []
+        if time.monotonic() < kept.not_before_s:
+            return []
         frames: list[LatentFrame] = []
-        for frame in kept.ahead():
+        for frame in kept.ahead(room_bytes):
             within = frame.nbytes <= room_bytes or len(kept.in_flight) + len(frames) < 2
             if not within or frame.seq in kept.gaps:
                 break
@@ -215,7 +230,7 @@ class Run:
             nbytes=frame.nbytes,
             since_ns=kept_since if renditions == ("record",) else self.live_since_ns,
             worker=self.worker,
-            is_suspect=self.kept is not None and "record" in renditions and frame.seq in self.kept.failures,
+            is_suspect=frame.seq in self.failures,
         )
 
     def frame_of(self, candidate: Candidate) -> LatentFrame | None:
@@ -235,16 +250,18 @@ class Run:
             self.forced -= set(candidate.renditions)
             self.live_since_ns = 0
         if candidate.is_record and self.kept is not None:
+            if not self.kept.in_flight:
+                self.kept.moved_s = time.monotonic()
             self.kept.in_flight.append((frame.seq, frame.nbytes))
             self.kept.next_seq = frame.seq + 1
-            self.kept.moved_s = time.monotonic()
 
-    def finish_keeping(self) -> None:
-        """Its recording is finished: the log has done its work."""
+    def finish_keeping(self) -> RunLog:
+        """Its recording is finished. Returns: the log, which has done its work."""
         assert self.kept is not None
+        log = self.kept.log
         self.attempts, self.recorded_until = self.kept.attempt, self.kept.logged
-        self.kept.log.delete()
         self.kept = None
+        return log
 
     def demand(self, watchers: int) -> Demand:
         """How much of it is wanted now."""
@@ -304,8 +321,9 @@ class Run:
         latent_format = LATENT_FORMATS.get(self.info.latent_format)
         if self.newest is None or latent_format is None:
             return None, None
-        height, width = self.newest.shape[-2:]
-        return round(width * latent_format.spatial_factor), round(height * latent_format.spatial_factor)
+        _, _, rows, columns = latent_format.check_shape(self.info.kind, self.newest.shape)
+        height, width = latent_format.picture_size(rows, columns)
+        return width, height
 
     def to_recording_state(self) -> dict[str, Any]:
         """What the streamer must know of a kept run."""
