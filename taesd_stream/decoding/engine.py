@@ -69,6 +69,7 @@ class Engine:
         self.is_full = is_full
         self.history = 0
         self._format = latent_format
+        self._scale = latent_format.decoder_scale if is_full else None
         self._device = torch.device(device)
         self.dtype, self._memory_format = _arithmetic(self._device, is_full=is_full, is_fast=is_fast)
         network = network.to(device=self._device, dtype=self.dtype).eval().requires_grad_(False)
@@ -100,9 +101,13 @@ class Engine:
     @torch.inference_mode()
     def _decode_slices(self, latents: Tensor, pieces: Sequence[slice]) -> Iterator[tuple[slice, Tensor]]:
         for piece in pieces:
-            part = latents[piece].float().clamp(-_LARGEST_LATENT, _LARGEST_LATENT)
+            part = self._scaled(latents[piece].float()).clamp(-_LARGEST_LATENT, _LARGEST_LATENT)
             part = part.to(device=self._device, dtype=self.dtype, memory_format=self._memory_format)
             yield piece, self._network(part).float().clamp_(0, 1).contiguous()
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """z as the format's own decoder wants it: CogVideoX's alone wants the full VAE's scale taken off."""
+        return latents if self._scale is None else latents / self._scale
 
 
 def open_engine(
