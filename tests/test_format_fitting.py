@@ -51,7 +51,7 @@ def picture_of(latents: Tensor, factor: int = FACTOR) -> Tensor:
 def save_picture(picture: Tensor, path: Path) -> None:
     """Write an 8-bit picture."""
     pixels = (picture * 255).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(path, **({"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}))
+    Image.fromarray(pixels).save(path, quality=95, subsampling=0)  # of a PNG neither means anything
 
 
 def write_pairs(folder: Path, count: int = 10) -> Path:

@@ -138,7 +138,7 @@ def test_the_list_says_where_weights_are_and_how_to_get_the_others(tmp_path: Pat
 
 def test_only_the_part_that_is_asked_for_is_taken() -> None:
     """The decoder's own file holds no encoder; files of both do."""
-    names = {part: [file.name for file in hub_files("taesd", part)] for part in ("decoder", "encoder")}  # type: ignore[arg-type]
+    names = {part: [file.name for file in hub_files("taesd", part)] for part in ("decoder", "encoder")}
     assert names["decoder"] == ["diffusion_pytorch_model.safetensors", "taesd_decoder.safetensors"]
     assert names["encoder"] == ["diffusion_pytorch_model.safetensors"]
 
