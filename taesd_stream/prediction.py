@@ -70,5 +70,5 @@ def _check_level(name: str, level: object, low: float, high: float) -> None:
     """Timesteps are given for noise levels often enough. Of arrays nothing is read: a device would have to be waited
     for.
     """
-    if isinstance(level, Real) and not low <= level <= high:
+    if isinstance(level, Real) and not low <= float(level) <= high:
         raise ValueError(f"{name}: expected a noise level from {low:g} to {high:g}, got {level} (is it a timestep?)")

@@ -151,7 +151,7 @@ def test_half_precision_stays(dtype: torch.dtype, how: dict[str, Any]) -> None:
     x_t, output = torch.randn(2, 4, 3, 3).to(dtype), torch.randn(2, 4, 3, 3).to(dtype)
     by_number = predicted_x0(x_t, output, sigma=0.5, **how)
     assert by_number.dtype == dtype
-    by_tensor = predicted_x0(x_t, output, sigma=torch.tensor(0.5), **how)  # type: ignore[type-var]
+    by_tensor = predicted_x0(x_t, output, sigma=torch.tensor(0.5), **how)  # type: ignore[arg-type]
     torch.testing.assert_close(by_tensor, by_number, atol=0.02, rtol=0)
 
 
