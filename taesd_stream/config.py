@@ -110,7 +110,7 @@ class WeightsConfig(_Section):
     """Weights of the tiny decoders."""
 
     folder: str = ""
-    """Folder with weight files, as ComfyUI's models/vae_approx; empty looks in the user's cache folder only."""
+    """Folder of weights (ComfyUI's models/vae_approx works) and of `taesd-stream fit`'s formats; then caches."""
 
 
 class Config(BaseSettings):

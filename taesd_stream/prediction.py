@@ -6,6 +6,7 @@ Operators only: numpy arrays and torch tensors alike, on their own device, and n
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
@@ -33,10 +34,13 @@ def predicted_x0(
       sigma: for "flow" x_t = (1 - sigma) x0 + sigma noise, else x_t = x0 + sigma noise (k-diffusion, Euler).
       alpha: x_t = alpha x0 + sqrt(1 - alpha^2) noise: DDPM and DDIM, alpha = sqrt(alphas_cumprod[t]).
     negated: the velocity points to the picture, x0 - noise (Z-Image, Lumina 2, HiDream); "flow" alone.
-    Raises: ValueError for a combination that means nothing.
+    Raises: ValueError for a combination that means nothing, and for shapes that differ.
     """
     if (sigma is None) == (alpha is None):
-        raise ValueError("give either sigma or alpha: the noise level in the sampler's own scale")
+        given = "neither" if sigma is None else "both"
+        raise ValueError(f"give either sigma or alpha: the noise level in the sampler's own scale; got {given}")
+    if tuple(x_t.shape) != tuple(output.shape):  # a model that predicts variances too returns twice the channels
+        raise ValueError(f"output: expected the shape of x_t, {tuple(x_t.shape)}, got {tuple(output.shape)}")
     if prediction == "flow":
         return _from_flow(x_t, output, sigma, negated)
     if negated:
@@ -45,6 +49,8 @@ def predicted_x0(
         return output
     if prediction not in ("epsilon", "v"):
         raise ValueError(f"unknown prediction {prediction!r}; there are: epsilon, v, flow, sample")
+    _check_level("sigma", sigma, 0, float("inf"))
+    _check_level("alpha", alpha, 1e-6, 1)
     if sigma is not None:  # to the scale in which signal and noise have squares that sum to 1
         alpha = (1 + sigma**2) ** -0.5
         x_t = x_t * alpha
@@ -56,4 +62,13 @@ def predicted_x0(
 def _from_flow(x_t: Latents, velocity: Latents, sigma: float | None, negated: bool) -> Latents:
     if sigma is None:
         raise ValueError("a flow's noise level is sigma in [0, 1], not alpha")
+    _check_level("a flow's sigma", sigma, 0, 1)
     return x_t + sigma * velocity if negated else x_t - sigma * velocity
+
+
+def _check_level(name: str, level: object, low: float, high: float) -> None:
+    """Timesteps are given for noise levels often enough. Of arrays nothing is read: a device would have to be waited
+    for.
+    """
+    if isinstance(level, Real) and not low <= float(level) <= high:
+        raise ValueError(f"{name}: expected a noise level from {low:g} to {high:g}, got {level} (is it a timestep?)")

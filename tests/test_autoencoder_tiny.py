@@ -12,9 +12,16 @@ import torch
 from diffusers import AutoencoderTiny as TheirAutoencoderTiny
 from torch import Tensor, nn
 
+from taesd_stream.decoding.tiling import BudgetError
 from taesd_stream.models import AutoencoderTiny, AutoencoderTinyOutput, DecoderOutput
 
 FLOAT32, BFLOAT16 = 1e-5, 2e-2  # of the largest value, or of 1
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Each test has its own latents and pictures, the same in every run."""
+    torch.manual_seed(0)
 
 
 def with_random_weights(model: Any, seed: int = 0) -> Any:
@@ -75,8 +82,8 @@ VARIANTS: list[dict[str, Any]] = [
 def test_encode_decode_and_forward_equal_diffusers(arguments: dict[str, Any], has_gradients: bool) -> None:
     """With the same weights all three give what diffusers' class gives, in float32, odd sizes too."""
     ours, theirs = pair(**arguments)
-    pixels = torch.rand(2, ours.config.in_channels, 37, 50) * 2 - 1
-    latents = torch.randn(2, ours.config.latent_channels, 3, 5) * 2
+    pixels = torch.rand(2, ours.config.in_channels, 21, 26) * 2 - 1
+    latents = torch.randn(2, ours.config.latent_channels, 2, 3) * 2
     with torch.set_grad_enabled(has_gradients):
         assert_near(ours.encode(pixels).latents, theirs.encode(pixels).latents)
         assert_near(ours.decode(latents).sample, theirs.decode(latents).sample)
@@ -134,6 +141,41 @@ def test_slicing_equals_diffusers() -> None:
         assert_near(ours.encode(pixels).latents, theirs.encode(pixels).latents)
 
 
+TILED: list[tuple[dict[str, Any], torch.dtype, float]] = [
+    ({}, torch.float32, FLOAT32),
+    ({}, torch.bfloat16, 2 * BFLOAT16),  # each is off what float32 gives by its own rounding
+    ({"in_channels": 4, "out_channels": 1, "latent_channels": 7}, torch.float32, FLOAT32),
+    ({"latent_channels": 32, "pooled_blocks": True}, torch.float32, FLOAT32),
+]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("arguments", "dtype", "tolerance"), TILED)
+def test_tiled_equals_whole(arguments: dict[str, Any], dtype: torch.dtype, tolerance: float) -> None:
+    """Within a small budget encode and decode give the whole picture's values, dtype and channels, at odd sizes too."""
+    model = with_random_weights(AutoencoderTiny(**arguments)).to(dtype)
+    latents = torch.randn(2, model.config.latent_channels, 13, 7).to(dtype)
+    pixels = (torch.rand(1, model.config.in_channels, 101, 53) * 2 - 1).to(dtype)
+    decoded, encoded = model.decode(latents).sample, model.encode(pixels).latents
+    assert encoded.shape[-2:] == (13, 7)
+    model.enable_tiling(2 << 20)  # half of what float32 takes in one piece
+    assert_near(model.decode(latents).sample, decoded, tolerance)
+    assert_near(model.encode(pixels).latents, encoded, tolerance)
+    model.enable_slicing()
+    assert_near(model.decode(latents).sample, decoded, tolerance)
+    model.disable_tiling()
+    assert_near(model.decode(latents[:1]).sample, decoded[:1], tolerance)
+
+
+def test_a_budget_that_nothing_fits_names_the_least() -> None:
+    """With a budget under the least possible a tiled call is an error that names the least."""
+    model = AutoencoderTiny()
+    model.enable_tiling(budget_bytes=1000)
+    assert model.tile_budget_bytes == 1000
+    with pytest.raises(BudgetError, match=r"\d{4,}"):
+        model.decode(torch.zeros(1, 4, 8, 8))
+
+
 @pytest.mark.parametrize("out_channels", [1, 3, 4])
 def test_the_scale_is_that_of_the_stages(out_channels: int) -> None:
     """Pixels per latent follow from the stages, whatever the channels; diffusers takes 2 ** out_channels."""
@@ -173,7 +215,8 @@ def test_scale_latents_equals_diffusers() -> None:
 
 def test_checkpointed_gradients_equal_plain_ones() -> None:
     """Gradient checkpointing changes no result and no gradient, with torch's function or another; it can end."""
-    model, latents = with_random_weights(AutoencoderTiny()).train(), torch.randn(1, 4, 2, 3)
+    narrow: dict[str, Any] = {"encoder_block_out_channels": (16,) * 4, "decoder_block_out_channels": (16,) * 4}
+    model, latents = with_random_weights(AutoencoderTiny(**narrow)).train(), torch.randn(1, 4, 2, 3)
     pixels = torch.rand(1, 3, 16, 8) * 2 - 1
 
     def results() -> list[Tensor]:

@@ -28,7 +28,20 @@ from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.pictures import decode_file, psnr_db
 from tests.test_latent_files import Trap, write_log
 
-COMMANDS = ("up", "demo", "health", "streams", "record", "publish", "decode", "broker", "worker", "streamer")
+COMMANDS = (
+    "up",
+    "demo",
+    "health",
+    "streams",
+    "record",
+    "publish",
+    "decode",
+    "weights",
+    "fit",
+    "broker",
+    "worker",
+    "streamer",
+)
 
 
 def run(*words: str, folder: Path, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:

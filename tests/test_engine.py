@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from taesd_stream.decoding.engine import Choice, Engine, NoDecoderError, check_finite, latents_from_payload, open_engine
+from taesd_stream.decoding.video_engine import LivePart, VideoEngine
 from taesd_stream.errors import WeightsError
 from taesd_stream.frames import WireDtype
 from taesd_stream.models import build_decoder
@@ -204,3 +205,21 @@ def test_rgba_pictures_are_shown_over_white(weights: Path) -> None:
     engine = open_engine("qwen_image_2_1", weights_folder=weights)
     assert engine.is_full
     assert decoded(engine, torch.randn(2, 64, 1, 2)).shape == (2, 3, 16, 32)
+
+
+def test_cogvideox_is_decoded_with_its_scale_taken_off(tmp_path: Path) -> None:
+    """CogVideoX's decoder wants the full VAE's latents: as pictures, clips and live video z is divided first."""
+    torch.manual_seed(0)
+    network = build_decoder("taecvx")
+    torch.save(network.state_dict(), tmp_path / "taecvx.pth")
+    engine = open_engine("cogvideox", weights_folder=tmp_path)
+    assert isinstance(engine, VideoEngine)
+    latents = torch.randn(3, 16, 4, 5)
+    wanted = latents / 1.15258426
+    with torch.inference_mode():
+        pictures, clip = network(wanted).clamp(0, 1), network.decode_clip(wanted.unsqueeze(0))[0]  # type: ignore[operator]
+    torch.testing.assert_close(decoded(engine, latents), pictures, atol=1e-5, rtol=0)
+    frames = torch.cat(list(engine.decode_clip(latents, budget_bytes=PLENTY)))
+    torch.testing.assert_close(frames, clip, atol=1e-5, rtol=0)
+    ((live,),) = list(engine.decode_live([LivePart(run="a", index=0, latents=latents)], budget_bytes=PLENTY))
+    torch.testing.assert_close(live.frames[-len(clip) :], clip, atol=1e-5, rtol=0)

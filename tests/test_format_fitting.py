@@ -20,7 +20,13 @@ from taesd_stream.decoding.engine import NoDecoderError, open_engine
 from taesd_stream.errors import ConfigError, WeightsError
 from taesd_stream.latent_formats import LatentFormat
 from taesd_stream.models.linear import FactorProjection
-from taesd_stream.user_formats import METADATA_KEY, find_user_format, read_user_format, user_formats_folder
+from taesd_stream.user_formats import (
+    METADATA_KEY,
+    check_format_name,
+    find_user_format,
+    read_user_format,
+    user_formats_folder,
+)
 from taesd_stream_workers.format_fitting import Fit, find_pairs, fit_format, read_picture
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.pictures import decode_jpeg
@@ -51,7 +57,7 @@ def picture_of(latents: Tensor, factor: int = FACTOR) -> Tensor:
 def save_picture(picture: Tensor, path: Path) -> None:
     """Write an 8-bit picture."""
     pixels = (picture * 255).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(path, **({"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}))
+    Image.fromarray(pixels).save(path, quality=95, subsampling=0)  # of a PNG neither means anything
 
 
 def write_pairs(folder: Path, count: int = 10) -> Path:
@@ -241,19 +247,21 @@ def test_a_pair_of_something_else_is_named(tmp_path: Path, latents: Any, size: t
 
 
 def test_what_cannot_be_fitted_is_said(tmp_path: Path) -> None:
-    """No folder, no pairs, names that are taken or no names: exit code 2 and one line."""
-    pairs = write_pairs(tmp_path / "pairs", 1)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "alone.npy").touch()
-    for arguments, message in [
-        ((str(tmp_path / "nowhere"), "born"), "nowhere: expected a folder of latents and pictures"),
-        ((str(tmp_path / "empty"), "born"), "got 1 files of latents and 0 pictures without a common name"),
-        ((str(pairs), "flux2"), "flux2: has a projection already"),
-        ((str(pairs), "../born"), "cannot name a format: expected 1 to 64 letters"),
-    ]:
-        done = fit_command(tmp_path, *arguments)
-        assert done.returncode == 2
-        assert message in " ".join(done.stderr.split())
+    """No folder, no pairs, a name that would be a path: errors that name the expected and the given."""
+    (tmp_path / "alone.npy").touch()
+    with pytest.raises(ConfigError, match="nowhere: expected a folder of latents and pictures, there is none"):
+        find_pairs(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="got 1 files of latents and 0 pictures without a common name"):
+        find_pairs(tmp_path)
+    with pytest.raises(ConfigError, match=r"'\.\./born' cannot name a format: expected 1 to 64 letters"):
+        check_format_name("../born")
+
+
+def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
+    """A format with a projection of its own would be shown by that: exit code 2 and one line."""
+    done = fit_command(tmp_path, str(write_pairs(tmp_path / "pairs", 1)), "flux2")
+    assert done.returncode == 2
+    assert "flux2: has a projection already, which would be taken before yours" in " ".join(done.stderr.split())
 
 
 def test_an_older_fit_is_kept_unless_told(tmp_path: Path) -> None:

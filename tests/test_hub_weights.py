@@ -41,10 +41,9 @@ def run(folder: Path, hub: str, *arguments: str) -> subprocess.CompletedProcess[
     return subprocess.run([*COMMAND, *arguments], env=kept | own, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("is_large", [True, False])
-@pytest.mark.parametrize("name", ["flux2", "taef2"])
+@pytest.mark.parametrize(("name", "is_large"), [("flux2", True), ("taef2", False)])
 def test_fetched_weights_are_checked_and_found(
-    tmp_path: Path, weights: bytes, monkeypatch: pytest.MonkeyPatch, is_large: bool, name: str
+    tmp_path: Path, weights: bytes, monkeypatch: pytest.MonkeyPatch, name: str, is_large: bool
 ) -> None:
     """By a format's or a decoder's name the file comes, its hash is compared, and the decoder finds it there."""
     with HubServer({TAEF2: weights}, large={TAEF2} if is_large else set()) as hub:
@@ -138,7 +137,7 @@ def test_the_list_says_where_weights_are_and_how_to_get_the_others(tmp_path: Pat
 
 def test_only_the_part_that_is_asked_for_is_taken() -> None:
     """The decoder's own file holds no encoder; files of both do."""
-    names = {part: [file.name for file in hub_files("taesd", part)] for part in ("decoder", "encoder")}  # type: ignore[arg-type]
+    names = {part: [file.name for file in hub_files("taesd", part)] for part in ("decoder", "encoder")}
     assert names["decoder"] == ["diffusion_pytorch_model.safetensors", "taesd_decoder.safetensors"]
     assert names["encoder"] == ["diffusion_pytorch_model.safetensors"]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +12,15 @@ from torch import nn
 from taesd_stream.errors import WeightsError
 from taesd_stream.latent_formats import LATENT_FORMATS, latent_format
 from taesd_stream.models import build_decoder
-from taesd_stream.models.linear import FactorProjection, LeastSquares, ShuffleProjection, fit, has_linear_decoder
+from taesd_stream.models.linear import (
+    FactorProjection,
+    FactorSquares,
+    LeastSquares,
+    ShuffleProjection,
+    fit,
+    fit_factors,
+    has_linear_decoder,
+)
 
 
 def random_projection(channels: int, factor: int) -> ShuffleProjection:
@@ -81,3 +92,40 @@ def test_a_format_without_factors_says_so() -> None:
     assert not has_linear_decoder(latent_format("sana"))
     with pytest.raises(WeightsError, match="no rgb factors are known for sana"):
         build_decoder("linear", latent_format="sana")
+
+
+def test_factors_are_found_on_the_mean_colour_of_each_box() -> None:
+    """Pictures whose boxes have the true mean, whatever their pixels, give back the factors that made the means."""
+    torch.manual_seed(3)
+    latents, factors, bias = torch.randn(2, 5, 6, 7), torch.randn(5, 3) * 0.1, torch.tensor([0.1, 0.0, -0.1])
+    means = (torch.einsum("nchw,cr->nrhw", latents, factors) + bias.reshape(3, 1, 1) + 1) / 2
+    texture = torch.randn(2, 3, 6, 4, 7, 4) * 0.1
+    texture -= texture.mean((3, 5), keepdim=True)
+    pictures = (means[:, :, :, None, :, None] + texture).reshape(2, 3, 24, 28)
+    found, found_bias = fit_factors(latents, pictures)
+    torch.testing.assert_close(found, factors, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found_bias, bias, atol=1e-4, rtol=0)
+
+
+def test_factors_refuse_pairs_that_do_not_belong_together() -> None:
+    """Another number of channels or of pictures is an error that names the expected and the given."""
+    equations = FactorSquares(4)
+    with pytest.raises(ValueError, match="latents: expected 4 channels, got 5"):
+        equations.add(torch.zeros(1, 5, 2, 2), torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"pictures: expected \(2, 3, H, W\), got \(1, 3, 4, 4\)"):
+        equations.add(torch.zeros(2, 4, 2, 2), torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="no pairs"):
+        equations.solve()
+
+
+@pytest.mark.parametrize("name", LATENT_FORMATS)
+def test_every_format_with_known_factors_has_a_projection(name: str, shared: Path) -> None:
+    """Where the facts have rgb factors, and nowhere else, the package projects: their count and their channels."""
+    facts = json.loads((shared / "latent_formats.json").read_text())["formats"][name]
+    factors = (facts["comfyui"] or {}).get("latent_rgb_factors")
+    known = latent_format(name)
+    assert has_linear_decoder(known) == (factors is not None)
+    if factors is not None:
+        network = build_decoder("linear", latent_format=name)
+        with torch.inference_mode():
+            assert network(torch.zeros(1, known.channels, 2, 3)).shape == (1, 3, *known.picture_size(2, 3))

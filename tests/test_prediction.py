@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -81,6 +87,74 @@ def test_x0_by_sigma_is_that_of_diffusers_euler(theirs: str, prediction: Predict
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("index", [0, 4, 9])
+@pytest.mark.parametrize("negated", [False, True])
+def test_x0_is_where_diffusers_flow_would_end(index: int, negated: bool) -> None:
+    """One step of the flow from any noise level to none ends at the x0 we name; Z-Image's models say its opposite."""
+    torch.manual_seed(0)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)  # type: ignore[no-untyped-call]
+    scheduler.set_timesteps(10)
+    x_t, output = torch.randn(2, 16, 6, 6), torch.randn(2, 16, 6, 6)
+    sigma = float(scheduler.sigmas[index])
+    scheduler.sigmas = torch.tensor([sigma, 0.0])
+    scheduler.timesteps = scheduler.timesteps[index : index + 1]
+    expected = scheduler.step(-output if negated else output, scheduler.timesteps[0], x_t).prev_sample
+    ours = predicted_x0(x_t, output, prediction="flow", sigma=sigma, negated=negated)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("theirs", "prediction", "is_flow"),
+    [
+        ("epsilon", "epsilon", False),
+        ("v_prediction", "v", False),
+        ("sample", "sample", False),
+        ("flow_prediction", "flow", True),
+    ],
+)
+def test_x0_is_that_of_diffusers_dpm_solver(theirs: str, prediction: Prediction, is_flow: bool) -> None:
+    """The solver that works on x0 converts each kind of output to the same x0, in its own scale of latents."""
+    torch.manual_seed(0)
+    scheduler: Any = DPMSolverMultistepScheduler(  # type: ignore[no-untyped-call]
+        prediction_type=theirs, use_flow_sigmas=is_flow, flow_shift=2.0
+    )
+    scheduler.set_timesteps(10)
+    scheduler._step_index = 3
+    x_t, output = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6)
+    expected = scheduler.convert_model_output(output, sample=x_t)
+    level = float(scheduler.sigmas[3])
+    # Its latents are alpha x0 + sqrt(1 - alpha^2) noise, its sigmas those of k-diffusion.
+    how = {"sigma": level} if is_flow else {"alpha": (1 + level**2) ** -0.5}
+    ours = predicted_x0(x_t, output, prediction=prediction, **how)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@given(st.integers(0, 999), st.sampled_from(["epsilon", "v"]))
+def test_what_diffusers_noised_comes_back(step: int, prediction: Prediction) -> None:
+    """At every timestep, DDPM's own noise and velocity on its own noisy latents give back the clean ones."""
+    scheduler: Any = DDPMScheduler()  # type: ignore[no-untyped-call]
+    x0, noise = (torch.from_numpy(values).double() for values in pair())
+    steps = torch.tensor([step])
+    x_t = scheduler.add_noise(x0, noise, steps)
+    output = noise if prediction == "epsilon" else scheduler.get_velocity(x0, noise, steps)
+    alpha = float(scheduler.alphas_cumprod[step].double()) ** 0.5
+    ours = predicted_x0(x_t, output, prediction=prediction, alpha=alpha)
+    torch.testing.assert_close(ours, x0, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("how", [{"prediction": "flow"}, {"prediction": "epsilon"}, {"prediction": "v"}])
+def test_half_precision_stays(dtype: torch.dtype, how: dict[str, Any]) -> None:
+    """Latents keep their dtype, whether the level is a number or a tensor of float32."""
+    x_t, output = torch.randn(2, 4, 3, 3).to(dtype), torch.randn(2, 4, 3, 3).to(dtype)
+    by_number = predicted_x0(x_t, output, sigma=0.5, **how)
+    assert by_number.dtype == dtype
+    by_tensor = predicted_x0(x_t, output, sigma=torch.tensor(0.5), **how)  # type: ignore[arg-type]
+    torch.testing.assert_close(by_tensor, by_number, atol=0.02, rtol=0)
+
+
 def test_a_level_for_each_picture_broadcasts() -> None:
     """Levels as arrays serve a batch whose pictures are at different steps, in numpy and torch."""
     x0, noise = pair()
@@ -98,9 +172,19 @@ def test_a_level_for_each_picture_broadcasts() -> None:
         ({"prediction": "flow", "alpha": 0.5}, r"a flow's noise level is sigma in \[0, 1\]"),
         ({"prediction": "v", "sigma": 1.0, "negated": True}, "negated velocity belongs to 'flow'"),
         ({"prediction": "velocity", "sigma": 1.0}, "unknown prediction 'velocity'; there are: epsilon, v"),
+        ({"prediction": "flow", "sigma": 999}, r"a flow's sigma: expected a noise level from 0 to 1, got 999 \(is it"),
+        ({"prediction": "epsilon", "sigma": -0.1}, "sigma: expected a noise level from 0 to inf, got -0.1"),
+        ({"prediction": "v", "alpha": 981}, "alpha: expected a noise level from 1e-06 to 1, got 981"),
+        ({"prediction": "epsilon", "alpha": 0.0}, "alpha: expected a noise level from 1e-06 to 1, got 0.0"),
     ],
 )
 def test_what_means_nothing_is_refused(arguments: dict[str, Any], message: str) -> None:
     """Levels and predictions that do not belong together are errors that say which do."""
     with pytest.raises(ValueError, match=message):
         predicted_x0(np.zeros(1), np.zeros(1), **arguments)
+
+
+def test_variances_beside_the_noise_are_refused() -> None:
+    """A model that predicts variances too returns twice the channels: an error, not a broadcast."""
+    with pytest.raises(ValueError, match=r"expected the shape of x_t, \(1, 4, 3, 5\), got \(1, 8, 3, 5\)"):
+        predicted_x0(np.zeros((1, 4, 3, 5)), np.zeros((1, 8, 3, 5)), prediction="epsilon", sigma=1.0)

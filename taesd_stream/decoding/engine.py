@@ -16,14 +16,16 @@ from taesd_stream.decoding.cpu_choice import cpu_choice
 from taesd_stream.decoding.slicing import bytes_per_latent_px, slices
 from taesd_stream.errors import TaesdStreamError, WeightsError
 from taesd_stream.frames import WireDtype
-from taesd_stream.latent_formats import TINY_DECODERS, LatentFormat
+from taesd_stream.latent_formats import LATENT_FORMATS, TINY_DECODERS, LatentFormat
 from taesd_stream.latent_formats import latent_format as format_named
 from taesd_stream.models import build_decoder
 from taesd_stream.models.checkpoints import find_weights, load_state_dict
 from taesd_stream.models.families import FAMILIES
-from taesd_stream.models.linear import has_linear_decoder
+from taesd_stream.models.hub_weights import hub_files
+from taesd_stream.models.linear import has_linear_decoder, linear_decoder, user_decoder
 from taesd_stream.models.tiny_rgba import RGBA_FAMILY, OverWhite
 from taesd_stream.models.tiny_video import VideoDecoder
+from taesd_stream.user_formats import UserFormat, find_user_format
 
 Choice: TypeAlias = Literal["auto", "tiny", "linear"]
 
@@ -67,6 +69,7 @@ class Engine:
         self.is_full = is_full
         self.history = 0
         self._format = latent_format
+        self._scale = latent_format.decoder_scale if is_full else None
         self._device = torch.device(device)
         self.dtype, self._memory_format = _arithmetic(self._device, is_full=is_full, is_fast=is_fast)
         network = network.to(device=self._device, dtype=self.dtype).eval().requires_grad_(False)
@@ -101,9 +104,13 @@ class Engine:
     @torch.inference_mode()
     def _decode_slices(self, latents: Tensor, pieces: Sequence[slice]) -> Iterator[tuple[slice, Tensor]]:
         for piece in pieces:
-            part = latents[piece].float().clamp(-_LARGEST_LATENT, _LARGEST_LATENT)
+            part = self._scaled(latents[piece].float()).clamp(-_LARGEST_LATENT, _LARGEST_LATENT)
             part = part.to(device=self._device, dtype=self.dtype, memory_format=self._memory_format)
             yield piece, self._network(part).float().clamp_(0, 1).contiguous()
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """z as the format's own decoder wants it: CogVideoX's alone wants the full VAE's scale taken off."""
+        return latents if self._scale is None else latents / self._scale
 
 
 def open_engine(
@@ -121,20 +128,45 @@ def open_engine(
     is_fast: for live views: a processor computes in bfloat16 where that is faster. What is kept is decoded in float32.
     Raises: NoDecoderError with the way out; WeightsError if `weights_folder` is no folder.
     """
-    try:
-        known = format_named(latent_format)
-    except ValueError as error:
-        raise NoDecoderError(f"No decoder for {latent_format}: {error}") from error
+    known, fitted = _find_format(latent_format, weights_folder)
     reason = "decoder.choice is linear"
     if choice != "linear":
         tiny, reason = _open_tiny(known, weights_folder)
         if tiny is not None:
             return _full_engine(known, tiny, reason, device, is_fast=is_fast)
-    if choice == "tiny" or not has_linear_decoder(known):
-        lacks = "" if choice == "tiny" else ", and no rgb factors are known"
+    if choice == "tiny" or (fitted is None and not has_linear_decoder(known)):
+        lacks = "" if choice == "tiny" else f", and no rgb factors are known; {_FIT}"
         raise NoDecoderError(f"No decoder for {latent_format}: {reason}{lacks}")
-    linear = build_decoder("linear", latent_format=latent_format)
+    linear = linear_decoder(known) if fitted is None else _open_fitted(fitted)
+    reason = reason if fitted is None else f"{reason}; fitted in {fitted.path}"
     return Engine(known, linear, decoder="linear", reason=reason, is_full=False, device=device)
+
+
+_FIT: Final = "`taesd-stream fit` makes a projection from pairs of latents and pictures"
+
+
+def _find_format(name: str, folder: Path | None) -> tuple[LatentFormat, UserFormat | None]:
+    """The format of that name; the file that a user fitted for it, where the package has no projection itself."""
+    known = LATENT_FORMATS.get(name)
+    if known is not None and has_linear_decoder(known):
+        return known, None
+    try:
+        fitted = find_user_format(name, folder)
+        if fitted is not None:
+            return known or fitted.format, fitted
+        return format_named(name), None
+    except WeightsError as error:
+        raise NoDecoderError(f"No decoder for {name}: {error}") from error
+    except ValueError as error:
+        is_alias = any(name in one.aliases for one in LATENT_FORMATS.values())
+        raise NoDecoderError(f"No decoder for {name}: {error}{'' if is_alias else f'; {_FIT}'}") from error
+
+
+def _open_fitted(fitted: UserFormat) -> nn.Module:
+    try:
+        return user_decoder(fitted)
+    except WeightsError as error:
+        raise NoDecoderError(f"No decoder for {fitted.format.name}: {error}") from error
 
 
 def _full_engine(known: LatentFormat, network: nn.Module, reason: str, device: str, *, is_fast: bool) -> Engine:
@@ -158,7 +190,8 @@ def _open_tiny(known: LatentFormat, folder: Path | None) -> tuple[nn.Module | No
         return None, f"its {decoder} is {_KINDS[facts.kind]} that this version cannot run yet"
     path = find_weights(decoder, folder)
     if path is None:
-        way = f"fetch {facts.files[0]} from {facts.source} and say --set weights.folder=DIR"
+        fetch = f"`taesd-stream weights fetch {decoder}`, or " if hub_files(decoder) else ""
+        way = f"{fetch}fetch {facts.files[0]} from {facts.source} and say --set weights.folder=DIR"
         return None, f"no weights of {decoder} were found: {way} (ComfyUI's models/vae_approx works as DIR)"
     try:
         return build_decoder(decoder, load_state_dict(path)), f"weights {path}"

@@ -174,7 +174,7 @@ class VideoEngine(Engine):
         return StreamMemory((position, *memory[1:]), part.index, exact_from, (height, width))
 
     def _ready(self, latents: Tensor) -> Tensor:
-        limited = latents.float().clamp(-_LARGEST_LATENT, _LARGEST_LATENT)
+        limited = self._scaled(latents.float()).clamp(-_LARGEST_LATENT, _LARGEST_LATENT)
         return limited.to(device=self._device, dtype=self.dtype)
 
 

@@ -52,6 +52,8 @@ class Autoencoder(nn.Module):
         """From now on a picture is worked off in tiles: memory within a budget, the same result as in one piece.
 
         budget_bytes: for all tensors of a call at a time; None leaves `tile_budget_bytes` as it is, 1 GiB at first.
+        A budget under the least that a picture needs is an error of the call, which names the least. What is tiled
+        carries no gradients.
         """
         self.use_tiling = True
         if budget_bytes is not None:

@@ -13,6 +13,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from taesd_stream.models.fused import residual_relu
+
 LATENT_MAGNITUDE: Final = 3.0  # the networks are trained on latents within about [-3, 3]
 # As diffusers names them. A ReLU works in place: nothing needs the value before it, also not the backward pass.
 _ACTIVATIONS: Final[dict[str, Callable[[], nn.Module]]] = {
@@ -177,8 +179,7 @@ class Block(nn.Module):
         """(N, channels, h, w) -> the same shape."""
         if self.pool is not None:
             x = x + self.pool(x)
-        fused: Tensor = self.fuse(self.conv(x) + x)
-        return fused
+        return residual_relu(self.conv, x, x)
 
 
 def tiny_decoder(layout: TinyFamily | DecoderLayout) -> nn.Sequential:

@@ -57,15 +57,23 @@ class DecoderTiny(_Part):
     def __init__(self, layout: DecoderLayout) -> None:
         super().__init__(nn.Sequential(*list(tiny_decoder(layout))[1:]))
         self._clamp = Clamp()
+        self._bare: list[nn.Sequential] = []  # one or none; in a list torch does not count its weights twice
 
     def bare(self) -> nn.Sequential:
-        """The network as build_decoder gives it, [0, 1] out; its layers are this module's own."""
-        return nn.Sequential(self._clamp, *self.layers)
+        """The network as build_decoder gives it, [0, 1] out; its layers are this module's own.
+
+        The same one each time, for tiling remembers what it measured of a network.
+        """
+        layers = [self._clamp, *self.layers]
+        if not self._bare or list(self._bare[0]) != layers:
+            self._bare = [nn.Sequential(*layers)]
+        return self._bare[0]
 
     def forward(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, 3, H, W)."""
         clamped: Tensor = self._clamp(latents)
-        if latents.device.type == "cpu" and not torch.is_grad_enabled():
+        is_exact = latents.dtype in (torch.float32, torch.float64)  # half precision would round the sums of weights
+        if is_exact and latents.device.type == "cpu" and not torch.is_grad_enabled():
             # A tenth less to compute. Made anew each time, for weights may change between two calls; it takes 1 ms.
             picture: Tensor = fold_upsampling(self.layers)(clamped)
         else:
@@ -73,7 +81,7 @@ class DecoderTiny(_Part):
         return picture.mul(2).sub(1)
 
     def tiled(self, latents: Tensor, budget_bytes: int) -> Tensor:
-        """What forward() gives, with all tensors at a time within `budget_bytes`."""
+        """What forward() gives, without gradients, with all tensors at a time within `budget_bytes`."""
         from taesd_stream.decoding.tiling import decode_tiled  # here: it imports the networks beside us
 
         return decode_tiled(self.bare(), latents, budget_bytes=budget_bytes).mul_(2).sub_(1)
@@ -94,7 +102,7 @@ class EncoderTiny(_Part):
         return self.run_layers(pixels.add(1).div(2))
 
     def tiled(self, pixels: Tensor, budget_bytes: int) -> Tensor:
-        """What forward() gives, with all tensors at a time within `budget_bytes`."""
+        """What forward() gives, without gradients, with all tensors at a time within `budget_bytes`."""
         from taesd_stream.decoding.tiling import encode_tiled  # here: it imports the networks beside us
 
         return encode_tiled(self.bare(), pixels.add(1).div(2), budget_bytes=budget_bytes)

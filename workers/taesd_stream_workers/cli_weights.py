@@ -14,7 +14,8 @@ from taesd_stream_workers.cli_options import ConfigOption, SetOption, say
 
 def add_commands(app: typer.Typer) -> None:
     """Put the commands on the application."""
-    weights = typer.Typer(no_args_is_help=True, help="Weights of the tiny decoders: list them, fetch them.")
+    words = "Weights of the tiny decoders: list them, fetch them.\n\nExample: taesd-stream weights fetch flux2"
+    weights = typer.Typer(no_args_is_help=True, help=words)
     weights.command("list")(list_weights)
     weights.command("fetch")(fetch)
     app.add_typer(weights, name="weights", rich_help_panel="Decoders")
