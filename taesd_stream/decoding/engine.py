@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from taesd_stream.decoding.cpu_choice import cpu_choice
+from taesd_stream.decoding.folding import fold_upsampling
 from taesd_stream.decoding.slicing import bytes_per_latent_px, slices
 from taesd_stream.errors import TaesdStreamError, WeightsError
 from taesd_stream.frames import WireDtype
@@ -72,6 +73,8 @@ class Engine:
         self._scale = latent_format.decoder_scale if is_full else None
         self._device = torch.device(device)
         self.dtype, self._memory_format = _arithmetic(self._device, is_full=is_full, is_fast=is_fast)
+        if self._device.type == "cpu" and isinstance(network, nn.Sequential):
+            network = fold_upsampling(network)  # a tenth less to compute
         network = network.to(device=self._device, dtype=self.dtype).eval().requires_grad_(False)
         self._network: nn.Module = network.to(memory_format=self._memory_format)  # type: ignore[call-overload]
         self.bytes_per_latent_px = bytes_per_latent_px(network, latent_format.channels, self.dtype)
