@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from taesd_stream.decoding.engine import Choice, Engine, NoDecoderError, check_finite, latents_from_payload, open_engine
+from taesd_stream.decoding.live_bytes import LiveBytes
 from taesd_stream.decoding.video_engine import LivePart, VideoEngine
 from taesd_stream.errors import WeightsError
 from taesd_stream.frames import WireDtype
@@ -119,6 +120,29 @@ def test_a_batch_in_slices_is_the_batch_at_once(weights: Path) -> None:
     pieces = [piece for piece, _ in engine.decode(latents, budget_bytes=budget_bytes)]
     assert pieces == [slice(0, 1), slice(1, 3), slice(3, 5)]
     torch.testing.assert_close(decoded(engine, latents, budget_bytes), decoded(engine, latents), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "channels"), [("sd1", 4), ("flux2", 32)])
+def test_a_frame_over_the_budget_is_decoded_in_tiles(weights: Path, name: str, channels: int) -> None:
+    """Frames that alone need more than the budget keep to it in tiles, and have the pictures of a larger budget."""
+    engine = open_engine(name, weights_folder=weights)
+    latents = torch.randn(2, channels, 24, 20)
+    budget_bytes = 24 * 20 * engine.bytes_per_latent_px // 4
+    with LiveBytes(beside=(latents,)) as live:
+        pieces = [piece for piece, _ in engine.decode(latents, budget_bytes=budget_bytes)]
+    assert pieces == [slice(0, 1), slice(1, 2)]
+    held_bytes = 3 * latents[0].nbytes  # the frame in the network's dtype, and the steps to it
+    assert live.peak <= budget_bytes + held_bytes
+    rgb = decoded(engine, latents, budget_bytes)
+    assert rgb.is_contiguous()
+    torch.testing.assert_close(rgb, decoded(engine, latents), atol=1e-5, rtol=0)
+
+
+def test_a_frame_that_no_tile_is_small_enough_for_is_decoded(weights: Path) -> None:
+    """A budget under the least possible gives the picture all the same: what is kept must be shown."""
+    engine = open_engine("sd1", weights_folder=weights)
+    latents = torch.randn(1, 4, 3, 5)
+    torch.testing.assert_close(decoded(engine, latents, 1), decoded(engine, latents), atol=1e-5, rtol=0)
 
 
 def test_patchified_flux2_gives_the_same_picture() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from taesd_stream.decoding.engine import open_engine
 from taesd_stream.decoding.folding import fold_upsampling
 from taesd_stream.models import build_decoder
 from taesd_stream.models.networks import TINY_FAMILIES
+from tests.operators import Operators
 
 
 def random_decoder(family: str) -> nn.Sequential:
@@ -94,3 +99,15 @@ def test_a_bias_is_kept() -> None:
     folded, x = fold_upsampling(network), torch.randn(1, 2, 2, 3)
     assert isinstance(folded[0], nn.ConvTranspose2d)
     torch.testing.assert_close(folded(x), network(x), atol=1e-5, rtol=0)
+
+
+def test_an_engine_on_the_cpu_folds(tmp_path: Path) -> None:
+    """A decode worker's network on a processor upsamples in its convolutions, and shows the decoder's picture."""
+    decoder = random_decoder("taesd")
+    save_file(decoder.state_dict(), tmp_path / "taesd_decoder.safetensors")
+    engine, latents = open_engine("sd1", weights_folder=tmp_path), torch.randn(1, 4, 3, 5)
+    with Operators() as operators:
+        ((_, given),) = engine.decode(latents, budget_bytes=1 << 30)
+    assert sum("convolution" in name for name in operators.names) > 0
+    assert not any("upsample" in name for name in operators.names)
+    torch.testing.assert_close(given, decoder(latents).clamp(0, 1), atol=1e-5, rtol=0)

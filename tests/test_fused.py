@@ -10,28 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from taesd_stream.models.fused import residual_relu
 from taesd_stream.models.networks import Block, conv3x3
-
-
-class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
-    """The names of the operators that ran."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note the operator, and run it."""
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def fused(self) -> int:
-        """How many of them were fused convolutions."""
-        return sum("_convolution_pointwise" in name for name in self.names)
+from tests.operators import Operators
 
 
 def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

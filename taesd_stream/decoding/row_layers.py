@@ -37,6 +37,30 @@ class Columns:
         return strip[..., self.start - held.start : self.stop - held.start]
 
 
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """The largest strip of a stream, but for its columns."""
+
+    channels: int
+    rows: int
+
+    def values(self, columns: Columns) -> int:
+        """Numbers in it."""
+        return self.channels * self.rows * (columns.stop - columns.start)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The most numbers that a layer keeps while others work, `held`, and beside them while it works itself, `working`.
+
+    after: the strips that it makes.
+    """
+
+    held: int
+    working: int
+    after: Strip
+
+
 class RowLayer(Protocol):
     """One layer, or several, as a stream of strips; it keeps no state from one stream to the next."""
 
@@ -48,6 +72,9 @@ class RowLayer(Protocol):
 
     def flow(self, strips: Strips, after: Columns, width: int) -> Strips:
         """Strips of the columns `before(after, width)` -> strips of the columns `after`, in other heights."""
+
+    def cost(self, strip: Strip, after: Columns, width: int) -> Cost:
+        """What `flow` costs, if no strip that comes is larger than `strip`; never less than it really is."""
 
 
 def row_layer(module: nn.Module, most_rows: int, pool: Pool | None = None) -> RowLayer:
@@ -72,6 +99,12 @@ def row_layer(module: nn.Module, most_rows: int, pool: Pool | None = None) -> Ro
         case nn.ReLU() | nn.SiLU() | nn.Mish() | nn.GELU() | Clamp():
             return PointwiseRows(module)
     raise TypeError(f"no exact strips are known for the layer {module}")
+
+
+def before_rows(layer: RowLayer) -> int:
+    """Rows that a row in the middle of the result depends on, beside its own."""
+    seen = layer.before(Columns(1 << 20, (1 << 20) + 1), 1 << 40)
+    return seen.stop - seen.start - 1
 
 
 def _is_zero_padded_by_half(conv: nn.Conv2d) -> bool:
@@ -103,6 +136,11 @@ class PointwiseRows:
         """Strips of the same heights."""
         return map(self.function, strips)
 
+    def cost(self, strip: Strip, after: Columns, width: int) -> Cost:  # noqa: ARG002
+        """In place its input alone; else up to three steps beside it, as a Clamp has."""
+        maps = 1 if getattr(self.function, "inplace", False) else 4
+        return Cost(0, maps * strip.values(after), strip)
+
 
 @dataclass(frozen=True, slots=True)
 class UpsampleRows:
@@ -126,6 +164,14 @@ class UpsampleRows:
         for strip in strips:
             for part in torch.split(strip, max(1, self.most_rows // self.factor), dim=2):
                 yield after.of(F.interpolate(part, scale_factor=self.factor), grown)
+
+    def cost(self, strip: Strip, after: Columns, width: int) -> Cost:
+        """The strip that is cut, and one part of it that has grown."""
+        before = self.before(after, width)
+        grown = Columns(before.start * self.factor, before.stop * self.factor)
+        rows = min(strip.rows, max(1, self.most_rows // self.factor)) * self.factor
+        made = Strip(strip.channels, rows)
+        return Cost(strip.values(before), made.values(grown), made)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +211,15 @@ class ConvolutionRows:
 
         return filter(_has_rows, map(convolve, _windows(strips, self.conv.kernel_size[0], self._stride)))
 
+    def cost(self, strip: Strip, after: Columns, width: int) -> Cost:
+        """Rows that are kept; a window, and beside it what it is made of or what is made of it."""
+        before = self.before(after, width)
+        kept = Strip(strip.channels, self.conv.kernel_size[0] - 1).values(before)
+        window = kept + strip.values(before)
+        made = Strip(self.conv.out_channels, (strip.rows - 1) // self._stride + 1)
+        made_columns = Columns(0, self.size_after(before.stop - before.start))
+        return Cost(kept, window + max(strip.values(before) + kept, made.values(made_columns)), made)
+
 
 @dataclass(frozen=True, slots=True)
 class DoublingRows:
@@ -194,6 +249,16 @@ class DoublingRows:
 
         low = (part for strip in strips for part in torch.split(strip, max(1, self.most_rows // 2), dim=2))
         return filter(_has_rows, map(convolve, _windows(low, 3, 1)))
+
+    def cost(self, strip: Strip, after: Columns, width: int) -> Cost:
+        """The strip that is cut and rows that are kept; a window, and beside it rows to keep or what is made of it."""
+        before = self.before(after, width)
+        part = Strip(strip.channels, min(strip.rows, max(1, self.most_rows // 2)))
+        kept = Strip(strip.channels, 2).values(before)
+        made = Strip(self.conv.out_channels, 2 * part.rows)
+        made_columns = Columns(0, 2 * (before.stop - before.start))
+        window = kept + part.values(before)
+        return Cost(strip.values(before) + kept, window + max(kept, made.values(made_columns)), made)
 
 
 def _windows(strips: Strips, size: int, stride: int) -> Strips:
@@ -249,6 +314,16 @@ class BlockRows:
         strips = strips if self.pool is None else map(self._add_pool, strips)
         identity = _Identity(self.before(after, width), after)
         return map(self.fuse, map(identity.add, self.convolutions.flow(map(identity.keep, strips), after, width)))
+
+    def cost(self, strip: Strip, after: Columns, width: int) -> Cost:
+        """Rows on the way past the convolutions, twice while they are cut; and the strip itself while these work."""
+        before = self.before(after, width)
+        inner = self.convolutions.cost(strip, after, width)
+        lag = Strip(strip.channels, before_rows(self.convolutions) // 2).values(before)
+        # A pool is four times as wide inside; its input and two results are there beside it.
+        pooling = 0 if self.pool is None else 7 * strip.values(before)
+        working = max(inner.working + strip.values(before), pooling)
+        return Cost(inner.held + 2 * lag, working, inner.after)
 
     def _add_pool(self, strip: Tensor) -> Tensor:
         assert self.pool is not None
@@ -309,6 +384,16 @@ class ChainRows:
         for layer, wanted, width_before in steps:
             strips = layer.flow(strips, wanted, width_before)
         return strips
+
+    def cost(self, strip: Strip, after: Columns, width: int) -> Cost:
+        """All that is held, and the most that one works with."""
+        held, working = 0, 0
+        for layer, wanted, width_before in zip(
+            self.layers, self.columns(after, width)[1:], self._widths(width), strict=True
+        ):
+            cost = layer.cost(strip, wanted, width_before)
+            held, working, strip = held + cost.held, max(working, cost.working), cost.after
+        return Cost(held, working, strip)
 
     def _widths(self, width: int) -> list[int]:
         """The map's width before each layer."""

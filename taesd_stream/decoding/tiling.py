@@ -26,14 +26,15 @@ _MOST_KNOWN: Final = 64  # tile sizes kept of one network: the sizes of pictures
 _known: weakref.WeakKeyDictionary[nn.Module, dict[object, TileSize]] = weakref.WeakKeyDictionary()
 
 
-def decode_tiled(decoder: nn.Module, latents: Tensor, *, budget_bytes: int) -> Tensor:
+def decode_tiled(decoder: nn.Module, latents: Tensor, *, budget_bytes: int, dtype: torch.dtype | None = None) -> Tensor:
     """What `decoder(latents)` gives, without gradients, with all tensors at a time within a budget.
 
     decoder: nn.Sequential of the TAESD family's layers, as build_decoder makes it. latents: (N, C, h, w).
     budget_bytes: for the result and all that is made on the way; the weights and `latents` are not in it.
+    dtype: of the result; None is the decoder's own.
     Returns: (N, 3, H, W), contiguous. Raises: BudgetError, which names the least; TypeError for another network.
     """
-    return _whole(decoder, latents, budget_bytes)
+    return _whole(decoder, latents, budget_bytes, dtype or latents.dtype)
 
 
 def encode_tiled(encoder: nn.Module, pixels: Tensor, *, budget_bytes: int) -> Tensor:
@@ -41,7 +42,7 @@ def encode_tiled(encoder: nn.Module, pixels: Tensor, *, budget_bytes: int) -> Te
 
     pixels: (N, 3, H, W) in [0, 1]. Returns: (N, C, h, w).
     """
-    return _whole(encoder, pixels, budget_bytes)
+    return _whole(encoder, pixels, budget_bytes, pixels.dtype)
 
 
 def decode_uint8(decoder: nn.Module, latents: Tensor, *, budget_bytes: int) -> Tensor:
@@ -80,10 +81,10 @@ def is_tileable(network: nn.Module) -> bool:
     return True
 
 
-def _whole(network: nn.Module, batch: Tensor, budget_bytes: int) -> Tensor:
+def _whole(network: nn.Module, batch: Tensor, budget_bytes: int, dtype: torch.dtype) -> Tensor:
     shape = result_shape(_sequential(network), batch)
-    parts = _parts(network, batch, budget_bytes, beside_bytes=math.prod(shape) * batch.element_size())
-    result = batch.new_empty(shape)
+    parts = _parts(network, batch, budget_bytes, beside_bytes=math.prod(shape) * dtype.itemsize)
+    result = torch.empty(shape, dtype=dtype, device=batch.device)
     for where, part in parts:
         result[where] = part
     return result

@@ -1,9 +1,9 @@
 """The image autoencoder of Qwen-Image 2.1: 64 channels, 16 pixels a cell, RGBA with straight alpha.
 
 Its layout is that of a newer taesd.py of madebyollin/taesd (MIT) than 5cccb12, seen as a copy in another repository:
-the layers, their order and the straight alpha are read from there, and the size that the published decoder is said to
-have is that of these weights in half precision. Neither the weights nor outputs were at hand, and that the latents are
-z as the scheduler holds it is third parties' word.
+the layers, their order and the straight alpha are read from there, and the size that is said of the published decoder
+is that of these weights in half precision. Neither the weights nor outputs were at hand, and that the latents are z as
+the scheduler holds it is third parties' word.
 """
 
 from __future__ import annotations

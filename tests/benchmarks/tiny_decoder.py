@@ -1,6 +1,6 @@
 """Decoding on the CPU beside diffusers' AutoencoderTiny as shipped, interleaved in one run, and what each change gives.
 
-    python -m tests.benchmarks.tiny_decoder            (about two minutes; --threads N, --rounds N)
+    python -m tests.benchmarks.tiny_decoder            (two minutes if alone; --threads N, --rounds N)
 
 Pictures of 256x256 and 512x512, float32 and, where the processor computes in it, bfloat16. Weights are random: they
 change no time. Every round runs each network once; a ratio is the median over rounds of diffusers' time over ours, by
