@@ -213,7 +213,7 @@ class Watch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keyframe:
-    """streamer -> broker: a viewer needs a picture to begin with."""
+    """streamer -> broker: a viewer needs a picture to begin with. A worker says it of a chain that it broke."""
 
     stream: str
     rendition: Rendition

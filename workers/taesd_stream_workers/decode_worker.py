@@ -16,7 +16,7 @@ import zmq
 from taesd_stream import wire
 from taesd_stream.config import Config
 from taesd_stream.errors import UnreachableError, WeightsError, WireError
-from taesd_stream.messages import Done, Drain, Echo, Forget, Job, WorkerHello
+from taesd_stream.messages import Done, Drain, Echo, Forget, Job, Keyframe, WorkerHello
 from taesd_stream.sockets import ClockOffset, WakePipe, connect_dealer, receive_parts
 from taesd_stream_workers.addresses import workers_address
 from taesd_stream_workers.devices import choose_device
@@ -60,7 +60,7 @@ class DecodeWorker:
         context.linger = 0
         name = f"{os_socket.gethostname()}:{self._device}:{os.getpid()}:{secrets.token_hex(4)}"
         self._broker = connect_dealer(context, workers_address(self._config), identity=name.encode()[:200])
-        self._outgoing = Outgoing(context)
+        self._outgoing = Outgoing(context, lambda stream: self._say(Keyframe(stream=stream, rendition="live")))
         self._life.on_stop(self._wake.wake)
         self._decoder.start()
         try:

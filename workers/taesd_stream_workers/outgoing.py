@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import Counter, deque
+from collections.abc import Callable
 from typing import Final
 
 import zmq
@@ -10,19 +13,32 @@ import zmq
 from taesd_stream import wire
 from taesd_stream.frames import Packet
 from taesd_stream.sockets import prepare
+from taesd_stream_workers.broken_chains import BrokenChains
+
+logger = logging.getLogger(__name__)
 
 MAX_BYTES: Final = 64 << 20
+LATE_S: Final = 30.0  # so long packets for a former streamer may come from jobs that were given before
+SAY_S: Final = 1.0
 
 
 class Outgoing:
-    """A queue and its PUSH socket. Over the bound `live`, `thumb` and `jpeg` lose their oldest, `record` none."""
+    """A queue and its PUSH socket. Over the bound `live`, `thumb` and `jpeg` lose their oldest, `record` none.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    ask_keyframe: called with a stream whose `live` chain has lost a packet.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], ask_keyframe: Callable[[str], None]) -> None:
         self._context = context
-        self._queue: deque[tuple[str, Packet]] = deque()
-        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._queue: deque[Packet] = deque()
+        self._endpoint = ""
+        self._socket: zmq.Socket[bytes] | None = None
+        self._left: dict[str, float] = {}  # endpoints of former streamers -> until when their packets are late ones
+        self._broken = BrokenChains(ask_keyframe)
         self.held_bytes = 0
         self.dropped: Counter[str] = Counter()
+        self._said = 0
+        self._next_say_s = 0.0
 
     @property
     def is_full(self) -> bool:
@@ -31,50 +47,73 @@ class Outgoing:
 
     def put(self, endpoint: str, packet: Packet) -> None:
         """Queue a packet, dropping the oldest that may be dropped if it is over the bound."""
-        self._queue.append((endpoint, packet))
+        if endpoint != self._endpoint:
+            if time.monotonic() < self._left.get(endpoint, 0.0):
+                return  # nobody is there any more: of a recording the next attempt sends it again
+            self._turn_to(endpoint)
+        if not self._broken.takes(packet):
+            self.dropped[packet.rendition] += 1
+            return
+        self._queue.append(packet)
         self.held_bytes += len(packet.payload)
         if self.is_full:
             self._drop()
 
     def send(self) -> bool:
         """Send what goes now. Returns whether all of it went."""
+        self._say_dropped()
         while self._queue:
-            endpoint, packet = self._queue[0]
+            packet = self._queue[0]
             try:
-                self._socket(endpoint).send_multipart(wire.pack(packet), zmq.NOBLOCK, copy=False)
+                self._connected().send_multipart(wire.pack(packet), zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return False
             self._queue.popleft()
             self.held_bytes -= len(packet.payload)
         return True
 
-    def sockets(self) -> list[zmq.Socket[bytes]]:
-        """The sockets to wait on while packets are queued."""
-        return list(self._sockets.values())
-
     def close(self) -> None:
-        """Close the sockets; what was sent has two seconds to leave."""
-        for socket in self._sockets.values():
-            socket.close(linger=2000)
+        """Close the socket; what was sent has two seconds to leave."""
+        if self._socket is not None:
+            self._socket.close(linger=2000)
 
-    def _socket(self, endpoint: str) -> zmq.Socket[bytes]:
-        if endpoint not in self._sockets:
-            for old in self._sockets.values():
-                old.close(linger=0)  # a daemon has one streamer: another endpoint is a new one
-            socket = self._context.socket(zmq.PUSH)
-            prepare(socket, hwm=64)
-            socket.setsockopt(zmq.IMMEDIATE, 1)
-            socket.connect(endpoint)
-            self._sockets = {endpoint: socket}
-        return self._sockets[endpoint]
+    def _turn_to(self, endpoint: str) -> None:
+        """A daemon has one streamer: another endpoint is a new one, and what waits for the old one would block it."""
+        now_s = time.monotonic()
+        self._left = {left: until_s for left, until_s in self._left.items() if until_s > now_s and left != endpoint}
+        if self._endpoint:
+            self._left[self._endpoint] = now_s + LATE_S
+        for packet in self._queue:
+            self._broken.lose(packet)
+        self._queue.clear()
+        self.held_bytes = 0
+        if self._socket is not None:
+            self._socket.close(linger=0)
+            self._socket = None
+        self._endpoint = endpoint
+
+    def _connected(self) -> zmq.Socket[bytes]:
+        if self._socket is None:
+            self._socket = self._context.socket(zmq.PUSH)
+            prepare(self._socket, hwm=64)
+            self._socket.setsockopt(zmq.IMMEDIATE, 1)
+            self._socket.connect(self._endpoint)
+        return self._socket
 
     def _drop(self) -> None:
-        kept: deque[tuple[str, Packet]] = deque()
-        while self._queue:
-            endpoint, packet = self._queue.popleft()
-            if packet.rendition == "record" or self.held_bytes <= MAX_BYTES:
-                kept.append((endpoint, packet))
-            else:
-                self.held_bytes -= len(packet.payload)
-                self.dropped[packet.rendition] += 1
+        kept: deque[Packet] = deque()
+        for packet in self._queue:
+            if packet.rendition != "record" and self.is_full:
+                self._broken.lose(packet)
+            elif self._broken.takes(packet):
+                kept.append(packet)
+                continue
+            self.held_bytes -= len(packet.payload)
+            self.dropped[packet.rendition] += 1
         self._queue = kept
+
+    def _say_dropped(self) -> None:
+        total, now_s = self.dropped.total(), time.monotonic()
+        if total > self._said and now_s >= self._next_say_s:
+            logger.warning("streamer_too_slow dropped=%d all=%s", total - self._said, dict(self.dropped))
+            self._said, self._next_say_s = total, now_s + SAY_S
