@@ -10,22 +10,53 @@ import contextlib
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from threading import Lock
 from typing import Any, Final
 
-from taesd_stream.frames import Packet, Rendition
+from taesd_stream.frames import END_REASONS, Packet, Rendition
 from taesd_stream.messages import Keyframe, Record, State, StopStream, Watch
+from taesd_stream_workers.inbox import Inbox
 from taesd_stream_workers.latency import Latency
 from taesd_stream_workers.viewer import Viewer
 
-INBOX_BYTES: Final = 64 << 20
 SIGNAL_AGE_S: Final = 2.0
+RATE_S: Final = 2.0
+MAX_STOPS: Final = 1000
+
+
+class Rate:
+    """How often something happened in the last RATE_S."""
+
+    def __init__(self, clock_s: Callable[[], float]) -> None:
+        self._clock_s = clock_s
+        self._times_s: deque[float] = deque()
+
+    def add(self) -> None:
+        """It happened now."""
+        self._times_s.append(self._clock_s())
+        self._forget()
+
+    @property
+    def per_s(self) -> float:
+        """Times a second."""
+        self._forget()
+        return len(self._times_s) / RATE_S
+
+    def __len__(self) -> int:
+        """How many times are held."""
+        return len(self._times_s)
+
+    def _forget(self) -> None:
+        since_s = self._clock_s() - RATE_S
+        while self._times_s and self._times_s[0] < since_s:
+            self._times_s.popleft()
 
 
 class Hub:
     """The meeting point of two threads: the streamer's, with the sockets, and the web's, with the viewers."""
 
-    def __init__(self, latency: Latency, tell_broker: Callable[[Any], None]) -> None:
+    def __init__(
+        self, latency: Latency, tell_broker: Callable[[Any], None], clock_s: Callable[[], float] = time.monotonic
+    ) -> None:
         self.latency = latency
         self.is_closing = False
         self._viewers: set[Viewer] = set()
@@ -35,33 +66,24 @@ class Hub:
         self.clock_ns: Callable[[], int] = time.monotonic_ns
         self._tell_broker = tell_broker
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._inbox: deque[tuple[Packet, int]] = deque()
-        self._inbox_bytes = 0
-        self._inbox_lock = Lock()
+        self._inbox = Inbox(self.keyframe, lambda packet: latency.dropped.labels(packet.rendition).inc())
         self._pictures: dict[tuple[str, Rendition], Packet] = {}  # newest whole picture, for late viewers
         self._newest: dict[str, Packet] = {}  # newest packet of any rendition, by run
         self._latency_ms: dict[str, float] = {}
         self._counts: defaultdict[tuple[str, Rendition], int] = defaultdict(int)
-        self._rate: deque[float] = deque()
+        self._stops: dict[str, str] = {}  # by stream: the run that a person wants stopped
+        self.rate = Rate(clock_s)
 
     # --- the streamer's thread ---
 
     def offer_packet(self, packet: Packet, streamed_ns: int) -> None:
-        """Bring a live packet to the viewers; over the bound the oldest goes, and its chain starts anew."""
-        with self._inbox_lock:
-            is_first = not self._inbox
-            self._inbox.append((packet, streamed_ns))
-            self._inbox_bytes += len(packet.payload)
-            while self._inbox_bytes > INBOX_BYTES:
-                dropped, _ = self._inbox.popleft()
-                self._inbox_bytes -= len(dropped.payload)
-                if dropped.rendition == "live":
-                    self._tell_broker(Keyframe(stream=dropped.stream, rendition="live"))
-        if is_first:
+        """Bring a live packet to the viewers; over the bound some are dropped."""
+        if self._inbox.put(packet, streamed_ns):
             self.call(self._take_packets)
 
     def offer_state(self, state: State) -> None:
         """The broker's newest STATE."""
+        self._inbox.on_state(state)
         self.call(self._take_state, state)
 
     def offer_recordings(self, rows: list[dict[str, Any]]) -> None:
@@ -98,14 +120,10 @@ class Hub:
             viewer.state_changed()
 
     def _take_packets(self) -> None:
-        with self._inbox_lock:
-            taken = list(self._inbox)
-            self._inbox.clear()
-            self._inbox_bytes = 0
-        for packet, streamed_ns in taken:
+        for packet, streamed_ns in self._inbox.take_all():
             self._newest[packet.run] = packet
             self._latency_ms[packet.run] = max(0, streamed_ns - packet.stamps.sent_ns) / 1e6
-            self._rate.append(time.monotonic())
+            self.rate.add()
             if packet.rendition != "live":
                 self._pictures[packet.stream, packet.rendition] = packet
             for viewer in self._viewers:
@@ -120,11 +138,24 @@ class Hub:
             self._latency_ms.pop(run, None)
         for key in [key for key in self._pictures if key[0] not in names]:
             del self._pictures[key]
+        self._stop_again(state)
         self.latency.desired_workers.set(state.desired_workers)
         for name, count in state.stats.get("counts", {}).items():
             self.latency.broker.labels(name).set(count)
         for viewer in self._viewers:
             viewer.state_changed()
+
+    def _stop_again(self, state: State) -> None:
+        """A broker that was away when a person pressed stop does not know of it."""
+        rows = {row["name"]: row for row in state.streams}
+        for stream, run in list(self._stops.items()):
+            row = rows.get(stream)
+            if row is None:
+                continue  # the broker was restarted, and its publisher has not opened it again
+            if row["run"] != run or row["state"] in END_REASONS or "stopping" in row["flags"]:
+                del self._stops[stream]
+            else:
+                self._tell_broker(StopStream(stream=stream))
 
     def _take_recordings(self, rows: list[dict[str, Any]]) -> None:
         self.recordings = rows
@@ -175,12 +206,9 @@ class Hub:
 
     def stats(self) -> dict[str, Any]:
         """What the page's header shows."""
-        now = time.monotonic()
-        while self._rate and now - self._rate[0] > 2.0:
-            self._rate.popleft()
         workers = len(self.state.workers) if self.state else 0
         return {
-            "pictures_per_s": round(len(self._rate) / 2.0, 1),
+            "pictures_per_s": round(self.rate.per_s, 1),
             "latency_ms": self.latency.recent_ms,
             "workers": workers,
         }
@@ -232,7 +260,7 @@ class Hub:
         ]
 
     def keyframe(self, stream: str) -> None:
-        """A viewer of `live` needs a picture to begin with."""
+        """A viewer of `live` needs a picture to begin with. Any thread."""
         self._tell_broker(Keyframe(stream=stream, rendition="live"))
 
     def record(self, stream: str, mode: Any) -> None:
@@ -240,5 +268,10 @@ class Hub:
         self._tell_broker(Record(stream=stream, mode=mode))
 
     def stop(self, stream: str) -> None:
-        """Ask a sampler to stop."""
+        """Ask a sampler to stop; said again until the broker says that it is asked."""
+        for row in self.state.streams if self.state else []:
+            if row["name"] == stream:
+                self._stops[stream] = row["run"]
+        while len(self._stops) > MAX_STOPS:
+            del self._stops[next(iter(self._stops))]
         self._tell_broker(StopStream(stream=stream))

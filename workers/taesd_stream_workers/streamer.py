@@ -15,7 +15,7 @@ from taesd_stream.config import Config
 from taesd_stream.errors import ConfigError, WireError
 from taesd_stream.folder_lock import FolderLock
 from taesd_stream.frames import Packet
-from taesd_stream.messages import Echo, Gap, State, StreamerHello
+from taesd_stream.messages import Echo, Gap, Record, State, StreamerHello
 from taesd_stream.sockets import ClockOffset, WakePipe, connect_dealer, prepare, receive_parts
 from taesd_stream_workers.addresses import bound_address, packets_address, workers_address
 from taesd_stream_workers.hub import Hub
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 HELLO_S: Final = 1.0
 MAX_DRAIN: Final = 256
+MAX_WAITING: Final = 1000  # wishes to record while the broker is away
 
 
 class Streamer:
@@ -148,9 +149,20 @@ class Streamer:
     def _send_queued(self) -> None:
         while self._to_broker:
             if not self._send(self._to_broker[0]):
-                self._to_broker.clear()  # the broker is away: HELLO will tell it all that still holds
+                self._keep_records()
                 return
             self._to_broker.popleft()
+
+    def _keep_records(self) -> None:
+        """The broker is away: HELLO will tell it all that still holds, but not what a person pressed meanwhile.
+
+        A STOP is the hub's to say again: it knows the run that was meant.
+        """
+        waiting = [self._to_broker.popleft() for _ in range(len(self._to_broker))]
+        records = [message for message in waiting if isinstance(message, Record)]
+        if len(records) > MAX_WAITING:
+            logger.warning("record_lost count=%d reason=broker_away", len(records) - MAX_WAITING)
+        self._to_broker.extendleft(reversed(records[-MAX_WAITING:]))
 
     def _send(self, message: Any) -> bool:
         try:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
+import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 from taesd_stream.frames import Packet, Rendition
+from taesd_stream_workers.broken_chains import ASK_AGAIN_S
 from taesd_stream_workers.latency import Latency
 
 LIVE_BYTES: Final = 2 << 20  # of one stream's chain waiting for one viewer; past it, drop to the next keyframe
@@ -16,18 +19,26 @@ LIVE_PACKETS: Final = 30
 
 
 class _Chain:
-    """Packets of `live` that wait for one viewer: deltas cannot be dropped singly, so it drops to the next keyframe."""
+    """Packets of `live` that wait for one viewer: deltas cannot be dropped singly, so it drops to the next keyframe.
 
-    def __init__(self) -> None:
+    asked_s: when a keyframe was asked for, for a chain begins with one.
+    """
+
+    def __init__(self, asked_s: float) -> None:
         self.packets: deque[tuple[Packet, int]] = deque()
-        self.needs_key = True
+        self._run = ""
+        self._needs_key = True
+        self._is_starved = False  # something was dropped, and no keyframe came since
+        self._ask_at_s = asked_s + ASK_AGAIN_S
         self._held_bytes = 0
 
     def offer(self, packet: Packet, streamed_ns: int) -> int:
         """Queue it. Returns how many pictures were dropped."""
         if packet.is_keyframe:
-            self.needs_key = False
-        elif self.needs_key:
+            self._needs_key = self._is_starved = False
+            self._run = packet.run
+        elif self._needs_key or packet.run != self._run:
+            self._is_starved = True
             return 1
         self.packets.append((packet, streamed_ns))
         self._held_bytes += len(packet.payload)
@@ -35,7 +46,16 @@ class _Chain:
             return 0
         dropped = len(self.packets)
         self.clear()
+        self._is_starved = True
         return dropped
+
+    def asks(self, now_s: float) -> bool:
+        """Whether to ask for a keyframe now: it may be lost on its way, so again while packets are dropped."""
+        if not self._is_starved or now_s < self._ask_at_s:
+            return False
+        self._is_starved = False
+        self._ask_at_s = now_s + ASK_AGAIN_S
+        return True
 
     def take(self) -> tuple[Packet, int]:
         """The oldest waiting one."""
@@ -47,22 +67,22 @@ class _Chain:
         """Drop all, and begin again at a keyframe."""
         self.packets.clear()
         self._held_bytes = 0
-        self.needs_key = True
+        self._needs_key = True
 
 
 class Viewer:
     """Used in the web thread's event loop alone."""
 
-    def __init__(self, latency: Latency) -> None:
+    def __init__(self, latency: Latency, clock_s: Callable[[], float] = time.monotonic) -> None:
         self.wants: dict[str, Rendition] = {}
         self.is_state_dirty = True
         self._latency = latency
+        self._clock_s = clock_s
         self._something = asyncio.Event()
         self._chains: dict[str, _Chain] = {}
         self._pictures: dict[str, tuple[Packet, int]] = {}  # whole pictures: only the newest waits
         self._credits: dict[str, int] = {}
         self._sent: dict[tuple[str, str, int], int] = {}  # (stream, run, seq) -> sent_ns, to know what `shown` means
-        self.starved: list[str] = []  # streams whose chain was dropped: the hub asks for a keyframe
 
     def want(self, streams: dict[str, Rendition]) -> dict[str, Rendition]:
         """Replace what is watched. Returns what was."""
@@ -72,7 +92,9 @@ class Viewer:
                 self._chains.pop(stream, None)
                 self._pictures.pop(stream, None)
                 self._credits.pop(stream, None)
-        for stream in streams:
+        for stream, rendition in streams.items():
+            if rendition == "live" and stream not in self._chains:
+                self._chains[stream] = _Chain(self._clock_s())
             self._credits.setdefault(stream, 1)
         return before
 
@@ -81,9 +103,7 @@ class Viewer:
         if self.wants.get(packet.stream) != packet.rendition:
             return
         if packet.rendition == "live":
-            dropped = self._chains.setdefault(packet.stream, _Chain()).offer(packet, streamed_ns)
-            if dropped > 1:
-                self.starved.append(packet.stream)
+            dropped = self._chains[packet.stream].offer(packet, streamed_ns)
         else:
             dropped = int(packet.stream in self._pictures)
             self._pictures[packet.stream] = (packet, streamed_ns)
@@ -106,6 +126,11 @@ class Viewer:
         """The page has dropped, or could not decode: what waits is of no use to it."""
         if stream in self._chains:
             self._chains[stream].clear()
+
+    def starved(self) -> list[str]:
+        """Streams that cannot go on without a keyframe: whoever owns this viewer asks for one, each time."""
+        now_s = self._clock_s()
+        return [stream for stream, chain in self._chains.items() if chain.asks(now_s)]
 
     def shown(self, stream: str, run: str, seq: int, shown_ns: int) -> None:
         """The page has drawn it."""

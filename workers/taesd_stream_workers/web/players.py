@@ -58,8 +58,8 @@ async def _packets(hub: Hub, stream: str, rendition: Rendition) -> AsyncIterator
         while not hub.is_closing:
             yield [packet for packet, _ in viewer.take()]
             viewer.credit(stream)
-            while viewer.starved:
-                hub.keyframe(viewer.starved.pop())
+            for starved in viewer.starved():
+                hub.keyframe(starved)
             await viewer.wait(POLL_S)
     finally:
         hub.watch(viewer, viewer.want({}), {})

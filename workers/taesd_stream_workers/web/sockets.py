@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import secrets
 import time
 from typing import Any, Final
@@ -18,6 +19,7 @@ from taesd_stream_workers.viewer import Viewer, to_message
 STATE_S: Final = 0.25
 MAX_WATCHED: Final = 1000
 STALLED_S: Final = 10.0
+MAX_NUMBER: Final = (1 << 63) - 1  # of a page's counts and times
 MAX_TEXT_BYTES: Final = 256 << 10
 _RENDITIONS: Final[tuple[Rendition, ...]] = ("thumb", "live", "jpeg")
 _DAEMON: Final = secrets.token_hex(8)  # one start of the daemon: a page sees that it was restarted
@@ -52,8 +54,8 @@ async def _send(socket: WebSocket, hub: Hub, viewer: Viewer, reader: asyncio.Tas
             await asyncio.wait_for(socket.send_text(_state(hub)), STALLED_S)
         for packet, streamed_ns in viewer.take():
             await asyncio.wait_for(socket.send_bytes(to_message(packet, streamed_ns)), STALLED_S)
-        while viewer.starved:
-            hub.keyframe(viewer.starved.pop())
+        for starved in viewer.starved():
+            hub.keyframe(starved)
         await viewer.wait(max(0.01, next_state_s - time.monotonic()) if viewer.is_state_dirty else 1.0)
 
 
@@ -76,12 +78,30 @@ async def _read(socket: WebSocket, hub: Hub, viewer: Viewer) -> None:
         except (WebSocketDisconnect, KeyError, RuntimeError):
             return
         try:
-            message = json.loads(text) if len(text) <= MAX_TEXT_BYTES else None
+            message = _parse(text) if len(text) <= MAX_TEXT_BYTES else None
             answer = _handle(message, hub, viewer)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             answer = {"type": "error", "text": f"not understood: {error}"}
         if answer is not None:
             await socket.send_text(json.dumps(answer))
+
+
+def _parse(text: str) -> Any:
+    """JSON, without the numbers that are none: they would go back to the page, which cannot read them. ValueError."""
+    return json.loads(text, parse_float=_finite, parse_constant=_finite)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if not -MAX_NUMBER <= value <= MAX_NUMBER:
+        raise ValueError(f"expected a number up to {MAX_NUMBER}")
+    return int(value)
 
 
 def _handle(message: Any, hub: Hub, viewer: Viewer) -> dict[str, Any] | None:
@@ -98,7 +118,8 @@ def _handle(message: Any, hub: Hub, viewer: Viewer) -> dict[str, Any] | None:
             viewer.restart_chain(stream)
             hub.keyframe(stream)
     elif kind == "shown":
-        viewer.shown(str(message["stream"]), str(message["run"]), int(message["seq"]), int(message["shown_us"]) * 1000)
+        seq, shown_us = _whole(message["seq"]), _whole(message["shown_us"])
+        viewer.shown(str(message["stream"]), str(message["run"]), seq, shown_us * 1000)
     elif kind == "ping":
         return {"type": "pong", "t": message["t"], "now_us": hub.clock_ns() // 1000}
     else:

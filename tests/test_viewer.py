@@ -1,0 +1,415 @@
+"""What reaches a page, and what of a page's wishes reaches the broker, though packets are lost and the broker goes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import select
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+from websockets.sync.client import ClientConnection, connect
+
+from taesd_stream import wire
+from taesd_stream.frames import Packet, Stamps
+from taesd_stream.messages import Echo, Keyframe, Record, State, StopStream, StreamerHello
+from taesd_stream.sockets import bind_router, prepare
+from taesd_stream_workers.broken_chains import ASK_AGAIN_S
+from taesd_stream_workers.hub import Hub
+from taesd_stream_workers.inbox import INBOX_BYTES, Inbox
+from taesd_stream_workers.latency import Latency
+from taesd_stream_workers.newest_runs import NewestRuns
+from taesd_stream_workers.viewer import Viewer
+from tests.daemon import COMMAND, START_S, Daemon, wait_for
+from tests.golden_messages import OTHER_RUN, PACKET, RUN
+
+M = TypeVar("M")
+
+STREAM = PACKET.stream
+KEY = PACKET
+DELTA = replace(PACKET, is_keyframe=False, seq=8)
+THUMB = replace(PACKET, rendition="thumb")
+
+
+class Clock:
+    """Seconds of the test's own."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def received(packet: Packet, received_ns: int, **changes: Any) -> Packet:
+    """The packet of a frame that came to the broker then."""
+    return replace(packet, stamps=Stamps(received_ns=received_ns), **changes)
+
+
+def state(now_ns: int, **row: Any) -> State:
+    """STATE with the one stream, and whatever of its row is another."""
+    known = {"name": STREAM, "run": RUN, "state": "live", "flags": [], "stoppable": True, "seq": 7}
+    rows = [known | {"latent_format": "sd1"} | row]
+    return State(streams=rows, runs={}, workers=[], stats={}, desired_workers=1, now_ns=now_ns)
+
+
+# --- a viewer ---
+
+
+def test_a_viewer_that_gets_only_deltas_asks_for_a_keyframe_again() -> None:
+    """The keyframe that was asked for when it came may be lost: while deltas come it is asked for, twice a second."""
+    clock = Clock()
+    viewer = Viewer(Latency(), clock)
+    viewer.want({STREAM: "live"})
+    asked = []
+    for _ in range(40):
+        viewer.offer(DELTA, 0)
+        asked.append(viewer.starved())
+        clock.now_s += 0.125
+    assert [number for number, one in enumerate(asked) if one] == list(range(4, 40, 4))
+    assert not viewer.take()
+
+
+def test_a_delta_that_was_dropped_before_the_time_is_not_forgotten() -> None:
+    """The last delta of a slow sampler, dropped right after a keyframe was asked for, makes it asked for later."""
+    clock = Clock()
+    viewer = Viewer(Latency(), clock)
+    viewer.want({STREAM: "live"})
+    viewer.offer(DELTA, 0)
+    assert viewer.starved() == []
+    clock.now_s += ASK_AGAIN_S
+    assert viewer.starved() == [STREAM]
+
+
+def test_a_viewer_with_a_keyframe_asks_for_none() -> None:
+    """Once the keyframe is there, nothing is asked for, and the deltas behind it are sent."""
+    clock = Clock()
+    viewer = Viewer(Latency(), clock)
+    viewer.want({STREAM: "live"})
+    for packet in (DELTA, KEY, DELTA):
+        viewer.offer(packet, 0)
+    clock.now_s += 10
+    assert viewer.starved() == []
+    assert [packet for packet, _ in viewer.take()] == [KEY, DELTA]
+
+
+def test_a_chain_takes_no_delta_of_another_run() -> None:
+    """A delta that belongs to another run's keyframe is not sent behind this one's; the chain itself goes on."""
+    viewer = Viewer(Latency())
+    viewer.want({STREAM: "live"})
+    later = replace(DELTA, seq=9)
+    for packet in (KEY, DELTA, replace(DELTA, run=OTHER_RUN), later):
+        viewer.offer(packet, 0)
+    assert [packet for packet, _ in viewer.take()] == [KEY, DELTA, later]
+
+
+# --- which run is the newest ---
+
+
+def test_a_late_packet_of_a_replaced_run_is_known() -> None:
+    """A frame that came to the broker later is of a newer run, whatever the order in which the packets come."""
+    runs = NewestRuns()
+    runs.on_state(state(10))
+    assert not runs.is_replaced(received(KEY, 20, run=OTHER_RUN))
+    assert runs.is_replaced(received(KEY, 9))
+    runs.on_state(state(15))  # was overtaken by the packet
+    assert runs.is_replaced(received(KEY, 9))
+    assert not runs.is_replaced(received(DELTA, 21, run=OTHER_RUN))
+
+
+def test_a_keyframe_of_an_old_frame_of_the_newest_run_is_shown() -> None:
+    """The newest frame is sent again for a late viewer, however long ago it came."""
+    runs = NewestRuns()
+    runs.on_state(state(1000))
+    assert not runs.is_replaced(received(KEY, 3))
+
+
+def test_a_packet_without_a_time_follows_state() -> None:
+    """A frame that waited in the log tells no time: its run counts once STATE names it."""
+    runs = NewestRuns()
+    runs.on_state(state(10))
+    late = received(KEY, 0, run=OTHER_RUN)
+    assert runs.is_replaced(late)
+    runs.on_state(state(11, run=OTHER_RUN))
+    assert not runs.is_replaced(late)
+
+
+def test_a_broker_whose_clock_began_anew_is_believed() -> None:
+    """After its host was started anew the broker's clock is behind: its STATE holds all the same."""
+    runs = NewestRuns()
+    runs.on_state(state(10**15))
+    runs.on_state(state(5, run=OTHER_RUN))
+    assert not runs.is_replaced(received(KEY, 6, run=OTHER_RUN))
+
+
+# --- the streamer's inbox ---
+
+
+def test_an_inbox_over_its_bound_drops_to_the_next_keyframe() -> None:
+    """Of a chain whose oldest packet was dropped nothing is delivered before its next keyframe, which is asked for."""
+    asked: list[str] = []
+    dropped: list[Packet] = []
+    inbox = Inbox(asked.append, dropped.append)
+    big = bytes(INBOX_BYTES // 4)
+    chain = [replace(DELTA, seq=seq, is_keyframe=seq in (0, 6), payload=big) for seq in range(8)]
+    for packet in chain:
+        inbox.put(packet, 0)
+    assert [packet.seq for packet, _ in inbox.take_all()] == [6, 7]
+    assert dropped == chain[:6]
+    assert asked == [STREAM]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["key", "delta", "delta", "take"]), st.integers(0, 40))))
+def test_no_delta_is_delivered_behind_a_hole(steps: list[tuple[int, str, int]]) -> None:
+    """Whatever comes and whenever it is taken: a delivered delta's chain was delivered back to its keyframe."""
+    inbox = Inbox(lambda _: None, lambda _: None)
+    big = bytes(INBOX_BYTES)
+    sent = [0, 0, 0]
+    delivered = [-1, -1, -1]
+
+    def take() -> None:
+        for packet, _ in inbox.take_all():
+            number = int(packet.stream)
+            assert packet.is_keyframe or packet.seq == delivered[number] + 1
+            delivered[number] = packet.seq
+
+    for number, word, parts in steps:
+        if word == "take":
+            take()
+            continue
+        payload = memoryview(big)[: INBOX_BYTES * parts // 40]
+        is_key = word == "key" or not sent[number]
+        run = f"{number:016x}"
+        inbox.put(replace(DELTA, stream=str(number), run=run, seq=sent[number], is_keyframe=is_key, payload=payload), 0)
+        sent[number] += 1
+    take()
+
+
+def test_the_rate_holds_the_last_seconds_only() -> None:
+    """With no page open to read it, a daemon's picture rate holds the last two seconds and no more."""
+    clock = Clock()
+    hub = Hub(Latency(), lambda _: None, clock)
+
+    async def deliver() -> None:
+        hub.attach(asyncio.get_running_loop())
+        for seq in range(1000):
+            hub.offer_packet(replace(THUMB, seq=seq), 0)
+            await asyncio.sleep(0)
+            clock.now_s += 0.1
+
+    asyncio.run(deliver())
+    assert 0 < len(hub.rate) <= 21
+
+
+# --- a streamer whose broker comes and goes ---
+
+
+class LoneStreamer(Daemon):
+    """A streamer by itself; the test is its broker and its worker, from `come` to `go`."""
+
+    def start(self, *more_sets: str) -> None:
+        """Start it and wait until its sockets are bound."""
+        self._address = f"ipc://{self.folder}/workers"
+        options = [
+            *self._sets,
+            *more_sets,
+            f"broker.workers_bind={self._address}",
+            f"streamer.packets_bind=ipc://{self.folder}/p",
+        ]
+        self._log = (self.folder / "daemon.log").open("ab")
+        self.process = subprocess.Popen(
+            [*COMMAND, "streamer", *(word for one in options for word in ("--set", one))],
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=self._environment,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], START_S)
+        line = self.process.stdout.readline() if ready else b""
+        assert line, f"the streamer did not start:\n{self.log()[-3000:]}"
+        self.web = json.loads(line)["web"]
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._packets = self._context.socket(zmq.PUSH)
+        prepare(self._packets, hwm=64)
+        self._packets.connect(f"ipc://{self.folder}/p")
+
+    def stop(self, number: int = 2) -> int:
+        """End it, and the test's ends of its sockets."""
+        try:
+            return super().stop(number)
+        finally:
+            self._context.destroy(linger=0)
+
+    def come(self) -> None:
+        """Be its broker."""
+        self._broker = bind_router(self._context, self._address)
+
+    def go(self) -> None:
+        """Be away, as a killed broker is."""
+        self._broker.close(linger=0)
+
+    def receive(self) -> Any:
+        """The next message to the broker. HELLO is answered."""
+        assert self._broker.poll(20_000), "nothing came in 20 s"
+        self._peer, *parts = self._broker.recv_multipart()
+        message = wire.unpack(parts, wire.FROM_INSIDE)
+        if isinstance(message, StreamerHello):
+            self.say(Echo(echo_ns=message.echo_ns, now_ns=message.echo_ns))
+        return message
+
+    def next(self, cls: type[M]) -> M:
+        """The next message of a kind to the broker."""
+        deadline_s = time.monotonic() + 20
+        while time.monotonic() < deadline_s:
+            if isinstance(message := self.receive(), cls):
+                return message
+        raise AssertionError(f"no {cls.__name__} in 20 s")
+
+    def before_a_record(self) -> list[Any]:
+        """What comes to the broker before a RECORD that is asked for now."""
+        mark = f"mark/{secrets.token_hex(4)}"
+        self.json(f"/api/v1/streams/{mark}/record", method="POST", body={"mode": "all"})
+        heard = []
+        while not (isinstance(message := self.receive(), Record) and message.stream == mark):
+            heard.append(message)
+        return heard
+
+    def say(self, message: Any) -> None:
+        """Say something as the broker."""
+        self._broker.send_multipart([self._peer, *wire.pack(message)])
+
+    def tell(self, told: State) -> None:
+        """Say STATE to its next HELLO, and wait until people see it."""
+        self.next(StreamerHello)
+        self.say(told)
+        run, flags = told.streams[0]["run"], told.streams[0]["flags"]
+        wait_for(lambda: self._shows(run, flags), of="the state")
+
+    def _shows(self, run: str, flags: list[str]) -> bool:
+        row = self.streams().get(STREAM)
+        return row is not None and row["run"] == run and row["flags"] == flags
+
+    def push(self, packet: Packet) -> None:
+        """Send a packet as a worker."""
+        self._packets.send_multipart(wire.pack(packet))
+
+
+@pytest.fixture
+def streamer(tmp_path: Path) -> Iterator[LoneStreamer]:
+    """A streamer without a broker."""
+    one = LoneStreamer(tmp_path)
+    with one:
+        yield one
+
+
+class Page:
+    """A page's WebSocket, raw."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self._socket = socket
+
+    def say(self, kind: str, **fields: Any) -> None:
+        """Send a message, and wait until it and all before it is handled."""
+        self._socket.send(json.dumps({"type": kind, **fields}))
+        self._socket.send('{"type": "ping", "t": 1}')
+        while True:
+            message = self._socket.recv(timeout=20)
+            if isinstance(message, str) and json.loads(message)["type"] == "pong":
+                return
+
+    def picture(self) -> tuple[str, str, int]:
+        """(stream, run, seq) of the next one."""
+        while True:
+            message = self._socket.recv(timeout=20)
+            if isinstance(message, bytes):
+                header = json.loads(message[4 : 4 + struct.unpack_from(">I", message)[0]])
+                return header["stream"], header["run"], header["seq"]
+
+
+@pytest.fixture
+def page(streamer: LoneStreamer) -> Iterator[Page]:
+    """A page of that streamer."""
+    with connect(streamer.web.replace("http", "ws") + "/ws", max_size=None) as socket:
+        yield Page(socket)
+
+
+def test_a_viewer_that_came_while_the_broker_was_away_gets_its_picture(streamer: LoneStreamer, page: Page) -> None:
+    """Its keyframe could not be asked for then; the deltas of the broker that is back make it asked for."""
+    page.say("watch", streams={STREAM: "live"})
+    streamer.come()
+    assert not [message for message in streamer.before_a_record() if isinstance(message, Keyframe)]
+    streamer.push(DELTA)
+    assert streamer.next(Keyframe) == Keyframe(stream=STREAM, rendition="live")
+    streamer.push(replace(KEY, seq=9))
+    assert page.picture() == (STREAM, RUN, 9)
+
+
+def test_record_pressed_while_the_broker_is_away_is_told_it(streamer: LoneStreamer) -> None:
+    """Each RECORD that was answered with 200 comes to the next broker, in the order in which they were pressed."""
+    pressed = [Record(stream=f"s{number}", mode="all") for number in range(20)]
+    for record in pressed:
+        streamer.json(f"/api/v1/streams/{record.stream}/record", method="POST", body={"mode": "all"})
+    streamer.come()
+    assert [streamer.next(Record) for _ in pressed] == pressed
+
+
+def test_stop_pressed_while_the_broker_is_away_reaches_the_run(streamer: LoneStreamer) -> None:
+    """STOP is said to the next broker once that knows the run, until it says `stopping`, and then no more."""
+    streamer.come()
+    streamer.tell(state(1))
+    streamer.go()
+    streamer.json(f"/api/v1/streams/{STREAM}/stop", method="POST")
+    streamer.come()
+    streamer.tell(state(2))
+    assert streamer.next(StopStream) == StopStream(stream=STREAM)
+    streamer.tell(state(3, flags=["stopping"]))
+    streamer.before_a_record()
+    streamer.tell(state(4))
+    assert not [message for message in streamer.before_a_record() if isinstance(message, StopStream)]
+
+
+def test_a_stop_means_the_run_it_was_pressed_for(streamer: LoneStreamer) -> None:
+    """A new run that took the name while the broker was away is not stopped."""
+    streamer.come()
+    streamer.tell(state(1))
+    streamer.go()
+    streamer.json(f"/api/v1/streams/{STREAM}/stop", method="POST")
+    streamer.come()
+    streamer.tell(state(2, run=OTHER_RUN))
+    assert not [message for message in streamer.before_a_record() if isinstance(message, StopStream)]
+
+
+def test_a_late_delta_of_a_replaced_run_is_not_shown(streamer: LoneStreamer, page: Page) -> None:
+    """Behind the new run's first picture come its own only."""
+    streamer.come()
+    page.say("watch", streams={STREAM: "live"})
+    streamer.tell(state(10, run=OTHER_RUN))
+    for packet in (received(KEY, 11, run=OTHER_RUN), received(DELTA, 9), received(DELTA, 12, run=OTHER_RUN, seq=8)):
+        streamer.push(packet)
+    assert [page.picture() for _ in range(2)] == [(STREAM, OTHER_RUN, 7), (STREAM, OTHER_RUN, 8)]
+
+
+def test_a_late_whole_picture_of_a_replaced_run_is_not_shown(streamer: LoneStreamer, page: Page) -> None:
+    """A tile does not go back to the run before, nor does latest.jpg."""
+    streamer.come()
+    page.say("watch", streams={STREAM: "thumb", "other": "thumb"})
+    streamer.tell(state(10, run=OTHER_RUN))
+    streamer.push(received(THUMB, 11, run=OTHER_RUN))
+    assert page.picture() == (STREAM, OTHER_RUN, 7)
+    page.say("credit", stream=STREAM)
+    streamer.push(received(THUMB, 9, payload=b"old"))
+    streamer.push(replace(THUMB, stream="other"))
+    assert page.picture() == ("other", RUN, 7)
+    status, body = streamer.get(f"/streams/{STREAM}/latest.jpg?rendition=thumb")
+    assert (status, body) == (200, bytes(PACKET.payload))

@@ -1,0 +1,32 @@
+"""Which run a stream's name means, as STATE and packets tell: a replaced run's late pictures are not shown again."""
+
+from __future__ import annotations
+
+from taesd_stream.frames import Packet
+from taesd_stream.messages import State
+
+
+class NewestRuns:
+    """Used in one thread. Both sources are ordered by the broker's clock, for packets and STATE overtake each other."""
+
+    def __init__(self) -> None:
+        self._newest: dict[str, tuple[str, int]] = {}  # by name: the run, and when it was the newest, broker's clock
+        self._state_ns = 0
+
+    def on_state(self, state: State) -> None:
+        """The broker says which run each name means."""
+        if state.now_ns < self._state_ns:  # its host was started anew, and the clock with it
+            self._newest.clear()
+        self._state_ns = state.now_ns
+        named = {row["name"]: row["run"] for row in state.streams}
+        later = {name: one for name, one in self._newest.items() if one[1] > state.now_ns}
+        self._newest = {name: (run, state.now_ns) for name, run in named.items()} | later
+
+    def is_replaced(self, packet: Packet) -> bool:
+        """Whether another run of its name is newer. A frame that came to the broker later is of a newer run."""
+        received_ns = packet.stamps.received_ns  # 0 of one that waited in the log: then STATE alone decides
+        run, since_ns = self._newest.get(packet.stream, (packet.run, received_ns))
+        if received_ns > since_ns:
+            run, since_ns = packet.run, received_ns
+        self._newest[packet.stream] = (run, since_ns)
+        return run != packet.run
