@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,24 +29,16 @@ class _Known:
 
 
 class Library:
-    """Finished recordings of one folder, read once a file; growing ones are the recorder's."""
+    """Finished recordings of one folder, read once a file; growing ones are the recorder's. Any thread."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._known: dict[str, _Known] = {}
+        self._lock = threading.Lock()
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a finished file that is ours, newest first."""
-        with contextlib.suppress(FileNotFoundError):
-            entries = [entry for entry in os.scandir(self.folder) if entry.name.endswith(FINISHED_SUFFIX)]
-            names = set()
-            for entry in entries:
-                name = entry.name.removesuffix(FINISHED_SUFFIX)
-                names.add(name)
-                with contextlib.suppress(OSError):
-                    self._read(name, entry)
-            self._known = {name: known for name, known in self._known.items() if name in names}
-        rows = [known.row for known in self._known.values() if known.row]
+        rows = [known.row for known in self._look().values() if known.row]
         return sorted(rows, key=lambda row: float(row["started"]), reverse=True)
 
     def holds(self, run: str, last_seq: int) -> bool:
@@ -54,8 +47,7 @@ class Library:
 
     def path_of(self, recording_id: str) -> Path | None:
         """The finished file of an id that `rows` gave; ids from outside are only looked up, never made into paths."""
-        self.rows()
-        known = self._known.get(recording_id)
+        known = self._look().get(recording_id)
         return self.folder / f"{recording_id}{FINISHED_SUFFIX}" if known and known.row else None
 
     def delete(self, recording_id: str) -> bool:
@@ -66,13 +58,25 @@ class Library:
         path.unlink(missing_ok=True)
         return True
 
-    def _read(self, name: str, entry: os.DirEntry[str]) -> None:
-        stat = entry.stat()
+    def _look(self) -> dict[str, _Known]:
+        """Every file of the folder by name, read where it is new. The dict is not changed any more."""
+        with self._lock:
+            known: dict[str, _Known] = {}
+            with contextlib.suppress(FileNotFoundError):
+                for entry in os.scandir(self.folder):
+                    if entry.name.endswith(FINISHED_SUFFIX):
+                        with contextlib.suppress(OSError):  # removed since
+                            known[entry.name.removesuffix(FINISHED_SUFFIX)] = self._read(entry)
+            self._known = known
+            return known
+
+    def _read(self, entry: os.DirEntry[str]) -> _Known:
+        name, stat = entry.name.removesuffix(FINISHED_SUFFIX), entry.stat()
         known = self._known.get(name)
         if known is not None and known.mtime_ns == stat.st_mtime_ns:
-            return
+            return known
         summary = read_summary(Path(entry.path))
-        self._known[name] = _Known(stat.st_mtime_ns, _row(name, summary, Path(entry.path)) if summary else {})
+        return _Known(stat.st_mtime_ns, _row(name, summary, Path(entry.path)) if summary else {})
 
 
 def _row(name: str, summary: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import av
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi import FastAPI, Response
+from fastapi.responses import FileResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.background import BackgroundTask
@@ -27,6 +27,7 @@ from taesd_stream.frames import is_stream_name
 from taesd_stream_workers.hub import Hub
 from taesd_stream_workers.library import first_pictures, thumbnail
 from taesd_stream_workers.recorder import Recorder
+from taesd_stream_workers.web.errors import ERROR_RESPONSES, ApiError, answer_errors
 from taesd_stream_workers.web.players import MJPEG_TYPE, TS_TYPE, motion_jpeg, transport_stream
 from taesd_stream_workers.web.sockets import serve_page
 
@@ -40,14 +41,6 @@ _MEDIA_TYPES: Final = {
     ".json": "application/json",
     ".svg": "image/svg+xml",
 }
-
-
-class ApiError(Exception):
-    """An answer {"code", "text"} with an HTTP status."""
-
-    def __init__(self, status: int, code: str, text: str) -> None:
-        super().__init__(text)
-        self.status, self.code, self.text = status, code, text
 
 
 class RecordRequest(BaseModel):
@@ -108,9 +101,9 @@ class Page:
 
 def make_app(hub: Hub, recorder: Recorder, port: int) -> FastAPI:
     """The application, its routes bound to one hub and one recorder."""
-    app = FastAPI(title="taesd-stream", version=__version__)
+    app = FastAPI(title="taesd-stream", version=__version__, responses={**ERROR_RESPONSES})
     app.add_middleware(OnlyOurHost, port=port)
-    app.add_exception_handler(ApiError, _answer_error)
+    answer_errors(app)
     page = Page()
     _add_page(app, page)
     _add_streams(app, hub)
@@ -119,11 +112,6 @@ def make_app(hub: Hub, recorder: Recorder, port: int) -> FastAPI:
     _add_health(app, hub)
     app.router.routes.append(WebSocketRoute("/ws", partial(serve_page, hub=hub, page_version=page.version)))
     return app
-
-
-async def _answer_error(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return JSONResponse({"code": error.code, "text": error.text}, error.status)
 
 
 def _add_page(app: FastAPI, page: Page) -> None:

@@ -19,7 +19,7 @@ from taesd_stream_workers.web.api import make_app
 
 # A reader that stalls is held back by the kernel's buffers too: kept small, they hold no seconds of stale video.
 SEND_BUFFER_BYTES: Final = 256 << 10
-GRACE_S: Final = 2  # an endless stream must not hold the exit
+GRACE_S: Final = 1  # an endless stream must not hold the exit
 
 
 class WebServer:
