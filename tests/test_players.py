@@ -70,6 +70,18 @@ def test_mjpeg_gives_whole_pictures(daemon: Daemon) -> None:
             assert np.abs(decode_jpeg(answer.read(length)).astype(int) - RED).max() <= 8
 
 
+@pytest.mark.parametrize("name", ["live.ts", "live.mjpeg"])
+def test_a_player_that_left_is_forgotten(daemon: Daemon, name: str) -> None:
+    """When the connection is closed, the stream has no viewer any more."""
+    with LatentPublisher(daemon.broker, stream="play/left", latent_format="sd1") as publisher:
+        publisher.publish(sd1_latents_of(RED), step=0)
+        wait_for(lambda: daemon.streams().get("play/left", {}).get("seq") == 0, of="the frame")
+        with urllib.request.urlopen(f"{daemon.web}/streams/play/left/{name}", timeout=30) as answer:  # noqa: S310
+            assert answer.read(100)
+            wait_for(lambda: daemon.streams()["play/left"]["viewers"] == 1, of="the viewer")
+        wait_for(lambda: daemon.streams()["play/left"]["viewers"] == 0, of="its end")
+
+
 @pytest.mark.parametrize("name", ["live.ts", "live.mjpeg", "latest.jpg"])
 def test_an_unknown_stream_is_a_404_that_says_so(daemon: Daemon, name: str) -> None:
     """Nobody waits for a stream that is not there."""

@@ -49,6 +49,7 @@ class Engine:
     """A network on its device, for one latent format. Used by one thread at a time.
 
     reason: why it is this decoder, and how to get the full one if this is not it.
+    temporal_factor: frames of a video that one latent stands for; None of pictures.
     is_full: whether it is the format's own tiny decoder. dtype: what it computes in: on a processor
     float32, or with `is_fast` what is fastest there. history: latents that a frame needs before it; 0 for pictures.
     bytes_per_latent_px: memory that decoding one latent cell takes, at its worst moment.
@@ -66,6 +67,7 @@ class Engine:
         is_fast: bool = False,
     ) -> None:
         self.latent_format = latent_format.name
+        self.temporal_factor = latent_format.temporal_factor
         self.decoder = decoder
         self.reason = reason
         self.is_full = is_full

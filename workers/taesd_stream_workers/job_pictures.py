@@ -11,7 +11,6 @@ from torch import Tensor
 
 from taesd_stream.decoding.engine import Engine
 from taesd_stream.decoding.video_engine import LivePart, VideoEngine
-from taesd_stream.latent_formats import LATENT_FORMATS
 from taesd_stream.messages import JobItem
 from taesd_stream_workers.rendering import grid
 
@@ -48,7 +47,7 @@ def _stills(engine: Engine, entries: Sequence[Entry], budget_bytes: int) -> Iter
     """One picture a latent; of `steps` those of a batch become one sheet."""
     owners = [(number, index) for number, (_, _, latents) in enumerate(entries) for index in range(len(latents))]
     # a picture of a video format stands for all frames of its latent
-    stretch = LATENT_FORMATS[engine.latent_format].temporal_factor or 1
+    stretch = engine.temporal_factor or 1
     sheets: dict[int, list[Tensor]] = {}
     for part, rgb in engine.decode(torch.cat([latents for _, _, latents in entries]), budget_bytes=budget_bytes):
         shown: list[Picture] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import struct
 import time
@@ -140,10 +141,9 @@ class Viewer:
 
     async def wait(self, timeout_s: float) -> None:
         """Return when there is something to send, or after the time."""
-        try:
-            await asyncio.wait_for(self._something.wait(), timeout_s)
-        except TimeoutError:
-            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 can swallow a cancellation
+                await self._something.wait()
         self._something.clear()
 
     def take(self) -> list[tuple[Packet, int]]:

@@ -56,8 +56,10 @@ async def _packets(hub: Hub, stream: str, rendition: Rendition) -> AsyncIterator
     hub.watch(viewer, viewer.want({stream: rendition}), viewer.wants)
     try:
         while not hub.is_closing:
-            yield [packet for packet, _ in viewer.take()]
-            viewer.credit(stream)
+            packets = [packet for packet, _ in viewer.take()]
+            yield packets
+            if packets:  # the player has taken them
+                viewer.credit(stream)
             for starved in viewer.starved():
                 hub.keyframe(starved)
             await viewer.wait(POLL_S)
