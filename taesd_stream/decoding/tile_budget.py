@@ -15,7 +15,7 @@ from taesd_stream.decoding.tiles import Segment, TileSize, columns_across, segme
 # Pixels of a strip. For a processor more are no faster; a GPU wants work for all of itself.
 _CPU_STRIP_PX: Final = 1 << 16
 _GPU_STRIP_PX: Final = 1 << 22
-_LOW_ROWS: Final = 8  # before strips get lower than this, tiles side by side are cheaper
+_LOW_ROWS: Final = 16  # before strips get lower than this, tiles side by side are cheaper
 _NARROW_PX: Final = 256  # before tiles get narrower than this, lower strips are cheaper
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from taesd_stream.decoding.group_statistics import GroupStatistics
-from taesd_stream.decoding.row_layers import ChainRows, Columns, Pool, row_layer
+from taesd_stream.decoding.row_layers import Columns
+from taesd_stream.decoding.row_networks import ChainRows, Pool, row_layer
 from taesd_stream.models.networks import Block
 
 Part: TypeAlias = tuple[slice, slice, Tensor]  # rows, columns, and what is there: (1, C, rows, columns)

@@ -7,9 +7,8 @@ to nothing is computed twice. `tile_budget` chooses its size: the fastest that f
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterator
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,6 @@ from taesd_stream.decoding.tiles import TileSize, result_shape, run_tiles, segme
 __all__ = ["BudgetError", "decode_parts", "decode_tiled", "decode_uint8", "encode_tiled", "is_tileable"]
 
 Where: TypeAlias = tuple[slice, slice, slice, slice]  # which of a (N, C, H, W) result
-
-_MOST_KNOWN: Final = 64  # tile sizes kept of one network: the sizes of pictures that a sampler makes are few
-_known: weakref.WeakKeyDictionary[nn.Module, dict[object, TileSize]] = weakref.WeakKeyDictionary()
 
 
 def decode_tiled(decoder: nn.Module, latents: Tensor, *, budget_bytes: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -99,13 +95,8 @@ def _parts(
         own = {id(parameter) for parameter in layers.parameters()}
         layers = fold_upsampling(layers)
         beside_bytes += sum(parameter.nbytes for parameter in layers.parameters() if id(parameter) not in own)
-    known = _known.setdefault(network, {})
-    key = (batch.shape[1:], batch.dtype, batch.device.type, budget_bytes - beside_bytes)
-    if key not in known:
-        if len(known) >= _MOST_KNOWN:
-            known.clear()
-        known[key] = fitting_tile(layers, batch[:1], budget_bytes=budget_bytes, beside_bytes=beside_bytes)
-    return _run(layers, batch, known[key])
+    tile = fitting_tile(layers, batch[:1], budget_bytes=budget_bytes, beside_bytes=beside_bytes)
+    return _run(layers, batch, tile)
 
 
 @torch.no_grad()

@@ -78,12 +78,11 @@ def ways_to_decode(picture_bytes: int) -> dict[str, Decode]:
     network = lively(build_decoder("taesd")).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     folded = fold_upsampling(network)
     theirs: Any = AutoencoderTiny()  # type: ignore[no-untyped-call]
-    theirs.eval()
     weights = dict(network.state_dict())
     # diffusers keeps the clamp outside of the layers: its numbers are one less.
     renumbered = {f"layers.{int(key.split('.')[0]) - 1}.{key.split('.', 1)[1]}": weights[key] for key in weights}
     theirs.decoder.load_state_dict(renumbered)
-    theirs.to(memory_format=torch.channels_last)
+    theirs.eval().to(memory_format=torch.channels_last)
     theirs.enable_tiling()
 
     def tiled(budget_bytes: int) -> Decode:
