@@ -32,7 +32,7 @@ class Conv:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """ReLU(x + three convolutions of x), the last without a ReLU of its own; x + detour(x) comes before, if there is one."""
+    """ReLU(x + three convolutions of x), the last without a ReLU; x + detour(x) comes before, where there is one."""
 
     convs: tuple[Conv, Conv, Conv]
     detour: nn.Module | None

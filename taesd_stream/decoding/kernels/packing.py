@@ -1,0 +1,51 @@
+"""Weights as the kernels' shared memory holds them: byte images that are copied as they are.
+
+An image is one tap after the other; a tap is rows of 64 input channels, 128 bytes, one row an output channel. In row r
+the 16-byte chunk c lies at place c ^ (r % 8): the 128-byte swizzle that the tensor cores read.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CHANNELS: Final = 64
+_CHUNK: Final = 8  # halves of 16 bytes
+_LAST_ROWS: Final = 8  # the fewest output channels that a product takes
+
+
+def pack_conv(weight: Tensor) -> Tensor:
+    """(64, 64, 3, 3) -> nine taps of 64 rows, the top left tap first."""
+    return _swizzled(weight.permute(2, 3, 0, 1).reshape(9, CHANNELS, CHANNELS))
+
+
+def pack_up(weight: Tensor) -> Tensor:
+    """(in 64, out 64, 4, 4) of a transposed convolution with stride 2 -> sixteen taps: [row phase][column phase][2][2].
+
+    Output row 2y + a sees input rows y - 1 + a and y + a, through rows 3 - a and 1 - a of the kernel; columns alike.
+    """
+    taps = [
+        weight[:, :, 3 - a - 2 * i, 3 - b - 2 * j].T
+        for a in range(2)
+        for b in range(2)
+        for i in range(2)
+        for j in range(2)
+    ]
+    return _swizzled(torch.stack(taps))
+
+
+def pack_last(weight: Tensor) -> Tensor:
+    """(3, 64, 3, 3) -> nine taps of 8 rows, of which five are zeros."""
+    taps = weight.permute(2, 3, 0, 1).reshape(9, weight.shape[0], CHANNELS)
+    return _swizzled(F.pad(taps, (0, 0, 0, _LAST_ROWS - weight.shape[0])))
+
+
+def _swizzled(taps: Tensor) -> Tensor:
+    """(taps, rows, 64) -> the same shape, float16, contiguous."""
+    rows = taps.shape[1]
+    chunks = taps.half().reshape(-1, rows, CHANNELS // _CHUNK, _CHUNK)
+    row, place = torch.arange(rows, device=taps.device)[:, None], torch.arange(8, device=taps.device)[None, :]
+    return chunks[:, row, place ^ (row % 8)].reshape(-1, rows, CHANNELS).contiguous()

@@ -1,0 +1,649 @@
+// The tiny decoder's 64-channel layers for Hopper (sm_90a), float16 in and out, float32 sums.
+//
+// Every map is NHWC with 64 channels, so a pixel is 128 bytes: one row of the 128-byte swizzle that both the bulk copy
+// engine (TMA) and the tensor cores (wgmma) know. A row of pixels in shared memory is therefore an operand as it lies,
+// and a 3x3 kernel's tap is the same operand read from another pixel on: nothing is unfolded, each pixel is loaded once.
+//
+//   conv_relu_*, conv_residual_*   3x3 convolution; the 64 output channels are the rows (M) of the product, TILE pixels
+//                                  of an image row its columns (N). out = ReLU(conv + bias [+ residual]).
+//   up_*                           nearest upsampling by 2 and a 3x3 convolution, folded: output pixel (2y+a, 2x+b) is
+//                                  a 2x2 convolution with weights of its own. A block has one a, a warpgroup one b.
+//   last_*                         64 -> 3 channels, clamped to [0, 1], and I420 planes (BT.709 limited) or RGB. Pixels
+//                                  are the rows (M = 64) here, the 3 channels, padded to 8, the columns.
+// The number in a name is TILE, the pixels of a tile's row: 64, 128 or 256.
+//
+// One block per multiprocessor, three warpgroups. The first is the producer: its one thread keeps a ring of image rows
+// in shared memory filled. The others are consumers and take turns: while one's products run, the other writes its
+// results out. Blocks walk down strips TILE pixels wide, so a tile needs one new row (two in `last`).
+// All weights of a layer stay in shared memory, as packing.py has laid them out.
+//
+// To try another tile: TILE must be a multiple of 64, at most 256; `shared_bytes` in launching.py must agree.
+
+// No include: NVRTC then needs no headers on the machine.
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short Half;  // the bits of a float16
+
+struct alignas(64) TensorMap {  // CUtensorMap; cuda.h cannot be included under NVRTC
+    u64 words[16];
+};
+
+constexpr int PIXEL_BYTES = 128;           // 64 channels of float16
+constexpr int TAP_BYTES = 64 * 128;        // 64 x 64 weights of one tap
+constexpr int LAST_TAP_BYTES = 8 * 128;    // 8 x 64
+constexpr int PIECE = 64;                  // pixels that a warpgroup writes out at a time
+constexpr int STAGING_BYTES = PIECE * PIXEL_BYTES;
+constexpr int CONSUMERS = 2;
+constexpr int WARPGROUP = 128;
+
+// ---- The instructions, each under a name ----------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{ .reg .pred done; \n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; \n"
+        "@done bra over; bra again; over: }" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// A named barrier of `threads` threads: 0 is __syncthreads'.
+__device__ __forceinline__ void named_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void load_bytes(u32 to, const void* from, int bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// A box of pixels of one row; what lies outside the picture comes as zeros, which is the convolution's padding.
+__device__ __forceinline__ void load_pixels(u32 to, const TensorMap* map, int x, int y, int n, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+        "[%6];" ::"r"(to), "l"(map), "r"(0), "r"(x), "r"(y), "r"(n), "r"(barrier) : "memory");
+}
+
+// wgmma's view of 64-half rows in the 128-byte swizzle: 8 rows are 1024 bytes. The start may be any row and any 32nd
+// byte, because the swizzle is a function of the absolute address; the descriptor's base offset stays 0.
+__device__ __forceinline__ u64 operand(u32 address) {
+    constexpr u64 SWIZZLE_128 = u64(1) << 62, EIGHT_ROWS = u64(1024 >> 4) << 32, UNUSED = u64(1) << 16;
+    return SWIZZLE_128 | EIGHT_ROWS | UNUSED | ((address & 0x3FFFF) >> 4);
+}
+
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// The empty statements tell the compiler that the sums change here: it must not read them earlier.
+template <int COUNT>
+__device__ __forceinline__ void products_wait(float (&sums)[COUNT]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// Four 8x8 tiles of halves, transposed on the way: sums have channels as rows, memory wants them inside a pixel.
+__device__ __forceinline__ void store_transposed(u32 to, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b),
+                 "r"(c), "r"(d) : "memory");
+}
+
+__device__ __forceinline__ u32 pair(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+// Product<N>::add(d, a, b, keeps): d (64 x N) = a (64 x 16) b (16 x N), plus what d held if `keeps`. A thread holds
+// d[4i + 2r + c]: row 16 warp + lane / 4 + 8 r, column 8 i + 2 (lane % 4) + c.
+template <int N>
+struct Product;
+template <>
+struct Product<8> {
+    __device__ static void add(float (&d)[4], u64 a, u64 b, int keeps) {
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %6, 0; wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {"
+                     "%0, %1, %2, %3"
+                     "}, %4, %5, p, 1, 1, 0, 0; }"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "l"(a), "l"(b), "r"(keeps));
+    }
+};
+template <>
+struct Product<64> {
+    __device__ static void add(float (&d)[32], u64 a, u64 b, int keeps) {
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+                     "}, %32, %33, p, 1, 1, 0, 0; }"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                       "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+                       "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                       "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+                     : "l"(a), "l"(b), "r"(keeps));
+    }
+};
+template <>
+struct Product<128> {
+    __device__ static void add(float (&d)[64], u64 a, u64 b, int keeps) {
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+                     "}, %64, %65, p, 1, 1, 0, 0; }"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                       "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+                       "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                       "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+                       "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+                       "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+                       "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+                       "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+                     : "l"(a), "l"(b), "r"(keeps));
+    }
+};
+template <>
+struct Product<256> {
+    __device__ static void add(float (&d)[128], u64 a, u64 b, int keeps) {
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %130, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {"
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+                     "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+                     "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+                     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+                     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+                     "}, %128, %129, p, 1, 1, 0, 0; }"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                       "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+                       "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                       "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+                       "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+                       "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+                       "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+                       "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]),
+                       "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),
+                       "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),
+                       "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]),
+                       "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]),
+                       "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),
+                       "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),
+                       "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
+                       "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
+                     : "l"(a), "l"(b), "r"(keeps));
+    }
+};
+// ---- The ring of image rows -----------------------------------------------------------------------------------------
+
+// How a kernel walks: TILE pixels wide, ROWS image rows a tile, NEXT rows down from tile to tile, RING rows held.
+template <int TILE_, int ROWS_, int NEXT_, int RING_>
+struct Walk {
+    static constexpr int TILE = TILE_, ROWS = ROWS_, NEXT = NEXT_, RING = RING_;
+    static constexpr int ROW_PIXELS = TILE + 2;                  // a neighbour on both sides
+    static constexpr int BOXES = ROW_PIXELS > 256 ? 2 : 1;       // the copy engine's boxes have at most 256 pixels
+    static constexpr int BOX_PIXELS = ROW_PIXELS / BOXES;
+    static constexpr int SLOT_BYTES = (ROW_PIXELS * PIXEL_BYTES + 1023) / 1024 * 1024;
+    static constexpr int RING_BYTES = RING * SLOT_BYTES;
+};
+
+// Tiles of one strip that follow each other downwards: the ring is filled anew for each segment.
+struct Segment {
+    int n, x, y, tiles;  // picture, left pixel, first tile's number from the top
+};
+
+// The tiles [first, end) of this worker of `workers`, cut into segments.
+template <int TILE>
+struct Range {
+    int tile, end, strips, height;
+
+    __device__ Range(int worker, int workers, int count, int tiles_high, int width) {
+        strips = (width + TILE - 1) / TILE;
+        height = tiles_high;
+        long long total = (long long)count * strips * height;
+        tile = int(total * worker / workers);
+        end = int(total * (worker + 1) / workers);
+    }
+
+    __device__ bool next(Segment& segment) {
+        if (tile >= end) return false;
+        int strip = tile / height;
+        segment.y = tile % height;
+        segment.n = strip / strips;
+        segment.x = strip % strips * TILE;
+        segment.tiles = min(end - tile, height - segment.y);
+        tile += segment.tiles;
+        return true;
+    }
+};
+
+template <class W>
+__device__ int rows_of(const Segment& segment) {
+    return segment.tiles * W::NEXT + W::ROWS - W::NEXT;
+}
+
+// Barriers in shared memory: full[RING], empty[RING], weights.
+template <class W>
+struct Ring {
+    u32 rows, barriers;
+
+    __device__ u32 row(int index) const { return rows + index % W::RING * W::SLOT_BYTES; }
+    __device__ u32 full(int index) const { return barriers + index % W::RING * 8; }
+    __device__ u32 empty(int index) const { return barriers + (W::RING + index % W::RING) * 8; }
+    __device__ u32 weights() const { return barriers + 2 * W::RING * 8; }
+
+    __device__ void init() const {
+        for (int slot = 0; slot < W::RING; ++slot) {
+            barrier_init(full(slot), 1);
+            barrier_init(empty(slot), 4 * CONSUMERS);  // each warp of each consumer
+        }
+        barrier_init(weights(), 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+
+    // Producer: row `index` of this block's life is row `y` of picture `n`.
+    __device__ void load(int index, const TensorMap* map, int x, int y, int n) const {
+        if (index >= W::RING) barrier_wait(empty(index), (index / W::RING - 1) & 1);
+        barrier_expect(full(index), W::ROW_PIXELS * PIXEL_BYTES);
+        for (int box = 0; box < W::BOXES; ++box) {
+            u32 to = row(index) + box * W::BOX_PIXELS * PIXEL_BYTES;
+            load_pixels(to, map, x - 1 + box * W::BOX_PIXELS, y, n, full(index));
+        }
+    }
+};
+
+// One consumer's place in the ring. It waits for and releases every row once, in order, also rows it does not read:
+// so a barrier never sees two arrivals of one warp in the same round.
+template <class W>
+struct Place {
+    const Ring<W>& ring;
+    int waited = 0, released = 0;
+
+    __device__ explicit Place(const Ring<W>& ring) : ring(ring) {}
+
+    __device__ void wait_below(int row) {
+        for (; waited < row; ++waited) barrier_wait(ring.full(waited), (waited / W::RING) & 1);
+    }
+
+    __device__ void release_below(int row) {
+        wait_below(row);
+        __syncwarp();
+        for (; released < row; ++released) {
+            if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty(released));
+        }
+    }
+};
+
+// Consumers issue their products in turns, so that one's run while the other writes out.
+__device__ __forceinline__ void turn_begin(int consumer) { named_sync(3 + consumer, 2 * WARPGROUP); }
+__device__ __forceinline__ void turn_end(int consumer) { named_arrive(3 + (consumer ^ 1), 2 * WARPGROUP); }
+
+// What all kernels begin with: aligned shared memory, barriers, weights on their way. Weights never change, so they
+// are fetched before the kernel before this one has ended (programmatic dependent launch).
+template <class W>
+__device__ u32 begin(Ring<W>& ring, const char* weights, int weight_bytes, int staging_bytes) {
+    extern __shared__ char memory[];
+    u32 base = (shared_address(memory) + 1023) & ~1023u;
+    ring.rows = base + weight_bytes;
+    ring.barriers = ring.rows + W::RING_BYTES + staging_bytes;
+    if (threadIdx.x == 0) {
+        ring.init();
+        barrier_expect(ring.weights(), weight_bytes);
+        load_bytes(base, weights, weight_bytes, ring.weights());
+    }
+    __syncthreads();
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    return base;
+}
+
+template <class W>
+__device__ void produce(const Ring<W>& ring, Range<W::TILE> range, const TensorMap* map, int rows_above) {
+    Segment segment;
+    int index = 0;
+    while (range.next(segment)) {
+        int top = segment.y * W::NEXT - rows_above;
+        for (int row = 0; row < rows_of<W>(segment); ++row, ++index) {
+            ring.load(index, map, segment.x, top + row, segment.n);
+        }
+    }
+}
+
+#define BECOME_PRODUCER() asm volatile("setmaxnreg.dec.sync.aligned.u32 24;")
+#define BECOME_CONSUMER() asm volatile("setmaxnreg.inc.sync.aligned.u32 240;")
+
+// ---- Convolutions that keep 64 channels -----------------------------------------------------------------------------
+
+enum Kind { RELU, RESIDUAL, UP };
+
+template <int TILE, Kind KIND>
+struct Conv {
+    static constexpr int ROWS = KIND == UP ? 2 : 3, COLUMNS = ROWS;       // taps down and across
+    static constexpr int STEP = KIND == UP ? 1 : CONSUMERS;               // from a consumer's tile to its next
+    static constexpr int WEIGHT_BYTES = (KIND == UP ? 8 : 9) * TAP_BYTES;
+    static constexpr int CHUNKS = TILE / 16;                              // 16 bytes each, that a thread writes a tile
+    using W = Walk<TILE, ROWS, 1, (TILE == 256 ? 4 : 6)>;
+};
+
+// The product of one tile: all taps, 16 input channels at a time. `row` counts in the ring, `column` is the first
+// tap's pixel there.
+template <class C, int TILE>
+__device__ __forceinline__ void multiply(float (&sums)[TILE / 2], const Ring<typename C::W>& ring, int row, u32 weights,
+                                         int column) {
+    products_begin();
+#pragma unroll
+    for (int dy = 0; dy < C::ROWS; ++dy) {
+        u32 pixels = ring.row(row + dy) + column * PIXEL_BYTES;
+#pragma unroll
+        for (int dx = 0; dx < C::COLUMNS; ++dx) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                u64 a = operand(weights + (dy * C::COLUMNS + dx) * TAP_BYTES + k * 32);
+                u64 b = operand(pixels + dx * PIXEL_BYTES + k * 32);
+                Product<TILE>::add(sums, a, b, dy + dx + k > 0);
+            }
+        }
+    }
+    products_commit();
+}
+
+// 64 pixels of sums, with bias, as halves into the staging buffer: pixel p's 16-byte chunk c lies at chunk c ^ (p % 8).
+template <Kind KIND, int TILE>
+__device__ __forceinline__ void stage(const float (&sums)[TILE / 2], int piece, u32 staging, float2 bias) {
+    int warp = threadIdx.x % WARPGROUP / 32, lane = threadIdx.x % 32;
+    int matrix = lane / 8, chunk = 2 * warp + matrix % 2;
+#pragma unroll
+    for (int group = 0; group < 8; group += 2) {
+        u32 packed[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            int at = 4 * (piece * 8 + group + i / 2) + 2 * (i % 2);
+            float add = i % 2 ? bias.y : bias.x;
+            float low = sums[at] + add, high = sums[at + 1] + add;
+            if (KIND == RELU) low = fmaxf(low, 0.f), high = fmaxf(high, 0.f);
+            packed[i] = pair(low, high);
+        }
+        int pixel = (group + matrix / 2) * 8 + lane % 8;
+        u32 to = staging + pixel * PIXEL_BYTES + ((chunk ^ (pixel % 8)) << 4);
+        store_transposed(to, packed[0], packed[1], packed[2], packed[3]);
+    }
+}
+
+__device__ __forceinline__ uint4 staged(u32 staging, int pixel, int chunk) {
+    uint4 value;
+    u32 from = staging + pixel * PIXEL_BYTES + ((chunk ^ (pixel % 8)) << 4);
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "r"(from) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ u32 add_relu(u32 a, u32 b) {
+    u32 sum;
+    asm("{ .reg .b32 s; add.rn.f16x2 s, %1, %2; max.f16x2 %0, s, %3; }" : "=r"(sum) : "r"(a), "r"(b), "r"(0));
+    return sum;
+}
+
+__device__ __forceinline__ uint4 add_relu(uint4 a, uint4 b) {
+    return make_uint4(add_relu(a.x, b.x), add_relu(a.y, b.y), add_relu(a.z, b.z), add_relu(a.w, b.w));
+}
+
+// height, width: of the input. Input and residual have the output's size, but for UP, where it is twice the input's.
+template <int TILE, Kind KIND>
+__device__ __forceinline__ void convolve(const TensorMap* input, const char* weights, const float* bias,
+                                         const Half* residual, Half* output, int count, int height, int width) {
+    using C = Conv<TILE, KIND>;
+    using W = typename C::W;
+    constexpr int PHASES = KIND == UP ? 2 : 1;
+    int phase = blockIdx.x % PHASES;  // UP: odd or even output rows
+    Ring<W> ring;
+    u32 base = begin(ring, weights + phase * C::WEIGHT_BYTES, C::WEIGHT_BYTES, CONSUMERS * STAGING_BYTES);
+    Range<TILE> range(blockIdx.x / PHASES, gridDim.x / PHASES, count, height, width);
+
+    // The shuffle tells the compiler that all threads of a warp agree; without it wgmma is serialised.
+    int group = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
+    if (group == 0) {
+        BECOME_PRODUCER();
+        if (threadIdx.x == 0) produce<W>(ring, range, input, KIND == UP ? 1 - phase : 1);
+        return;
+    }
+    BECOME_CONSUMER();
+    int consumer = group - 1, thread = threadIdx.x % WARPGROUP;
+    int channel = thread / 32 * 16 + thread % 32 / 4;
+    float2 biases = KIND == UP ? make_float2(0.f, 0.f) : make_float2(bias[channel], bias[channel + 8]);
+    u32 staging = ring.rows + W::RING_BYTES + consumer * STAGING_BYTES;
+    u32 taps = base + (KIND == UP ? consumer * 4 * TAP_BYTES : 0);
+    int column = KIND == UP ? consumer : 0;
+    if (consumer == 1) turn_end(1);  // the first turn is consumer 0's
+    barrier_wait(ring.weights(), 0);
+
+    Place<W> place(ring);
+    Segment segment;
+    int row = 0, tile = 0;  // rows and tiles of all segments before
+    while (range.next(segment)) {
+        int first = KIND == UP ? 0 : (consumer ^ tile) & 1;
+        for (int i = first; i < segment.tiles; i += C::STEP) {
+            float sums[TILE / 2];
+            place.wait_below(row + i + C::ROWS);
+            turn_begin(consumer);
+            multiply<C, TILE>(sums, ring, row + i, taps, column);
+            turn_end(consumer);
+
+            // This thread writes chunk `thread % 8` of pixels thread / 8, and every 16th from there.
+            int y = segment.y + i, pixels = width - segment.x;
+            long long line = KIND == UP ? ((long long)segment.n * height * 2 + 2 * y + phase) * width * 2 + consumer
+                                        : ((long long)segment.n * height + y) * width;
+            constexpr int SPREAD = KIND == UP ? 2 : 1;  // UP: every second pixel is the other consumer's
+            long long at = (line + (long long)SPREAD * (segment.x + thread / 8)) * 64 + thread % 8 * 8;
+            uint4 kept[KIND == RESIDUAL ? C::CHUNKS : 1];
+            if (KIND == RESIDUAL) {
+#pragma unroll
+                for (int c = 0; c < C::CHUNKS; ++c) {
+                    bool inside = thread / 8 + 16 * c < pixels;
+                    kept[c] = inside ? *reinterpret_cast<const uint4*>(residual + at + c * 16 * 64) : uint4();
+                }
+            }
+            products_wait(sums);
+            place.release_below(row + i + C::STEP);
+
+#pragma unroll
+            for (int piece = 0; piece < TILE / PIECE; ++piece) {
+                named_sync(1 + consumer, WARPGROUP);  // all have read what was staged before
+                stage<KIND, TILE>(sums, piece, staging, biases);
+                named_sync(1 + consumer, WARPGROUP);
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    int pixel = thread / 8 + 16 * c, whole = piece * 4 + c;
+                    uint4 value = staged(staging, pixel, thread % 8);
+                    if (KIND == RESIDUAL) value = add_relu(value, kept[whole]);
+                    if (piece * PIECE + pixel < pixels) {
+                        *reinterpret_cast<uint4*>(output + at + (long long)whole * 16 * 64 * SPREAD) = value;
+                    }
+                }
+            }
+        }
+        row += rows_of<W>(segment);
+        tile += segment.tiles;
+        place.release_below(row);
+    }
+}
+
+#define CONVOLUTION(NAME, TILE, KIND)                                                                            \
+    extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1)                                               \
+        NAME##_##TILE(const __grid_constant__ TensorMap input, const char* weights, const float* bias,           \
+                      const Half* residual, Half* output, int count, int height, int width) {                \
+        convolve<TILE, KIND>(&input, weights, bias, residual, output, count, height, width);                     \
+    }
+
+CONVOLUTION(conv_relu, 64, RELU)
+CONVOLUTION(conv_relu, 128, RELU)
+CONVOLUTION(conv_relu, 256, RELU)
+CONVOLUTION(conv_residual, 64, RESIDUAL)
+CONVOLUTION(conv_residual, 128, RESIDUAL)
+CONVOLUTION(conv_residual, 256, RESIDUAL)
+CONVOLUTION(up, 64, UP)
+CONVOLUTION(up, 128, UP)
+CONVOLUTION(up, 256, UP)
+
+// ---- The last convolution, and colours ------------------------------------------------------------------------------
+
+__device__ __forceinline__ float colour(float value) {
+    return value != value ? 0.5f : fminf(fmaxf(value, 0.f), 1.f);  // NaN is grey, as in colour.py
+}
+
+// BT.709, limited range, rounded with ties down: the same numbers as colour.py's BT709_LIMITED.
+constexpr float KR = 0.2126f, KB = 0.0722f, HALF = 0.5f - 1.f / 1024;
+
+__device__ __forceinline__ float luma(float3 c) { return KR * c.x + (1 - KR - KB) * c.y + KB * c.z; }
+
+__device__ __forceinline__ unsigned char code(float value) { return static_cast<unsigned char>(value + HALF); }
+
+// One 2x2 box of I420: four lumas, and the chroma of their mean.
+__device__ __forceinline__ void write_box(unsigned char* planes, const float3 (&box)[2][2], int x, int y, int height,
+                                          int width) {
+    float3 mean = make_float3(0.f, 0.f, 0.f);
+#pragma unroll
+    for (int dy = 0; dy < 2; ++dy) {
+#pragma unroll
+        for (int dx = 0; dx < 2; ++dx) {
+            float3 c = box[dy][dx];
+            mean.x += c.x / 4, mean.y += c.y / 4, mean.z += c.z / 4;
+        }
+        uchar2 lumas = make_uchar2(code(16 + 219 * luma(box[dy][0])), code(16 + 219 * luma(box[dy][1])));
+        *reinterpret_cast<uchar2*>(planes + (long long)(y + dy) * width + x) = lumas;
+    }
+    unsigned char* blue = planes + (long long)height * width + (long long)(y / 2) * (width / 2) + x / 2;
+    float grey = luma(mean);
+    blue[0] = code(128 + 224 * (mean.z - grey) / (2 * (1 - KB)));
+    blue[(long long)(height / 2) * (width / 2)] = code(128 + 224 * (mean.x - grey) / (2 * (1 - KR)));
+}
+
+__device__ __forceinline__ void write_rgb(Half* rgb, const float3 (&box)[2][2], int x, int y, int height, int width) {
+#pragma unroll
+    for (int dy = 0; dy < 2; ++dy) {
+        float3 a = box[dy][0], b = box[dy][1];
+        u32* at = reinterpret_cast<u32*>(rgb + (long long)(y + dy) * width + x);
+        long long plane = (long long)height * width / 2;  // in pairs
+        at[0] = pair(a.x, b.x);
+        at[plane] = pair(a.y, b.y);
+        at[2 * plane] = pair(a.z, b.z);
+    }
+}
+
+// A tile is two rows, so that a thread has a whole 2x2 box. planes: (N, H * 3 / 2, W) bytes, or null, and then rgb:
+// (N, 3, H, W). height and width are even.
+template <int TILE>
+__device__ __forceinline__ void finish(const TensorMap* input, const char* weights, const float* bias,
+                                       unsigned char* planes, Half* rgb, int count, int height, int width) {
+    using W = Walk<TILE, 4, 2, 6>;
+    constexpr int PIECES = TILE / 64, COLOURS = 2 * 3 * TILE;  // COLOURS: floats of a tile, [row][channel][pixel]
+    Ring<W> ring;
+    u32 base = begin(ring, weights, 9 * LAST_TAP_BYTES, CONSUMERS * COLOURS * 4);
+    Range<TILE> range(blockIdx.x, gridDim.x, count, height / 2, width);
+    int group = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
+    if (group == 0) {
+        BECOME_PRODUCER();
+        if (threadIdx.x == 0) produce<W>(ring, range, input, 1);
+        return;
+    }
+    BECOME_CONSUMER();
+    int consumer = group - 1, thread = threadIdx.x % WARPGROUP;
+    extern __shared__ char memory[];
+    char* own = memory + (ring.rows + W::RING_BYTES - shared_address(memory));
+    float* colours = reinterpret_cast<float*>(own) + consumer * COLOURS;
+    float biases[3] = {bias[0], bias[1], bias[2]};
+    if (consumer == 1) turn_end(1);
+    barrier_wait(ring.weights(), 0);
+
+    Place<W> place(ring);
+    Segment segment;
+    int row = 0, tile = 0;
+    while (range.next(segment)) {
+        for (int i = (consumer ^ tile) & 1; i < segment.tiles; i += CONSUMERS) {
+            float sums[2 * PIECES][4];
+            place.wait_below(row + 2 * i + W::ROWS);
+            turn_begin(consumer);
+            products_begin();
+#pragma unroll
+            for (int tap = 0; tap < 9; ++tap) {
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    u64 b = operand(base + tap * LAST_TAP_BYTES + k * 32);
+#pragma unroll
+                    for (int y = 0; y < 2; ++y) {
+                        u32 pixels = ring.row(row + 2 * i + y + tap / 3) + tap % 3 * PIXEL_BYTES + k * 32;
+#pragma unroll
+                        for (int piece = 0; piece < PIECES; ++piece) {
+                            u64 a = operand(pixels + piece * 64 * PIXEL_BYTES);
+                            Product<8>::add(sums[y * PIECES + piece], a, b, tap + k > 0);
+                        }
+                    }
+                }
+            }
+            products_commit();
+            turn_end(consumer);
+#pragma unroll
+            for (int at = 0; at < 2 * PIECES; ++at) products_wait(sums[at]);
+            place.release_below(row + 2 * (i + CONSUMERS));
+
+            named_sync(1 + consumer, WARPGROUP);  // all have read the colours before
+            int pixel = thread / 32 * 16 + thread % 32 / 4, channel = thread % 4 * 2;
+            if (channel < 3) {
+#pragma unroll
+                for (int y = 0; y < 2; ++y) {
+#pragma unroll
+                    for (int piece = 0; piece < PIECES; ++piece) {
+                        float* to = colours + (y * 3 + channel) * TILE + piece * 64 + pixel;
+                        to[0] = sums[y * PIECES + piece][0], to[8] = sums[y * PIECES + piece][2];
+                        if (channel == 0) to[TILE] = sums[y * PIECES + piece][1], to[TILE + 8] = sums[y * PIECES + piece][3];
+                    }
+                }
+            }
+            named_sync(1 + consumer, WARPGROUP);
+            int x = segment.x + 2 * thread, y = 2 * (segment.y + i);
+            if (2 * thread < TILE && x < width) {
+                float3 box[2][2];
+#pragma unroll
+                for (int at = 0; at < 4; ++at) {
+                    const float* from = colours + at / 2 * 3 * TILE + 2 * thread + at % 2;
+                    box[at / 2][at % 2] = make_float3(colour(from[0] + biases[0]), colour(from[TILE] + biases[1]),
+                                                      colour(from[2 * TILE] + biases[2]));
+                }
+                long long area = (long long)height * width;
+                if (planes) write_box(planes + segment.n * area * 3 / 2, box, x, y, height, width);
+                else write_rgb(rgb + segment.n * area * 3, box, x, y, height, width);
+            }
+        }
+        row += rows_of<W>(segment);
+        tile += segment.tiles;
+        place.release_below(row);
+    }
+}
+
+#define LAST(TILE)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1)                                               \
+        last_##TILE(const __grid_constant__ TensorMap input, const char* weights, const float* bias,             \
+                    unsigned char* planes, Half* rgb, int count, int height, int width) {                      \
+        finish<TILE>(&input, weights, bias, planes, rgb, count, height, width);                                  \
+    }
+
+LAST(64)
+LAST(128)
+LAST(256)
