@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from taesd_stream.decoding.colour import video_planes
 from taesd_stream.decoding.kernels.launching import TILES, Kernels
-from taesd_stream.decoding.kernels.packing import pack_conv, pack_last, pack_up
+from taesd_stream.decoding.kernels.packing import pack_conv, pack_conv_last, pack_up
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,14 +91,17 @@ def test_upsampling(kernels: Kernels, size: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     "size", [(1, 8, 8), (2, 24, 40), (1, 34, 66), (1, 2, 300), (3, 90, 160), (1, 256, 512)], ids=str
 )
-def test_last_layer(kernels: Kernels, size: tuple[int, int, int]) -> None:
-    """The kernel's RGB is the clamped convolution, its planes those of colour.py, to one code."""
-    x, weight, bias = feature_map(*size), random_weights(3, 64, 3, 3), torch.rand(3, device="cuda")
-    packed = pack_last(weight)
-    expected = F.conv2d(x.float(), weight.float(), bias, padding=1).clamp(0, 1)
-    rgb, planes = kernels.rgb(x, packed, bias), kernels.planes(x, packed, bias)
+def test_last_layers(kernels: Kernels, size: tuple[int, int, int]) -> None:
+    """The kernels' RGB is the clamped last convolution of a block's end, its planes those of colour.py, to one code."""
+    x, residual = feature_map(*size), feature_map(*size)
+    weight, bias = random_weights(64, 64, 3, 3), torch.randn(64, device="cuda")
+    last, last_bias = random_weights(3, 64, 3, 3), torch.rand(3, device="cuda")
+    features = (F.conv2d(x.float(), weight.float(), bias, padding=1) + residual.float()).relu()
+    expected = F.conv2d(features, last.float() / 4, last_bias, padding=1).clamp(0, 1)
+    arguments = (x, pack_conv_last(weight, last / 4), bias, residual, last_bias)
+    rgb, planes = kernels.rgb(*arguments), kernels.planes(*arguments)
     assert rgb.isnan().sum() == 0
-    assert error(rgb, expected) < ROUNDING
+    assert error(rgb, expected) < 1e-3
     apart = (planes.int() - video_planes(expected).int()).abs()
     assert apart.max() <= 1
-    assert (apart > 0).float().mean() < 0.01
+    assert (apart > 0).float().mean() < 0.05

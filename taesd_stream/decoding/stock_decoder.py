@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from taesd_stream.decoding.colour import video_planes
 from taesd_stream.decoding.decoder_plan import Apply, Block, Conv, Step, Up, decoder_plan
+from taesd_stream.decoding.pooled_detour import pooled_detour
 
 _KEEPS_SIZE = ((1, 1), (1, 1), (1, 1), 1)  # stride, padding, dilation, groups
 
@@ -53,7 +54,7 @@ def stock_step(step: Step) -> Callable[[Tensor], Tensor]:
             return partial(_up, weight.to(memory_format=torch.channels_last))
         case Block(convs, detour):
             first, second, third = map(_weights_last, convs)
-            return partial(_block, (first, second, third), detour)
+            return partial(_block, (first, second, third), block_entry(detour))
 
 
 def _weights_last(conv: Conv) -> Conv:
@@ -71,8 +72,8 @@ def _up(weight: Tensor, x: Tensor) -> Tensor:
     return F.conv_transpose2d(x, weight, stride=2, padding=1)
 
 
-def _block(convs: tuple[Conv, Conv, Conv], detour: nn.Module | None, x: Tensor) -> Tensor:
-    x = with_detour(detour, x)
+def _block(convs: tuple[Conv, Conv, Conv], entry: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    x = entry(x)
     first, second, third = convs
     y = _conv(second, _conv(first, x))
     if x.is_cuda:
@@ -80,9 +81,13 @@ def _block(convs: tuple[Conv, Conv, Conv], detour: nn.Module | None, x: Tensor) 
     return F.conv2d(y, third.weight, third.bias, padding=1).add_(x).relu_()
 
 
-def with_detour(detour: nn.Module | None, x: Tensor) -> Tensor:
-    """x, plus its normalised detour if the block has one; channels_last stays."""
+def block_entry(detour: nn.Module | None) -> Callable[[Tensor], Tensor]:
+    """What a block does before its convolutions: nothing, or adding its detour. Gives and takes channels_last."""
     if detour is None:
-        return x
+        return partial(torch.Tensor.contiguous, memory_format=torch.channels_last)
+    return pooled_detour(detour) or partial(_with_detour, detour)
+
+
+def _with_detour(detour: nn.Module, x: Tensor) -> Tensor:
     added: Tensor = x + detour(x)
     return added.contiguous(memory_format=torch.channels_last)

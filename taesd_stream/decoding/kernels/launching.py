@@ -12,8 +12,13 @@ from torch import Tensor
 from taesd_stream.decoding.kernels.cubins import KernelsUnavailableError
 
 TILES: Final = (256, 128, 64)  # pixels of an image row that one tile covers
-_NAMES: Final = ("conv_relu", "conv_residual", "up", "last")
+_LAST_TILE: Final = 128
+_NAMES: Final = (
+    *((name, tile) for name in ("conv_relu", "conv_residual", "up") for tile in TILES),
+    ("conv_last", _LAST_TILE),
+)
 _THREADS: Final = 384  # a producer and two consumers, 128 each
+_SUM_THREADS: Final = 256
 _PIXEL_BYTES: Final = 128
 # What a tile costs for each pixel: narrow products read the weights again and again.
 _COST: Final = {256: 1.0, 128: 1.04, 64: 1.16}
@@ -36,10 +41,10 @@ def choose_tile(columns: int, rows: int, workers: int) -> int:
 def shared_bytes(name: str, tile: int) -> int:
     """Shared memory of one block, as tiny_decoder.cu lays it out: weights, ring, staging, barriers, alignment."""
     slot = -(-(tile + 2) * _PIXEL_BYTES // 1024) * 1024
-    ring = 4 if tile == 256 and name != "last" else 6
-    taps = {"up": 8, "last": 9 / 8}.get(name, 9)
-    staging = 2 * 3 * tile * 4 if name == "last" else 64 * _PIXEL_BYTES
-    return int(taps * 64 * _PIXEL_BYTES) + ring * slot + 2 * staging + 256 + 1024
+    ring = 4 if tile == 256 else 6
+    taps = {"up": 8, "conv_last": 10}.get(name, 9)
+    staging = (tile if name == "conv_last" else 64) * _PIXEL_BYTES
+    return taps * 64 * _PIXEL_BYTES + ring * slot + 2 * staging + 256 + 1024
 
 
 class Kernels:
@@ -61,7 +66,8 @@ class Kernels:
         with torch.cuda.device(device):
             torch.zeros(1, device=device)  # makes the device's context current for the driver
             (self._library,) = self._do(self._driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
-            self._functions = {(name, tile): self._function(name, tile) for name in _NAMES for tile in TILES}
+            self._functions = {(name, tile): self._function(name, tile) for name, tile in _NAMES}
+            self._functions["sum_last", 0] = self._kernel("sum_last")
 
     def conv(self, x: Tensor, weights: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
         """ReLU(conv3x3(x) + bias [+ residual]); bias: (64,) float32; residual in channels_last."""
@@ -78,34 +84,64 @@ class Kernels:
         self._launch("up", x, weights, None, None, output)
         return output
 
-    def planes(self, x: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
-        """The last convolution, as `colour.video_planes`: (N, 64, H, W), H and W even -> (N, H*3//2, W) uint8."""
+    def planes(self, x: Tensor, weights: Tensor, bias: Tensor, residual: Tensor, last_bias: Tensor) -> Tensor:
+        """`conv` with a residual and the last convolution, as `colour.video_planes`: (N, H*3//2, W) uint8.
+
+        weights: packing.pack_conv_last's; H and W are even; last_bias: (3,) float32.
+        """
         count, _, height, width = x.shape
         output = torch.empty((count, height * 3 // 2, width), dtype=torch.uint8, device=x.device)
-        self._launch("last", x, weights, bias, output, None)
+        self._finish(x, weights, bias, residual, last_bias, planes=output, rgb=None)
         return output
 
-    def rgb(self, x: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
-        """The last convolution: (N, 64, H, W), H and W even -> (N, 3, H, W) float16, NCHW, in [0, 1]."""
+    def rgb(self, x: Tensor, weights: Tensor, bias: Tensor, residual: Tensor, last_bias: Tensor) -> Tensor:
+        """The same as a picture: (N, 3, H, W) float16, NCHW, in [0, 1]."""
         count, _, height, width = x.shape
         output = torch.empty((count, 3, height, width), dtype=torch.float16, device=x.device)
-        self._launch("last", x, weights, bias, None, output)
+        self._finish(x, weights, bias, residual, last_bias, planes=None, rgb=output)
         return output
+
+    def _finish(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        bias: Tensor,
+        residual: Tensor,
+        last_bias: Tensor,
+        *,
+        planes: Tensor | None,
+        rgb: Tensor | None,
+    ) -> None:
+        count, _, height, width = x.shape
+        strips = -(-width // _LAST_TILE)
+        rows = torch.empty((count, 9, height, width), dtype=torch.float16, device=x.device)
+        edges = torch.empty((count, height, strips, 2, 9), dtype=torch.float16, device=x.device)
+        self._launch("conv_last", x, weights, bias, residual, rows, edges)
+        boxes = count * (height // 2) * (width // 2)
+        tensors = (rows, edges, last_bias, planes, rgb)
+        config = self._config(-(-boxes // _SUM_THREADS), _SUM_THREADS, 0)
+        self._run(config, self._functions["sum_last", 0], (), tensors, x)
 
     def _launch(self, name: str, x: Tensor, *tensors: Tensor | None) -> None:
         count, _, height, width = x.shape
         phases = 2 if name == "up" else 1
-        rows = count * (height // 2 if name == "last" else height)
         workers = self._workers // phases
-        tile = self._tile or choose_tile(width, rows, workers)
-        blocks = phases * min(workers, -(-width // tile) * rows)
-        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        values = (self._map(x, tile), *pointers, count, height, width)
-        types = (None, *[ctypes.c_void_p] * len(pointers), ctypes.c_int, ctypes.c_int, ctypes.c_int)
-        config = self._config(blocks, shared_bytes(name, tile))
-        self._do(self._driver.cuLaunchKernelEx(config, self._functions[name, tile], (values, types), 0))
+        tile = _LAST_TILE if name == "conv_last" else self._tile or choose_tile(width, count * height, workers)
+        blocks = phases * min(workers, -(-width // tile) * count * height)
+        config = self._config(blocks, _THREADS, shared_bytes(name, tile))
+        self._run(config, self._functions[name, tile], (self._map(x, tile),), tensors, x)
 
-    def _config(self, blocks: int, shared: int) -> Any:
+    def _run(
+        self, config: Any, function: Any, maps: tuple[Any, ...], tensors: tuple[Tensor | None, ...], x: Tensor
+    ) -> None:
+        """Launch with the arguments that all kernels have: maps, then pointers, then the size of x."""
+        count, _, height, width = x.shape
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        types = (*[None] * len(maps), *[ctypes.c_void_p] * len(pointers), *[ctypes.c_int] * 3)
+        arguments = ((*maps, *pointers, count, height, width), types)
+        self._do(self._driver.cuLaunchKernelEx(config, function, arguments, 0))
+
+    def _config(self, blocks: int, threads: int, shared: int) -> Any:
         driver = self._driver
         # A kernel may begin, with its barriers and weights, before the one ahead of it has ended.
         early = driver.CUlaunchAttribute()
@@ -115,7 +151,7 @@ class Kernels:
         early.value = value
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = _THREADS, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared
         config.hStream = driver.CUstream(torch.cuda.current_stream(self._device).cuda_stream)
         config.attrs, config.numAttrs = [early], 1
@@ -150,11 +186,15 @@ class Kernels:
 
     def _function(self, name: str, tile: int) -> Any:
         driver = self._driver
-        (kernel,) = self._do(driver.cuLibraryGetKernel(self._library, f"{name}_{tile}".encode()))
+        kernel = self._kernel(f"{name}_{tile}")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         device = driver.CUdevice(self._device.index or 0)
-        self._do(driver.cuKernelSetAttribute(attribute, shared_bytes(name, tile), kernel, device))
-        return driver.CUfunction(int(kernel))
+        self._do(driver.cuKernelSetAttribute(attribute, shared_bytes(name, tile), driver.CUkernel(int(kernel)), device))
+        return kernel
+
+    def _kernel(self, name: str) -> Any:
+        (kernel,) = self._do(self._driver.cuLibraryGetKernel(self._library, name.encode()))
+        return self._driver.CUfunction(int(kernel))
 
     def _do(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
         status, *values = result

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 CHANNELS: Final = 64
 _CHUNK: Final = 8  # halves of 16 bytes
-_LAST_ROWS: Final = 8  # the fewest output channels that a product takes
 
 
 def pack_conv(weight: Tensor) -> Tensor:
@@ -37,10 +36,13 @@ def pack_up(weight: Tensor) -> Tensor:
     return _swizzled(torch.stack(taps))
 
 
-def pack_last(weight: Tensor) -> Tensor:
-    """(3, 64, 3, 3) -> nine taps of 8 rows, of which five are zeros."""
-    taps = weight.permute(2, 3, 0, 1).reshape(9, weight.shape[0], CHANNELS)
-    return _swizzled(F.pad(taps, (0, 0, 0, _LAST_ROWS - weight.shape[0])))
+def pack_conv_last(weight: Tensor, last: Tensor) -> Tensor:
+    """A block's third convolution (64, 64, 3, 3), and the last (3, 64, 3, 3) as a tenth tap.
+
+    Its row 3 (3 dy + colour) + dx holds that colour's weights of row dy and column dx; rows from 27 on are zeros.
+    """
+    rows = last.permute(2, 0, 3, 1).reshape(27, CHANNELS)
+    return torch.cat((pack_conv(weight), _swizzled(F.pad(rows, (0, 0, 0, CHANNELS - 27))[None])))
 
 
 def _swizzled(taps: Tensor) -> Tensor:

@@ -8,13 +8,16 @@
 //                                  of an image row its columns (N). out = ReLU(conv + bias [+ residual]).
 //   up_*                           nearest upsampling by 2 and a 3x3 convolution, folded: output pixel (2y+a, 2x+b) is
 //                                  a 2x2 convolution with weights of its own. A block has one a, a warpgroup one b.
-//   last_*                         64 -> 3 channels, clamped to [0, 1], and I420 planes (BT.709 limited) or RGB. Pixels
-//                                  are the rows (M = 64) here, the 3 channels, padded to 8, the columns.
+//   conv_last_128                  conv_residual, whose result is not written: the last convolution, 64 -> 3 channels, is
+//                                  begun on the tile while it is in shared memory. Its 27 (tap, colour) products of a
+//                                  pixel are added up along the row; what is left to add are three rows, and at a
+//                                  tile's edges one column of the neighbour.
+//   sum_last                       adds those, clamps to [0, 1], writes I420 planes (BT.709 limited) or RGB.
 // The number in a name is TILE, the pixels of a tile's row: 64, 128 or 256.
 //
 // One block per multiprocessor, three warpgroups. The first is the producer: its one thread keeps a ring of image rows
 // in shared memory filled. The others are consumers and take turns: while one's products run, the other writes its
-// results out. Blocks walk down strips TILE pixels wide, so a tile needs one new row (two in `last`).
+// results out. Blocks walk down strips TILE pixels wide, so a tile needs one new row.
 // All weights of a layer stay in shared memory, as packing.py has laid them out.
 //
 // To try another tile: TILE must be a multiple of 64, at most 256; `shared_bytes` in launching.py must agree.
@@ -30,7 +33,6 @@ struct alignas(64) TensorMap {  // CUtensorMap; cuda.h cannot be included under 
 
 constexpr int PIXEL_BYTES = 128;           // 64 channels of float16
 constexpr int TAP_BYTES = 64 * 128;        // 64 x 64 weights of one tap
-constexpr int LAST_TAP_BYTES = 8 * 128;    // 8 x 64
 constexpr int PIECE = 64;                  // pixels that a warpgroup writes out at a time
 constexpr int STAGING_BYTES = PIECE * PIXEL_BYTES;
 constexpr int CONSUMERS = 2;
@@ -117,16 +119,6 @@ __device__ __forceinline__ u32 pair(float low, float high) {
 template <int N>
 struct Product;
 template <>
-struct Product<8> {
-    __device__ static void add(float (&d)[4], u64 a, u64 b, int keeps) {
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %6, 0; wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {"
-                     "%0, %1, %2, %3"
-                     "}, %4, %5, p, 1, 1, 0, 0; }"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                     : "l"(a), "l"(b), "r"(keeps));
-    }
-};
-template <>
 struct Product<64> {
     __device__ static void add(float (&d)[32], u64 a, u64 b, int keeps) {
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
@@ -194,10 +186,10 @@ struct Product<256> {
 };
 // ---- The ring of image rows -----------------------------------------------------------------------------------------
 
-// How a kernel walks: TILE pixels wide, ROWS image rows a tile, NEXT rows down from tile to tile, RING rows held.
-template <int TILE_, int ROWS_, int NEXT_, int RING_>
+// How a kernel walks: TILE pixels wide, ROWS image rows a tile, one row down from tile to tile, RING rows held.
+template <int TILE_, int ROWS_, int RING_>
 struct Walk {
-    static constexpr int TILE = TILE_, ROWS = ROWS_, NEXT = NEXT_, RING = RING_;
+    static constexpr int TILE = TILE_, ROWS = ROWS_, RING = RING_;
     static constexpr int ROW_PIXELS = TILE + 2;                  // a neighbour on both sides
     static constexpr int BOXES = ROW_PIXELS > 256 ? 2 : 1;       // the copy engine's boxes have at most 256 pixels
     static constexpr int BOX_PIXELS = ROW_PIXELS / BOXES;
@@ -215,9 +207,9 @@ template <int TILE>
 struct Range {
     int tile, end, strips, height;
 
-    __device__ Range(int worker, int workers, int count, int tiles_high, int width) {
+    __device__ Range(int worker, int workers, int count, int rows, int width) {
         strips = (width + TILE - 1) / TILE;
-        height = tiles_high;
+        height = rows;
         long long total = (long long)count * strips * height;
         tile = int(total * worker / workers);
         end = int(total * (worker + 1) / workers);
@@ -237,7 +229,7 @@ struct Range {
 
 template <class W>
 __device__ int rows_of(const Segment& segment) {
-    return segment.tiles * W::NEXT + W::ROWS - W::NEXT;
+    return segment.tiles + W::ROWS - 1;
 }
 
 // Barriers in shared memory: full[RING], empty[RING], weights.
@@ -320,7 +312,7 @@ __device__ void produce(const Ring<W>& ring, Range<W::TILE> range, const TensorM
     Segment segment;
     int index = 0;
     while (range.next(segment)) {
-        int top = segment.y * W::NEXT - rows_above;
+        int top = segment.y - rows_above;
         for (int row = 0; row < rows_of<W>(segment); ++row, ++index) {
             ring.load(index, map, segment.x, top + row, segment.n);
         }
@@ -332,15 +324,17 @@ __device__ void produce(const Ring<W>& ring, Range<W::TILE> range, const TensorM
 
 // ---- Convolutions that keep 64 channels -----------------------------------------------------------------------------
 
-enum Kind { RELU, RESIDUAL, UP };
+enum Kind { RELU, RESIDUAL, UP, LAST };
 
 template <int TILE, Kind KIND>
 struct Conv {
     static constexpr int ROWS = KIND == UP ? 2 : 3, COLUMNS = ROWS;       // taps down and across
     static constexpr int STEP = KIND == UP ? 1 : CONSUMERS;               // from a consumer's tile to its next
-    static constexpr int WEIGHT_BYTES = (KIND == UP ? 8 : 9) * TAP_BYTES;
+    static constexpr int WEIGHT_BYTES = (KIND == UP ? 8 : KIND == LAST ? 10 : 9) * TAP_BYTES;
+    static constexpr int STAGED_BYTES = KIND == LAST ? TILE * PIXEL_BYTES : STAGING_BYTES;  // of one consumer
+    static constexpr bool ADDS = KIND == RESIDUAL || KIND == LAST;
     static constexpr int CHUNKS = TILE / 16;                              // 16 bytes each, that a thread writes a tile
-    using W = Walk<TILE, ROWS, 1, (TILE == 256 ? 4 : 6)>;
+    using W = Walk<TILE, ROWS, (TILE == 256 ? 4 : 6)>;
 };
 
 // The product of one tile: all taps, 16 input channels at a time. `row` counts in the ring, `column` is the first
@@ -365,7 +359,12 @@ __device__ __forceinline__ void multiply(float (&sums)[TILE / 2], const Ring<typ
     products_commit();
 }
 
-// 64 pixels of sums, with bias, as halves into the staging buffer: pixel p's 16-byte chunk c lies at chunk c ^ (p % 8).
+// Where 8 channels of a pixel lie in the staging buffer: in the swizzle again, so that products can read it.
+__device__ __forceinline__ u32 staged_at(u32 staging, int pixel, int chunk) {
+    return staging + pixel * PIXEL_BYTES + ((chunk ^ (pixel % 8)) << 4);
+}
+
+// 64 pixels of sums, with bias, as halves into the staging buffer.
 template <Kind KIND, int TILE>
 __device__ __forceinline__ void stage(const float (&sums)[TILE / 2], int piece, u32 staging, float2 bias) {
     int warp = threadIdx.x % WARPGROUP / 32, lane = threadIdx.x % 32;
@@ -381,18 +380,21 @@ __device__ __forceinline__ void stage(const float (&sums)[TILE / 2], int piece, 
             if (KIND == RELU) low = fmaxf(low, 0.f), high = fmaxf(high, 0.f);
             packed[i] = pair(low, high);
         }
-        int pixel = (group + matrix / 2) * 8 + lane % 8;
-        u32 to = staging + pixel * PIXEL_BYTES + ((chunk ^ (pixel % 8)) << 4);
+        u32 to = staged_at(staging, (group + matrix / 2) * 8 + lane % 8, chunk);
         store_transposed(to, packed[0], packed[1], packed[2], packed[3]);
     }
 }
 
-__device__ __forceinline__ uint4 staged(u32 staging, int pixel, int chunk) {
+__device__ __forceinline__ uint4 read_16(u32 from) {
     uint4 value;
-    u32 from = staging + pixel * PIXEL_BYTES + ((chunk ^ (pixel % 8)) << 4);
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "r"(from) : "memory");
     return value;
+}
+
+__device__ __forceinline__ void write_16(u32 to, uint4 value) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z),
+                 "r"(value.w) : "memory");
 }
 
 __device__ __forceinline__ u32 add_relu(u32 a, u32 b) {
@@ -405,16 +407,122 @@ __device__ __forceinline__ uint4 add_relu(uint4 a, uint4 b) {
     return make_uint4(add_relu(a.x, b.x), add_relu(a.y, b.y), add_relu(a.z, b.z), add_relu(a.w, b.w));
 }
 
+// The tile to memory, 64 pixels at a time. `to` is where this thread's first chunk goes; of the row's pixels, `pixels`
+// lie in the picture.
+template <int TILE, Kind KIND, int KEPT>
+__device__ __forceinline__ void write_map(const float (&sums)[TILE / 2], const uint4 (&kept)[KEPT], u32 staging,
+                                          float2 biases, int consumer, int pixels, Half* to) {
+    constexpr int SPREAD = KIND == UP ? 2 : 1;
+    int thread = threadIdx.x % WARPGROUP;
+#pragma unroll
+    for (int piece = 0; piece < TILE / PIECE; ++piece) {
+        named_sync(1 + consumer, WARPGROUP);  // all have read what was staged before
+        stage<KIND, TILE>(sums, piece, staging, biases);
+        named_sync(1 + consumer, WARPGROUP);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            int pixel = thread / 8 + 16 * c, whole = piece * 4 + c;
+            uint4 value = read_16(staged_at(staging, pixel, thread % 8));
+            if constexpr (KIND == RESIDUAL) value = add_relu(value, kept[whole]);
+            if (piece * PIECE + pixel < pixels) *reinterpret_cast<uint4*>(to + whole * 16 * 64 * SPREAD) = value;
+        }
+    }
+}
+
+// The tile, with residual and ReLU, whole into the staging buffer: for products to read.
+template <int TILE, int KEPT>
+__device__ __forceinline__ void stage_block(const float (&sums)[TILE / 2], const uint4 (&kept)[KEPT], u32 staging,
+                                            float2 biases, int consumer, int pixels) {
+    int thread = threadIdx.x % WARPGROUP;
+    named_sync(1 + consumer, WARPGROUP);  // all have read the sums of the tile before
+#pragma unroll
+    for (int piece = 0; piece < TILE / PIECE; ++piece) {
+        stage<LAST, TILE>(sums, piece, staging + piece * STAGING_BYTES, biases);
+    }
+    named_sync(1 + consumer, WARPGROUP);
+#pragma unroll
+    for (int c = 0; c < KEPT; ++c) {
+        int pixel = thread / 8 + 16 * c;
+        u32 place = staged_at(staging, pixel, thread % 8);
+        // Outside the picture are zeros: the last convolution's padding.
+        write_16(place, pixel < pixels ? add_relu(read_16(place), kept[c]) : uint4());
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // products read what threads wrote
+    named_sync(1 + consumer, WARPGROUP);
+}
+
+// The last convolution, begun: what conv_last leaves to sum_last. A plane is (row dy of the kernel, colour).
+//   rows   Half (N, 9, H, W): a pixel's sum over the kernel's columns, of the pixels of its own tile
+//   edges  Half (N, H, strips, 2, 9): what a tile's row adds to the pixel left of it, and right of it
+// Row 3 plane + dx of the tenth tap holds the weights of that plane and column dx.
+struct Begun {
+    Half *rows, *edges;
+};
+
+__device__ __forceinline__ Half half(float value) {
+    Half bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+// One staged tile, of which `pixels` lie in the picture, times the tenth tap; `taps` is where that lies.
+template <int TILE>
+__device__ __forceinline__ void begin_last(Begun begun, u32 taps, u32 staging, int consumer, const Segment& at, int y,
+                                           int height, int width) {
+    constexpr int ROW = TILE + 8;  // floats from row to row: keeps threads off each other's banks
+    int thread = threadIdx.x % WARPGROUP;
+    float sums[TILE / 2];
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) Product<TILE>::add(sums, operand(taps + k * 32), operand(staging + k * 32), k > 0);
+    products_commit();
+    products_wait(sums);
+    named_sync(1 + consumer, WARPGROUP);  // all have read the tile: its place is free for the sums
+
+    extern __shared__ char memory[];
+    float* shared = reinterpret_cast<float*>(memory + (staging - shared_address(memory)));
+    int first = thread / 32 * 16 + thread % 32 / 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (first + 8 * r >= 27) continue;
+        float* to = shared + (first + 8 * r) * ROW + thread % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < TILE / 8; ++i) {
+            *reinterpret_cast<float2*>(to + 8 * i) = make_float2(sums[4 * i + 2 * r], sums[4 * i + 2 * r + 1]);
+        }
+    }
+    named_sync(1 + consumer, WARPGROUP);
+    int x = at.x + thread;  // TILE threads, a pixel each
+    if (x < width) {
+        Half* to = begun.rows + ((long long)at.n * 9 * height + y) * width + x;
+#pragma unroll
+        for (int plane = 0; plane < 9; ++plane, to += (long long)height * width) {
+            const float* from = shared + 3 * plane * ROW + thread;
+            float sum = from[ROW];
+            if (thread > 0) sum += from[-1];
+            if (thread < TILE - 1) sum += from[2 * ROW + 1];
+            *to = half(sum);
+        }
+    }
+    if (thread < 18) {
+        int plane = thread % 9, is_right = thread / 9, strips = (width + TILE - 1) / TILE;
+        const float* from = shared + 3 * plane * ROW;
+        Half* to = begun.edges + (((long long)at.n * height + y) * strips + at.x / TILE) * 18 + thread;
+        *to = half(is_right ? from[TILE - 1] : from[2 * ROW]);
+    }
+}
+
 // height, width: of the input. Input and residual have the output's size, but for UP, where it is twice the input's.
 template <int TILE, Kind KIND>
 __device__ __forceinline__ void convolve(const TensorMap* input, const char* weights, const float* bias,
-                                         const Half* residual, Half* output, int count, int height, int width) {
+                                         const Half* residual, Half* output, Begun begun, int count,
+                                         int height, int width) {
     using C = Conv<TILE, KIND>;
     using W = typename C::W;
     constexpr int PHASES = KIND == UP ? 2 : 1;
     int phase = blockIdx.x % PHASES;  // UP: odd or even output rows
     Ring<W> ring;
-    u32 base = begin(ring, weights + phase * C::WEIGHT_BYTES, C::WEIGHT_BYTES, CONSUMERS * STAGING_BYTES);
+    u32 base = begin(ring, weights + phase * C::WEIGHT_BYTES, C::WEIGHT_BYTES, CONSUMERS * C::STAGED_BYTES);
     Range<TILE> range(blockIdx.x / PHASES, gridDim.x / PHASES, count, height, width);
 
     // The shuffle tells the compiler that all threads of a warp agree; without it wgmma is serialised.
@@ -428,7 +536,7 @@ __device__ __forceinline__ void convolve(const TensorMap* input, const char* wei
     int consumer = group - 1, thread = threadIdx.x % WARPGROUP;
     int channel = thread / 32 * 16 + thread % 32 / 4;
     float2 biases = KIND == UP ? make_float2(0.f, 0.f) : make_float2(bias[channel], bias[channel + 8]);
-    u32 staging = ring.rows + W::RING_BYTES + consumer * STAGING_BYTES;
+    u32 staging = ring.rows + W::RING_BYTES + consumer * C::STAGED_BYTES;
     u32 taps = base + (KIND == UP ? consumer * 4 * TAP_BYTES : 0);
     int column = KIND == UP ? consumer : 0;
     if (consumer == 1) turn_end(1);  // the first turn is consumer 0's
@@ -452,8 +560,8 @@ __device__ __forceinline__ void convolve(const TensorMap* input, const char* wei
                                         : ((long long)segment.n * height + y) * width;
             constexpr int SPREAD = KIND == UP ? 2 : 1;  // UP: every second pixel is the other consumer's
             long long at = (line + (long long)SPREAD * (segment.x + thread / 8)) * 64 + thread % 8 * 8;
-            uint4 kept[KIND == RESIDUAL ? C::CHUNKS : 1];
-            if (KIND == RESIDUAL) {
+            uint4 kept[C::ADDS ? C::CHUNKS : 1];
+            if (C::ADDS) {
 #pragma unroll
                 for (int c = 0; c < C::CHUNKS; ++c) {
                     bool inside = thread / 8 + 16 * c < pixels;
@@ -463,20 +571,11 @@ __device__ __forceinline__ void convolve(const TensorMap* input, const char* wei
             products_wait(sums);
             place.release_below(row + i + C::STEP);
 
-#pragma unroll
-            for (int piece = 0; piece < TILE / PIECE; ++piece) {
-                named_sync(1 + consumer, WARPGROUP);  // all have read what was staged before
-                stage<KIND, TILE>(sums, piece, staging, biases);
-                named_sync(1 + consumer, WARPGROUP);
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    int pixel = thread / 8 + 16 * c, whole = piece * 4 + c;
-                    uint4 value = staged(staging, pixel, thread % 8);
-                    if (KIND == RESIDUAL) value = add_relu(value, kept[whole]);
-                    if (piece * PIECE + pixel < pixels) {
-                        *reinterpret_cast<uint4*>(output + at + (long long)whole * 16 * 64 * SPREAD) = value;
-                    }
-                }
+            if constexpr (KIND == LAST) {
+                stage_block<TILE>(sums, kept, staging, biases, consumer, pixels);
+                begin_last<TILE>(begun, base + 9 * TAP_BYTES, staging, consumer, segment, y, height, width);
+            } else {
+                write_map<TILE, KIND>(sums, kept, staging, biases, consumer, pixels, output + at);
             }
         }
         row += rows_of<W>(segment);
@@ -485,11 +584,13 @@ __device__ __forceinline__ void convolve(const TensorMap* input, const char* wei
     }
 }
 
+#define KERNEL(NAME) extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) NAME
+
 #define CONVOLUTION(NAME, TILE, KIND)                                                                            \
-    extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1)                                               \
-        NAME##_##TILE(const __grid_constant__ TensorMap input, const char* weights, const float* bias,           \
-                      const Half* residual, Half* output, int count, int height, int width) {                \
-        convolve<TILE, KIND>(&input, weights, bias, residual, output, count, height, width);                     \
+    KERNEL(NAME##_##TILE)                                                                                        \
+    (const __grid_constant__ TensorMap input, const char* weights, const float* bias, const Half* residual,      \
+     Half* output, int count, int height, int width) {                                                           \
+        convolve<TILE, KIND>(&input, weights, bias, residual, output, Begun(), count, height, width);            \
     }
 
 CONVOLUTION(conv_relu, 64, RELU)
@@ -502,7 +603,13 @@ CONVOLUTION(up, 64, UP)
 CONVOLUTION(up, 128, UP)
 CONVOLUTION(up, 256, UP)
 
-// ---- The last convolution, and colours ------------------------------------------------------------------------------
+KERNEL(conv_last_128)
+(const __grid_constant__ TensorMap input, const char* weights, const float* bias, const Half* residual, Half* rows,
+ Half* edges, int count, int height, int width) {
+    convolve<128, LAST>(&input, weights, bias, residual, nullptr, Begun{rows, edges}, count, height, width);
+}
+
+// ---- The last convolution's sums, and colours -----------------------------------------------------------------------
 
 __device__ __forceinline__ float colour(float value) {
     return value != value ? 0.5f : fminf(fmaxf(value, 0.f), 1.f);  // NaN is grey, as in colour.py
@@ -547,103 +654,54 @@ __device__ __forceinline__ void write_rgb(Half* rgb, const float3 (&box)[2][2], 
     }
 }
 
-// A tile is two rows, so that a thread has a whole 2x2 box. planes: (N, H * 3 / 2, W) bytes, or null, and then rgb:
-// (N, 3, H, W). height and width are even.
-template <int TILE>
-__device__ __forceinline__ void finish(const TensorMap* input, const char* weights, const float* bias,
-                                       unsigned char* planes, Half* rgb, int count, int height, int width) {
-    using W = Walk<TILE, 4, 2, 6>;
-    constexpr int PIECES = TILE / 64, COLOURS = 2 * 3 * TILE;  // COLOURS: floats of a tile, [row][channel][pixel]
-    Ring<W> ring;
-    u32 base = begin(ring, weights, 9 * LAST_TAP_BYTES, CONSUMERS * COLOURS * 4);
-    Range<TILE> range(blockIdx.x, gridDim.x, count, height / 2, width);
-    int group = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
-    if (group == 0) {
-        BECOME_PRODUCER();
-        if (threadIdx.x == 0) produce<W>(ring, range, input, 1);
-        return;
-    }
-    BECOME_CONSUMER();
-    int consumer = group - 1, thread = threadIdx.x % WARPGROUP;
-    extern __shared__ char memory[];
-    char* own = memory + (ring.rows + W::RING_BYTES - shared_address(memory));
-    float* colours = reinterpret_cast<float*>(own) + consumer * COLOURS;
-    float biases[3] = {bias[0], bias[1], bias[2]};
-    if (consumer == 1) turn_end(1);
-    barrier_wait(ring.weights(), 0);
-
-    Place<W> place(ring);
-    Segment segment;
-    int row = 0, tile = 0;
-    while (range.next(segment)) {
-        for (int i = (consumer ^ tile) & 1; i < segment.tiles; i += CONSUMERS) {
-            float sums[2 * PIECES][4];
-            place.wait_below(row + 2 * i + W::ROWS);
-            turn_begin(consumer);
-            products_begin();
-#pragma unroll
-            for (int tap = 0; tap < 9; ++tap) {
-#pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    u64 b = operand(base + tap * LAST_TAP_BYTES + k * 32);
-#pragma unroll
-                    for (int y = 0; y < 2; ++y) {
-                        u32 pixels = ring.row(row + 2 * i + y + tap / 3) + tap % 3 * PIXEL_BYTES + k * 32;
-#pragma unroll
-                        for (int piece = 0; piece < PIECES; ++piece) {
-                            u64 a = operand(pixels + piece * 64 * PIXEL_BYTES);
-                            Product<8>::add(sums[y * PIECES + piece], a, b, tap + k > 0);
-                        }
-                    }
-                }
-            }
-            products_commit();
-            turn_end(consumer);
-#pragma unroll
-            for (int at = 0; at < 2 * PIECES; ++at) products_wait(sums[at]);
-            place.release_below(row + 2 * (i + CONSUMERS));
-
-            named_sync(1 + consumer, WARPGROUP);  // all have read the colours before
-            int pixel = thread / 32 * 16 + thread % 32 / 4, channel = thread % 4 * 2;
-            if (channel < 3) {
-#pragma unroll
-                for (int y = 0; y < 2; ++y) {
-#pragma unroll
-                    for (int piece = 0; piece < PIECES; ++piece) {
-                        float* to = colours + (y * 3 + channel) * TILE + piece * 64 + pixel;
-                        to[0] = sums[y * PIECES + piece][0], to[8] = sums[y * PIECES + piece][2];
-                        if (channel == 0) to[TILE] = sums[y * PIECES + piece][1], to[TILE + 8] = sums[y * PIECES + piece][3];
-                    }
-                }
-            }
-            named_sync(1 + consumer, WARPGROUP);
-            int x = segment.x + 2 * thread, y = 2 * (segment.y + i);
-            if (2 * thread < TILE && x < width) {
-                float3 box[2][2];
-#pragma unroll
-                for (int at = 0; at < 4; ++at) {
-                    const float* from = colours + at / 2 * 3 * TILE + 2 * thread + at % 2;
-                    box[at / 2][at % 2] = make_float3(colour(from[0] + biases[0]), colour(from[TILE] + biases[1]),
-                                                      colour(from[2 * TILE] + biases[2]));
-                }
-                long long area = (long long)height * width;
-                if (planes) write_box(planes + segment.n * area * 3 / 2, box, x, y, height, width);
-                else write_rgb(rgb + segment.n * area * 3, box, x, y, height, width);
-            }
-        }
-        row += rows_of<W>(segment);
-        tile += segment.tiles;
-        place.release_below(row);
-    }
+__device__ __forceinline__ float single(Half bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
 }
 
-#define LAST(TILE)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1)                                               \
-        last_##TILE(const __grid_constant__ TensorMap input, const char* weights, const float* bias,             \
-                    unsigned char* planes, Half* rgb, int count, int height, int width) {                      \
-        finish<TILE>(&input, weights, bias, planes, rgb, count, height, width);                                  \
+// A thread makes one 2x2 box. planes: (N, H * 3 / 2, W) bytes, or null, and then rgb: (N, 3, H, W) halves. height and
+// width are even.
+extern "C" __global__ void __launch_bounds__(256)
+    sum_last(const Half* rows, const Half* edges, const float* bias, unsigned char* planes, Half* rgb, int count,
+             int height, int width) {
+    constexpr int TILE = 128;  // conv_last's
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    long long index = (long long)blockIdx.x * 256 + threadIdx.x;
+    int boxes_wide = width / 2, boxes_high = height / 2, strips = (width + TILE - 1) / TILE;
+    if (index >= (long long)count * boxes_high * boxes_wide) return;
+    int x = int(index % boxes_wide) * 2, y = int(index / boxes_wide % boxes_high) * 2;
+    int n = int(index / boxes_wide / boxes_high), strip = x / TILE;
+    bool has_left = x % TILE == 0 && x > 0, has_right = (x + 2) % TILE == 0 && x + 2 < width;
+    float sums[2][2][3];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+#pragma unroll
+        for (int c = 0; c < 3; ++c) sums[row][0][c] = sums[row][1][c] = bias[c];
+#pragma unroll
+        for (int dy = 0; dy < 3; ++dy) {
+            int from = y + row + dy - 1;
+            if (from < 0 || from >= height) continue;
+            const Half* edge = edges + (((long long)n * height + from) * strips + strip) * 18;
+#pragma unroll
+            for (int c = 0; c < 3; ++c) {
+                int plane = dy * 3 + c;
+                u32 both = *reinterpret_cast<const u32*>(rows + (((long long)n * 9 + plane) * height + from) * width + x);
+                sums[row][0][c] += single(Half(both & 0xffff));
+                sums[row][1][c] += single(Half(both >> 16));
+                if (has_left) sums[row][0][c] += single(edge[plane - 9]);    // the strip before: its right edge
+                if (has_right) sums[row][1][c] += single(edge[plane + 18]);  // the strip behind: its left edge
+            }
+        }
     }
-
-LAST(64)
-LAST(128)
-LAST(256)
+    float3 box[2][2];
+#pragma unroll
+    for (int at = 0; at < 4; ++at) {
+        float(&sum)[3] = sums[at / 2][at % 2];
+        box[at / 2][at % 2] = make_float3(colour(sum[0]), colour(sum[1]), colour(sum[2]));
+    }
+    long long area = (long long)height * width;
+    if (planes) write_box(planes + n * area * 3 / 2, box, x, y, height, width);
+    else write_rgb(rgb + n * area * 3, box, x, y, height, width);
+}
