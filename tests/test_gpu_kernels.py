@@ -41,13 +41,12 @@ def kernels(cubin: bytes, request: pytest.FixtureRequest) -> Kernels:
 @pytest.fixture(autouse=True)
 def exact_references() -> Iterator[None]:
     """New memory is NaN, so that nothing unwritten goes unseen; references are float32, not TF32."""
-    before = torch.backends.cudnn.allow_tf32, torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
     yield
-    torch.backends.cudnn.allow_tf32, torch.utils.deterministic.fill_uninitialized_memory = before
     torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.allow_tf32 = before
 
 
 def feature_map(count: int, height: int, width: int) -> Tensor:

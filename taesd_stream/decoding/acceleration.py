@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 # Both round to float16 after each layer, in other orders: measured 1e-3 against each other, a wrong tap is 1e-1.
 LARGEST_ERROR: Final = 4e-3
+_Output: TypeAlias = Literal["rgb", "planes"]
 _CHECK_SIZE: Final = (3, 13, 21)  # frames, h, w: odd sizes, and every tile has an edge in it
 
 
@@ -49,20 +50,18 @@ class AcceleratedDecoder:
         self._use(self._stock, "cuDNN's fused calls")
         lacks = lacks_for_kernels(torch.cuda.get_device_capability(device))
         if lacks is None:
-            pool = ThreadPoolExecutor(1, thread_name_prefix="kernels")
-            self._cubin = pool.submit(kernel_cubin, cache)
-            pool.shutdown(wait=False)
+            self._cubin = _compile_behind(cache)
             self.reason += " until our own kernels are compiled"
         else:
             self.reason += f": {lacks}"
 
     def rgb(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) on the device, as the network takes them -> (N, 3, H, W) float16 in [0, 1]."""
-        return self._run(latents, self._rgb)
+        return self._run(latents, "rgb")
 
     def planes(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) on the device -> I420 planes for video, (N, H*3//2, W) uint8, as `colour.video_planes`."""
-        return self._run(latents, self._planes)
+        return self._run(latents, "planes")
 
     def wait(self) -> None:
         """Wait until the kernels are compiled, checked and in use, or refused: for benchmarks and tests."""
@@ -71,20 +70,17 @@ class AcceleratedDecoder:
             self._take_over()
 
     @torch.inference_mode()
-    def _run(self, latents: Tensor, body: Callable[[], GraphedBody]) -> Tensor:
+    def _run(self, latents: Tensor, output: _Output) -> Tensor:
         with torch.cuda.device(self._device):
             if self._cubin is not None and self._cubin.done():
                 self._take_over()
-            return body()(latents.to(device=self._device, dtype=torch.float16))
-
-    def _rgb(self) -> GraphedBody:
-        return self._graphed_rgb
-
-    def _planes(self) -> GraphedBody:
-        return self._graphed_planes
+            return self._bodies[output](latents.to(device=self._device, dtype=torch.float16))
 
     def _use(self, decoder: _Decoder, reason: str) -> None:
-        self._graphed_rgb, self._graphed_planes = GraphedBody(decoder.rgb), GraphedBody(decoder.planes)
+        self._bodies: dict[_Output, GraphedBody] = {
+            "rgb": GraphedBody(decoder.rgb),
+            "planes": GraphedBody(decoder.planes),
+        }
         self.reason = reason
 
     @torch.inference_mode()
@@ -95,7 +91,7 @@ class AcceleratedDecoder:
         try:
             decoder = HopperDecoder(self._network, self._load(cubin.result()))
             check(decoder, self._stock, self._channels, self._device)
-        except KernelsUnavailableError as error:
+        except (KernelsUnavailableError, OSError, RuntimeError) as error:  # RuntimeError: also out of memory
             self.reason = f"cuDNN's fused calls: {error}"
             logger.warning("kernels_not_used reason=%s", error)
         else:
@@ -119,7 +115,7 @@ def accelerated(network: nn.Module, device: torch.device | str) -> tuple[Acceler
     target = torch.device(device)
     if target.type != "cuda" or not torch.cuda.is_available():
         return None, f"the plain network: {target.type} has no fused calls"
-    if torch.version.cuda is None or not torch.backends.cudnn.is_available():
+    if torch.version.cuda is None or not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
         return None, "the plain network: this torch has no cuDNN"
     if next(network.parameters()).dtype != torch.float16:
         return None, "the plain network: the fused calls are for float16"
@@ -128,6 +124,20 @@ def accelerated(network: nn.Module, device: torch.device | str) -> tuple[Acceler
     except UnsupportedNetworkError as error:
         return None, f"the plain network: {error}"
     return decoder, decoder.reason
+
+
+def _compile_behind(cache: Path | None) -> Future[bytes]:
+    """Compile in a thread that a process which ends does not wait for: a compilation cannot be broken off."""
+    future: Future[bytes] = Future()
+
+    def compile_kernels() -> None:
+        try:
+            future.set_result(kernel_cubin(cache))
+        except (KernelsUnavailableError, OSError, RuntimeError) as error:
+            future.set_exception(error)
+
+    threading.Thread(target=compile_kernels, name="kernels", daemon=True).start()
+    return future
 
 
 def lacks_for_kernels(capability: tuple[int, int]) -> str | None:

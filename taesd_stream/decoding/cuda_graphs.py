@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def batches(count: int) -> Iterator[slice]:
 class _Graph:
     """A captured run of the body at one shape: its memory is its own until it is dropped."""
 
-    def __init__(self, body: Body, latents: Tensor, pool: tuple[int, int]) -> None:
+    def __init__(self, body: Body, latents: Tensor, pool: Any) -> None:
         self._input = latents.clone(memory_format=torch.channels_last)
         self._graph = torch.cuda.CUDAGraph()
         # thread_local: other threads of the process may use CUDA meanwhile.
@@ -52,7 +52,7 @@ class GraphedBody:
     def __init__(self, body: Body) -> None:
         self._body = body
         self._graphs: OrderedDict[_Key, _Graph | None] = OrderedDict()
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # an opaque handle
 
     def __call__(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) float16 on the device -> the body's output for all N, in memory of the caller's."""

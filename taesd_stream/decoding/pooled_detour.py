@@ -18,7 +18,7 @@ class PooledDetour:
         self._narrow = narrow.weight.detach().flatten(1).T.contiguous()  # (K, C)
         self._scale, self._shift = norm.weight.detach().float(), norm.bias.detach().float()
         self._groups, self._eps = norm.num_groups, norm.eps
-        groups = self._wide.unflatten(0, (norm.num_groups, -1))
+        groups = self._wide.reshape(norm.num_groups, -1, self._wide.shape[1])
         self._mean_of = groups.mean(1).T.contiguous()  # (C, groups)
         self._square_of = (groups.mT @ groups / groups.shape[1]).flatten(1).T.contiguous()  # (C * C, groups)
 

@@ -55,14 +55,14 @@ def milliseconds(run: Run, latents: Tensor) -> float:
     for _ in range(3):
         run(latents)
     repeats = 15 if latents.numel() > 4 * 16 * 64**2 else 40
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     events[0].record()
     for event in events[1:]:
         run(latents)
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+    return statistics.median(float(a.elapsed_time(b)) for a, b in itertools.pairwise(events))
 
 
 def sustained_fps(run: Run, latents: Tensor, seconds: float) -> float:

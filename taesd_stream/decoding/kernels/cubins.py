@@ -83,7 +83,7 @@ def _compile(nvrtc: Any, source: str) -> bytes:
             raise KernelsUnavailableError(f"NVRTC refused the kernels: {log.rstrip(bytes(1)).decode(errors='replace')}")
         (size,) = _checked(nvrtc, *nvrtc.nvrtcGetCUBINSize(program))
         # The bindings fill the buffer in place: a bytearray would be copied.
-        cubin = b" " * size
+        cubin: bytes = b" " * size
         _checked(nvrtc, *nvrtc.nvrtcGetCUBIN(program, cubin))
         return cubin
     finally:

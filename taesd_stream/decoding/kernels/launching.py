@@ -59,7 +59,6 @@ class Kernels:
         Raises: KernelsUnavailableError if the driver refuses the machine code.
         """
         self._tile = tile
-        torch.cuda.init()
         self._driver: Any = importlib.import_module("cuda.bindings.driver")
         self._device = device
         self._workers = torch.cuda.get_device_properties(device).multi_processor_count
