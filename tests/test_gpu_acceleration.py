@@ -1,4 +1,4 @@
-"""Whole decoders on an NVIDIA GPU: every family, by eager runs and graphs, and what happens when kernels are refused."""
+"""Whole decoders on an NVIDIA GPU: every family, eagerly and by graphs, and what happens when kernels are refused."""
 
 from __future__ import annotations
 

@@ -12,13 +12,11 @@ from torch import Tensor
 from taesd_stream.decoding.kernels.cubins import KernelsUnavailableError
 
 TILES: Final = (256, 128, 64)  # pixels of an image row that one tile covers
-_LAST_TILE: Final = 128
-_NAMES: Final = (
-    *((name, tile) for name in ("conv_relu", "conv_residual", "up") for tile in TILES),
-    ("conv_last", _LAST_TILE),
-)
+# up writes more than it computes, and 64 is its best at every size; conv_last has no shared memory for 256.
+_ONLY_TILE: Final = {"up": 64, "conv_last": 128}
+_NAMES: Final = (*((name, tile) for name in ("conv_relu", "conv_residual") for tile in TILES), *_ONLY_TILE.items())
 _THREADS: Final = 384  # a producer and two consumers, 128 each
-_SUM_THREADS: Final = 256
+_SUM_THREADS: Final = 128
 _PIXEL_BYTES: Final = 128
 # What a tile costs for each pixel: narrow products read the weights again and again.
 _COST: Final = {256: 1.0, 128: 1.04, 64: 1.16}
@@ -54,7 +52,7 @@ class Kernels:
     """
 
     def __init__(self, cubin: bytes, device: torch.device, tile: int | None = None) -> None:
-        """tile: one of TILES for every launch, None for the best of each: for tests and tuning.
+        """tile: one of TILES for every convolution, None for the best of each: for tests and tuning.
 
         Raises: KernelsUnavailableError if the driver refuses the machine code.
         """
@@ -112,22 +110,21 @@ class Kernels:
         rgb: Tensor | None,
     ) -> None:
         count, _, height, width = x.shape
-        strips = -(-width // _LAST_TILE)
+        strips = -(-width // _ONLY_TILE["conv_last"])
         rows = torch.empty((count, 9, height, width), dtype=torch.float16, device=x.device)
         edges = torch.empty((count, height, strips, 2, 9), dtype=torch.float16, device=x.device)
         self._launch("conv_last", x, weights, bias, residual, rows, edges)
-        boxes = count * (height // 2) * (width // 2)
         tensors = (rows, edges, last_bias, planes, rgb)
-        config = self._config(-(-boxes // _SUM_THREADS), _SUM_THREADS, 0)
+        config = self._config((-(-width // (2 * _SUM_THREADS)), height // 2, count), _SUM_THREADS, 0)
         self._run(config, self._functions["sum_last", 0], (), tensors, x)
 
     def _launch(self, name: str, x: Tensor, *tensors: Tensor | None) -> None:
         count, _, height, width = x.shape
         phases = 2 if name == "up" else 1
         workers = self._workers // phases
-        tile = _LAST_TILE if name == "conv_last" else self._tile or choose_tile(width, count * height, workers)
+        tile = _ONLY_TILE.get(name) or self._tile or choose_tile(width, count * height, workers)
         blocks = phases * min(workers, -(-width // tile) * count * height)
-        config = self._config(blocks, _THREADS, shared_bytes(name, tile))
+        config = self._config((blocks, 1, 1), _THREADS, shared_bytes(name, tile))
         self._run(config, self._functions[name, tile], (self._map(x, tile),), tensors, x)
 
     def _run(
@@ -140,7 +137,7 @@ class Kernels:
         arguments = ((*maps, *pointers, count, height, width), types)
         self._do(self._driver.cuLaunchKernelEx(config, function, arguments, 0))
 
-    def _config(self, blocks: int, threads: int, shared: int) -> Any:
+    def _config(self, grid: tuple[int, int, int], threads: int, shared: int) -> Any:
         driver = self._driver
         # A kernel may begin, with its barriers and weights, before the one ahead of it has ended.
         early = driver.CUlaunchAttribute()
@@ -149,7 +146,7 @@ class Kernels:
         value.programmaticStreamSerializationAllowed = 1
         early.value = value
         config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared
         config.hStream = driver.CUstream(torch.cuda.current_stream(self._device).cuda_stream)

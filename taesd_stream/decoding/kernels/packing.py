@@ -39,10 +39,12 @@ def pack_up(weight: Tensor) -> Tensor:
 def pack_conv_last(weight: Tensor, last: Tensor) -> Tensor:
     """A block's third convolution (64, 64, 3, 3), and the last (3, 64, 3, 3) as a tenth tap.
 
-    Its row 3 (3 dy + colour) + dx holds that colour's weights of row dy and column dx; rows from 27 on are zeros.
+    Its product 3 (3 dy + colour) + dx is of that colour's weights of row dy and column dx. A warp gets sixteen rows
+    of a tap, so seven of the 27 products lie at the start of each sixteen: all four warps have as much to write.
     """
-    rows = last.permute(2, 0, 3, 1).reshape(27, CHANNELS)
-    return torch.cat((pack_conv(weight), _swizzled(F.pad(rows, (0, 0, 0, CHANNELS - 27))[None])))
+    products = F.pad(last.permute(2, 0, 3, 1).reshape(27, CHANNELS), (0, 0, 0, 1))
+    rows = F.pad(products.reshape(4, 7, CHANNELS), (0, 0, 0, 9)).reshape(1, CHANNELS, CHANNELS)
+    return torch.cat((pack_conv(weight), _swizzled(rows)))
 
 
 def _swizzled(taps: Tensor) -> Tensor:

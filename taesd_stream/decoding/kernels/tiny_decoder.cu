@@ -454,7 +454,7 @@ __device__ __forceinline__ void stage_block(const float (&sums)[TILE / 2], const
 // The last convolution, begun: what conv_last leaves to sum_last. A plane is (row dy of the kernel, colour).
 //   rows   Half (N, 9, H, W): a pixel's sum over the kernel's columns, of the pixels of its own tile
 //   edges  Half (N, H, strips, 2, 9): what a tile's row adds to the pixel left of it, and right of it
-// Row 3 plane + dx of the tenth tap holds the weights of that plane and column dx.
+// Product 3 plane + dx is that of the plane and column dx; seven of the tenth tap's rows belong to each warp.
 struct Begun {
     Half *rows, *edges;
 };
@@ -481,14 +481,12 @@ __device__ __forceinline__ void begin_last(Begun begun, u32 taps, u32 staging, i
 
     extern __shared__ char memory[];
     float* shared = reinterpret_cast<float*>(memory + (staging - shared_address(memory)));
-    int first = thread / 32 * 16 + thread % 32 / 4;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        if (first + 8 * r >= 27) continue;
-        float* to = shared + (first + 8 * r) * ROW + thread % 4 * 2;
+    int place = thread % 32 / 4, product = 7 * (thread / 32) + place;
+    if (place < 7 && product < 27) {
+        float* to = shared + product * ROW + thread % 4 * 2;
 #pragma unroll
         for (int i = 0; i < TILE / 8; ++i) {
-            *reinterpret_cast<float2*>(to + 8 * i) = make_float2(sums[4 * i + 2 * r], sums[4 * i + 2 * r + 1]);
+            *reinterpret_cast<float2*>(to + 8 * i) = make_float2(sums[4 * i], sums[4 * i + 1]);
         }
     }
     named_sync(1 + consumer, WARPGROUP);
@@ -600,8 +598,6 @@ CONVOLUTION(conv_residual, 64, RESIDUAL)
 CONVOLUTION(conv_residual, 128, RESIDUAL)
 CONVOLUTION(conv_residual, 256, RESIDUAL)
 CONVOLUTION(up, 64, UP)
-CONVOLUTION(up, 128, UP)
-CONVOLUTION(up, 256, UP)
 
 KERNEL(conv_last_128)
 (const __grid_constant__ TensorMap input, const char* weights, const float* bias, const Half* residual, Half* rows,
@@ -660,19 +656,19 @@ __device__ __forceinline__ float single(Half bits) {
     return value;
 }
 
-// A thread makes one 2x2 box. planes: (N, H * 3 / 2, W) bytes, or null, and then rgb: (N, 3, H, W) halves. height and
+// A thread makes one 2x2 box; the grid is boxes across / SUM_THREADS, boxes down, pictures. planes: (N, H * 3 / 2, W) bytes, or null, and then rgb: (N, 3, H, W) halves. height and
 // width are even.
-extern "C" __global__ void __launch_bounds__(256)
-    sum_last(const Half* rows, const Half* edges, const float* bias, unsigned char* planes, Half* rgb, int count,
+constexpr int SUM_THREADS = 128;
+
+extern "C" __global__ void __launch_bounds__(SUM_THREADS)
+    sum_last(const Half* rows, const Half* edges, const float* bias, unsigned char* planes, Half* rgb, int,
              int height, int width) {
     constexpr int TILE = 128;  // conv_last's
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    long long index = (long long)blockIdx.x * 256 + threadIdx.x;
-    int boxes_wide = width / 2, boxes_high = height / 2, strips = (width + TILE - 1) / TILE;
-    if (index >= (long long)count * boxes_high * boxes_wide) return;
-    int x = int(index % boxes_wide) * 2, y = int(index / boxes_wide % boxes_high) * 2;
-    int n = int(index / boxes_wide / boxes_high), strip = x / TILE;
+    int x = 2 * (blockIdx.x * SUM_THREADS + threadIdx.x), y = 2 * blockIdx.y, n = blockIdx.z;
+    int strip = x / TILE, strips = (width + TILE - 1) / TILE;
+    if (x >= width) return;
     bool has_left = x % TILE == 0 && x > 0, has_right = (x + 2) % TILE == 0 && x + 2 < width;
     float sums[2][2][3];
 #pragma unroll
