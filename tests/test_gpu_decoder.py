@@ -101,11 +101,19 @@ def test_another_detour_is_left_alone() -> None:
 @pytest.mark.parametrize("count", [1, 3, 15, 16, 37, 100])
 def test_batches_cover_every_frame_once(count: int) -> None:
     """A count is cut into powers of two up to the limit, in order, without gap or padding."""
-    parts = list(batches(count))
+    parts = list(batches(count, picture_px=512 * 512))
     assert [frame for part in parts for frame in range(part.start, part.stop)] == list(range(count))
     sizes = [part.stop - part.start for part in parts]
     assert all(size <= MAX_BATCH and size & (size - 1) == 0 for size in sizes)
     assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize(("side_px", "largest"), [(1024, 16), (1536, 4), (2048, 4), (4096, 1), (16384, 1)])
+def test_large_pictures_go_in_small_batches(side_px: int, largest: int) -> None:
+    """No batch has more pixels than cuDNN can count the values of, as long as one picture has not."""
+    parts = list(batches(16, side_px**2))
+    assert max(part.stop - part.start for part in parts) == largest
+    assert sum(part.stop - part.start for part in parts) == 16
 
 
 def unswizzled(image: Tensor) -> Tensor:

@@ -78,8 +78,8 @@ class AcceleratedDecoder:
 
     def _use(self, decoder: _Decoder, reason: str) -> None:
         self._bodies: dict[_Output, GraphedBody] = {
-            "rgb": GraphedBody(decoder.rgb),
-            "planes": GraphedBody(decoder.planes),
+            "rgb": GraphedBody(decoder.rgb, self._stock.spatial_factor),
+            "planes": GraphedBody(decoder.planes, self._stock.spatial_factor),
         }
         self.reason = reason
 

@@ -11,16 +11,22 @@ from torch import Tensor
 
 MAX_BATCH: Final = 16  # above it a batch gains nothing: a few pictures fill any card
 MAX_GRAPHS: Final = 8  # each holds its input, its output, and a share of one pool
+# Of one batch: 64 channels of them are 2**30 values, and cuDNN counts them in 32 bits. 16 pictures of 1024x1024.
+MAX_PIXELS: Final = 1 << 24
 
 Body: TypeAlias = Callable[[Tensor], Tensor]
 _Key: TypeAlias = tuple[int, ...]  # shape of the latents
 
 
-def batches(count: int) -> Iterator[slice]:
-    """Cut `count` frames into powers of two, the largest first: few sizes to capture, and no frame that is padding."""
+def batches(count: int, picture_px: int) -> Iterator[slice]:
+    """Cut `count` frames into powers of two, the largest first: few sizes to capture, and no frame that is padding.
+
+    picture_px: pixels of one frame's picture; one that is too large for any batch goes alone.
+    """
+    largest = max(1, min(MAX_BATCH, MAX_PIXELS // picture_px))
     first = 0
     while first < count:
-        size = min(MAX_BATCH, 1 << ((count - first).bit_length() - 1))
+        size = 1 << (min(largest, count - first).bit_length() - 1)
         yield slice(first, first + size)
         first += size
 
@@ -49,14 +55,16 @@ class GraphedBody:
     pool, so they must not run at the same time: one thread, one stream. The graph not used for longest goes first.
     """
 
-    def __init__(self, body: Body) -> None:
+    def __init__(self, body: Body, spatial_factor: int) -> None:
         self._body = body
+        self._cell_px = spatial_factor**2
         self._graphs: OrderedDict[_Key, _Graph | None] = OrderedDict()
         self._pool: Any = None  # an opaque handle
 
     def __call__(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) float16 on the device -> the body's output for all N, in memory of the caller's."""
-        parts = [self._run(latents[part]) for part in batches(len(latents))]
+        count, _, height, width = latents.shape
+        parts = [self._run(latents[part]) for part in batches(count, height * width * self._cell_px)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _run(self, latents: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class StockDecoder:
         """Raises: UnsupportedNetworkError if the network is not of the family."""
         *steps, last = decoder_plan(network)
         assert isinstance(last, Conv)
+        self.spatial_factor: int = 2 ** sum(isinstance(step, Up) for step in steps)
         self._steps = [stock_step(step) for step in steps]
         self._last = stock_step(last)
 

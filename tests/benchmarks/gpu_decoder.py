@@ -33,10 +33,10 @@ from taesd_stream.models import build_decoder
 
 Run = Callable[[Tensor], Tensor]
 
-SIZES_PX: Final = (256, 512, 1024)
+SIZES_PX: Final = (256, 512, 1024, 2048)
 BATCHES: Final = (1, 4, 16, 64)
-LARGEST_EAGER_PX: Final = 64 * 512 * 512  # in one batch: eager needs 170 bytes a pixel
-GFLOP_512: Final = 141  # of one 512x512 frame, before upsampling is folded; 127 after
+LARGEST_EAGER_PX: Final = 64 * 512 * 512  # in one batch, which eager does not cut
+LARGEST_PX: Final = 16 * 1024 * 1024  # in all: larger batches only repeat what smaller ones show
 
 
 def he_weights(network: nn.Module) -> None:
@@ -78,6 +78,29 @@ def sustained_fps(run: Run, latents: Tensor, seconds: float) -> float:
     return calls * len(latents) / (time.perf_counter() - started_s)
 
 
+def peak_gib(run: Run, latents: Tensor) -> float:
+    """Memory that a way allocates at its worst moment, weights and graphs of all ways not counted."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run(latents)
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)
+
+
+def cold_start() -> dict[str, Any]:
+    """Seconds from a network on the processor to its first picture, and to the kernels in use."""
+    started_s = time.perf_counter()
+    network = build_decoder("taesd").half().cuda().eval().requires_grad_(False)
+    decoder, _ = accelerated(network, "cuda")
+    assert decoder is not None
+    decoder.planes(torch.randn(1, 4, 64, 64)).cpu()
+    first_s = time.perf_counter() - started_s
+    decoder.wait()
+    return {"first_picture_s": round(first_s, 2), "kernels_s": round(time.perf_counter() - started_s, 2)}
+
+
 def ceilings() -> dict[str, float]:
     """The card's own: a large matrix product, and a large copy."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
@@ -106,8 +129,8 @@ def ways_to_run(network: nn.Module, accelerated_decoder: AcceleratedDecoder) -> 
     stock = StockDecoder(network)
     return {
         "eager": lambda z: network(z).clamp(0, 1),
-        "stock": GraphedBody(stock.rgb),
-        "stock planes": GraphedBody(stock.planes),
+        "stock": GraphedBody(stock.rgb, stock.spatial_factor),
+        "stock planes": GraphedBody(stock.planes, stock.spatial_factor),
         "own": accelerated_decoder.rgb,
         "own planes": accelerated_decoder.planes,
     }
@@ -130,7 +153,7 @@ def speed_table(ways: dict[str, Run], channels: int) -> list[dict[str, Any]]:
     """Frames/s at every size and batch; printed as it comes."""
     rows = []
     for size in SIZES_PX:
-        for batch in BATCHES:
+        for batch in [batch for batch in BATCHES if batch * size**2 <= LARGEST_PX]:
             latents = torch.randn(batch, channels, size // 8, size // 8, device="cuda", dtype=torch.float16)
             fps = {}
             for name, run in ways.items():
@@ -160,13 +183,15 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--sustained-s", type=float, default=4)
     options = parser.parse_args()
-    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, **ceilings()}
+    result: dict[str, Any] = {"cold": cold_start(), "device": torch.cuda.get_device_name()}
+    result |= {"torch": torch.__version__, **ceilings()}
     print(result)
     network, decoder = open_network("taesd", None)
     ways = ways_to_run(network, decoder)
     noise = torch.randn(16, 4, 64, 64, device="cuda", dtype=torch.float16)
     result["reason"] = decoder.reason
     result["psnr_db"] = errors(network, {name: run for name, run in ways.items() if "planes" not in name}, noise[:4])
+    result["peak_gib_512_16"] = {name: peak_gib(run, noise) for name, run in ways.items()}
     result["speed"] = speed_table(ways, 4)
     result["sustained_fps"] = {name: sustained_fps(ways[name], noise, options.sustained_s) for name in ways}
     print("sustained", result["sustained_fps"])
