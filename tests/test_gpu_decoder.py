@@ -14,9 +14,18 @@ from taesd_stream.decoding.acceleration import accelerated, check, lacks_for_ker
 from taesd_stream.decoding.colour import video_planes
 from taesd_stream.decoding.cuda_graphs import MAX_BATCH, batches
 from taesd_stream.decoding.decoder_plan import UnsupportedNetworkError, decoder_plan
+from taesd_stream.decoding.float8 import blocks_in_float8
 from taesd_stream.decoding.kernels.cubins import KernelsUnavailableError, cubin_path, kernel_cubin, kernel_source
-from taesd_stream.decoding.kernels.launching import TILES, choose_tile, shared_bytes
-from taesd_stream.decoding.kernels.packing import pack_conv, pack_conv_last, pack_up
+from taesd_stream.decoding.kernels.launching import KERNELS, choose_tile, shared_bytes
+from taesd_stream.decoding.kernels.packing import (
+    LARGEST_8,
+    pack_conv,
+    pack_conv8,
+    pack_conv_last,
+    pack_up,
+    paired,
+    quantise,
+)
 from taesd_stream.decoding.pooled_detour import pooled_detour
 from taesd_stream.decoding.stock_decoder import StockDecoder
 from taesd_stream.models import build_decoder
@@ -168,6 +177,44 @@ def test_the_last_weights_are_the_tenth_tap() -> None:
     torch.testing.assert_close(given, F.conv2d(x, weight.float(), padding=1), atol=1e-4, rtol=1e-4)
 
 
+def test_float8_weights_are_packed_tap_by_tap() -> None:
+    """Bytes of nine taps, chunk c of row r at place c ^ (r // 2 % 4), are the scaled weights to float8's precision."""
+    weight = torch.randn(64, 64, 3, 3) * 0.1
+    weight_8, scales = quantise(weight)
+    image = pack_conv8(weight_8)
+    taps = torch.empty(9, 64, 64)
+    for row in range(64):
+        for chunk in range(4):
+            place = chunk ^ (row // 2 % 4)
+            held = image[:, row, 16 * place : 16 * place + 16].contiguous()
+            taps[:, row, 16 * chunk : 16 * chunk + 16] = held.view(torch.float8_e4m3fn).float() * scales[row]
+    expected = weight.permute(2, 3, 0, 1).reshape(9, 64, 64)
+    largest = weight.abs().amax(dim=(1, 2, 3))
+    assert ((taps - expected).abs() <= expected.abs() / 16 + largest[None, :, None] / LARGEST_8).all()
+
+
+def test_channels_of_a_thread_are_neighbours() -> None:
+    """Rows r and r + 8 of each sixteen are channels 2r and 2r + 1; every channel has its row."""
+    order = paired(torch.arange(64))
+    assert sorted(order.tolist()) == list(range(64))
+    for row in range(64):
+        if row % 16 < 8:
+            assert (int(order[row]), int(order[row + 8])) == (
+                row // 16 * 16 + row % 8 * 2,
+                row // 16 * 16 + row % 8 * 2 + 1,
+            )
+
+
+@pytest.mark.parametrize(("family", "expected"), [("taesd", [10, 11, 12, 14]), ("taef2", [10, 11, 12, 14])])
+def test_float8_is_for_the_largest_blocks(family: str, expected: list[int]) -> None:
+    """The blocks of the two largest stages are packed; those at latent resolution, pooled or not, stay float16."""
+    network = decoder(family).half()
+    *steps, _ = decoder_plan(network)
+    packed = blocks_in_float8(steps, latents_for(network, 3, 3).half())
+    assert list(packed) == expected
+    assert all(bool(part[1].isfinite().all()) for block in packed.values() for part in (block.first, block.third))
+
+
 @pytest.mark.parametrize(
     ("side", "batch", "tile"),
     [(64, 1, 64), (64, 16, 64), (128, 16, 128), (256, 4, 128), (256, 16, 256), (512, 16, 256)],
@@ -179,8 +226,14 @@ def test_tiles_keep_all_multiprocessors_busy(side: int, batch: int, tile: int) -
 
 def test_a_block_fits_into_shared_memory() -> None:
     """No kernel asks for more shared memory than a Hopper block can have."""
-    asked = [shared_bytes(name, tile) for name in ("conv_relu", "conv_residual") for tile in TILES]
-    assert max(*asked, shared_bytes("up", 64), shared_bytes("conv_last", 128)) <= BLOCK_SHARED_BYTES
+    assert max(shared_bytes(name, tile) for name, tile in KERNELS) <= BLOCK_SHARED_BYTES
+
+
+def test_every_kernel_is_in_the_source() -> None:
+    """The names that are launched are those that the CUDA source defines."""
+    source = kernel_source()
+    for name, tile in KERNELS:
+        assert f"CONVOLUTION({name}, {tile}," in source or f"KERNEL({name}_{tile})" in source
 
 
 def test_machine_code_is_kept_by_what_made_it(tmp_path: Path) -> None:

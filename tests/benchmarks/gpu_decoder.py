@@ -124,7 +124,9 @@ def errors(network: nn.Module, ways: dict[str, Run], latents: Tensor) -> dict[st
     return {name: psnr_db(run(latents), expected) for name, run in ways.items()}
 
 
-def ways_to_run(network: nn.Module, accelerated_decoder: AcceleratedDecoder) -> dict[str, Run]:
+def ways_to_run(
+    network: nn.Module, accelerated_decoder: AcceleratedDecoder, float8: AcceleratedDecoder
+) -> dict[str, Run]:
     """Name -> a call that takes latents (N, C, h, w) float16."""
     stock = StockDecoder(network)
     return {
@@ -133,20 +135,25 @@ def ways_to_run(network: nn.Module, accelerated_decoder: AcceleratedDecoder) -> 
         "stock planes": GraphedBody(stock.planes, stock.spatial_factor),
         "own": accelerated_decoder.rgb,
         "own planes": accelerated_decoder.planes,
+        "float8": float8.rgb,
+        "float8 planes": float8.planes,
     }
 
 
-def open_network(family: str, weights: Path | None) -> tuple[nn.Module, AcceleratedDecoder]:
-    """A network on the GPU in float16, NCHW, and its accelerated form; with the kernels in use if they can be."""
+def open_network(family: str, weights: Path | None) -> tuple[nn.Module, AcceleratedDecoder, AcceleratedDecoder]:
+    """A network on the GPU in float16, NCHW, and accelerated without and with float8; kernels in use where they can."""
     network = build_decoder(family, torch.load(weights, weights_only=True) if weights else None)
     if weights is None:
         he_weights(network)
     network = network.half().cuda().eval().requires_grad_(False)
     decoder, reason = accelerated(network, "cuda")
+    float8, _ = accelerated(network, "cuda", is_float8=True)
     assert decoder is not None, reason
+    assert float8 is not None
     decoder.wait()
-    print(f"{family}: {decoder.reason}")
-    return network, decoder
+    float8.wait()
+    print(f"{family}: {decoder.reason}; {float8.reason}")
+    return network, decoder, float8
 
 
 def speed_table(ways: dict[str, Run], channels: int) -> list[dict[str, Any]]:
@@ -186,8 +193,8 @@ def main() -> None:
     result: dict[str, Any] = {"cold": cold_start(), "device": torch.cuda.get_device_name()}
     result |= {"torch": torch.__version__, **ceilings()}
     print(result)
-    network, decoder = open_network("taesd", None)
-    ways = ways_to_run(network, decoder)
+    network, decoder, float8 = open_network("taesd", None)
+    ways = ways_to_run(network, decoder, float8)
     noise = torch.randn(16, 4, 64, 64, device="cuda", dtype=torch.float16)
     result["reason"] = decoder.reason
     result["psnr_db"] = errors(network, {name: run for name, run in ways.items() if "planes" not in name}, noise[:4])
@@ -204,15 +211,15 @@ def main() -> None:
 
 def trained(weights: Path, file: Path | None) -> dict[str, Any]:
     """The same with FLUX.2's trained weights, whose first stage is pooled: errors, and speed at 512x512."""
-    network, decoder = open_network("taef2", weights)
-    ways = ways_to_run(network, decoder)
+    network, decoder, float8 = open_network("taef2", weights)
+    ways = ways_to_run(network, decoder, float8)
     latents = load_file(file)["latents"].cuda().half() if file else torch.randn(4, 32, 64, 64).cuda().half()
     rgb_ways = {name: run for name, run in ways.items() if "planes" not in name}
     exact = video_planes(ways["eager"](latents))
     apart = (decoder.planes(latents).int() - exact.int()).abs()
     many = latents.repeat(4, 1, 1, 1)
     return {
-        "reason": decoder.reason,
+        "reason": f"{decoder.reason}; {float8.reason}",
         "psnr_db": errors(network, rgb_ways, latents),
         "planes_apart_max": int(apart.max()),
         "planes_apart_share": float((apart > 0).float().mean()),

@@ -13,8 +13,16 @@ from taesd_stream.decoding.kernels.cubins import KernelsUnavailableError
 
 TILES: Final = (256, 128, 64)  # pixels of an image row that one tile covers
 # up writes more than it computes, and 64 is its best at every size; conv_last has no shared memory for 256.
-_ONLY_TILE: Final = {"up": 64, "conv_last": 128}
-_NAMES: Final = (*((name, tile) for name in ("conv_relu", "conv_residual") for tile in TILES), *_ONLY_TILE.items())
+_ONLY_TILE: Final = {
+    "up": 64,
+    "conv_last": 128,
+    "conv_last_8": 128,
+    "conv_relu_to8": 128,
+    "conv_relu_8to8": 128,
+    "conv_residual_8": 128,
+}
+_READS_8: Final = ("conv_last_8", "conv_relu_8to8", "conv_residual_8")
+KERNELS: Final = (*((name, tile) for name in ("conv_relu", "conv_residual") for tile in TILES), *_ONLY_TILE.items())
 _THREADS: Final = 384  # a producer and two consumers, 128 each
 _SUM_THREADS: Final = 128
 _PIXEL_BYTES: Final = 128
@@ -38,11 +46,13 @@ def choose_tile(columns: int, rows: int, workers: int) -> int:
 
 def shared_bytes(name: str, tile: int) -> int:
     """Shared memory of one block, as tiny_decoder.cu lays it out: weights, ring, staging, barriers, alignment."""
-    slot = -(-(tile + 2) * _PIXEL_BYTES // 1024) * 1024
+    pixel = _PIXEL_BYTES // 2 if name in _READS_8 else _PIXEL_BYTES
+    slot = -(-(tile + 2) * pixel // 1024) * 1024
     ring = 4 if tile == 256 else 6
-    taps = {"up": 8, "conv_last": 10}.get(name, 9)
-    staging = (tile if name == "conv_last" else 64) * _PIXEL_BYTES
-    return taps * 64 * _PIXEL_BYTES + ring * slot + 2 * staging + 256 + 1024
+    is_last = name.startswith("conv_last")
+    weights = (8 if name == "up" else 9) * 64 * pixel + (64 * _PIXEL_BYTES if is_last else 0)
+    staging = (tile if is_last else 64) * _PIXEL_BYTES
+    return weights + ring * slot + 2 * staging + 256 + 1024
 
 
 class Kernels:
@@ -63,13 +73,25 @@ class Kernels:
         with torch.cuda.device(device):
             torch.zeros(1, device=device)  # makes the device's context current for the driver
             (self._library,) = self._do(self._driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
-            self._functions = {(name, tile): self._function(name, tile) for name, tile in _NAMES}
+            self._functions = {(name, tile): self._function(name, tile) for name, tile in KERNELS}
             self._functions["sum_last", 0] = self._kernel("sum_last")
 
     def conv(self, x: Tensor, weights: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
         """ReLU(conv3x3(x) + bias [+ residual]); bias: (64,) float32; residual in channels_last."""
         output = torch.empty_like(x)
         name = "conv_relu" if residual is None else "conv_residual"
+        self._launch(name, x, weights, bias, residual, output)
+        return output
+
+    def conv8(self, x: Tensor, weights: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The same where float8 is read, written, or both: such maps are uint8 tensors of its bits.
+
+        x: float16, and the output is float8; or float8, and the output is float8 without a residual, float16 with one.
+        bias: (128,) float32, biases and then scales, as packing.py makes them.
+        """
+        writes_8 = residual is None
+        output = torch.empty_like(x, dtype=torch.uint8 if writes_8 else torch.float16)
+        name = "conv_residual_8" if residual is not None else f"conv_relu_{'8to8' if x.dtype == torch.uint8 else 'to8'}"
         self._launch(name, x, weights, bias, residual, output)
         return output
 
@@ -113,7 +135,8 @@ class Kernels:
         strips = -(-width // _ONLY_TILE["conv_last"])
         rows = torch.empty((count, 9, height, width), dtype=torch.float16, device=x.device)
         edges = torch.empty((count, height, strips, 2, 9), dtype=torch.float16, device=x.device)
-        self._launch("conv_last", x, weights, bias, residual, rows, edges)
+        name = "conv_last_8" if x.dtype == torch.uint8 else "conv_last"
+        self._launch(name, x, weights, bias, residual, rows, edges)
         tensors = (rows, edges, last_bias, planes, rgb)
         config = self._config((-(-width // (2 * _SUM_THREADS)), height // 2, count), _SUM_THREADS, 0)
         self._run(config, self._functions["sum_last", 0], (), tensors, x)
@@ -162,10 +185,12 @@ class Kernels:
         count, channels, height, width = x.shape
         box = (tile + 2) // (2 if tile == 256 else 1)  # 258 pixels are more than a box takes
         wide, narrow = driver.cuuint64_t, driver.cuuint32_t
-        strides = [size * _PIXEL_BYTES for size in (1, width, width * height)]
+        strides = [size * channels * x.element_size() for size in (1, width, width * height)]
+        kind, swizzle = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
+        is_8 = x.dtype == torch.uint8
         (made,) = self._do(
             driver.cuTensorMapEncodeTiled(
-                driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                kind.CU_TENSOR_MAP_DATA_TYPE_UINT8 if is_8 else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
                 4,
                 x.data_ptr(),
                 [wide(size) for size in (channels, width, height, count)],
@@ -173,7 +198,7 @@ class Kernels:
                 [narrow(size) for size in (channels, box, 1, 1)],
                 [narrow(1)] * 4,
                 driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-                driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+                swizzle.CU_TENSOR_MAP_SWIZZLE_64B if is_8 else swizzle.CU_TENSOR_MAP_SWIZZLE_128B,
                 driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                 driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,  # zeros
             )

@@ -12,6 +12,8 @@
 //                                  begun on the tile while it is in shared memory. Its 27 (tap, colour) products of a
 //                                  pixel are added up along the row; what is left to add are three rows, and at a
 //                                  tile's edges one column of the neighbour.
+//   *8_128                         the same with float8 (e4m3) maps between a block's convolutions, its input and output
+//                                  being float16 still: `to8` writes float8, `8to8` reads and writes it, `8` reads it.
 //   sum_last                       adds those, clamps to [0, 1], writes I420 planes (BT.709 limited) or RGB.
 // The number in a name is TILE, the pixels of a tile's row: 64, 128 or 256.
 //
@@ -33,6 +35,7 @@ struct alignas(64) TensorMap {  // CUtensorMap; cuda.h cannot be included under 
 
 constexpr int PIXEL_BYTES = 128;           // 64 channels of float16
 constexpr int TAP_BYTES = 64 * 128;        // 64 x 64 weights of one tap
+constexpr int PIXEL8_BYTES = 64;           // 64 channels of float8: a row of the 64-byte swizzle
 constexpr int PIECE = 64;                  // pixels that a warpgroup writes out at a time
 constexpr int STAGING_BYTES = PIECE * PIXEL_BYTES;
 constexpr int CONSUMERS = 2;
@@ -86,9 +89,12 @@ __device__ __forceinline__ void load_pixels(u32 to, const TensorMap* map, int x,
 
 // wgmma's view of 64-half rows in the 128-byte swizzle: 8 rows are 1024 bytes. The start may be any row and any 32nd
 // byte, because the swizzle is a function of the absolute address; the descriptor's base offset stays 0.
+// Of float8, rows and swizzle are half as long.
+template <int ROW_BYTES = PIXEL_BYTES>
 __device__ __forceinline__ u64 operand(u32 address) {
-    constexpr u64 SWIZZLE_128 = u64(1) << 62, EIGHT_ROWS = u64(1024 >> 4) << 32, UNUSED = u64(1) << 16;
-    return SWIZZLE_128 | EIGHT_ROWS | UNUSED | ((address & 0x3FFFF) >> 4);
+    constexpr u64 SWIZZLE = u64(ROW_BYTES == 128 ? 1 : 2) << 62, EIGHT_ROWS = u64(8 * ROW_BYTES >> 4) << 32;
+    constexpr u64 UNUSED = u64(1) << 16;
+    return SWIZZLE | EIGHT_ROWS | UNUSED | ((address & 0x3FFFF) >> 4);
 }
 
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -184,16 +190,40 @@ struct Product<256> {
                      : "l"(a), "l"(b), "r"(keeps));
     }
 };
+// The same of float8, a (64 x 32) and b (32 x N): 32 bytes of a row again.
+template <int N>
+struct Product8;
+template <>
+struct Product8<128> {
+    __device__ static void add(float (&d)[64], u64 a, u64 b, int keeps) {
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+                     "}, %64, %65, p, 1, 1; }"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                       "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+                       "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                       "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+                       "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+                       "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+                       "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+                       "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+                     : "l"(a), "l"(b), "r"(keeps));
+    }
+};
+
 // ---- The ring of image rows -----------------------------------------------------------------------------------------
 
 // How a kernel walks: TILE pixels wide, ROWS image rows a tile, one row down from tile to tile, RING rows held.
-template <int TILE_, int ROWS_, int RING_>
+template <int TILE_, int ROWS_, int RING_, int PIXEL_>
 struct Walk {
-    static constexpr int TILE = TILE_, ROWS = ROWS_, RING = RING_;
+    static constexpr int TILE = TILE_, ROWS = ROWS_, RING = RING_, PIXEL = PIXEL_;  // PIXEL in bytes
     static constexpr int ROW_PIXELS = TILE + 2;                  // a neighbour on both sides
     static constexpr int BOXES = ROW_PIXELS > 256 ? 2 : 1;       // the copy engine's boxes have at most 256 pixels
     static constexpr int BOX_PIXELS = ROW_PIXELS / BOXES;
-    static constexpr int SLOT_BYTES = (ROW_PIXELS * PIXEL_BYTES + 1023) / 1024 * 1024;
+    static constexpr int SLOT_BYTES = (ROW_PIXELS * PIXEL + 1023) / 1024 * 1024;
     static constexpr int RING_BYTES = RING * SLOT_BYTES;
 };
 
@@ -254,9 +284,9 @@ struct Ring {
     // Producer: row `index` of this block's life is row `y` of picture `n`.
     __device__ void load(int index, const TensorMap* map, int x, int y, int n) const {
         if (index >= W::RING) barrier_wait(empty(index), (index / W::RING - 1) & 1);
-        barrier_expect(full(index), W::ROW_PIXELS * PIXEL_BYTES);
+        barrier_expect(full(index), W::ROW_PIXELS * W::PIXEL);
         for (int box = 0; box < W::BOXES; ++box) {
-            u32 to = row(index) + box * W::BOX_PIXELS * PIXEL_BYTES;
+            u32 to = row(index) + box * W::BOX_PIXELS * W::PIXEL;
             load_pixels(to, map, x - 1 + box * W::BOX_PIXELS, y, n, full(index));
         }
     }
@@ -326,15 +356,18 @@ __device__ void produce(const Ring<W>& ring, Range<W::TILE> range, const TensorM
 
 enum Kind { RELU, RESIDUAL, UP, LAST };
 
-template <int TILE, Kind KIND>
+// IN8, OUT8: whether it reads and writes float8. Then sums are scaled, channel by channel, before the bias is added.
+template <int TILE, Kind KIND, bool IN8 = false, bool OUT8 = false>
 struct Conv {
     static constexpr int ROWS = KIND == UP ? 2 : 3, COLUMNS = ROWS;       // taps down and across
     static constexpr int STEP = KIND == UP ? 1 : CONSUMERS;               // from a consumer's tile to its next
-    static constexpr int WEIGHT_BYTES = (KIND == UP ? 8 : KIND == LAST ? 10 : 9) * TAP_BYTES;
+    static constexpr int PIXEL = IN8 ? PIXEL8_BYTES : PIXEL_BYTES, TAP = 64 * PIXEL;
+    static constexpr bool READS_8 = IN8, SCALES = IN8 || OUT8;
+    static constexpr int WEIGHT_BYTES = (KIND == UP ? 8 : 9) * TAP + (KIND == LAST ? TAP_BYTES : 0);
     static constexpr int STAGED_BYTES = KIND == LAST ? TILE * PIXEL_BYTES : STAGING_BYTES;  // of one consumer
     static constexpr bool ADDS = KIND == RESIDUAL || KIND == LAST;
     static constexpr int CHUNKS = TILE / 16;                              // 16 bytes each, that a thread writes a tile
-    using W = Walk<TILE, ROWS, (TILE == 256 ? 4 : 6)>;
+    using W = Walk<TILE, ROWS, (TILE == 256 ? 4 : 6), PIXEL>;
 };
 
 // The product of one tile: all taps, 16 input channels at a time. `row` counts in the ring, `column` is the first
@@ -345,14 +378,15 @@ __device__ __forceinline__ void multiply(float (&sums)[TILE / 2], const Ring<typ
     products_begin();
 #pragma unroll
     for (int dy = 0; dy < C::ROWS; ++dy) {
-        u32 pixels = ring.row(row + dy) + column * PIXEL_BYTES;
+        u32 pixels = ring.row(row + dy) + column * C::PIXEL;
 #pragma unroll
         for (int dx = 0; dx < C::COLUMNS; ++dx) {
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                u64 a = operand(weights + (dy * C::COLUMNS + dx) * TAP_BYTES + k * 32);
-                u64 b = operand(pixels + dx * PIXEL_BYTES + k * 32);
-                Product<TILE>::add(sums, a, b, dy + dx + k > 0);
+            for (int k = 0; k < C::PIXEL / 32; ++k) {
+                u64 a = operand<C::PIXEL>(weights + (dy * C::COLUMNS + dx) * C::TAP + k * 32);
+                u64 b = operand<C::PIXEL>(pixels + dx * C::PIXEL + k * 32);
+                if constexpr (C::READS_8) Product8<TILE>::add(sums, a, b, dy + dx + k > 0);
+                else Product<TILE>::add(sums, a, b, dy + dx + k > 0);
             }
         }
     }
@@ -364,9 +398,18 @@ __device__ __forceinline__ u32 staged_at(u32 staging, int pixel, int chunk) {
     return staging + pixel * PIXEL_BYTES + ((chunk ^ (pixel % 8)) << 4);
 }
 
+// What happens to sums of this thread's two channels: scale and bias; scales are 1 where nothing is float8.
+struct Affine {
+    float2 scale, bias;
+
+    __device__ float apply(float sum, int second) const {
+        return second ? fmaf(sum, scale.y, bias.y) : fmaf(sum, scale.x, bias.x);
+    }
+};
+
 // 64 pixels of sums, with bias, as halves into the staging buffer.
 template <Kind KIND, int TILE>
-__device__ __forceinline__ void stage(const float (&sums)[TILE / 2], int piece, u32 staging, float2 bias) {
+__device__ __forceinline__ void stage(const float (&sums)[TILE / 2], int piece, u32 staging, Affine channels) {
     int warp = threadIdx.x % WARPGROUP / 32, lane = threadIdx.x % 32;
     int matrix = lane / 8, chunk = 2 * warp + matrix % 2;
 #pragma unroll
@@ -375,8 +418,7 @@ __device__ __forceinline__ void stage(const float (&sums)[TILE / 2], int piece, 
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             int at = 4 * (piece * 8 + group + i / 2) + 2 * (i % 2);
-            float add = i % 2 ? bias.y : bias.x;
-            float low = sums[at] + add, high = sums[at + 1] + add;
+            float low = channels.apply(sums[at], i % 2), high = channels.apply(sums[at + 1], i % 2);
             if (KIND == RELU) low = fmaxf(low, 0.f), high = fmaxf(high, 0.f);
             packed[i] = pair(low, high);
         }
@@ -411,13 +453,13 @@ __device__ __forceinline__ uint4 add_relu(uint4 a, uint4 b) {
 // lie in the picture.
 template <int TILE, Kind KIND, int KEPT>
 __device__ __forceinline__ void write_map(const float (&sums)[TILE / 2], const uint4 (&kept)[KEPT], u32 staging,
-                                          float2 biases, int consumer, int pixels, Half* to) {
+                                          Affine channels, int consumer, int pixels, Half* to) {
     constexpr int SPREAD = KIND == UP ? 2 : 1;
     int thread = threadIdx.x % WARPGROUP;
 #pragma unroll
     for (int piece = 0; piece < TILE / PIECE; ++piece) {
         named_sync(1 + consumer, WARPGROUP);  // all have read what was staged before
-        stage<KIND, TILE>(sums, piece, staging, biases);
+        stage<KIND, TILE>(sums, piece, staging, channels);
         named_sync(1 + consumer, WARPGROUP);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
@@ -429,15 +471,62 @@ __device__ __forceinline__ void write_map(const float (&sums)[TILE / 2], const u
     }
 }
 
+__device__ __forceinline__ u32 pair8(float low, float high) {
+    unsigned short packed;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+// Where 16 float8 channels of a pixel lie in the staging buffer: in a swizzle that keeps threads off each other's banks.
+__device__ __forceinline__ u32 staged8_at(u32 staging, int pixel, int chunk) {
+    return staging + pixel * PIXEL8_BYTES + ((chunk ^ (pixel / 2 % 4)) << 4);
+}
+
+// The tile to memory as float8, with ReLU. packing.py orders the weights so that a thread's two channels are neighbours:
+// a pair of them is 16 bits, which the transposing store moves like a half. `to` is the tile's first pixel.
+template <int TILE>
+__device__ __forceinline__ void write_map8(const float (&sums)[TILE / 2], u32 staging, Affine channels, int consumer,
+                                           int pixels, char* to) {
+    int thread = threadIdx.x % WARPGROUP, warp = thread / 32, lane = thread % 32;
+#pragma unroll
+    for (int piece = 0; piece < TILE / PIECE; ++piece) {
+        named_sync(1 + consumer, WARPGROUP);  // all have read what was staged before
+#pragma unroll
+        for (int group = 0; group < 8; group += 4) {
+            u32 packed[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                int at = 4 * (piece * 8 + group + i);
+                u32 both[2];
+#pragma unroll
+                for (int p = 0; p < 2; ++p) {
+                    float first = fmaxf(channels.apply(sums[at + p], 0), 0.f);
+                    both[p] = pair8(first, fmaxf(channels.apply(sums[at + 2 + p], 1), 0.f));
+                }
+                packed[i] = both[0] | both[1] << 16;
+            }
+            u32 place = staged8_at(staging, (group + lane / 8) * 8 + lane % 8, warp);
+            store_transposed(place, packed[0], packed[1], packed[2], packed[3]);
+        }
+        named_sync(1 + consumer, WARPGROUP);
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            int pixel = thread / 4 + 32 * c, chunk = thread % 4, x = piece * PIECE + pixel;
+            uint4 value = read_16(staged8_at(staging, pixel, chunk));
+            if (x < pixels) *reinterpret_cast<uint4*>(to + x * PIXEL8_BYTES + chunk * 16) = value;
+        }
+    }
+}
+
 // The tile, with residual and ReLU, whole into the staging buffer: for products to read.
 template <int TILE, int KEPT>
 __device__ __forceinline__ void stage_block(const float (&sums)[TILE / 2], const uint4 (&kept)[KEPT], u32 staging,
-                                            float2 biases, int consumer, int pixels) {
+                                            Affine channels, int consumer, int pixels) {
     int thread = threadIdx.x % WARPGROUP;
     named_sync(1 + consumer, WARPGROUP);  // all have read the sums of the tile before
 #pragma unroll
     for (int piece = 0; piece < TILE / PIECE; ++piece) {
-        stage<LAST, TILE>(sums, piece, staging + piece * STAGING_BYTES, biases);
+        stage<LAST, TILE>(sums, piece, staging + piece * STAGING_BYTES, channels);
     }
     named_sync(1 + consumer, WARPGROUP);
 #pragma unroll
@@ -510,12 +599,12 @@ __device__ __forceinline__ void begin_last(Begun begun, u32 taps, u32 staging, i
     }
 }
 
-// height, width: of the input. Input and residual have the output's size, but for UP, where it is twice the input's.
-template <int TILE, Kind KIND>
+// bias: 64 floats, and behind them 64 scales if float8 is read or written. height, width: of the input. Input and residual have the output's size, but for UP, where it is twice the input's.
+template <int TILE, Kind KIND, bool IN8 = false, bool OUT8 = false>
 __device__ __forceinline__ void convolve(const TensorMap* input, const char* weights, const float* bias,
                                          const Half* residual, Half* output, Begun begun, int count,
                                          int height, int width) {
-    using C = Conv<TILE, KIND>;
+    using C = Conv<TILE, KIND, IN8, OUT8>;
     using W = typename C::W;
     constexpr int PHASES = KIND == UP ? 2 : 1;
     int phase = blockIdx.x % PHASES;  // UP: odd or even output rows
@@ -533,9 +622,11 @@ __device__ __forceinline__ void convolve(const TensorMap* input, const char* wei
     BECOME_CONSUMER();
     int consumer = group - 1, thread = threadIdx.x % WARPGROUP;
     int channel = thread / 32 * 16 + thread % 32 / 4;
-    float2 biases = KIND == UP ? make_float2(0.f, 0.f) : make_float2(bias[channel], bias[channel + 8]);
+    Affine channels = {make_float2(1.f, 1.f), make_float2(0.f, 0.f)};
+    if (KIND != UP) channels.bias = make_float2(bias[channel], bias[channel + 8]);
+    if (C::SCALES) channels.scale = make_float2(bias[64 + channel], bias[64 + channel + 8]);
     u32 staging = ring.rows + W::RING_BYTES + consumer * C::STAGED_BYTES;
-    u32 taps = base + (KIND == UP ? consumer * 4 * TAP_BYTES : 0);
+    u32 taps = base + (KIND == UP ? consumer * 4 * C::TAP : 0);
     int column = KIND == UP ? consumer : 0;
     if (consumer == 1) turn_end(1);  // the first turn is consumer 0's
     barrier_wait(ring.weights(), 0);
@@ -570,10 +661,13 @@ __device__ __forceinline__ void convolve(const TensorMap* input, const char* wei
             place.release_below(row + i + C::STEP);
 
             if constexpr (KIND == LAST) {
-                stage_block<TILE>(sums, kept, staging, biases, consumer, pixels);
-                begin_last<TILE>(begun, base + 9 * TAP_BYTES, staging, consumer, segment, y, height, width);
+                stage_block<TILE>(sums, kept, staging, channels, consumer, pixels);
+                begin_last<TILE>(begun, base + 9 * C::TAP, staging, consumer, segment, y, height, width);
+            } else if constexpr (OUT8) {
+                char* to = reinterpret_cast<char*>(output) + (line + segment.x) * PIXEL8_BYTES;
+                write_map8<TILE>(sums, staging, channels, consumer, pixels, to);
             } else {
-                write_map<TILE, KIND>(sums, kept, staging, biases, consumer, pixels, output + at);
+                write_map<TILE, KIND>(sums, kept, staging, channels, consumer, pixels, output + at);
             }
         }
         row += rows_of<W>(segment);
@@ -584,11 +678,11 @@ __device__ __forceinline__ void convolve(const TensorMap* input, const char* wei
 
 #define KERNEL(NAME) extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) NAME
 
-#define CONVOLUTION(NAME, TILE, KIND)                                                                            \
+#define CONVOLUTION(NAME, TILE, ...)                                                                             \
     KERNEL(NAME##_##TILE)                                                                                        \
     (const __grid_constant__ TensorMap input, const char* weights, const float* bias, const Half* residual,      \
      Half* output, int count, int height, int width) {                                                           \
-        convolve<TILE, KIND>(&input, weights, bias, residual, output, Begun(), count, height, width);            \
+        convolve<TILE, __VA_ARGS__>(&input, weights, bias, residual, output, Begun(), count, height, width);     \
     }
 
 CONVOLUTION(conv_relu, 64, RELU)
@@ -598,6 +692,15 @@ CONVOLUTION(conv_residual, 64, RESIDUAL)
 CONVOLUTION(conv_residual, 128, RESIDUAL)
 CONVOLUTION(conv_residual, 256, RESIDUAL)
 CONVOLUTION(up, 64, UP)
+CONVOLUTION(conv_relu_to8, 128, RELU, false, true)
+CONVOLUTION(conv_relu_8to8, 128, RELU, true, true)
+CONVOLUTION(conv_residual_8, 128, RESIDUAL, true)
+
+KERNEL(conv_last_8_128)
+(const __grid_constant__ TensorMap input, const char* weights, const float* bias, const Half* residual, Half* rows,
+ Half* edges, int count, int height, int width) {
+    convolve<128, LAST, true>(&input, weights, bias, residual, nullptr, Begun{rows, edges}, count, height, width);
+}
 
 KERNEL(conv_last_128)
 (const __grid_constant__ TensorMap input, const char* weights, const float* bias, const Half* residual, Half* rows,
