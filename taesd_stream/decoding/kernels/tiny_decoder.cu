@@ -1,4 +1,4 @@
-// The tiny decoder's 64-channel layers for Hopper (sm_90a), float16 in and out, float32 sums.
+// The tiny decoder's 64-channel layers for Hopper (sm_90a): float16 or float8 maps, float32 sums.
 //
 // Every map is NHWC with 64 channels, so a pixel is 128 bytes: one row of the 128-byte swizzle that both the bulk copy
 // engine (TMA) and the tensor cores (wgmma) know. A row of pixels in shared memory is therefore an operand as it lies,
@@ -22,6 +22,7 @@
 // results out. Blocks walk down strips TILE pixels wide, so a tile needs one new row.
 // All weights of a layer stay in shared memory, as packing.py has laid them out.
 //
+// One file, because it is one program for NVRTC: instructions, ring, convolutions, last sums, in this order.
 // To try another tile: TILE must be a multiple of 64, at most 256; `shared_bytes` in launching.py must agree.
 
 // No include: NVRTC then needs no headers on the machine.
