@@ -2,18 +2,18 @@
 //
 // Every map is NHWC with 64 channels, so a pixel is 128 bytes: one row of the 128-byte swizzle that both the bulk copy
 // engine (TMA) and the tensor cores (wgmma) know. A row of pixels in shared memory is therefore an operand as it lies,
-// and a 3x3 kernel's tap is the same operand read from another pixel on: nothing is unfolded, each pixel is loaded once.
+// and a 3x3 kernel's tap is the same operand read from another pixel on: nothing is unfolded, a pixel is loaded once.
 //
 //   conv_relu_*, conv_residual_*   3x3 convolution; the 64 output channels are the rows (M) of the product, TILE pixels
 //                                  of an image row its columns (N). out = ReLU(conv + bias [+ residual]).
 //   up_*                           nearest upsampling by 2 and a 3x3 convolution, folded: output pixel (2y+a, 2x+b) is
 //                                  a 2x2 convolution with weights of its own. A block has one a, a warpgroup one b.
-//   conv_last_128                  conv_residual, whose result is not written: the last convolution, 64 -> 3 channels, is
-//                                  begun on the tile while it is in shared memory. Its 27 (tap, colour) products of a
-//                                  pixel are added up along the row; what is left to add are three rows, and at a
+//   conv_last_128                  conv_residual, whose result is not written: the last convolution, 64 -> 3 channels,
+//                                  is begun on the tile while it is in shared memory. Its 27 (tap, colour) products of
+//                                  a pixel are added up along the row; what is left to add are three rows, and at a
 //                                  tile's edges one column of the neighbour.
-//   *8_128                         the same with float8 (e4m3) maps between a block's convolutions, its input and output
-//                                  being float16 still: `to8` writes float8, `8to8` reads and writes it, `8` reads it.
+//   *8_128                         the same with float8 (e4m3) maps between a block's convolutions; its input and
+//                                  output stay float16: `to8` writes float8, `8to8` reads and writes it, `8` reads it.
 //   sum_last                       adds those, clamps to [0, 1], writes I420 planes (BT.709 limited) or RGB.
 // The number in a name is TILE, the pixels of a tile's row: 64, 128 or 256.
 //
@@ -125,95 +125,46 @@ __device__ __forceinline__ u32 pair(float low, float high) {
 // d[4i + 2r + c]: row 16 warp + lane / 4 + 8 r, column 8 i + 2 (lane % 4) + c.
 template <int N>
 struct Product;
-template <>
-struct Product<64> {
-    __device__ static void add(float (&d)[32], u64 a, u64 b, int keeps) {
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-                     "}, %32, %33, p, 1, 1, 0, 0; }"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                       "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-                       "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-                       "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-                     : "l"(a), "l"(b), "r"(keeps));
-    }
-};
-template <>
-struct Product<128> {
-    __device__ static void add(float (&d)[64], u64 a, u64 b, int keeps) {
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-                     "}, %64, %65, p, 1, 1, 0, 0; }"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                       "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-                       "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-                       "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-                       "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-                       "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-                       "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-                       "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-                     : "l"(a), "l"(b), "r"(keeps));
-    }
-};
-template <>
-struct Product<256> {
-    __device__ static void add(float (&d)[128], u64 a, u64 b, int keeps) {
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %130, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-                     "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-                     "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-                     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-                     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-                     "}, %128, %129, p, 1, 1, 0, 0; }"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                       "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-                       "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-                       "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-                       "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-                       "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-                       "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-                       "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]),
-                       "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),
-                       "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),
-                       "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]),
-                       "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]),
-                       "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),
-                       "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),
-                       "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
-                       "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
-                     : "l"(a), "l"(b), "r"(keeps));
-    }
-};
 // The same of float8, a (64 x 32) and b (32 x N): 32 bytes of a row again.
 template <int N>
 struct Product8;
-template <>
-struct Product8<128> {
-    __device__ static void add(float (&d)[64], u64 a, u64 b, int keeps) {
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-                     "}, %64, %65, p, 1, 1; }"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                       "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-                       "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-                       "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-                       "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-                       "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-                       "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-                       "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-                     : "l"(a), "l"(b), "r"(keeps));
-    }
-};
+
+#define REGISTERS_32 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define REGISTERS_64 \
+    REGISTERS_32 ", " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define REGISTERS_128 \
+    REGISTERS_64 ", " \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define SUMS_8(i) \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
+    "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define SUMS_32(i) SUMS_8(i), SUMS_8(i + 8), SUMS_8(i + 16), SUMS_8(i + 24)
+#define SUMS_64(i) SUMS_32(i), SUMS_32(i + 32)
+#define SUMS_128(i) SUMS_64(i), SUMS_64(i + 64)
+
+// COUNT sums a thread; A, B and KEEPS are the operands' numbers behind them.
+#define PRODUCT(NAME, N, COUNT, SHAPE, A, B, KEEPS, MODES)                                                          \
+    template <>                                                                                                     \
+    struct NAME<N> {                                                                                                \
+        __device__ static void add(float (&d)[COUNT], u64 a, u64 b, int keeps) {                                    \
+            asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #KEEPS ", 0; wgmma.mma_async.sync.aligned." SHAPE " {"  \
+                         REGISTERS_##COUNT "}, %" #A ", %" #B ", p, 1, 1" MODES "; }"                               \
+                         : SUMS_##COUNT(0)                                                                          \
+                         : "l"(a), "l"(b), "r"(keeps));                                                             \
+        }                                                                                                           \
+    };
+
+PRODUCT(Product, 64, 32, "m64n64k16.f32.f16.f16", 32, 33, 34, ", 0, 0")
+PRODUCT(Product, 128, 64, "m64n128k16.f32.f16.f16", 64, 65, 66, ", 0, 0")
+PRODUCT(Product, 256, 128, "m64n256k16.f32.f16.f16", 128, 129, 130, ", 0, 0")
+PRODUCT(Product8, 128, 64, "m64n128k32.f32.e4m3.e4m3", 64, 65, 66, "")
 
 // ---- The ring of image rows -----------------------------------------------------------------------------------------
 
@@ -478,13 +429,13 @@ __device__ __forceinline__ u32 pair8(float low, float high) {
     return packed;
 }
 
-// Where 16 float8 channels of a pixel lie in the staging buffer: in a swizzle that keeps threads off each other's banks.
+// Where 16 float8 channels of a pixel lie in the staging buffer: swizzled, to keep threads off each other's banks.
 __device__ __forceinline__ u32 staged8_at(u32 staging, int pixel, int chunk) {
     return staging + pixel * PIXEL8_BYTES + ((chunk ^ (pixel / 2 % 4)) << 4);
 }
 
-// The tile to memory as float8, with ReLU. packing.py orders the weights so that a thread's two channels are neighbours:
-// a pair of them is 16 bits, which the transposing store moves like a half. `to` is the tile's first pixel.
+// The tile to memory as float8, with ReLU. packing.py orders the weights so that a thread's two channels are
+// neighbours: a pair of them is 16 bits, which the transposing store moves like a half. `to` is the tile's first pixel.
 template <int TILE>
 __device__ __forceinline__ void write_map8(const float (&sums)[TILE / 2], u32 staging, Affine channels, int consumer,
                                            int pixels, char* to) {
@@ -600,7 +551,8 @@ __device__ __forceinline__ void begin_last(Begun begun, u32 taps, u32 staging, i
     }
 }
 
-// bias: 64 floats, and behind them 64 scales if float8 is read or written. height, width: of the input. Input and residual have the output's size, but for UP, where it is twice the input's.
+// bias: 64 floats, and behind them 64 scales if float8 is read or written. height, width: of the input.
+// Input and residual have the output's size, but for UP, where it is twice the input's.
 template <int TILE, Kind KIND, bool IN8 = false, bool OUT8 = false>
 __device__ __forceinline__ void convolve(const TensorMap* input, const char* weights, const float* bias,
                                          const Half* residual, Half* output, Begun begun, int count,
@@ -760,8 +712,8 @@ __device__ __forceinline__ float single(Half bits) {
     return value;
 }
 
-// A thread makes one 2x2 box; the grid is boxes across / SUM_THREADS, boxes down, pictures. planes: (N, H * 3 / 2, W) bytes, or null, and then rgb: (N, 3, H, W) halves. height and
-// width are even.
+// A thread makes one 2x2 box; the grid is boxes across / SUM_THREADS, boxes down, pictures. planes: (N, H * 3 / 2, W)
+// bytes, or null, and then rgb: (N, 3, H, W) halves. height and width are even.
 constexpr int SUM_THREADS = 128;
 
 extern "C" __global__ void __launch_bounds__(SUM_THREADS)
@@ -787,7 +739,8 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS)
 #pragma unroll
             for (int c = 0; c < 3; ++c) {
                 int plane = dy * 3 + c;
-                u32 both = *reinterpret_cast<const u32*>(rows + (((long long)n * 9 + plane) * height + from) * width + x);
+                const Half* at = rows + (((long long)n * 9 + plane) * height + from) * width + x;
+                u32 both = *reinterpret_cast<const u32*>(at);
                 sums[row][0][c] += single(Half(both & 0xffff));
                 sums[row][1][c] += single(Half(both >> 16));
                 if (has_left) sums[row][0][c] += single(edge[plane - 9]);    // the strip before: its right edge
