@@ -1,0 +1,1 @@
+"""Our own kernels for the tiny decoder's 64-channel layers, on Hopper GPUs."""
