@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from taesd_stream.decoding.acceleration import accelerated
 from taesd_stream.decoding.cpu_choice import cpu_choice
 from taesd_stream.decoding.folding import fold_upsampling
 from taesd_stream.decoding.slicing import bytes_per_latent_px, slices
@@ -81,6 +82,12 @@ class Engine:
         network = network.to(device=self._device, dtype=self.dtype).eval().requires_grad_(False)
         self._network: nn.Module = network.to(memory_format=self._memory_format)  # type: ignore[call-overload]
         self.bytes_per_latent_px = bytes_per_latent_px(network, latent_format.channels, self.dtype)
+        self._fast, self._plain_reason = accelerated(self._network, self._device)
+
+    @property
+    def speed_reason(self) -> str:
+        """What runs the network on its device now, and why; kernels take over some seconds after the start."""
+        return self._plain_reason if self._fast is None else self._fast.reason
 
     def decode(self, latents: NDArray[Any] | Tensor, *, budget_bytes: int) -> Iterator[tuple[slice, Tensor]]:
         """Decode a batch, slice by slice, in order; each slice is decoded when it is asked for.
@@ -114,7 +121,9 @@ class Engine:
     @torch.inference_mode()
     def _decode_slices(self, latents: Tensor, pieces: Sequence[slice]) -> Iterator[tuple[slice, Tensor]]:
         for piece in pieces:
-            yield piece, self._network(self._prepared(latents[piece])).float().clamp_(0, 1).contiguous()
+            part = self._prepared(latents[piece])
+            rgb = self._network(part) if self._fast is None else self._fast.rgb(part)
+            yield piece, rgb.float().clamp_(0, 1).contiguous()
 
     @torch.inference_mode()
     def _decode_tiled(self, latents: Tensor, budget_bytes: int) -> Iterator[tuple[slice, Tensor]]:
