@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from taesd_stream.decoding.engine import Choice, Engine, NoDecoderError, check_finite, latents_from_payload, open_engine
+from taesd_stream.decoding.choice import Choice, NoDecoderError, open_engine
+from taesd_stream.decoding.engine import Engine, check_finite, latents_from_payload
 from taesd_stream.decoding.live_bytes import LiveBytes
 from taesd_stream.decoding.video_engine import LivePart, VideoEngine
 from taesd_stream.errors import WeightsError

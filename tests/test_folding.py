@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from taesd_stream.decoding.engine import open_engine
+from taesd_stream.decoding.choice import open_engine
 from taesd_stream.decoding.folding import fold_upsampling
 from taesd_stream.models import build_decoder
 from taesd_stream.models.networks import TINY_FAMILIES

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taesd_stream import LatentPublisher
-from taesd_stream.decoding.engine import NoDecoderError, open_engine
+from taesd_stream.decoding.choice import NoDecoderError, open_engine
 from taesd_stream.errors import ConfigError, WeightsError
 from taesd_stream.latent_formats import LatentFormat
 from taesd_stream.models.linear import FactorProjection

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from taesd_stream.decoding.engine import open_engine
+from taesd_stream.decoding.choice import open_engine
 from taesd_stream.decoding.stream_memories import StreamMemories, StreamMemory
 from taesd_stream.decoding.video_engine import LiveFrames, LivePart, VideoEngine
 from taesd_stream.models.tiny_video import VideoDecoder

@@ -185,7 +185,7 @@ def decode(
 
 
 def _open_engine(latent_format: str, config: Config) -> Engine:
-    from taesd_stream.decoding.engine import NoDecoderError, open_engine
+    from taesd_stream.decoding.choice import NoDecoderError, open_engine
     from taesd_stream_workers.devices import choose_device
     from taesd_stream_workers.start_checks import check_start
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from taesd_stream.config import Config
-from taesd_stream.decoding.engine import Engine, NoDecoderError, latents_from_payload, open_engine
+from taesd_stream.decoding.choice import NoDecoderError, open_engine
+from taesd_stream.decoding.engine import Engine, latents_from_payload
 from taesd_stream.frames import RENDITIONS, Packet, Rendition, Stamps
 from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
 from taesd_stream.latent_formats import latent_format as format_named
