@@ -1,21 +1,22 @@
-"""Networks by name: which families there are, and weights that must fit them exactly."""
+"""Networks by name: which families there are, and which of them weights would fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from taesd_stream.errors import WeightsError
+from taesd_stream.latent_formats import latent_format as format_named
+from taesd_stream.models.linear import linear_decoder
 from taesd_stream.models.networks import TINY_FAMILIES, tiny_decoder, tiny_encoder
+from taesd_stream.models.strict_loading import StateDict, first_difference, load_strictly
 from taesd_stream.models.tiny_rgba import RGBA_FAMILY, rgba_decoder, rgba_encoder
 from taesd_stream.models.tiny_video import VideoDecoder, VideoEncoder
 from taesd_stream.models.video_families import VIDEO_FAMILIES
 
 Part: TypeAlias = Literal["decoder", "encoder"]
-StateDict: TypeAlias = Mapping[str, Tensor]
 
 _PARTS: Final[tuple[Part, ...]] = ("decoder", "encoder")
 FAMILIES: Final = (*TINY_FAMILIES, RGBA_FAMILY, *VIDEO_FAMILIES)
@@ -64,10 +65,6 @@ def build_encoder(family: str, state_dict: StateDict | None = None) -> nn.Module
 
 
 def _build_linear(state_dict: StateDict | None, latent_format: str | None) -> nn.Module:
-    # Imported here: linear.py uses load_strictly of this module.
-    from taesd_stream.latent_formats import latent_format as format_named
-    from taesd_stream.models.linear import linear_decoder
-
     if latent_format is None:
         raise ValueError("the family 'linear' needs latent_format=NAME: a projection belongs to one latent space")
     network = linear_decoder(format_named(latent_format))
@@ -104,29 +101,6 @@ def _of_part(part: Part, state_dict: StateDict) -> StateDict:
     if any(key.startswith((f"{part}.", other)) for key in state_dict):
         return {key: value for key, value in state_dict.items() if not key.startswith(other)}
     return {f"{part}.{key}": value for key, value in state_dict.items()}
-
-
-def load_strictly(network: nn.Module, state_dict: StateDict, *, name: str, hint: Callable[[], str] = str) -> None:
-    """Copy `state_dict` into `network`, in the network's dtype.
-
-    hint: called when the weights do not fit; its text ends the message.
-    Raises: WeightsError that names the first key that differs, the expected and the given.
-    """
-    difference = first_difference(network.state_dict(), state_dict)
-    if difference is not None:
-        raise WeightsError(f"weights do not fit {name}: {difference}{hint()}")
-    network.load_state_dict(dict(state_dict))
-
-
-def first_difference(expected: StateDict, given: StateDict) -> str | None:
-    """The first key, in the network's order, whose presence or shape differs, in words; None when all fit."""
-    for key, tensor in expected.items():
-        if key not in given:
-            return f"key '{key}' is missing"
-        if given[key].shape != tensor.shape:
-            return f"'{key}': expected shape {tuple(tensor.shape)}, got {tuple(given[key].shape)}"
-    unexpected = next((key for key in given if key not in expected), None)
-    return None if unexpected is None else f"key '{unexpected}' has no place"
 
 
 def families_that_fit(state_dict: StateDict) -> list[str]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from taesd_stream.errors import WeightsError
 from taesd_stream.latent_formats import LatentFormat
-from taesd_stream.models.families import first_difference
+from taesd_stream.models.strict_loading import first_difference
 from taesd_stream.user_formats import UserFormat
 
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from taesd_stream.models.autoencoder import Autoencoder, given_part
 from taesd_stream.models.checkpoints import has_parts, load_state_dict, part_of
-from taesd_stream.models.families import Part, StateDict, families_that_fit, load_strictly
+from taesd_stream.models.families import Part, families_that_fit
 from taesd_stream.models.inputs import check_batch
 from taesd_stream.models.outputs import AutoencoderTinyOutput, DecoderOutput
 from taesd_stream.models.saved import FrozenConfig, Source, read_config, read_weights, write_model
+from taesd_stream.models.strict_loading import StateDict, load_strictly
 from taesd_stream.models.tiny_parts import (
     DecoderTiny,
     EncoderTiny,
