@@ -160,7 +160,8 @@ class Broker:
             if run.kept is not None:
                 cursor = cursors.get(run.info.run)
                 attempt = max(run.kept.attempt, cursor.attempt if cursor else 0) + 1
-                run.kept.restart(cursor.written if cursor else -1, attempt)
+                run.kept.told = cursor.written if cursor else -1
+                run.kept.restart(run.kept.told, attempt)
         self._links.is_changed = True
 
     def _on_watch(self, _peer: bytes, watch: Watch) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from taesd_stream.config import Config
 from taesd_stream.decoding.choice import NoDecoderError, open_engine
-from taesd_stream.decoding.engine import Engine, latents_from_payload
+from taesd_stream.decoding.engine import Engine, check_finite, latents_from_payload
 from taesd_stream.frames import RENDITIONS, Packet, Rendition, Stamps
 from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
 from taesd_stream.latent_formats import latent_format as format_named
@@ -24,7 +24,7 @@ from taesd_stream.media.encoder import EncodedPicture
 from taesd_stream.messages import Failed, Job, JobItem, Progress
 from taesd_stream_workers.encode_pool import EncodePool, EncodeTask
 from taesd_stream_workers.job_pictures import Picture, pictures_of
-from taesd_stream_workers.rendering import Sizes, as_pictures, finite, render
+from taesd_stream_workers.rendering import Sizes, as_pictures, render
 
 logger = logging.getLogger(__name__)
 
@@ -166,10 +166,10 @@ class JobDecoder:
         magnitude = known.magnitude if known else DEFAULT_MAGNITUDE
         for place, (item, payload) in enumerate(zip(job.items, job.payloads, strict=True)):
             latents = as_pictures(latents_from_payload(payload, item.dtype, item.shape, magnitude))
-            if finite(latents):
-                good.append((item, latents))
-            else:
+            if check_finite(latents):
                 bad.append(place)
+            else:
+                good.append((item, latents))
         if bad:
             text = "latents hold NaN or infinite values: no picture can be made of them"
             run.failed = Failed(job=job.job, items=bad, code="bad_frame", text=text, retry=False)

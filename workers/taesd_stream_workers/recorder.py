@@ -195,13 +195,13 @@ class Recorder:
             if not row["ended"]:
                 continue
             one = self._open.get(run)
-            if one is not None and one.written >= row["last_seq"]:
-                self._finish(run)
-            is_finished = self._finished.get(run, -1) >= row["attempt"] or self.library.holds(run, row["last_seq"])
-            if one is None and not is_finished and time.monotonic() >= self._retry_at_s.get(run, float("inf")):
-                self._open[run] = Recording.open(self.folder, stream=row["stream"], run=run, meta=_meta_of(row))
-            if one is None and is_finished:
+            if one is not None:
+                if one.written >= row["last_seq"]:
+                    self._finish(run)
+            elif self._finished.get(run, -1) >= row["attempt"] or self.library.holds(run, row["last_seq"]):
                 self._tell_broker(Cursor(run=run, attempt=row["attempt"], written=-1, synced=-1, finished=True))
+            elif time.monotonic() >= self._retry_at_s.get(run, float("inf")):
+                self._open[run] = Recording.open(self.folder, stream=row["stream"], run=run, meta=_meta_of(row))
 
     def _finish(self, run: str) -> None:
         one = self._open[run]

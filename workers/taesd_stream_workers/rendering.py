@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from taesd_stream.decoding.colour import fit_within, jpeg_planes, video_planes
@@ -63,8 +62,3 @@ def grid(pictures: Tensor) -> Tensor:
 def as_pictures(latents: Tensor) -> Tensor:
     """Latents of one frame as a batch: (C,h,w) -> (1,C,h,w); (N,C,h,w) stays."""
     return latents if latents.ndim == 4 else latents.unsqueeze(0)
-
-
-def finite(latents: Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
-    return bool(torch.isfinite(latents).all())

@@ -40,9 +40,7 @@ class KeptRun:
     next_seq: int  # next to decode
     written: int  # last seq in the file
     attempt: int = 1
-    in_flight: deque[tuple[int, int]] = field(
-        default_factory=deque
-    )  # (seq, bytes) decoded or decoding, not yet written
+    in_flight: deque[tuple[int, int]] = field(default_factory=deque)  # (seq, bytes) on their way into the file
     is_over: bool = False  # nothing more will be kept
     moved_s: float = 0.0  # when the cursor last moved, or the first frame behind it was sent
     not_before_s: float = 0.0  # when the next frame may be tried
@@ -129,7 +127,6 @@ class Run:
         self.offset_ns = 0  # broker clock minus publisher clock
         self.newest: LatentFrame | None = None
         self.newest_received_ns = 0
-        self.frames = 0
         self.interval_s: float | None = None  # mean time between frames
         self.dispatched: dict[Rendition, int] = {}  # newest seq that went to a worker
         self.forced: set[Rendition] = set()  # renditions that must start anew
@@ -138,9 +135,7 @@ class Run:
         self.live_in_flight = 0
         self.live_since_ns = 0
         self.kept: KeptRun | None = None
-        self.attempts = (
-            0  # of recordings of this run that are finished: the next one's packets must not pass for theirs
-        )
+        self.attempts = 0  # of its finished recordings: a later one's packets must not pass for theirs
         self.recorded_until = -1  # last seq of those recordings
         self.unacked_from: int | None = None  # oldest seq that the publisher still keeps for us
         self.end: End | None = None
@@ -180,7 +175,6 @@ class Run:
             self.interval_s = interval_s if self.interval_s is None else 0.8 * self.interval_s + 0.2 * interval_s
         self.newest = frame
         self.newest_received_ns = received_ns
-        self.frames += 1
         if not self.live_since_ns:
             self.live_since_ns = received_ns
 
@@ -236,7 +230,8 @@ class Run:
     def frame_of(self, candidate: Candidate) -> LatentFrame | None:
         """The frame that a candidate stands for, if it is still here."""
         if candidate.is_record and self.kept is not None:
-            return next((frame for frame in self.kept.ahead() if frame.seq == candidate.seq), None)
+            read = self.kept.ahead(0)  # no more than what the candidates were made of
+            return next((frame for frame in read if frame.seq == candidate.seq), None)
         return self.newest if self.newest is not None and self.newest.seq == candidate.seq else None
 
     def on_dispatched(self, candidate: Candidate, frame: LatentFrame, worker: bytes) -> None:
