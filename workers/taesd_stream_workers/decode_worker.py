@@ -16,13 +16,15 @@ import zmq
 from taesd_stream import wire
 from taesd_stream.config import Config
 from taesd_stream.errors import UnreachableError, WeightsError, WireError
-from taesd_stream.messages import Done, Drain, Echo, Forget, Job, Keyframe, WorkerHello
-from taesd_stream.sockets import ClockOffset, WakePipe, connect_dealer, receive_parts
-from taesd_stream_workers.addresses import workers_address
+from taesd_stream.keys import load_keys
+from taesd_stream.messages import Done, Drain, Echo, Forget, Job, Keyframe, RefusedPeer, WorkerHello
+from taesd_stream.sockets import ClockOffset, WakePipe, receive_parts
+from taesd_stream_workers.addresses import dialled, workers_address
 from taesd_stream_workers.devices import choose_device
 from taesd_stream_workers.job_decoder import JobDecoder, JobRun
 from taesd_stream_workers.lifecycle import HUNG_S, Lifecycle
 from taesd_stream_workers.outgoing import Outgoing
+from taesd_stream_workers.role_line import RoleLine
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +61,11 @@ class DecodeWorker:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         context.linger = 0
         name = f"{os_socket.gethostname()}:{self._device}:{os.getpid()}:{secrets.token_hex(4)}"
-        self._broker = connect_dealer(context, workers_address(self._config), identity=name.encode()[:200])
-        self._outgoing = Outgoing(context, lambda stream: self._say(Keyframe(stream=stream, rendition="live")))
+        where = dialled(workers_address(self._config))
+        folder = self._config.keys_folder
+        keys = load_keys(folder) if folder is not None else None
+        self._line = RoleLine(context, zmq.DEALER, where, keys=keys, identity=name.encode()[:200])
+        self._outgoing = Outgoing(context, lambda stream: self._say(Keyframe(stream=stream, rendition="live")), keys)
         self._life.on_stop(self._wake.wake)
         self._decoder.start()
         try:
@@ -75,11 +80,12 @@ class DecodeWorker:
 
     def _loop(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._broker, zmq.POLLIN)
+        poller.register(self._line.socket, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
         started_s, next_hello_s, is_ready = time.monotonic(), 0.0, False
         while not self._life.stop.is_set() and not (self._is_draining and not self._open_jobs):
             now = time.monotonic()
+            self._line.attend(poller)
             if now >= next_hello_s:
                 self._say(self._hello())
                 next_hello_s = now + HELLO_S
@@ -92,8 +98,8 @@ class DecodeWorker:
                 raise self._decoder.error
             if self._clock.offset_ns is None:
                 if now - started_s > UNREACHABLE_S:
-                    where = workers_address(self._config)
-                    raise UnreachableError(f"no broker answers at {where}: start one with `taesd-stream broker`")
+                    silent = f"no broker answers at {self._line.address}: start one with `taesd-stream broker`"
+                    raise UnreachableError(self._line.error or silent)
             elif self._decoder.is_warm and not is_ready:
                 is_ready = True
                 self._life.ready(device=str(self._device), reason=self._device_reason)
@@ -112,7 +118,7 @@ class DecodeWorker:
     def _receive(self) -> None:
         while True:
             try:
-                parts = receive_parts(self._broker)
+                parts = receive_parts(self._line.socket)
             except zmq.Again:
                 return
             try:
@@ -130,6 +136,8 @@ class DecodeWorker:
             self._decoder.forget(message.run)
         elif isinstance(message, Drain):
             self._is_draining = True
+        elif isinstance(message, RefusedPeer):
+            self._line.refused(message.text)
 
     def _forward(self) -> None:
         """Pass on what the other threads made; packets before the DONE that follows them."""
@@ -138,7 +146,8 @@ class DecodeWorker:
             if isinstance(item, JobRun):
                 self._held.append(item)
             elif isinstance(item, tuple):
-                self._outgoing.put(*item)
+                endpoint, packet = item
+                self._outgoing.put(dialled(endpoint, beside=self._line.address), packet)
             else:
                 self._say(item)
         while self._held and not self._outgoing.is_full:
@@ -149,7 +158,7 @@ class DecodeWorker:
 
     def _say(self, message: Any) -> None:
         try:
-            self._broker.send_multipart(wire.pack(message), zmq.NOBLOCK)
+            self._line.socket.send_multipart(wire.pack(message), zmq.NOBLOCK)
         except zmq.Again:  # the broker is away: it learns all from the next HELLO
             logger.debug("broker_away message=%s", type(message).__name__)
 
