@@ -29,6 +29,7 @@ from taesd_stream.frames import RecordMode
 
 AUTO = "auto"
 ENV_PREFIX: Final = "TAESD_STREAM_"
+FilmMode = Literal["watched", "off"]
 
 
 class _Section(BaseModel):
@@ -100,6 +101,12 @@ class RecordingConfig(_Section):
     """Folder of recordings; "auto" is taesd-stream in the user's Videos folder."""
     default: RecordMode = "off"
     """What is kept of a stream that does not say: "off", "last" (its final frame) or "all"."""
+    film: FilmMode = "watched"
+    """Steps of a run that nobody records: "watched" remembers those that somebody saw, "off" none."""
+    film_max_bytes: int = Field(default=4 << 30, ge=1 << 20)
+    """Most bytes of films; over it the oldest go."""
+    film_max_age_s: float = Field(default=7 * 86400.0, gt=0)
+    """A film that has not grown for so long goes."""
     lost_after_s: float = Field(default=60.0, gt=0)
     """The file of a sampler that vanished is finished after so long."""
     window_bytes: int = Field(default=64 << 20, ge=1 << 20)

@@ -28,6 +28,7 @@ from taesd_stream_workers.hub import Hub
 from taesd_stream_workers.library import first_pictures, thumbnail
 from taesd_stream_workers.recorder import Recorder
 from taesd_stream_workers.web.errors import ERROR_RESPONSES, ApiError, answer_errors
+from taesd_stream_workers.web.films import add_films
 from taesd_stream_workers.web.players import MJPEG_TYPE, TS_TYPE, motion_jpeg, transport_stream
 from taesd_stream_workers.web.sockets import serve_page
 
@@ -109,6 +110,7 @@ def make_app(hub: Hub, recorder: Recorder, port: int) -> FastAPI:
     _add_streams(app, hub)
     _add_players(app, hub)
     _add_recordings(app, hub, recorder)
+    add_films(app, hub, recorder)
     _add_health(app, hub)
     app.router.routes.append(WebSocketRoute("/ws", partial(serve_page, hub=hub, page_version=page.version)))
     return app
