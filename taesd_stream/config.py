@@ -7,6 +7,7 @@ configs/default.toml shows every key; a test holds it equal to this.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import json
 import os
 import tomllib
@@ -29,6 +30,7 @@ from taesd_stream.frames import RecordMode
 
 AUTO = "auto"
 ENV_PREFIX: Final = "TAESD_STREAM_"
+DecoderChoice = Literal["auto", "tiny", "linear"]
 FilmMode = Literal["watched", "off"]
 
 
@@ -60,7 +62,7 @@ class DecoderConfig(_Section):
 
     device: str = "auto"
     """Device of the decoders: "auto", "cpu", "cuda", "cuda:1"…; auto leaves a busy GPU to its sampler."""
-    choice: Literal["auto", "tiny", "linear"] = "auto"
+    choice: DecoderChoice = "auto"
     """Decoder of live views: "auto" takes the tiny decoder where its weights are found, else the linear projection."""
     max_batch_size: int = Field(default=16, ge=1, le=256)
     """Most frames in one batch. Higher: more throughput, more memory, longer waits."""
@@ -120,6 +122,23 @@ class WeightsConfig(_Section):
     """Folder of weights (ComfyUI's models/vae_approx works) and of `taesd-stream fit`'s formats; then caches."""
 
 
+class Rule(_Section):
+    """What holds for the streams whose names fit. A key that is left out stays as it is.
+
+    Of several rules that fit, the later one's word holds. `record` here beats the sampler's own word; a person who
+    presses Record, or says it by HTTP or `taesd-stream record`, beats both.
+    """
+
+    stream: str = Field(min_length=1)
+    """A stream's name, or a pattern: * is any text, also with a slash, ? one letter, [ab] one of these."""
+    record: RecordMode | None = None
+    """What is kept of them: "off", "last" or "all"."""
+    film: FilmMode | None = None
+    """As recording.film, for them."""
+    decoder: DecoderChoice | None = None
+    """As decoder.choice, for them."""
+
+
 class Config(BaseSettings):
     """The whole configuration, resolved."""
 
@@ -131,6 +150,16 @@ class Config(BaseSettings):
     web: WebConfig = WebConfig()
     recording: RecordingConfig = RecordingConfig()
     weights: WeightsConfig = WeightsConfig()
+    rules: tuple[Rule, ...] = ()
+
+    def rule_of(self, stream: str) -> Rule:
+        """What all rules together say of a stream; a key that none sets is None. `~N` behind a name counts for none."""
+        name = stream.partition("~")[0]
+        said: dict[str, Any] = {"stream": stream}
+        for rule in self.rules:
+            if fnmatch.fnmatchcase(name, rule.stream):
+                said |= rule.model_dump(exclude={"stream"}, exclude_none=True)
+        return Rule(**said)
 
     @property
     def recording_folder(self) -> Path:
@@ -162,7 +191,9 @@ class Config(BaseSettings):
 
 
 SECTIONS: Mapping[str, type[BaseModel]] = {
-    name: field.annotation for name, field in Config.model_fields.items() if isinstance(field.annotation, type)
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
 }
 
 
@@ -197,7 +228,7 @@ def load_config(file: Path | None = None, sets: Sequence[str] = (), values: Mapp
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
     except SettingsError as error:
         raise ConfigError(f"environment: {error}: expected {ENV_PREFIX}SECTION__KEY=value, or JSON") from error
-    return Config.model_construct(**{name: getattr(loaded, name) for name in SECTIONS})
+    return Config.model_construct(**{name: getattr(loaded, name) for name in Config.model_fields})
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -244,10 +275,14 @@ def _explain(item: Any) -> str:
     path = [str(part) for part in item["loc"]]
     key = ".".join(path)
     if item["type"] == "model_type":
-        return f"{key}: expected a section of keys, as [{key}] in a file, got {item['input']!r}"
+        head = f"[{key}]" if path[0] != "rules" else "[[rules]]"
+        return f"{key}: expected a section of keys, as {head} in a file, got {item['input']!r}"
     if item["type"] != "extra_forbidden":
         return f"{key}: {item['msg']}, got {item['input']!r}"
-    known = [".".join(pair) for pair in _keys()]
-    nearest = difflib.get_close_matches(key, [*known, *SECTIONS], n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]}?" if nearest else f"; sections: {', '.join(SECTIONS)}"
+    if path[0] == "rules":
+        known = [".".join([*path[:-1], name]) for name in Rule.model_fields]
+    else:
+        known = [*(".".join(pair) for pair in _keys()), *Config.model_fields]
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]}?" if nearest else f"; sections: {', '.join(Config.model_fields)}"
     return f"{key}: there is no such key{hint}"
