@@ -59,7 +59,7 @@ class Broker:
         self._life = lifecycle
         self._wake = WakePipe()
         self._links = Links()
-        self._registry = Registry(config.recording.default, config.log_folder)
+        self._registry = Registry(config)
         self._streamer = StreamerLink()
         self._writer = LogWriter(self._wake.wake)
         self._intake = Intake(config, self._registry, self._writer, self._links)

@@ -55,11 +55,17 @@ class Hub:
     """The meeting point of two threads: the streamer's, with the sockets, and the web's, with the viewers."""
 
     def __init__(
-        self, latency: Latency, tell_broker: Callable[[Any], None], clock_s: Callable[[], float] = time.monotonic
+        self,
+        latency: Latency,
+        tell_broker: Callable[[Any], None],
+        clock_s: Callable[[], float] = time.monotonic,
+        *,
+        max_viewers: int = 200,
     ) -> None:
         self.latency = latency
         self.is_closing = False
         self._viewers: set[Viewer] = set()
+        self._max_viewers = max_viewers
         self.state: State | None = None
         self.state_at_s = 0.0
         self.recordings: list[dict[str, Any]] = []
@@ -102,6 +108,11 @@ class Hub:
         """From now on things are delivered in this loop."""
         self._loop = loop
         loop.call_soon(self._take_packets)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether one more page or player is one too many."""
+        return len(self._viewers) >= self._max_viewers
 
     def join(self, viewer: Viewer) -> None:
         """A viewer is there: pictures and news go to it too."""

@@ -42,6 +42,9 @@ class Latency:
         self.dropped = Counter(
             "taesd_stream_dropped", "Pictures not sent to a slow viewer", ["rendition"], registry=self.registry
         )
+        self.refused = Counter(
+            "taesd_stream_refused_requests", "Requests refused at the door", ["reason"], registry=self.registry
+        )
         self.viewers = Gauge("taesd_stream_viewers", "Open pages", registry=self.registry)
         self.broker = Gauge("taesd_stream_broker", "The broker's counters", ["count"], registry=self.registry)
         self.streams = Gauge("taesd_stream_streams", "Streams by state", ["state"], registry=self.registry)

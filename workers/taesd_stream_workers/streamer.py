@@ -41,7 +41,7 @@ class Streamer:
         self._clock = ClockOffset()
         self._to_broker: deque[Any] = deque()
         self._latency = Latency()
-        self._hub = Hub(self._latency, self.tell_broker)
+        self._hub = Hub(self._latency, self.tell_broker, max_viewers=config.web.max_viewers)
         self._hub.clock_ns = self.now_ns
         self._recorder = Recorder(config.recording_folder, self.tell_broker, self._hub.offer_recordings)
         self._web = WebServer(config, self._hub, self._recorder)
@@ -74,7 +74,7 @@ class Streamer:
             self._life.on_stop(self._wake.wake)
             self._recorder.start()
             self._web.start()
-            self._life.ready(web=web_address, packets_bind=self._endpoint)
+            self._life.ready(web=web_address, web_port=self._web.port, packets_bind=self._endpoint)
             try:
                 self._loop()
             finally:

@@ -19,7 +19,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.background import BackgroundTask
 from starlette.routing import WebSocketRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from taesd_stream import __version__
 from taesd_stream.errors import TaesdStreamError
@@ -49,35 +48,6 @@ class RecordRequest(BaseModel):
     mode: Literal["off", "last", "all"]
 
 
-class OnlyOurHost:
-    """Refuses requests under other host names or from other origins: a foreign page must not reach a local daemon."""
-
-    def __init__(self, app: ASGIApp, port: int) -> None:
-        self._app = app
-        self._hosts = {f"{host}:{port}" for host in ("127.0.0.1", "localhost", "[::1]")}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI entry."""
-        if scope["type"] in ("http", "websocket"):
-            headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
-            origin = headers.get(b"origin")
-            host = headers.get(b"host", "")
-            if host not in self._hosts or (origin and origin.partition("://")[2] not in self._hosts):
-                return await self._refuse(scope, send)
-        await self._app(scope, receive, send)
-        return None
-
-    @staticmethod
-    async def _refuse(scope: Scope, send: Send) -> None:
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008, "reason": "other host or origin"})
-            return
-        body = b'{"code":"forbidden","text":"Open this page by 127.0.0.1 or localhost."}'
-        headers = [(b"content-type", b"application/json")]
-        await send({"type": "http.response.start", "status": 403, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-
-
 class Page:
     """The page's files, read once; index.html knows their version, and the policy the hash of its one inline script."""
 
@@ -99,10 +69,9 @@ class Page:
         )
 
 
-def make_app(hub: Hub, recorder: Recorder, port: int) -> FastAPI:
+def make_app(hub: Hub, recorder: Recorder) -> FastAPI:
     """The application, its routes bound to one hub and one recorder."""
     app = FastAPI(title="taesd-stream", version=__version__, responses={**ERROR_RESPONSES})
-    app.add_middleware(OnlyOurHost, port=port)
     answer_errors(app)
     page = Page()
     _add_page(app, page)
@@ -115,11 +84,9 @@ def make_app(hub: Hub, recorder: Recorder, port: int) -> FastAPI:
 
 
 def _add_page(app: FastAPI, page: Page) -> None:
-    common = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
-
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
-        headers = {"content-security-policy": page.policy, "cache-control": "no-cache", **common}
+        headers = {"content-security-policy": page.policy, "cache-control": "no-cache"}
         return Response(page.index, media_type="text/html; charset=utf-8", headers=headers)
 
     @app.get("/page/{name}", include_in_schema=False)
@@ -127,7 +94,7 @@ def _add_page(app: FastAPI, page: Page) -> None:
         if name not in page.files:
             raise ApiError(404, "not_found", f"There is no page file {name}.")
         media_type = _MEDIA_TYPES.get(Path(name).suffix, "application/octet-stream")
-        return Response(page.files[name], media_type=media_type, headers={"cache-control": "no-cache", **common})
+        return Response(page.files[name], media_type=media_type, headers={"cache-control": "no-cache"})
 
 
 def _known(hub: Hub, name: str) -> dict[str, Any]:
@@ -186,16 +153,21 @@ def _add_players(app: FastAPI, hub: Hub) -> None:
                 await asyncio.sleep(0.05)
         raise ApiError(503, "no_picture", f"{name} gave no picture within {LATEST_WAIT_S:.0f} s.")
 
+    def admit(name: str) -> None:
+        known(name)
+        if hub.is_full:
+            raise ApiError(503, "too_many_viewers", "web.max_viewers watch already; try again later.")
+
     @app.get("/streams/{name:path}/live.ts")
     async def live_ts(name: str) -> Response:
         """The stream for players, as MPEG-TS without end."""
-        known(name)
+        admit(name)
         return StreamingResponse(transport_stream(hub, name), media_type=TS_TYPE, headers=_NO_STORE)
 
     @app.get("/streams/{name:path}/live.mjpeg")
     async def live_mjpeg(name: str) -> Response:
         """The stream as JPEG pictures without end."""
-        known(name)
+        admit(name)
         return StreamingResponse(motion_jpeg(hub, name), media_type=MJPEG_TYPE, headers=_NO_STORE)
 
 
