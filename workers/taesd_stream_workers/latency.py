@@ -66,7 +66,7 @@ class Latency:
         self.packets.labels(packet.rendition).inc()
         self.bytes.labels(packet.rendition).inc(len(packet.payload))
         stamps = packet.stamps
-        if packet.rendition == "record" or not stamps.received_ns:
+        if packet.rendition in ("record", "film") or not stamps.received_ns:
             return  # one that waited in the log says nothing of the way
         times = (
             stamps.sent_ns,

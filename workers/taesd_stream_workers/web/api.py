@@ -28,6 +28,7 @@ from taesd_stream_workers.web import schema
 from taesd_stream_workers.web.docs import POLICY as DOCS_POLICY
 from taesd_stream_workers.web.docs import docs_page
 from taesd_stream_workers.web.errors import ERROR_RESPONSES, ApiError, answer_errors
+from taesd_stream_workers.web.films import add_films
 from taesd_stream_workers.web.health import add_health
 from taesd_stream_workers.web.players import MJPEG_TYPE, TS_TYPE, motion_jpeg, transport_stream
 from taesd_stream_workers.web.sockets import serve_page
@@ -102,6 +103,7 @@ def make_app(hub: Hub, recorder: Recorder) -> FastAPI:
     _add_streams(app, hub)
     _add_players(app, hub)
     _add_recordings(app, hub, recorder)
+    add_films(app, hub, recorder)
     add_health(app, hub)
     app.router.routes.append(WebSocketRoute("/ws", partial(serve_page, hub=hub, page_version=page.version)))
     return app
