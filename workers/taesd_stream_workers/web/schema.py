@@ -53,6 +53,8 @@ class StreamRow(_Answer):
     faults: int
     files: list[str]
     """Ids of its recordings."""
+    film: int | None
+    """Last seq in the film of what was shown; None: there is no film."""
 
 
 class RecordingRow(_Answer):
