@@ -60,11 +60,8 @@ def _inner(config: Config, key: str, address: str, name: str, port: int) -> str:
 
 
 def _checked(config: Config, key: str, address: str) -> str:
-    if address.startswith("ipc://"):
-        path = address.removeprefix("ipc://")
-        if len(path.encode()) > MAX_IPC_PATH_BYTES:
-            raise ConfigError(f"{key} = {address}: too long for a socket file; at most {MAX_IPC_PATH_BYTES} bytes")
-        return address
+    if address.startswith("ipc://") and len(address.removeprefix("ipc://").encode()) > MAX_IPC_PATH_BYTES:
+        raise ConfigError(f"{key} = {address}: too long for a socket file; at most {MAX_IPC_PATH_BYTES} bytes")
     return require_guarded(config, key, address)
 
 
@@ -75,7 +72,10 @@ def require_guarded(config: Config, key: str, address: str) -> str:
     """
     if not address.startswith(("tcp://", "ipc://")):
         raise ConfigError(f"{key} = {address}: expected tcp://host:port, as in tcp://127.0.0.1:5760")
-    if _is_local(key, address) or config.keys_folder is not None or config.security.insecure:
+    if address.startswith("ipc://"):
+        return address
+    host, _ = _host_and_port(key, address, "tcp://127.0.0.1:5760")
+    if is_loopback(host) or config.keys_folder is not None or config.security.insecure:
         return address
     raise ConfigError(
         f"{key} = {address}: other hosts can reach it, and no keys guard it: make some by `taesd-stream keys new NAME` "
@@ -83,25 +83,13 @@ def require_guarded(config: Config, key: str, address: str) -> str:
     )
 
 
-def require_loopback(key: str, address: str) -> str:
-    """Return `address` if only this host can reach it. Raises: ConfigError else."""
-    if not _is_local(key, address):
-        raise ConfigError(f"{key} = {address}: only loopback addresses may be bound; reach it from elsewhere by ssh -L")
-    return address
+def web_address(config: Config) -> tuple[str, int]:
+    """Host and port of `web.bind`. Raises: ConfigError when it is none."""
+    return _host_and_port("web.bind", config.web.bind, "127.0.0.1:8765")
 
 
-def _is_local(key: str, address: str) -> bool:
-    """Whether only this host can reach it. Raises: ConfigError for what is no address."""
-    parts = urlsplit(address if "://" in address else f"tcp://{address}")
-    if parts.scheme == "ipc":
-        return True
-    try:
-        host, port = parts.hostname or "", parts.port
-    except ValueError as error:
-        raise ConfigError(f"{key} = {address}: {error}") from error
-    if not host or port is None:
-        example = "127.0.0.1:8765" if key == "web.bind" else "tcp://127.0.0.1:5760"
-        raise ConfigError(f"{key} = {address}: expected host:port, as in {example}")
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what is bound there."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -123,6 +111,17 @@ def dialled(address: str, beside: str = "") -> str:
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
+
+
+def _host_and_port(key: str, address: str, example: str) -> tuple[str, int]:
+    try:
+        parts = urlsplit(address if "://" in address else f"tcp://{address}")
+        host, port = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise ConfigError(f"{key} = {address}: {error}") from error
+    if not host or port is None:
+        raise ConfigError(f"{key} = {address}: expected host:port, as in {example}")
+    return host, port
 
 
 def bound_address(socket: zmq.Socket[bytes]) -> str:

@@ -27,7 +27,12 @@ InsecureOption = Annotated[
 KeysOption = Annotated[
     Path | None, typer.Option("--keys", metavar="DIR", help="This client's folder of `taesd-stream keys new`.")
 ]
-WebOption = Annotated[str, typer.Option("--connect", metavar="URL", help="The daemon's web address.")]
+WebOption = Annotated[
+    str,
+    typer.Option(
+        "--connect", metavar="URL", envvar="TAESD_STREAM_CONNECT", help="The daemon's web address, or link with token."
+    ),
+]
 
 
 def said_insecure(sets: list[str], insecure: bool) -> list[str]:

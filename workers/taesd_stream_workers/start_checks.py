@@ -15,8 +15,9 @@ from taesd_stream.config import Config
 from taesd_stream.errors import ConfigError
 from taesd_stream.folder_lock import FolderLock
 from taesd_stream.keys import load_keys
-from taesd_stream_workers.addresses import check_inner_addresses, require_guarded, require_loopback
+from taesd_stream_workers.addresses import check_inner_addresses, require_guarded, web_address
 from taesd_stream_workers.key_files import AllowList
+from taesd_stream_workers.web_token import load_token
 
 ROLES: Final = ("broker", "streamer", "worker")
 
@@ -26,7 +27,9 @@ def check_start(config: Config, roles: Sequence[str] = ROLES) -> None:
     if config.keys_folder is not None:
         _check_keys(config.keys_folder, roles)
     if "streamer" in roles:
-        _check_free("web.bind", require_loopback("web.bind", config.web.bind))
+        web_address(config)
+        _check_free("web.bind", config.web.bind)
+        load_token(config)
         _check_folder(config.recording_folder, "recording.folder")
     if "broker" in roles:
         _check_free("broker.bind", require_guarded(config, "broker.bind", config.broker.bind))
