@@ -11,11 +11,10 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Collection
 from itertools import takewhile
 from pathlib import Path
 from threading import Condition, RLock
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 from taesd_stream.frames import CLOCK_HZ, LatentFrame, RecordMode, StreamInfo
 from taesd_stream.kept_frames import KeptFrames
@@ -46,18 +45,23 @@ def is_final(frame: Step) -> bool:
     return frame.total_steps is not None and frame.step >= frame.total_steps - 1
 
 
+# One publish as the sampler's thread leaves it, a tuple, for that costs it least: step, total_steps, sigma (a number,
+# None, or a tensor on a device that is not waited for), its time, and the snapshot with what it has taken.
+Said: TypeAlias = tuple[int, int | None, Any, int, Snapshot, Any]
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Offered:
-    """One publish as the sampler's thread leaves it: the side thread makes a frame of it."""
+    """One publish that has its place in the run; its bytes may still be on a device."""
 
     step: int
     total_steps: int | None
-    sigma: Any  # a number, None, or a tensor on a GPU, which is not waited for here
+    sigma: Any
     sent_ns: int
     snapshot: Snapshot
-    taken: Any  # by snapshot.take()
-    seq: int = -1  # the side thread's to give, and the index
-    index: int = -1
+    taken: Any
+    seq: int
+    index: int
 
     def to_frame(self, run: str) -> LatentFrame:
         """The frame, its bytes fetched from where they are. Raises: RuntimeError for a device that failed."""
@@ -91,7 +95,7 @@ class Outbox:
 
     def __init__(self, info: StreamInfo, *, ring_bytes: int, log_folder: Path) -> None:
         self.wanted = True  # one test, before anything is built
-        self.said: deque[Offered | int] = deque()
+        self.said: deque[Said | int] = deque()
         self.changed = Condition(RLock())  # a signal's handler may publish, too
         self.is_closed = False  # nothing more is taken
         self.mode: RecordMode | None = info.record  # None: the broker has not said yet
@@ -119,20 +123,23 @@ class Outbox:
         is_coming = self.mode == "all" and (self._is_collecting or bool(self.pending) or bool(self.said))
         return not is_coming and not self.kept.count and self.error is None
 
-    def make_place(self) -> None:
-        """Bound what waits for a side thread that is late; the sampler's thread, where it finds more than its own."""
+    def place(self) -> None:
+        """Give what was said its place in the run; any thread, or a side thread that is late would fill the memory."""
         with self.changed:
-            said = [self.said.popleft() for _ in range(len(self.said))]
-            offered = [one for one in said if not isinstance(one, int)]
-            stays = {id(one) for one in self._bounded(offered)}
-            self.said.extendleft(
-                one if isinstance(one, int) or id(one) in stays else self._count_of(one) for one in reversed(said)
-            )
+            while self.said:
+                one = self.said.popleft()
+                if self.is_closed:
+                    continue
+                if not isinstance(one, int):
+                    self.pending.append(self._offered(one))
+                self.next_seq += 1
+                self._next_index += one if isinstance(one, int) else count_of(one[4].shape)
+            self._drop_what_is_too_much()
 
     def close(self) -> int:
         """Take nothing that is published from now on. Returns the seq of the last publish, -1 when there was none."""
         with self.changed:
-            self._number()
+            self.place()
             self.is_closed = self.wanted = True  # so that publish() looks closer
             return self.next_seq - 1
 
@@ -142,7 +149,7 @@ class Outbox:
         is_last: bring all of it, and wait for devices.
         """
         with self.changed:
-            self._number()
+            self.place()
             waiting = list(self.pending)
         ready = [*takewhile(lambda one: is_last or one.snapshot.is_ready(one.taken), waiting)]
         self.ask_device_s = _ask_again_s(waiting[len(ready)]) if len(ready) < len(waiting) else math.inf
@@ -178,7 +185,7 @@ class Outbox:
         self.slot.clear()
         with self.changed:
             self.wanted = self.wanted or mode != "off"
-            self._number()
+            self.place()
             self.mode = mode
             begin = self.next_seq - len(_tail_before(list(self.pending), self.next_seq))
             early = _tail_before(waiting, begin) if mode == "all" else []
@@ -247,46 +254,35 @@ class Outbox:
             self._show(frame)
 
     def _show(self, frame: LatentFrame) -> None:
-        finals = [one for one in self.slot if is_final(one)][-MAX_FINALS:]
-        self.slot = deque([*finals, frame])
+        self.slot.append(frame)
+        self.slot = _newest_of(self.slot)
         self._newest = frame
 
-    def _number(self) -> None:
-        """Give what was said its seq, index and time; with `changed` held."""
-        while self.said:
-            one = self.said.popleft()
-            if self.is_closed:
-                continue
-            if not isinstance(one, int):
-                one.seq = self.next_seq
-                one.index = self._next_index if self._is_live else one.seq
-                # two frames never share a tick of the pictures' 90 kHz clock
-                one.sent_ns = max(one.sent_ns, self._next_sent_ns)
-                self._next_sent_ns = one.sent_ns + NS_PER_TICK
-                self.pending.append(one)
-            self.next_seq += 1
-            self._next_index += self._count_of(one)
-        self.pending = deque(self._bounded(self.pending))
+    def _offered(self, said: Said) -> Offered:
+        step, total_steps, sigma, called_ns, snapshot, taken = said
+        # two frames never share a tick of the pictures' 90 kHz clock
+        sent_ns = max(called_ns, self._next_sent_ns)
+        self._next_sent_ns = sent_ns + NS_PER_TICK
+        return Offered(
+            step=step,
+            total_steps=total_steps,
+            sigma=sigma,
+            sent_ns=sent_ns,
+            snapshot=snapshot,
+            taken=taken,
+            seq=self.next_seq,
+            index=self._next_index if self._is_live else self.next_seq,
+        )
 
-    def _count_of(self, one: Offered | int) -> int:
-        return one if isinstance(one, int) else count_of(one.snapshot.shape)
-
-    def _bounded(self, offered: Collection[Offered]) -> Collection[Offered]:
-        """Those of them that shall stay: what nobody keeps, or no memory holds, goes; with `changed` held."""
-        if len(offered) < 2:
-            return offered
-        nbytes = sum(one.snapshot.held_bytes for one in offered)
-        if self.mode == "all" and nbytes > self._ring_bytes:
+    def _drop_what_is_too_much(self) -> None:
+        """Of what waits for a device: what nobody keeps, or no memory holds; with `changed` held."""
+        nbytes = sum(one.snapshot.held_bytes for one in self.pending)
+        if self.mode == "all" and nbytes > self._ring_bytes and len(self.pending) > 1:
             self._stop_keeping(f"{nbytes} bytes wait to be taken out of the sampler's way")
-        if self.mode == "all":
-            return offered
-        if self.mode is not None:
-            *older, newest = offered
-            return [*(one for one in older if is_final(one)), newest][-MAX_FINALS - 1 :]
-        left = deque(offered)
-        while nbytes > self._ring_bytes and len(left) > 1:
-            nbytes -= left.popleft().snapshot.held_bytes
-        return left
+        if self.mode in ("off", "last") and self.pending:
+            self.pending = _newest_of(self.pending)
+        while self.mode is None and nbytes > self._ring_bytes and len(self.pending) > 1:
+            nbytes -= self.pending.popleft().snapshot.held_bytes
 
     def _lose(self, offered: Offered, error: RuntimeError) -> None:
         logger.warning("frame_not_fetched run=%s seq=%d error=%s", self._run, offered.seq, error)
@@ -310,6 +306,13 @@ def _ask_again_s(waiting: Offered) -> float:
 def count_of(shape: tuple[int, ...]) -> int:
     """Latents in video time that a `live` publish brings."""
     return shape[0] if len(shape) == 4 else 1
+
+
+def _newest_of(waiting: deque[N]) -> deque[N]:
+    """A preview is worth its newest frame; but the last step's is always sent."""
+    *older, newest = waiting
+    finals: deque[N] = deque((one for one in older if is_final(one)), MAX_FINALS)
+    return deque([*finals, newest])
 
 
 def _tail_before(frames: list[N], seq: int) -> list[N]:

@@ -32,7 +32,7 @@ from taesd_stream.frames import (
 )
 from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
 from taesd_stream.latent_snapshot import MAX_SIGMA, Snapshot, is_on_device, snapshot_of
-from taesd_stream.outbox import Offered, Outbox, count_of
+from taesd_stream.outbox import Outbox, count_of
 from taesd_stream.publisher_exit import end_at_exit, reason_of
 from taesd_stream.publisher_link import PublisherLink
 
@@ -144,9 +144,6 @@ class LatentPublisher:
                 return
             if outbox.is_closed:
                 raise RuntimeError(CLOSED if self._pid == os.getpid() else FORKED)
-            snapshot = self._snapshot
-            if snapshot is None or not snapshot.fits(latents):
-                snapshot = self._snapshot = self._snapshot_of(latents)
             is_plain = (
                 type(step) is int
                 and 0 <= step < MAX_STEPS
@@ -156,9 +153,14 @@ class LatentPublisher:
             if not is_plain:
                 step, total_steps, sigma = _checked_numbers(step, total_steps, sigma)
             sent_ns = time.monotonic_ns()
-            outbox.said.append(Offered(step, total_steps, sigma, sent_ns, snapshot, snapshot.take(latents)))
+            snapshot = self._snapshot
+            taken = snapshot.take(latents) if snapshot is not None else None
+            if snapshot is None or taken is None:
+                snapshot = self._snapshot = self._snapshot_of(latents)
+                taken = snapshot.take(latents)
+            outbox.said.append((step, total_steps, sigma, sent_ns, snapshot, taken))
             if len(outbox.said) > 1:
-                outbox.make_place()
+                outbox.place()
             self._wake()
             self._fault = None
         except Exception as error:  # noqa: BLE001 the run is worth more than its preview

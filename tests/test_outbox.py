@@ -26,7 +26,7 @@ from taesd_stream.kept_frames import KeptFrames
 from taesd_stream.latent_log import LogError, read_messages
 from taesd_stream.latent_snapshot import snapshot_of
 from taesd_stream.messages import End
-from taesd_stream.outbox import MAX_FINALS, Offered, Outbox
+from taesd_stream.outbox import MAX_FINALS, Outbox, Said
 from taesd_stream.send_window import MAX_UNACKED_BYTES, RESEND_S, SendWindow
 from tests.golden_messages import FRAME, OPEN, RUN
 
@@ -57,25 +57,25 @@ def outbox(folder: Path, record: RecordMode | None, *, ring_bytes: int = RING_BY
     return Outbox(info(record), ring_bytes=ring_bytes, log_folder=folder)
 
 
-def offered(seq: int, *, is_final: bool = False) -> Offered:
+def said(seq: int, *, is_final: bool = False) -> Said:
     """Frame `seq` as publish() offers it."""
     made = frame(seq, is_final=is_final)
     latents = np.frombuffer(made.payload, np.float16).reshape(made.shape)
     snapshot = snapshot_of(latents, None, 3.0)
-    return Offered(made.step, made.total_steps, made.sigma, made.sent_ns, snapshot, snapshot.take(latents))
+    return made.step, made.total_steps, made.sigma, made.sent_ns, snapshot, snapshot.take(latents)
 
 
 def offer(box: Outbox, count: int = 1, *, is_final: bool = False) -> None:
     """Publish `count` frames."""
     for _ in range(count):
-        box.said.append(offered(box.next_seq + len(box.said), is_final=is_final))
-        if len(box.said) > 1:
-            box.make_place()
+        box.said.append(said(box.next_seq, is_final=is_final))
+        box.place()
 
 
 def skip(box: Outbox, count: int = 1) -> None:
     """Publish `count` frames that nobody wants."""
     box.said.extend([1] * count)
+    box.place()
 
 
 class Device:
@@ -89,9 +89,6 @@ class Device:
         self.is_done = is_done
         self._fetch = fetch
 
-    def fits(self, _latents: object) -> bool:
-        return True
-
     def take(self, _latents: object) -> None:
         return None
 
@@ -104,9 +101,9 @@ class Device:
     def to_number(self, value: float | None) -> float | None:
         return value
 
-    def offered(self) -> Offered:
-        """One frame that lies there."""
-        return Offered(0, 4, None, 0, self, None)
+    def said(self) -> Said:
+        """Its frame, as publish() says it."""
+        return 0, 4, None, 0, self, None
 
 
 def kept_seqs(kept: KeptFrames) -> list[int]:
@@ -264,7 +261,7 @@ def test_the_newest_wins_before_and_behind_collect(tmp_path: Path, record: Recor
     """Of frames that nobody keeps one waits: the newest."""
     box = outbox(tmp_path, record)
     offer(box, 3)
-    assert sum(not isinstance(one, int) for one in box.said) == 1
+    assert len(box.pending) == 1
     box.collect()
     offer(box, 2)
     box.collect()
@@ -387,7 +384,7 @@ def test_what_is_being_collected_is_not_acked(tmp_path: Path) -> None:
             seen.append(box.is_all_acked)
         return payload_of(0)
 
-    box.said.append(Device(fetch).offered())
+    box.said.append(Device(fetch).said())
     box.collect()
     assert seen == [False]
     box.kept.ack(0)
@@ -402,7 +399,7 @@ def test_a_device_that_fails_ends_keeping_loudly(tmp_path: Path, caplog: pytest.
     def fetch() -> bytes:
         raise RuntimeError("CUDA error: device lost")
 
-    box.said.append(Device(fetch).offered())
+    box.said.append(Device(fetch).said())
     offer(box, 1)
     box.collect()
     assert (kept_seqs(box.kept), [one.seq for one in box.slot], box.mode, box.kept_from) == ([0, 1], [3], "off", None)
@@ -429,7 +426,7 @@ def test_what_nobody_collects_is_bounded(tmp_path: Path) -> None:
     """A side thread that is stuck does not fill the memory: past the ring's bytes keeping ends, loudly."""
     box = outbox(tmp_path, "all")
     offer(box, 100)
-    assert sum(not isinstance(one, int) for one in box.said) == 1
+    assert len(box.pending) == 1
     assert "wait to be taken" in (box.error or "")
 
 
