@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -93,7 +93,19 @@ class WebConfig(_Section):
     """The page and the HTTP interface."""
 
     bind: str = "127.0.0.1:8765"
-    """Address of the page, host:port. Port 0 takes a free one. Loopback only, for now."""
+    """Address of the page, host:port. Port 0 takes a free one. One that others can reach asks for a token."""
+    hosts: list[str] = []
+    """Other names by which people reach the page, as a proxy's; with any, the page asks for a token."""
+    token_file: str = AUTO
+    """File of the token, made where there is none; "auto" is taesd-stream/web-token in the user's state folder."""
+    max_viewers: int = Field(default=200, ge=1, le=100_000)
+    """Most pages and players at once; more are told to come later."""
+
+    @field_validator("hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        """`--set web.hosts=a,b` is a list too."""
+        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
 class RecordingConfig(_Section):
@@ -105,6 +117,10 @@ class RecordingConfig(_Section):
     """What is kept of a stream that does not say: "off", "last" (its final frame) or "all"."""
     film: FilmMode = "watched"
     """Steps of a run that nobody records: "watched" remembers those that somebody saw, "off" none."""
+    film_max_bytes: int = Field(default=4 << 30, ge=1 << 20)
+    """Most bytes of films; over it the oldest go."""
+    film_max_age_s: float = Field(default=7 * 86400.0, gt=0)
+    """A film that has not grown for so long goes."""
     lost_after_s: float = Field(default=60.0, gt=0)
     """The file of a sampler that vanished is finished after so long."""
     window_bytes: int = Field(default=64 << 20, ge=1 << 20)

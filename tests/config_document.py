@@ -71,7 +71,7 @@ def _toml(value: Any) -> str:
         return f'"{value}"'
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:_}" if isinstance(value, int) else repr(value)
+    return f"{value:_}" if isinstance(value, int) else repr(value)  # repr of a list or a float is TOML too
 
 
 if __name__ == "__main__":
