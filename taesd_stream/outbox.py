@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import deque
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from threading import Condition, RLock
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
@@ -310,9 +310,9 @@ def count_of(shape: tuple[int, ...]) -> int:
 
 def _newest_of(waiting: deque[N]) -> deque[N]:
     """A preview is worth its newest frame; but the last step's is always sent."""
-    *older, newest = waiting
-    finals: deque[N] = deque((one for one in older if is_final(one)), MAX_FINALS)
-    return deque([*finals, newest])
+    newest = waiting.pop()
+    stays: deque[N] = deque(filter(is_final, waiting), maxlen=MAX_FINALS)
+    return deque(chain(stays, (newest,)))  # a plain one: what is kept later must not fall out of it
 
 
 def _tail_before(frames: list[N], seq: int) -> list[N]:
