@@ -14,7 +14,6 @@ from typing import Any, Final
 from taesd_stream.config import Config
 from taesd_stream.errors import TaesdStreamError
 from taesd_stream.frames import END_REASONS, Packet
-from taesd_stream.media.growing_file import FINISHED_SUFFIX
 from taesd_stream.media.recording import Recording, RecordingError, find_unfinished
 from taesd_stream.messages import Cursor, Gap, State
 from taesd_stream.queues import ByteBoundedQueue
@@ -42,6 +41,7 @@ class Recorder:
         self.folder = folder = config.recording_folder
         self.films = Films(folder / ".films", config.recording)
         self.library = Library(folder)
+        self._name = config.recording.name
         self._tell_broker = tell_broker
         self._on_change = on_change
         self._queue: ByteBoundedQueue[Packet | Gap | State] = ByteBoundedQueue(QUEUE_BYTES, _size)
@@ -232,13 +232,13 @@ class Recorder:
             try:
                 if film is None or not film.paths:
                     raise KeyError(run)
-                film.keep(self.folder)
+                film.keep(self.folder, self._name)
                 paths = film.finish()
             except (RecordingError, KeyError) as error:
                 wish.set_exception(error)
                 continue
             self._is_dirty = True
-            wish.set_result(paths[0].name.removesuffix(FINISHED_SUFFIX))
+            wish.set_result(self.library.id_of(paths[0]))
 
     def _take_film(self, run: str, kept_from: int | None) -> Recording | None:
         """The film of a run that is recorded from now on: the recording goes on in it."""
@@ -246,7 +246,7 @@ class Recorder:
         if film is None:
             return None
         try:
-            film.keep(self.folder)
+            film.keep(self.folder, self._name)
         except RecordingError as error:
             logger.error("film_not_kept run=%s error=%s", run, error)
             film.close()
@@ -264,7 +264,12 @@ class Recorder:
                 return None  # a run that the broker no longer keeps, or whose file is finished
             film = self._take_film(run, row["kept_from"]) if row["takes_film"] else None
             self._open[run] = film or Recording.open(
-                self.folder, stream=row["stream"], run=run, meta=_meta_of(row), kept_from=row["kept_from"]
+                self.folder,
+                stream=row["stream"],
+                run=run,
+                meta=_meta_of(row),
+                kept_from=row["kept_from"],
+                name=self._name,
             )
             logger.info("recording_begins stream=%s run=%s", row["stream"], run)
         return self._open[run]
