@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,20 @@ def fill(path: Path) -> None:
             file.write(bytes(4096))
 
 
+def rows(daemon: Daemon) -> list[dict[str, Any]]:
+    """All recordings."""
+    found: list[dict[str, Any]] = daemon.json("/api/v1/recordings")["recordings"]
+    return found
+
+
+def streams_of(daemon: Daemon) -> set[str]:
+    """The streams that recordings are of."""
+    return {row["stream"] for row in rows(daemon)}
+
+
 def failed(daemon: Daemon, run: str) -> dict[str, Any] | None:
     """The row of a recording that stands still."""
-    rows: list[dict[str, Any]] = daemon.json("/api/v1/recordings")["recordings"]
-    return next((row for row in rows if row["run"] == run and row["state"] == "failed"), None)
+    return next((row for row in rows(daemon) if row["run"] == run and row["state"] == "failed"), None)
 
 
 def assert_said(daemon: Daemon, text: str) -> None:
@@ -144,18 +154,17 @@ def test_a_folder_that_was_removed_begins_anew(tmp_path: Path) -> None:
         with LatentPublisher(daemon.broker, stream="gone", latent_format="sd1", record="all") as publisher:
             seq = 0
 
-            def publish_until(found: Any) -> None:
+            def publish_until(found: Callable[[], bool]) -> None:
                 nonlocal seq
                 while not found():
                     publisher.publish(sd1_latents_of((200, 60, 60)), step=seq)
                     seq += 1
                     pace.wait(0.1)
 
-            rows = lambda: daemon.json("/api/v1/recordings")["recordings"]  # noqa: E731
-            publish_until(lambda: any(row["frames"] >= 3 for row in rows()))
+            publish_until(lambda: any(row["frames"] >= 3 for row in rows(daemon)))
             shutil.rmtree(daemon.recordings_folder / "gone")
             publish_until(lambda: "was removed while it grew" in daemon.log())
-            publish_until(lambda: any(row["state"] == "recording" and row["frames"] >= 3 for row in rows()))
+            publish_until(lambda: any(row["state"] == "recording" and row["frames"] >= 3 for row in rows(daemon)))
             assert publisher.wait_until_acked(20)
         recording = daemon.recording(publisher.run)
         assert recording["last_seq"] == seq - 1
@@ -175,10 +184,9 @@ def test_old_recordings_go_by_age_and_by_bytes(tmp_path: Path) -> None:
         assert sum(sizes) > 60000 > max(sizes), sizes
         stranger = daemon.recordings_folder / "holiday.mp4"
         stranger.write_bytes(bytes(1 << 20))
-        kept = lambda: {row["stream"] for row in daemon.json("/api/v1/recordings")["recordings"]}  # noqa: E731
-        wait_for(lambda: "r0" not in kept(), 30, of="the oldest to go")
-        assert "r2" in kept()
+        wait_for(lambda: "r0" not in streams_of(daemon), 30, of="the oldest to go")
+        assert "r2" in streams_of(daemon)
         assert "recording_removed id=r0/" in daemon.log()
         os.utime(daemon.recordings_folder / f"{runs[2]['id']}.mp4", (0, 0))
-        wait_for(lambda: "r2" not in kept(), 30, of="the one that is too old to go")
+        wait_for(lambda: "r2" not in streams_of(daemon), 30, of="the one that is too old to go")
         assert stranger.exists()
