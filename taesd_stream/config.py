@@ -62,7 +62,7 @@ class DecoderConfig(_Section):
     """How latents become pictures."""
 
     device: str = "auto"
-    """Device of the decoders: "auto", "cpu", "cuda", "cuda:1"…; auto leaves a busy GPU to its sampler."""
+    """Devices, a decode worker each: "auto", "cpu", "cuda:0,cuda:1"…; auto leaves busy GPUs to their samplers."""
     choice: DecoderChoice = "auto"
     """Decoder of live views: "auto" takes the tiny decoder where its weights are found, else the linear projection."""
     max_batch_size: int = Field(default=16, ge=1, le=256)
@@ -124,10 +124,6 @@ class RecordingConfig(_Section):
     """Most bytes of films; over it the oldest go."""
     film_max_age_s: float = Field(default=7 * 86400.0, gt=0)
     """A film that has not grown for so long goes."""
-    max_age_s: float = Field(default=0.0, ge=0)
-    """A finished recording goes when it is so old; 0 keeps all."""
-    max_bytes: int = Field(default=0, ge=0)
-    """Most bytes of finished recordings; over it the oldest go. 0 keeps all."""
     lost_after_s: float = Field(default=60.0, gt=0)
     """The file of a sampler that vanished is finished after so long."""
     window_bytes: int = Field(default=64 << 20, ge=1 << 20)
