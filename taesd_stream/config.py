@@ -124,6 +124,10 @@ class RecordingConfig(_Section):
     """Most bytes of films; over it the oldest go."""
     film_max_age_s: float = Field(default=7 * 86400.0, gt=0)
     """A film that has not grown for so long goes."""
+    max_age_s: float = Field(default=0.0, ge=0)
+    """A finished recording goes when it is so old; 0 keeps all."""
+    max_bytes: int = Field(default=0, ge=0)
+    """Most bytes of finished recordings; over it the oldest go. 0 keeps all."""
     lost_after_s: float = Field(default=60.0, gt=0)
     """The file of a sampler that vanished is finished after so long."""
     window_bytes: int = Field(default=64 << 20, ge=1 << 20)

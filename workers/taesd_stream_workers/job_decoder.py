@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import queue
 import threading
@@ -17,7 +18,14 @@ from taesd_stream.config import Config
 from taesd_stream.decoding.choice import NoDecoderError, open_engine
 from taesd_stream.decoding.engine import Engine
 from taesd_stream.decoding.host_copies import HostCopies
-from taesd_stream.decoding.payloads import copy_payloads, latents_from_words, rows_not_finite, torch_dtype
+from taesd_stream.decoding.payloads import (
+    copy_payloads,
+    latents_from_payload,
+    latents_from_words,
+    rows_not_finite,
+    torch_dtype,
+)
+from taesd_stream.decoding.video_engine import VideoEngine
 from taesd_stream.frames import RENDITIONS
 from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
 from taesd_stream.latent_formats import latent_format as format_named
@@ -26,11 +34,13 @@ from taesd_stream.messages import Failed, JobItem, Progress
 from taesd_stream_workers.encode_pool import EncodePool, EncodeTask
 from taesd_stream_workers.job_pictures import Entry, can_be_planes, pictures_of, planes_of
 from taesd_stream_workers.job_run import JobRun
+from taesd_stream_workers.live_items import begin_anew, lacks_memory
 from taesd_stream_workers.rendering import Sizes, as_pictures, render
 from taesd_stream_workers.shower import Outlet, Shower
 
 logger = logging.getLogger(__name__)
 
+MAX_MEMORIES: Final = 4096  # that one HELLO holds
 WARM_UP_FORMAT: Final = "sd1"  # any one with rgb factors
 
 
@@ -83,6 +93,8 @@ class JobDecoder:
         self._outlet.pool.forget(run)
         for engine in list(self._engines.values()):
             engine.forget(run)
+        for rendition in RENDITIONS:
+            self._outlet.last.pop((run, rendition), None)
 
     def close(self) -> None:
         """Finish the job at hand and its pictures, then join the threads; what is queued is for another worker."""
@@ -95,10 +107,28 @@ class JobDecoder:
 
     def engines(self) -> dict[str, dict[str, Any]]:
         """What decodes each latent format, and why: the live view's engine, else the recordings'. Any thread."""
+        engines = sorted(self._engines.items(), key=lambda entry: entry[0][2])
+        history: dict[str, int] = {}
+        for (latent_format, _, _), engine in engines:
+            history[latent_format] = max(engine.history, history.get(latent_format, 0))
         return {
-            latent_format: {"decoder": engine.decoder, "reason": engine.reason, "is_full": engine.is_full}
-            for (latent_format, _, _), engine in sorted(self._engines.items(), key=lambda entry: entry[0][2])
+            latent_format: {
+                "decoder": engine.decoder,
+                "reason": engine.reason,
+                "is_full": engine.is_full,
+                "history": history[latent_format],
+            }
+            for (latent_format, _, _), engine in engines
         }
+
+    def memories(self) -> dict[str, int]:
+        """Where each `live` run would go on. Any thread."""
+        found: dict[str, int] = {}
+        for engine in list(self._engines.values()):
+            if isinstance(engine, VideoEngine):
+                for run, index in engine.memories.next_indices().items():
+                    found[run] = max(index, found.get(run, 0))
+        return dict(list(found.items())[-MAX_MEMORIES:])
 
     def _run(self) -> None:
         try:
@@ -146,18 +176,38 @@ class JobDecoder:
 
     def _decode(self, run: JobRun) -> None:
         job = run.job
+        parts = list(job.parts())
         first = job.items[0]
-        words = self._outlet.copies.staging((len(job.items), *first.shape), torch_dtype(first.dtype))
-        copy_payloads(job.payloads, words)
+        words = self._outlet.copies.staging((len(parts), *first.shape), torch_dtype(first.dtype))
+        copy_payloads([payload for _, payload, _ in parts], words)
         bad = rows_not_finite(words)
         if bad:
             text = "latents hold NaN or infinite values: no picture can be made of them"
             run.failed = Failed(job=job.job, items=bad, code="bad_frame", text=text, retry=False)
         known = LATENT_FORMATS.get(job.latent_format)
-        latents = latents_from_words(self._outlet.copies.upload(words), known.magnitude if known else DEFAULT_MAGNITUDE)
-        good = [(item, as_pictures(latents[place])) for place, item in enumerate(job.items) if place not in bad]
+        magnitude = known.magnitude if known else DEFAULT_MAGNITUDE
+        latents = latents_from_words(self._outlet.copies.upload(words), magnitude)
+        good: list[tuple[JobItem, Tensor]] = []
+        for place, (item, _, history) in enumerate(parts):
+            if place in bad:
+                continue
+            if history is not None:
+                before = latents_from_payload(history, item.dtype, (item.history, *item.shape[-3:]), magnitude)
+                run.histories[item.run] = torch.nan_to_num(before)  # what was left out for NaN leaves no trace here
+            if not (item.is_repeat and self._repeat(run, item)):
+                good.append((item, as_pictures(latents[place])))
         for for_record in (False, True):
             self._decode_with(run, good, for_record)
+
+    def _repeat(self, run: JobRun, item: JobItem) -> bool:
+        """Show a `live` frame once more from its last planes, where all of what is wanted is here."""
+        last = [self._outlet.last.get((item.run, rendition)) for rendition in item.renditions]
+        found = [one for one in last if one is not None and one.seq == item.seq]
+        if len(found) < len(last):
+            return False
+        for one in found:
+            Shower(self._outlet, run, one.decoder, [(item, item.renditions)]).show_again(one)
+        return True
 
     def _decode_with(self, run: JobRun, items: list[tuple[JobItem, Tensor]], for_record: bool) -> None:
         """Decode what one engine serves: live pictures by `decoder.choice`, recordings by the full decoder, exactly.
@@ -192,19 +242,32 @@ class JobDecoder:
 
     def _decode_batch(self, run: JobRun, engine: Engine, mine: list[tuple[JobItem, Tensor, Any]]) -> None:
         """Decode for the renditions that are wanted of each; what is video in full size alone, straight to planes."""
+        lacking = lacks_memory(engine, [item for item, _, _ in mine])
+        if lacking:
+            places = [run.job.items.index(mine[place][0]) for place in lacking]
+            text = "the memory of a live stream is not here: its history is needed"
+            bad = run.failed.items if run.failed else []
+            run.failed = Failed(job=run.job.job, items=[*bad, *places], code="no_memory", text=text, retry=True)
+            mine = [one for place, one in enumerate(mine) if place not in lacking]
+        begin_anew(engine, [item for item, _, _ in mine])
+        histories = {place: run.histories[item.run] for place, (item, _, _) in enumerate(mine) if item.history}
         straight: list[Entry] = []
         others: list[Entry] = []
         for place, (item, latents, wanted) in enumerate(mine):
             (straight if self._is_straight(engine, item, latents, wanted) else others).append((place, item, latents))
-        ways = [(planes_of, straight), (pictures_of, others)]
-        for way, entries in ways:
-            if not entries:
-                continue
-            shower = Shower(self._outlet, run, engine.decoder, [(item, wanted) for item, _, wanted in mine])
-            for shown in way(engine, entries, self._decoder.memory_bytes):
-                shower.show(shown)
-                self._slice_since_s = time.monotonic()
-                self._outlet.pass_on(Progress(job=run.job.job))
+        budget_bytes = self._decoder.memory_bytes
+        ways = [
+            planes_of(engine, straight, budget_bytes) if straight else iter(()),
+            pictures_of(engine, others, budget_bytes, histories) if others else iter(()),
+        ]
+        shower = Shower(self._outlet, run, engine.decoder, [(item, wanted) for item, _, wanted in mine])
+        for shown in itertools.chain.from_iterable(ways):
+            for picture in shown.pictures:
+                if picture.is_approximate:
+                    run.degrade(mine[picture.place][0].run, "approximate", "Colours approximate.")
+            shower.show(shown)
+            self._slice_since_s = time.monotonic()
+            self._outlet.pass_on(Progress(job=run.job.job))
 
     def _is_straight(self, engine: Engine, item: JobItem, latents: Tensor, wanted: Any) -> bool:
         height, width = engine.picture_size(latents)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,12 +17,16 @@ from taesd_stream_workers.rendering import grid
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture of a frame. place: which item of the job; index of count; pts: 1/90000 s."""
+    """One picture of a frame. place: which item of the job; index of count; pts: 1/90000 s.
+
+    is_approximate: of a `live` run whose memory was lost, and its history too: the colours are not yet right.
+    """
 
     place: int
     index: int
     count: int
     pts: int
+    is_approximate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ class Shown:
     size: tuple[int, int] = (0, 0)
 
 
+NO_HISTORIES: Final[Mapping[int, Tensor]] = {}
 Entry: TypeAlias = tuple[int, JobItem, Tensor]  # place in the job, item, latents (n,C,h,w) without NaN
 
 
@@ -56,8 +61,13 @@ def planes_of(engine: Engine, entries: Sequence[Entry], budget_bytes: int) -> It
         yield Shown(pictures[part], planes=planes, size=(width, height))
 
 
-def pictures_of(engine: Engine, entries: Sequence[Entry], budget_bytes: int) -> Iterator[Shown]:
-    """Decode entries, all of one latent format and shape; one answer a slice, the pictures of an item in order."""
+def pictures_of(
+    engine: Engine, entries: Sequence[Entry], budget_bytes: int, histories: Mapping[int, Tensor] = NO_HISTORIES
+) -> Iterator[Shown]:
+    """Decode entries, all of one latent format and shape; one answer a slice, the pictures of an item in order.
+
+    histories: by place, the latents (k,C,h,w) before those of a `live` item, where they came along.
+    """
     if not isinstance(engine, VideoEngine):
         yield from _stills(engine, entries, budget_bytes)
         return
@@ -67,7 +77,7 @@ def pictures_of(engine: Engine, entries: Sequence[Entry], budget_bytes: int) -> 
     for entry in entries:
         if entry[1].kind == "clip":
             yield from _clip(engine, entry, budget_bytes)
-    yield from _live(engine, [entry for entry in entries if entry[1].kind == "live"], budget_bytes)
+    yield from _live(engine, [entry for entry in entries if entry[1].kind == "live"], budget_bytes, histories)
 
 
 def _pictures_of_stills(engine: Engine, entry: Entry) -> list[Picture]:
@@ -111,13 +121,21 @@ def _clip(engine: VideoEngine, entry: Entry, budget_bytes: int) -> Iterator[Show
         index += len(frames)
 
 
-def _live(engine: VideoEngine, entries: Sequence[Entry], budget_bytes: int) -> Iterator[Shown]:
-    parts = [LivePart(run=item.run, index=item.index, latents=latents) for _, item, latents in entries]
+def _live(
+    engine: VideoEngine, entries: Sequence[Entry], budget_bytes: int, histories: Mapping[int, Tensor]
+) -> Iterator[Shown]:
+    parts = [
+        LivePart(run=item.run, index=item.index, latents=latents, history=histories.get(place))
+        for place, item, latents in entries
+    ]
     for results in engine.decode_live(parts, budget_bytes=budget_bytes):
         pictures: list[Picture] = []
         for result in results:
             place, item, _ = entries[result.place]
             first = engine.frames_of_clip(item.index) if item.index else 0
-            count = len(result.frames)
-            pictures += [Picture(place, index, count, (first + index) * item.picture_ticks) for index in range(count)]
+            count, approximate = len(result.frames), result.is_approximate
+            pictures += [
+                Picture(place, index, count, (first + index) * item.picture_ticks, is_approximate=approximate)
+                for index in range(count)
+            ]
         yield Shown(pictures, rgb=[frame for result in results for frame in result.frames])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import time
 
-from taesd_stream.messages import Failed, Job
+from torch import Tensor
+
+from taesd_stream.messages import Degraded, Failed, Job
 
 
 class JobRun:
@@ -15,6 +17,8 @@ class JobRun:
         self.job = job
         self.started_s = time.monotonic()
         self.failed: Failed | None = None
+        self.degraded: dict[tuple[str, str], Degraded] = {}
+        self.histories: dict[str, Tensor] = {}  # by run: the latents (k,C,h,w) before its first item here
         self._waiting = 1  # one for the decoding itself
         self._lock = threading.Lock()
 
@@ -28,6 +32,10 @@ class JobRun:
         with self._lock:
             self._waiting -= 1
             return self._waiting == 0
+
+    def degrade(self, run: str, code: str, text: str) -> None:
+        """A run's pictures are worse than they could be; the next job tries the better way again."""
+        self.degraded[run, code] = Degraded(run=run, code=code, text=text)
 
     def fail(self, code: str, error: Exception, *, retry: bool) -> None:
         """Nothing of the job counts."""

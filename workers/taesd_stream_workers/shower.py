@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,21 @@ from taesd_stream_workers.rendering import Rendered, Sizes, render
 
 
 @dataclass(frozen=True, slots=True)
+class Last:
+    """The last picture of a `live` run in one rendition, for late viewers."""
+
+    seq: int
+    decoder: str
+    rendered: Rendered
+    pts: int
+
+
+@dataclass(frozen=True, slots=True)
 class Outlet:
     """What all pictures of a worker go through.
 
-    now_ns: this moment on the broker's clock. pass_on: called in any thread with (endpoint, packet), and with a JobRun
-    that is over.
+    last: of each `live` run and rendition. now_ns: this moment on the broker's clock. pass_on: called in any thread
+    with (endpoint, packet), and with a JobRun that is over.
     """
 
     sizes: Sizes
@@ -31,6 +41,7 @@ class Outlet:
     pool: EncodePool
     now_ns: Callable[[], int]
     pass_on: Callable[[Any], None]
+    last: dict[tuple[str, Rendition], Last] = field(default_factory=dict)
 
     def part_done(self, run: JobRun) -> None:
         """A picture of the job, or its decoding, is over."""
@@ -66,8 +77,18 @@ class Shower:
                 for number, renditions in enumerate(wanted)
                 for rendition in renditions
             ]
+        for one in rendered:
+            item, picture = self._items[shown.pictures[one.number].place][0], shown.pictures[one.number]
+            if item.kind == "live" and picture.index == picture.count - 1:
+                outlet.last[item.run, one.rendition] = Last(item.seq, self._decoder, one, picture.pts)
         self._run.add(len(rendered))
         outlet.pool.submit([self._task(one, shown.pictures[one.number]) for one in rendered])
+
+    def show_again(self, last: Last) -> None:
+        """Queue planes of an earlier job once more, as a keyframe of the first of our items."""
+        self._run.add(1)
+        task = self._task(last.rendered, Picture(0, 0, 1, last.pts))
+        self._outlet.pool.submit([replace(task, keyframe=True)])
 
     def _task(self, one: Rendered, picture: Picture) -> EncodeTask:
         item = self._items[picture.place][0]
