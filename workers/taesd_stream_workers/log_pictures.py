@@ -25,7 +25,7 @@ def log_pictures(path: Path, engine: Engine, budget_bytes: int) -> Iterator[tupl
 
     Raises: ConfigError for a file that holds no frame, ValueError for latents that the format does not have.
     """
-    from taesd_stream.decoding.engine import latents_from_payload
+    from taesd_stream.decoding.payloads import latents_from_payload
     from taesd_stream_workers.job_pictures import pictures_of
     from taesd_stream_workers.rendering import as_pictures
 
@@ -39,11 +39,13 @@ def log_pictures(path: Path, engine: Engine, budget_bytes: int) -> Iterator[tupl
             magnitude = known.magnitude if known else DEFAULT_MAGNITUDE
             latents = as_pictures(latents_from_payload(message.payload, message.dtype, message.shape, magnitude))
             entry = (0, _item(info, message), latents)
-            for pictures in pictures_of(engine, [entry], budget_bytes):
-                for one in pictures:
+            if not latents.isfinite().all():
+                continue  # it gave no picture then either
+            for shown in pictures_of(engine, [entry], budget_bytes):
+                for one, values in zip(shown.pictures, shown.rgb, strict=True):
                     pts = forward.stamp(one.pts, index=one.index)
                     first = pts if first is None else first
-                    rgb = (one.rgb.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+                    rgb = (values.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
                     yield rgb, pts - first
     if first is None:
         raise ConfigError(f"{path}: no whole frame is in it")
