@@ -124,6 +124,14 @@ class GrowingFile:
         self.path = target
         _sync_up_to(folder, target)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether its name still leads to it."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), self.path.stat())
+        except OSError:
+            return False
+
     def cut_before(self, seq: int) -> bool:
         """Drop frame `seq` and all behind it; False (and nothing is done) when none would be left. Raises: OSError."""
         kept = [entry for entry in self.index.entries if entry.seq < seq]

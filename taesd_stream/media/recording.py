@@ -134,6 +134,11 @@ class Recording:
         """The growing files, in the order of their frames."""
         return [file.path for file in self._files]
 
+    @property
+    def lost_path(self) -> Path | None:
+        """A growing file that somebody has removed: what is written to it is in no folder any more."""
+        return next((file.path for file in self._files if not file.is_there), None)
+
     def write(self, packet: Packet) -> bool:
         """Append the frame of a packet when all its pictures are there; returns whether that happened.
 
@@ -235,7 +240,7 @@ class Recording:
         return (entry for file in self._files for entry in file.index.entries)
 
     def _failed(self, error: OSError, path: Path) -> RecordingError:
-        return RecordingError(f"{path}: {error.strerror}", written=self.written)
+        return RecordingError(f"{error.filename or path}: {error.strerror}", written=self.written)
 
     def _take_over(self, path: Path) -> None:
         file = GrowingFile.reopen(path)

@@ -224,7 +224,8 @@ class Dispatcher:
             if kept is None:
                 continue
             self.tell_gap(run, kept)
-            if kept.in_flight and time.monotonic() - kept.moved_s > RECORD_STUCK_S:
+            is_behind = bool(kept.in_flight) or (kept.told < kept.written and kept.log.first_seq is not None)
+            if is_behind and time.monotonic() - kept.moved_s > RECORD_STUCK_S:
                 kept.restart(min(kept.written, kept.told), kept.attempt + 1)
             elif kept.is_damaged:
                 self._pass_gap(run, kept, kept.next_seq, "log_damaged")

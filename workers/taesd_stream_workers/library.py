@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,28 @@ class Library:
             for folder in path.parents[: len(path.relative_to(self.folder).parents) - 1]:
                 folder.rmdir()
         return True
+
+    def delete_expired(self, *, max_age_s: float, max_bytes: int) -> list[tuple[str, str]]:
+        """Remove whole finished recordings, oldest first: too old, or too many bytes of them. 0: no such bound.
+
+        Returns: id and reason of each that went.
+        """
+        known = self._look()
+        ours = sorted((one.mtime_ns, name, int(one.row["bytes"])) for name, one in known.items() if one.row)
+        held = sum(nbytes for _, _, nbytes in ours)
+        gone = []
+        for mtime_ns, name, nbytes in ours:
+            age_s = time.time() - mtime_ns / 1e9
+            if max_age_s and age_s > max_age_s:
+                reason = f"older than recording.max_age_s = {max_age_s:g}"
+            elif max_bytes and held > max_bytes:
+                reason = f"recordings have more than recording.max_bytes = {max_bytes}"
+            else:
+                break
+            held -= nbytes
+            if self.delete(name):
+                gone.append((name, reason))
+        return gone
 
     def id_of(self, path: Path) -> str:
         """The id of a finished file of this folder."""
