@@ -119,7 +119,7 @@ def test_messages_of_one_client(two: TwoClients) -> None:
         b.say(frame(other, 0, kept=True))
         assert b.ack(other, 0).seq == 0
         counts = two.broker.stats().stats["counts"]
-        assert counts["refused_speed"] >= 100
+        assert counts["refused_speed"] > 0
         a.drain()
         assert sum(isinstance(one, Refused) for one in a.heard) < 20  # in words once a second, a slow machine's too
     assert "client_too_fast client=a" in two.broker.log()
