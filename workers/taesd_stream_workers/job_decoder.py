@@ -24,7 +24,7 @@ from taesd_stream.media.encoder import EncodedPicture
 from taesd_stream.messages import Failed, Job, JobItem, Progress
 from taesd_stream_workers.encode_pool import EncodePool, EncodeTask
 from taesd_stream_workers.job_pictures import Picture, pictures_of
-from taesd_stream_workers.rendering import Sizes, as_pictures, render
+from taesd_stream_workers.rendering import Sizes, as_pictures, grid_columns, render
 
 logger = logging.getLogger(__name__)
 
@@ -287,6 +287,7 @@ class _Shower:
 
     def _packet(self, picture: EncodedPicture, rendition: Rendition, index: int, count: int, pts: int) -> Packet:
         item = self.item
+        parts = item.shape[0] if item.kind == "steps" and len(item.shape) == 4 else 1
         return Packet(
             stream=item.stream,
             run=item.run,
@@ -310,6 +311,9 @@ class _Shower:
                 decoded_ns=self.decoded_ns,
                 encoded_ns=self.decoder._now_ns(),
             ),
+            kind=item.kind,
+            parts=parts,
+            columns=grid_columns(parts, *item.shape[-2:]),
             payload=picture.payload,
         )
 
