@@ -168,10 +168,11 @@ class Viewer:
         taken = [chain.take() for chain in self._chains.values() for _ in range(len(chain.packets))]
         for stream, waiting in list(self._pictures.items()):
             frame = _frame_of(waiting[0][0])
-            if self._credits.get(stream, 0) > 0 or frame == self._on_way.get(stream):
-                self._credits[stream] = 0
-                self._on_way[stream] = frame
-                taken += self._pictures.pop(stream)
+            if frame != self._on_way.get(stream):
+                if self._credits.get(stream, 0) < 1:
+                    continue
+                self._credits[stream], self._on_way[stream] = 0, frame
+            taken += self._pictures.pop(stream)
         for packet, _ in taken:
             self._sent[packet.stream, packet.run, packet.seq] = packet.stamps.sent_ns
         while len(self._sent) > 4096:

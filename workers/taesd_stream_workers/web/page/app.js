@@ -385,9 +385,13 @@ listenToKeys({
 })
 /** What is there already, by ordinary requests: the wall stands before its socket does, also where time stands still. */
 async function begin() {
-  const answer = await fetch("/api/v1/streams").catch(() => null)
-  if (!answer?.ok || !line.first) return
-  takeState({ ...daemon, streams: (await answer.json()).streams })
+  try {
+    const answers = await Promise.all(["streams", "recordings"].map((what) => fetch(`/api/v1/${what}`)))
+    const [{ streams }, { recordings }] = await Promise.all(answers.map((answer) => answer.json()))
+    if (line.first && streams && recordings) takeState({ ...daemon, streams, recordings })
+  } catch {
+    // Nobody answers: the socket says so, and tries again.
+  }
 }
 
 fillEmpty({ host, loopback, say: (text) => notices.say(text) })

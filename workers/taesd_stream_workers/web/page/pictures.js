@@ -150,9 +150,9 @@ export class Pictures {
     const blob = new Blob([bytes], { type: "image/jpeg" })
     try {
       const image = await createImageBitmap(blob)
+      sink.last = blob
       if (header.rendition === "thumb" || (sink.stream === header.stream && !sink.replaying)) {
         sink.draw(image, image.width, image.height, header)
-        sink.last = header.rendition === "thumb" ? blob : null
         this.shown(sink, header)
       }
       image.close()

@@ -12,7 +12,7 @@ export class Sink {
     Object.assign(this, { canvas, context: canvas.getContext("2d", { alpha: false }), pictures: 0, drawn_ms: 0 })
     this.busy = false
     this.next = null // the newest picture that came while one was being decoded
-    this.last = null // Blob: an opened stream begins with the last picture of its tile
+    this.last = null // Blob of its newest JPEG: an opened stream begins with the last picture of its tile
     this.images = null // ClipLoop of JPEG pictures
     this.credited = null // seq of the frame whose credit went back
   }
@@ -43,7 +43,7 @@ export class Screen extends Sink {
   /** Put a stream here (null: clear it). */
   open(stream) {
     this.close()
-    Object.assign(this, { stream, pictures: 0, next: null, parts: 1, part: null, sheet: null })
+    Object.assign(this, { stream, pictures: 0, next: null, last: null, parts: 1, part: null, sheet: null })
     this.canvas.width = this.canvas.height = 2 // clears it
   }
 
@@ -116,7 +116,15 @@ export class Screen extends Sink {
     }
     if (this.replaying) return this.filmOf(run).show(seq)
     if (this.film) this.film.wanted = this.film.shown = null
-    if (was && this.stream) this.on.keyframe(this.stream) // what came meanwhile was not shown
+    if (!was || !this.stream) return // else: what came meanwhile was not shown
+    if (this.last) this.again(this.last)
+    else this.on.keyframe(this.stream)
+  }
+
+  async again(blob) {
+    const image = await createImageBitmap(blob)
+    if (!this.replaying) this.draw(image, image.width, image.height)
+    image.close()
   }
 
   // --- a part of a batch ---

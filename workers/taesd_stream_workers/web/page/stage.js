@@ -211,12 +211,10 @@ export class Stage {
 
   /** row: of the film, null: what is live again. released: the hand is off. */
   replay(row, released) {
-    const { lead, end } = this.scrubber
-    if (this.run) row ??= end
+    const { lead } = this.scrubber
+    if (this.run) row ??= this.scrubber.end
     if (row !== this.row) this.on.tell({ do: "replay", screen: "stage", run: lead.run, seq: row?.seq ?? null })
     this.row = row
-    put(this.parts.pill, { hidden: !row || Boolean(this.run) || row === end })
-    if (row) put(this.parts.pill.firstElementChild, { text: `${stepText(this.item ?? { data: {} }, this.numbers)}. Live is at ${lead.number(end)}` })
     if (released) this.on.moved(lead.run, row?.seq ?? null)
     if (this.item) this.update()
     else if (this.run) this.tellStep()
@@ -226,6 +224,12 @@ export class Stage {
   stepped({ seq }) {
     put(this.canvas, { hidden: false })
     Object.assign(this.canvas.dataset, { rendition: "film", seq, pictures: Number(this.canvas.dataset.pictures ?? 0) + 1 })
+  }
+
+  tellPill() {
+    const { item, row, scrubber } = this
+    put(this.parts.pill, { hidden: !row })
+    if (row) put(this.parts.pill.firstElementChild, { text: `${stepText(item, this.numbers)}. ${item.ended ? "The last is" : "Live is at"} ${scrubber.lead.number(scrubber.end)}` })
   }
 
   get numbers() {
@@ -338,6 +342,7 @@ export class Stage {
     put(acts.keep, { hidden: !item.ended || item.data.film == null || item.data.files.length > 0 })
     put(acts.record.lastElementChild, { text: item.recording ? "Recording" : "Record" })
     this.tellParts()
+    this.tellPill()
     this.inspect(item, state)
     this.tellNumbers(state)
     this.latencyPart.tell(this.latency.summary())
