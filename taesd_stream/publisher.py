@@ -125,6 +125,11 @@ class LatentPublisher:
         return self._link.is_stopped
 
     @property
+    def wanted(self) -> bool:
+        """Whether a publish would be sent now: else latents need not even be made, but for the last step's."""
+        return self._outbox.wanted
+
+    @property
     def error(self) -> str | None:
         """Why nothing is shown or kept: the broker's or the last publish's complaint; None while all is well."""
         return self._link.error or self._outbox.error or self._fault
