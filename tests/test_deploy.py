@@ -42,10 +42,10 @@ def test_units_are_what_systemd_takes(tmp_path: Path) -> None:
     for unit in UNITS:
         installed = unit.read_text().replace("/opt/taesd-stream/bin/taesd-stream", "/bin/true")
         (tmp_path / unit.name).write_text(installed)
-    names = [unit.name.replace("@.", "@cuda:0.") for unit in UNITS]
+    names = [unit.name.replace("@.", "@cpu.") for unit in UNITS]  # in @cuda:0 it takes the colon for an alias
     assert len(names) == 5
     done = subprocess.run(
-        [verify, "verify", "--man=no", "--recursive-errors=no", *(str(tmp_path / name) for name in names)],
+        [verify, "verify", "--man=no", *names],
         capture_output=True,
         text=True,
         check=False,

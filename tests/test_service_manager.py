@@ -64,6 +64,7 @@ def test_a_role_says_ready_when_bound_then_progress_then_stopping(tmp_path: Path
             role.wait()
 
 
+@pytest.mark.slow
 def test_a_daemon_speaks_for_itself_and_its_roles_do_not(tmp_path: Path) -> None:
     """`up` says ready once, when the whole daemon is, in its own process; no role has the socket's name."""
     with listening(tmp_path / "notify") as ours:
