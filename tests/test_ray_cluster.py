@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from taesd_stream import LatentPublisher
+from taesd_stream.latent_formats import LATENT_FORMATS
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.pictures import decode_file
 from tests.processes import lives
@@ -25,7 +26,6 @@ pytest.importorskip("ray", reason="the extra `ray` is not installed")
 # Ray's own imports and sockets warn; what it does is not ours to judge.
 pytestmark = pytest.mark.filterwarnings("default")
 
-LATENTS = np.zeros((4, 8, 8), np.float32)
 MOVE_S = 90.0  # Ray calls a node dead after 15 s, then a worker imports torch on a busy machine
 
 
@@ -104,10 +104,14 @@ def decoding(daemon: Daemon) -> int:
 
 
 class KeptRun:
-    """A sampler that keeps every frame, a few a second, until told to end."""
+    """A sampler that keeps every frame, some a second, until told to end."""
 
-    def __init__(self, daemon: Daemon) -> None:
-        self._publisher = LatentPublisher(daemon.broker, stream="kept", latent_format="sd1", record="all")
+    def __init__(
+        self, daemon: Daemon, name: str = "kept", latent_format: str = "sd1", size: int = 8, every_s: float = 0.2
+    ) -> None:
+        self._publisher = LatentPublisher(daemon.broker, stream=name, latent_format=latent_format, record="all")
+        self._shape = (LATENT_FORMATS[latent_format].channels, size, size)
+        self._every_s = every_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._publish)
         self.frames = 0
@@ -120,15 +124,17 @@ class KeptRun:
         self.end()
 
     def _publish(self) -> None:
-        while not self._stop.wait(0.2):
-            self._publisher.publish(np.full((4, 8, 8), self.frames % 7 - 3, np.float32), step=self.frames)
+        while not self._stop.wait(self._every_s):
+            self._publisher.publish(np.full(self._shape, self.frames % 7 - 3, np.float32), step=self.frames)
             self.frames += 1
 
     def end(self) -> str:
         """Close the stream, all acked. Returns its run."""
+        if self._stop.is_set():
+            return self._publisher.run
         self._stop.set()
         self._thread.join()
-        assert self._publisher.wait_until_acked(timeout_s=30), self._publisher.error
+        assert self._publisher.wait_until_acked(timeout_s=60), self._publisher.error
         self._publisher.close()
         return self._publisher.run
 
@@ -166,23 +172,10 @@ def test_nodes_and_the_head_may_die_and_the_number_follows_the_load(tmp_path: Pa
         up(cluster, daemon, "--min", "1", "--max", "2", "--settle-s", "3")
         wait_for(lambda: placed(cluster), MOVE_S, of="a worker that is ready")
 
-        load = [
-            LatentPublisher(daemon.broker, stream=f"load-{number}", latent_format="flux2", record="all")
-            for number in range(4)
-        ]
-        big = np.zeros((32, 64, 64), np.float32)
-        step = 0
-
-        def more_is_wanted() -> bool:
-            nonlocal step
-            for one in load:
-                one.publish(big, step=step)
-            step += 1
-            return bool(daemon.json("/api/v1/workers")["desired_workers"] > 1 and len(placed(cluster)) == 2)
-
-        wait_for(more_is_wanted, MOVE_S, of="a second worker under load")
-        for one in load:
-            one.close(timeout_s=30)
+        with contextlib.ExitStack() as load:
+            for number in range(4):
+                load.enter_context(KeptRun(daemon, f"load-{number}", "flux2", size=64, every_s=0.05))
+            wait_for(lambda: len(placed(cluster)) == 2, MOVE_S, of="a second worker under load")
         wait_for(lambda: len(placed(cluster)) == 1, MOVE_S, of="one worker after the load")
 
         (left,) = placed(cluster)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -75,16 +76,8 @@ def status(cluster: ClusterOption = "auto") -> None:
 
     Example: taesd-stream ray status
     """
-    ray_cluster = _join(cluster)
-    import ray
-
-    rows: list[dict[str, Any]] = []
-    for name in ray_cluster.worker_names():
-        try:
-            facts = ray.get(ray.get_actor(name, ray_cluster.NAMESPACE).facts.remote(), timeout=5)
-        except (ValueError, ray.exceptions.RayError) as error:
-            facts = {"ready": False, "error": type(error).__name__}
-        rows.append({"name": name, **facts})
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints its news, as of a dead node, to stdout
+        rows = [{"name": name, **facts} for name, facts in _join(cluster).worker_facts().items()]
     sys.stdout.write(json.dumps({"workers": rows}) + "\n")
 
 

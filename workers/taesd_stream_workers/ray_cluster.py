@@ -29,6 +29,7 @@ CONTROLLER: Final = "taesd-stream-controller"
 WORKER_PREFIX: Final = "taesd-stream-worker-"
 LOOK_S: Final = 2.0
 DRAIN_S: Final = 30.0
+ANSWER_S: Final = 5.0
 DEAD_CHILD_EXIT: Final = 70
 
 
@@ -164,6 +165,17 @@ def worker_names() -> list[str]:
     actors = ray.util.list_named_actors(all_namespaces=True)
     mine = [one["name"] for one in actors if one["namespace"] == NAMESPACE and one["name"].startswith(WORKER_PREFIX)]
     return sorted(mine, key=lambda name: int(name.removeprefix(WORKER_PREFIX)))
+
+
+def worker_facts() -> dict[str, dict[str, Any]]:
+    """What each worker actor says of itself; of one that does not answer, why."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in worker_names():
+        try:
+            found[name] = ray.get(ray.get_actor(name, NAMESPACE).facts.remote(), timeout=ANSWER_S)
+        except (ValueError, ray.exceptions.RayError) as error:
+            found[name] = {"ready": False, "error": type(error).__name__}
+    return found
 
 
 def free_names(there: list[str], count: int) -> list[str]:
