@@ -14,18 +14,21 @@ import zmq
 from taesd_stream import wire
 from taesd_stream.errors import WireError
 from taesd_stream.frames import EndReason, StreamInfo
+from taesd_stream.keys import Keys
 from taesd_stream.latent_log import LogError
+from taesd_stream.line import Line
 from taesd_stream.messages import Ack, DemandUpdate, Echo, End, PublisherHello, Refused, RunHello, StopRun
 from taesd_stream.outbox import Outbox, is_final
 from taesd_stream.pace import Pace
 from taesd_stream.send_window import SendWindow
-from taesd_stream.sockets import ClockOffset, WakePipe, connect_dealer
+from taesd_stream.sockets import ClockOffset, WakePipe
 
 logger = logging.getLogger(__name__)
 
 HELLO_S: Final = 1.0
 RETRY_S: Final = 0.1  # the socket took nothing: it says itself when it does, this is for the rest
 REFUSED_RETRY_S: Final = 10.0
+KNOCK_S: Final = 0.5  # how often a line that is not let in is looked after
 FIRST_ANSWER_S: Final = 0.5  # a daemon that is there has been reached by then
 JOIN_SPARE_S: Final = 5.0  # for a last write to disk
 
@@ -33,21 +36,23 @@ JOIN_SPARE_S: Final = 5.0  # for a last write to disk
 class PublisherLink:
     """One run's talk with the broker. Everything but the marked entry points runs in the side thread."""
 
-    def __init__(self, address: str, info: StreamInfo, outbox: Outbox) -> None:
+    def __init__(self, address: str, info: StreamInfo, outbox: Outbox, keys: Keys | None = None) -> None:
         self.info = info
         self.error: str | None = None
         self.is_stopped = False
         self.is_stoppable = False
         self.is_over = False  # the thread has ended
         self._address = address
+        self._keys = keys
         self._address_fault: zmq.ZMQError | None = None
         self._is_connecting = threading.Event()
         self._outbox = outbox
-        self._wake = WakePipe()
+        self.wakes = WakePipe()  # told when there is something new in the outbox
         self._thread = threading.Thread(target=self._run, name=f"taesd-stream {info.stream}", daemon=True)
         self._is_open = False  # OPEN went out, and nobody denied it
         self._opens = 0
         self._is_refused = False
+        self._not_let_in: str | None = None  # why nobody takes our key
         self._blocked_since_s: float | None = None  # when the socket took nothing for the first time
         self._window = SendWindow(outbox.kept)
         self._pace = Pace()
@@ -70,10 +75,6 @@ class PublisherLink:
             expected = f"address: expected one such as {wire.DEFAULT_ADDRESS}"
             raise ValueError(f"{expected}, got {self._address!r}: {self._address_fault}") from self._address_fault
 
-    def wake(self) -> None:
-        """There is something new in the outbox."""
-        self._wake.wake()
-
     def wait_until_acked(self, timeout_s: float) -> bool:
         """Wait until nothing kept is unacked."""
         outbox = self._outbox
@@ -86,8 +87,14 @@ class PublisherLink:
         if self._end is None:
             self._give_up_s = time.monotonic() + timeout_s
             text = text.encode("utf-8", "replace").decode()[: wire.MAX_TEXT_CHARS]  # text from outside may be no UTF-8
-            self._end = End(run=self.info.run, last_seq=self._outbox.next_seq - 1, reason=reason, text=text)
-            self.wake()
+            self._end = End(run=self.info.run, last_seq=self._outbox.close(), reason=reason, text=text)
+            self.wakes.wake()
+
+    def forget(self) -> None:
+        """In a forked child: the run is the parent's. No lock is taken here or later, for it may be held for ever."""
+        self._end = self._end or End(run=self.info.run, last_seq=-1, reason="done")
+        self.wakes.close()
+        self._outbox.is_closed = self._outbox.wanted = True
 
     def join(self) -> None:
         """Wait for the end that end_soon() asked for."""
@@ -98,29 +105,31 @@ class PublisherLink:
     def _run(self) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         context.linger = 0
-        socket: zmq.Socket[bytes] | None = None
+        line: Line | None = None
         try:
-            socket = connect_dealer(context, self._address)
+            line = Line(context, zmq.DEALER, self._address, keys=self._keys)
             self._is_connecting.set()
-            self._loop(socket)
+            self._loop(line)
         except Exception as error:  # the outermost loop: the sampler goes on
-            if socket is None and isinstance(error, zmq.ZMQError):
+            if line is None and isinstance(error, zmq.ZMQError):
                 self._address_fault = error
             else:
                 self.error = "the publisher failed: see its log"
                 logger.exception("publisher_failed stream=%s (the run goes on, unseen)", self.info.stream)
         finally:
             self._finish()
-            if socket is not None:
-                socket.close(linger=0)
+            if line is not None:
+                line.close()
             context.term()
-            self._wake.close()
+            self.wakes.close()
             self._is_connecting.set()
 
-    def _loop(self, socket: zmq.Socket[bytes]) -> None:
+    def _loop(self, line: Line) -> None:
         poller = zmq.Poller()
-        poller.register(self._wake.fileno(), zmq.POLLIN)
+        poller.register(self.wakes.fileno(), zmq.POLLIN)
         while not self._is_finished():
+            self._watch(line, poller)
+            socket = line.socket
             end = self._end  # before collect(): what was published before close() is said before END
             self._outbox.collect()
             self._outbox.spill_if_full(self.info)
@@ -128,9 +137,22 @@ class PublisherLink:
             is_blocked = self._blocked_since_s is not None
             poller.register(socket, zmq.POLLIN | (zmq.POLLOUT if is_blocked else 0))
             poller.poll(self._timeout_ms())
-            self._wake.drain()
+            self.wakes.drain()
             self._receive_all(socket)
             self._rest()
+
+    def _watch(self, line: Line, poller: zmq.Poller) -> None:
+        """Where the socket takes nothing, learn why."""
+        if self._blocked_since_s is None and line.error is None:
+            return
+        before, old = line.error, line.socket
+        if line.look():
+            poller.unregister(old)
+        self._not_let_in = line.error
+        if line.error is not None and line.error != before:
+            self._on_refused(Refused(stream=self.info.stream, run=self.info.run, code="key", text=line.error))
+        elif line.error is None and before is not None:
+            self._next_hello_s = 0.0  # it is open now
 
     def _is_finished(self) -> bool:
         if self._end is None:
@@ -148,13 +170,15 @@ class PublisherLink:
 
     def _timeout_ms(self) -> int:
         now = time.monotonic()
-        until = min(self._next_hello_s, self._give_up_s)
+        until = min(self._next_hello_s, self._give_up_s, self._outbox.ask_device_s)
         if self._blocked_since_s is None and not self._is_refused:
             if self._outbox.slot or not self._outbox.wanted:
                 until = min(until, self._pace.next_s)
             until = min(until, self._window.resend_s)
         if self._end is not None:
             until = min(until, now + RETRY_S)
+        if self._not_let_in is not None:
+            until = min(until, now + KNOCK_S)
         return max(0, math.ceil((until - now) * 1000))
 
     def _send_all(self, socket: zmq.Socket[bytes], end: End | None) -> None:
@@ -207,7 +231,9 @@ class PublisherLink:
 
     def _rest(self) -> None:
         """Want nothing before the next frame is due, where nobody watches and nothing is kept."""
-        self._outbox.wanted = self._outbox.mode != "off" or not self._pace.is_resting(time.monotonic())
+        self._outbox.wanted = (
+            self._outbox.is_closed or self._outbox.mode != "off" or not self._pace.is_resting(time.monotonic())
+        )
 
     def _send_kept(self, socket: zmq.Socket[bytes], now: float) -> None:
         while (frame := self._window.next(now)) is not None:
@@ -217,7 +243,7 @@ class PublisherLink:
     def _send_end(self, socket: zmq.Socket[bytes], end: End | None) -> None:
         outbox = self._outbox
         is_undecided = outbox.mode is None and outbox.next_seq > 0
-        if end is None or self._is_end_sent or is_undecided or outbox.slot or outbox.kept.count:
+        if end is None or self._is_end_sent or is_undecided or outbox.pending or outbox.slot or outbox.kept.count:
             return
         _send(socket, end)
         self._is_end_sent = True
@@ -286,7 +312,7 @@ class PublisherLink:
 
     def _finish(self) -> None:
         """Whatever happened, what no broker took is not thrown away, and nobody waits for this thread any more."""
-        end = self._end or End(run=self.info.run, last_seq=self._outbox.next_seq - 1, reason="failed")
+        end = self._end or End(run=self.info.run, last_seq=self._outbox.close(), reason="failed")
         try:
             paths = self._outbox.stop(self.info, end, is_end_sent=self._is_end_sent)
         except LogError as error:

@@ -42,10 +42,12 @@ from taesd_stream.frames import (
     Packet,
     Stamps,
     StreamInfo,
+    WireDtype,
 )
 from taesd_stream.messages import (
     Ack,
     Cursor,
+    Degraded,
     DemandUpdate,
     Done,
     Drain,
@@ -62,6 +64,7 @@ from taesd_stream.messages import (
     PublisherHello,
     Record,
     Refused,
+    RefusedPeer,
     RunHello,
     State,
     Stats,
@@ -127,6 +130,7 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
         "record": optional(_MODE),
         "meta": Check(f"{_META.says}, at most {MAX_META_BYTES} bytes", _meta),
         "opened_ns": _PEER_NS,
+        "owner": optional(text(64)),
     },
     LatentFrame: {
         "run": RUN,
@@ -147,6 +151,7 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
     Ack: {"run": RUN, "seq": _SEQ_OR_NONE_YET, "ended": BOOLEAN},
     StopRun: {"run": RUN},
     Refused: {"stream": STREAM, "run": RUN, "code": _CODE, "text": _TEXT, "use": optional(STREAM)},
+    RefusedPeer: {"code": _CODE, "text": _TEXT},
     Echo: {"echo_ns": _NS, "now_ns": _NS},
     WorkerHello: {
         "device": text(200),
@@ -157,7 +162,8 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
         "offset_ns": _NS,
     },
     Progress: {"job": _SEQ},
-    Done: {"job": _SEQ, "ms": number(0)},
+    Degraded: {"run": RUN, "code": _CODE, "text": _TEXT},
+    Done: {"job": _SEQ, "ms": number(0), "degraded": sequence(_nested(Degraded), 4096)},
     Failed: {
         "job": _SEQ,
         "items": as_list(sequence(_COUNT, 4096)),
@@ -183,6 +189,9 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
         "sigma": _SIGMA,
         "sent_ns": _NS,
         "received_ns": _NS,
+        "history": integer(0, 64),
+        "expects_memory": BOOLEAN,
+        "is_repeat": BOOLEAN,
     },
     Job: {"job": _SEQ, "latent_format": text(64), "items": sequence(_nested(JobItem), 4096), "packets_to": text(512)},
     Forget: {"run": RUN},
@@ -237,6 +246,7 @@ _NAMES: Final[dict[type, str]] = {
     WorkerHello: "HELLO",
     StreamerHello: "HELLO",
     DemandUpdate: "DEMAND",
+    RefusedPeer: "REFUSED",
     StopRun: "STOP",
     StopStream: "STOP",
 }
@@ -257,8 +267,8 @@ FROM_INSIDE: Final = (
     Cursor,
     Stats,
 )
-TO_WORKER: Final = (Job, Forget, Drain, Echo)
-TO_STREAMER: Final = (State, Gap, Echo)
+TO_WORKER: Final = (Job, Forget, Drain, Echo, RefusedPeer)
+TO_STREAMER: Final = (State, Gap, Echo, RefusedPeer)
 FROM_WORKER_TO_STREAMER: Final = (Packet,)
 
 _DEFAULTED: Final[dict[type, frozenset[str]]] = {
@@ -271,6 +281,9 @@ _DEFAULTED: Final[dict[type, frozenset[str]]] = {
 }
 
 
+_SCALARS: Final = frozenset((bool, int, float, str, bytes, type(None)))
+
+
 def type_name(cls: type) -> str:
     """The word that stands for a message class on the wire."""
     return _NAMES.get(cls, cls.__name__.upper())
@@ -278,8 +291,11 @@ def type_name(cls: type) -> str:
 
 def _plain(value: Any) -> Any:
     """Dataclasses inside a message as maps; everything else as it is."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: _plain(getattr(value, name)) for name in FIELDS[type(value)]}
+    kind = type(value)
+    if kind in _SCALARS:  # most values are: pictures by the thousand pass here
+        return value
+    if kind in FIELDS:
+        return {name: _plain(getattr(value, name)) for name in FIELDS[kind]}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
@@ -317,9 +333,12 @@ def _checked(cls: type, name: str, value: Any) -> Any:
 
 def _build(cls: type[M], header: Mapping[str, Any], **extra: Any) -> M:
     values: dict[str, Any] = extra
-    for name in FIELDS[cls]:
+    for name, take in FIELDS[cls].items():
         if name in header:
-            values[name] = _checked(cls, name, header[name])
+            try:
+                values[name] = take(header[name])
+            except WireError as error:
+                raise WireError(f"{type_name(cls)} {name}: {error}") from None
         elif name not in _DEFAULTED[cls]:
             raise WireError(f"{type_name(cls)}: {name} is missing")
     return cls(**values)
@@ -338,9 +357,9 @@ def _header(head: Part) -> dict[str, Any]:
     return header
 
 
-def _check_payload(cls: type, of: LatentFrame | JobItem, payload: Part) -> None:
-    expected = math.prod(of.shape) * DTYPE_BYTES[of.dtype]
-    what = f"{of.shape} {of.dtype}"
+def _check_payload(cls: type, shape: Sequence[int], dtype: WireDtype, payload: Part) -> None:
+    expected = math.prod(shape) * DTYPE_BYTES[dtype]
+    what = f"{tuple(shape)} {dtype}"
     if expected > MAX_FRAME_BYTES:
         raise WireError(f"{type_name(cls)}: expected at most {MAX_FRAME_BYTES} bytes, {what} is {expected}")
     if len(payload) != expected:
@@ -369,10 +388,13 @@ def unpack(parts: Sequence[Part], allowed: Sequence[type]) -> Any:
 def _unpack_as(cls: type, header: Mapping[str, Any], payloads: Sequence[Part]) -> Any:
     if cls is Job:
         job = _build(Job, header, payloads=tuple(payloads))
-        if len(job.items) != len(payloads):
-            raise WireError(f"JOB: {len(job.items)} items, {len(payloads)} payloads")
-        for item, payload in zip(job.items, payloads, strict=True):
-            _check_payload(cls, item, payload)
+        expected = sum(1 + bool(item.history) for item in job.items)
+        if len(payloads) != expected:
+            raise WireError(f"JOB: {len(job.items)} items need {expected} payloads, got {len(payloads)}")
+        for item, payload, history in job.parts():
+            _check_payload(cls, item.shape, item.dtype, payload)
+            if history is not None:
+                _check_payload(cls, (item.history, *item.shape[-3:]), item.dtype, history)
         return job
     with_payload = cls in (LatentFrame, Packet)
     if len(payloads) != int(with_payload):
@@ -381,5 +403,5 @@ def _unpack_as(cls: type, header: Mapping[str, Any], payloads: Sequence[Part]) -
         return _build(cls, header)
     message: LatentFrame | Packet = _build(cls, header, payload=payloads[0])
     if isinstance(message, LatentFrame):
-        _check_payload(cls, message, message.payload)
+        _check_payload(cls, message.shape, message.dtype, message.payload)
     return message

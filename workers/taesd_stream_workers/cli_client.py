@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -21,6 +21,9 @@ from taesd_stream_workers.cli_options import (
     say,
 )
 from taesd_stream_workers.daemon_client import DaemonClient, DaemonError
+
+if TYPE_CHECKING:
+    from taesd_stream.config import Config
 
 POLL_S: Final = 0.2
 OVER: Final = ("finished", "finishing")
@@ -115,13 +118,15 @@ def _wait_for_recording(client: DaemonClient, name: str, old: set[str], frames: 
     """The recording of the stream's first run that has what is wanted; progress on the terminal."""
     from rich.console import Console
 
+    told: str | None = None
     with Console(stderr=True).status("Ctrl-C leaves it; the daemon goes on") as status:
         while True:
             rows = [row for row in client.recordings() if row["stream"] == name and row["run"] not in old]
             for row in sorted(rows, key=lambda row: float(row["started"]))[:1]:
                 status.update(f"recording {name}: {row['frames']} frames")
-                if row["state"] == "failed":
-                    raise DaemonError(f"{name}: recording failed: {row['error']}")
+                if row["error"] != told and row["error"]:
+                    say(f"{name}: recording waits: {row['error']}")  # it goes on when its cause is gone
+                told = row["error"]
                 if row["state"] == "finished" or (frames is not None and row["frames"] >= frames):
                     return row
             time.sleep(POLL_S)
@@ -162,9 +167,9 @@ def health(
 
     if role not in ("all", "broker", "worker", "streamer"):
         raise ConfigError(f"--role {role}: expected broker, worker, streamer or all")
-    workers_bind = load_config(config, sets).broker.workers_bind
-    if role in ("broker", "worker") and workers_bind != AUTO:
-        _ask_broker(workers_bind, role)
+    loaded = load_config(config, sets)
+    if role in ("broker", "worker") and loaded.broker.workers_bind != AUTO:
+        _ask_broker(loaded, role)
     elif role == "streamer":
         DaemonClient(connect).streams()
     else:
@@ -174,9 +179,12 @@ def health(
             raise UnreachableError(f"not ready: {error}") from error
 
 
-def _ask_broker(workers_bind: str, role: str) -> None:
+def _ask_broker(config: Config, role: str) -> None:
+    from taesd_stream.keys import load_keys
+    from taesd_stream_workers.addresses import dialled, workers_address
     from taesd_stream_workers.broker_probe import broker_state
 
-    workers = broker_state(workers_bind).workers
+    where = dialled(workers_address(config))
+    workers = broker_state(where, load_keys(config.keys_folder) if config.keys_folder else None).workers
     if role == "worker" and not workers:
-        raise UnreachableError(f"the broker at {workers_bind} has no decode worker")
+        raise UnreachableError(f"the broker at {where} has no decode worker")

@@ -14,9 +14,6 @@ import time
 from dataclasses import dataclass
 from typing import Any, Final
 
-import ray
-import ray.autoscaler.sdk
-
 from taesd_stream.config import load_config
 from taesd_stream.errors import TaesdStreamError
 from taesd_stream_workers.daemon_client import DaemonClient
@@ -72,7 +69,7 @@ class WorkerActor:
     def facts(self) -> dict[str, Any]:
         """Whether the worker is ready, its process, its node, its device."""
         process = self._role.process
-        node = ray.get_runtime_context().get_node_id()
+        node = _ray().get_runtime_context().get_node_id()
         return {"ready": self._role.is_ready, "pid": process.pid if process else None, "node": node} | self._role.facts
 
     def drain(self) -> None:
@@ -131,7 +128,7 @@ class Controller:
         for name in free_names(there, self._plan.min_workers):
             self._start(name)
         count = self._plan.bounded(self._daemon.desired_workers())
-        ray.autoscaler.sdk.request_resources(bundles=[self._plan.resources()] * count)
+        _ray().autoscaler.sdk.request_resources(bundles=[self._plan.resources()] * count)
         if count >= len(there):
             self._needed_s = time.monotonic()
             for name in free_names(worker_names(), count):
@@ -162,7 +159,7 @@ def place(plan: Plan) -> Any:
 
 def worker_names() -> list[str]:
     """Names of all worker actors, in the order of their numbers."""
-    actors = ray.util.list_named_actors(all_namespaces=True)
+    actors = _ray().util.list_named_actors(all_namespaces=True)
     mine = [one["name"] for one in actors if one["namespace"] == NAMESPACE and one["name"].startswith(WORKER_PREFIX)]
     return sorted(mine, key=lambda name: int(name.removeprefix(WORKER_PREFIX)))
 
@@ -172,8 +169,8 @@ def worker_facts() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name in worker_names():
         try:
-            found[name] = ray.get(ray.get_actor(name, NAMESPACE).facts.remote(), timeout=ANSWER_S)
-        except (ValueError, ray.exceptions.RayError) as error:
+            found[name] = _ray().get(_ray().get_actor(name, NAMESPACE).facts.remote(), timeout=ANSWER_S)
+        except (ValueError, _ray().exceptions.RayError) as error:
             found[name] = {"ready": False, "error": type(error).__name__}
     return found
 
@@ -187,24 +184,34 @@ def free_names(there: list[str], count: int) -> list[str]:
 def stop_worker(name: str) -> None:
     """Drain a worker and take its actor away."""
     try:
-        actor = ray.get_actor(name, NAMESPACE)
-        ray.get(actor.drain.remote(), timeout=DRAIN_S + 5)
-    except (ValueError, ray.exceptions.RayError) as error:  # gone, or its node is
+        actor = _ray().get_actor(name, NAMESPACE)
+        _ray().get(actor.drain.remote(), timeout=DRAIN_S + 5)
+    except (ValueError, _ray().exceptions.RayError) as error:  # gone, or its node is
         logger.warning("worker_not_drained name=%s error=%s", name, error)
         if isinstance(error, ValueError):
             return
-    ray.kill(actor, no_restart=True)
+    _ray().kill(actor, no_restart=True)
 
 
 def stop_controller() -> None:
     """End the controller, if there is one; the workers go on."""
     try:
-        ray.kill(ray.get_actor(CONTROLLER, NAMESPACE), no_restart=True)
+        _ray().kill(_ray().get_actor(CONTROLLER, NAMESPACE), no_restart=True)
     except ValueError:
         return
 
 
+def _ray() -> Any:
+    """Ray, imported when it is used: it is an extra, and its import changes the environment."""
+    import ray
+    import ray.autoscaler.sdk
+
+    return ray
+
+
 def _remote(actor: type, name: str, **options: object) -> Any:
-    return ray.remote(actor).options(
-        name=name, namespace=NAMESPACE, lifetime="detached", max_restarts=-1, max_concurrency=4, **options
+    return (
+        _ray()
+        .remote(actor)
+        .options(name=name, namespace=NAMESPACE, lifetime="detached", max_restarts=-1, max_concurrency=4, **options)
     )

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Final
 
 from taesd_stream.config import Config
 from taesd_stream.frames import RecordMode, Rendition, StreamInfo
 from taesd_stream.latent_log import RunLog, runs_in
-from taesd_stream_workers.runs import KeptRun, Run
+from taesd_stream_workers.kept_run import KeptRun
+from taesd_stream_workers.runs import Run
 
 logger = logging.getLogger(__name__)
 
 ENDED_RUNS: Final = 64
 ENDED_BYTES: Final = 256 << 20
 PENDING_RECORD_S: Final = 3600.0
+LIVE_BYTES: Final = 256 << 20  # of latents of `live` runs that wait for a worker, all runs together
 
 
 class Registry:
@@ -79,15 +82,20 @@ class Registry:
             del self.viewers[stream]
 
     @property
+    def live_share_bytes(self) -> int:
+        """How much of one `live` run may wait for a worker."""
+        return LIVE_BYTES // max(1, sum(run.live is not None and run.is_alive for run in self.by_name.values()))
+
+    @property
     def meta_bytes(self) -> int:
         """Bytes of what all runs say of themselves."""
         return sum(run.meta_bytes for run in self.by_run.values())
 
-    def free_name(self, stream: str) -> str:
-        """A name like `stream` whose newest run is over."""
+    def free_name(self, stream: str, is_held: Callable[[Run], bool]) -> str:
+        """A name like `stream` that no run holds."""
         base = stream.partition("~")[0]
         number = 2
-        while (taken := self.by_name.get(f"{base}~{number}")) is not None and taken.is_alive:
+        while (taken := self.by_name.get(f"{base}~{number}")) is not None and is_held(taken):
             number += 1
         return f"{base}~{number}"
 
