@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
 
 from torch import Tensor
 
 from taesd_stream.decoding.colour import fit_within, jpeg_planes, video_planes
 from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import Planes
-
-GRID_GAP_PX: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +37,6 @@ def render(
         to_planes = video_planes if rendition in ("live", "record") else jpeg_planes
         height, width = int(picture.shape[-2]), int(picture.shape[-1])
         yield rendition, to_planes(picture)[0].cpu().numpy(), (width, height)
-
-
-def grid(pictures: Tensor) -> Tensor:
-    """A batch as one picture: (N,3,H,W) -> (3,H',W'), row by row, as near a square as N allows; black gaps of 4 px."""
-    count, _, height, width = pictures.shape
-    columns = math.ceil(math.sqrt(count * height / width)) if count > 1 else 1
-    columns = min(max(1, columns), count)
-    rows = math.ceil(count / columns)
-    sheet = pictures.new_zeros(
-        3, rows * height + (rows - 1) * GRID_GAP_PX, columns * width + (columns - 1) * GRID_GAP_PX
-    )
-    for place in range(count):
-        row, column = divmod(place, columns)
-        top, left = row * (height + GRID_GAP_PX), column * (width + GRID_GAP_PX)
-        sheet[:, top : top + height, left : left + width] = pictures[place]
-    return sheet
 
 
 def as_pictures(latents: Tensor) -> Tensor:
