@@ -117,6 +117,10 @@ class RecordingConfig(_Section):
     """What is kept of a stream that does not say: "off", "last" (its final frame) or "all"."""
     film: FilmMode = "watched"
     """Steps of a run that nobody records: "watched" remembers those that somebody saw, "off" none."""
+    film_max_bytes: int = Field(default=4 << 30, ge=1 << 20)
+    """Most bytes of films; over it the oldest go."""
+    film_max_age_s: float = Field(default=7 * 86400.0, gt=0)
+    """A film that has not grown for so long goes."""
     lost_after_s: float = Field(default=60.0, gt=0)
     """The file of a sampler that vanished is finished after so long."""
     window_bytes: int = Field(default=64 << 20, ge=1 << 20)

@@ -82,16 +82,32 @@ class GrowingFile:
         file._cut(index.end)
         return file
 
-    def append(self, seq: int, data: bytes, *, attempt: int, times: tuple[int, int, int] | None) -> None:
+    def append(
+        self,
+        seq: int,
+        data: bytes,
+        *,
+        attempt: int,
+        times: tuple[int, int, int] | None,
+        shown: tuple[int, int | None, float | None] = (-1, None, None),
+    ) -> None:
         """One write behind what is whole. times: of the first picture, of the last, its end; None: a frame is missing.
 
-        Raises: OSError, with the file as it was.
+        shown: step, of how many, sigma. Raises: OSError, with the file as it was.
         """
         start = self.index.end
         self._write(data)
-        placed = (None,) if times is None else times
-        self.index.entries.append(Entry(seq, start, self.index.end, *placed))
+        placed: tuple[int | None, int, int] = (None, -1, 0) if times is None else times
+        self.index.entries.append(Entry(seq, start, self.index.end, *placed, *shown))
         self.index.attempt = attempt
+
+    def move_to(self, folder: Path, name: str) -> None:
+        """Go on under this name, or the first free one like it, in another folder of the same disk. Raises: OSError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / (free_name(folder, name) + PART_SUFFIX)
+        self.path.rename(target)
+        self.path = target
+        sync_folder(folder)
 
     def cut_before(self, seq: int) -> bool:
         """Drop frame `seq` and all behind it; False (and nothing is done) when none would be left. Raises: OSError."""

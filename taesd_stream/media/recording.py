@@ -30,7 +30,7 @@ from taesd_stream.media.fragments import (
     note,
     parameter_sets,
 )
-from taesd_stream.media.growing_file import GrowingFile, Unfinished, find_unfinished
+from taesd_stream.media.growing_file import PART_SUFFIX, GrowingFile, Unfinished, find_unfinished
 
 __all__ = ["Recording", "RecordingError", "Unfinished", "find_unfinished"]
 
@@ -62,6 +62,7 @@ class Recording:
         self.started = time.time()
         self.attempt = -1  # the newest one that was taken
         self.synced = -1  # last seq behind an fdatasync
+        self.is_film = False  # nobody asked to keep it: frames may be missing without a word
         self._folder = folder
         self._floor = kept_from or 0
         self._start = kept_from  # seq that an empty recording must begin with
@@ -74,14 +75,23 @@ class Recording:
 
     @classmethod
     def open(
-        cls, folder: Path, *, stream: str, run: str, meta: Mapping[str, Any], kept_from: int | None = None
+        cls,
+        folder: Path,
+        *,
+        stream: str,
+        run: str,
+        meta: Mapping[str, Any],
+        kept_from: int | None = None,
+        is_film: bool = False,
     ) -> Recording:
         """A new recording, or the one that this run has there already: a torn tail is cut, and it goes on.
 
         kept_from: seq that the first frame must have; None: the first keyframe that comes begins the file.
+        is_film: it takes packets of `film`, whichever come.
         Raises: RecordingError when a file cannot be opened; ValueError for a name that is no stream's or no run's.
         """
         recording = cls(folder, stream=stream, run=run, meta=meta, kept_from=kept_from)
+        recording.is_film = is_film
         try:
             for one in find_unfinished(folder):
                 for path in one.paths if one.run == run else ():
@@ -127,11 +137,12 @@ class Recording:
         """Append the frame of a packet when all its pictures are there; returns whether that happened.
 
         A newer attempt must start at a keyframe and leave no hole: the file is first cut back to just before it.
-        Packets of an older attempt, and any but the next one of this attempt, are dropped.
+        Packets of an older attempt, and any but the next one of this attempt, are dropped; a film may leave frames out.
         Raises: RecordingError when the disk does not take it; ValueError for a packet of another run or rendition.
         """
-        if packet.run != self.run or packet.rendition != "record":
-            raise ValueError(f"packet: expected record of {self.run}, got {packet.rendition} of {packet.run}")
+        rendition = "film" if self.is_film else "record"
+        if packet.run != self.run or packet.rendition != rendition:
+            raise ValueError(f"packet: expected {rendition} of {self.run}, got {packet.rendition} of {packet.run}")
         if packet.index == 0:
             if not self._may_come(packet.seq, packet.attempt, packet.is_keyframe):
                 return False
@@ -160,6 +171,26 @@ class Recording:
             file.append(seq, note({"missing": seq, "attempt": attempt}), attempt=attempt, times=None)
         except OSError as error:
             raise self._failed(error, file.path) from error
+
+    def keep(self, folder: Path) -> None:
+        """A film becomes a recording: its files move to `folder`; `begin_at` says what comes next.
+
+        Raises: RecordingError; what has moved is a recording, what has not a film still.
+        """
+        self._pending = []
+        try:
+            with self._lock:
+                for file in self._files:
+                    file.move_to(folder, file.path.name.removesuffix(PART_SUFFIX))
+        except OSError as error:
+            raise self._failed(error, folder) from error
+        self._folder, self.is_film = folder, False
+        self.attempt, self._chained = -1, False  # those of a film count for nothing
+
+    def begin_at(self, kept_from: int) -> None:
+        """From this frame on none will be missing, whatever the file holds before it; once said, it stands."""
+        if self._start is None:
+            self._floor = self._start = kept_from
 
     def sync(self) -> None:
         """Force what is written to the disk; `synced` tells how far. Raises: RecordingError."""
@@ -216,7 +247,11 @@ class Recording:
         self._files.append(file)
 
     def _may_come(self, seq: int, attempt: int, is_keyframe: bool) -> bool:
-        expected = self.written + 1 if self.written >= 0 else self._start
+        if self.is_film and attempt == self.attempt:
+            return seq > self.written and (self._chained or is_keyframe)
+        if self.is_film:
+            return is_keyframe and (attempt > self.attempt or seq > self.written)
+        expected = max(self.written + 1, self._start or 0) if self.written >= 0 else self._start
         if attempt > self.attempt:
             return is_keyframe and (expected is None or self._floor <= seq <= expected)
         return attempt == self.attempt and seq == expected and (self._chained or is_keyframe)
@@ -231,10 +266,10 @@ class Recording:
     def _begin(self, seq: int, attempt: int) -> None:
         """A frame or a gap that may come begins: drop what it replaces."""
         self._pending = []
-        if attempt > self.attempt:
+        if attempt != self.attempt:
             self._cut_back(seq)
             self.attempt, self._chained = attempt, False
-        if self.written < 0:
+        if self.written < 0 and not self.is_film:
             self._start = seq
 
     def _cut_back(self, seq: int) -> None:
@@ -298,10 +333,11 @@ class Recording:
             Sample(pts=pts, is_keyframe=packet.is_keyframe, payload=packet.payload)
             for packet, pts in zip(packets, times, strict=True)
         ]
-        said = note({"attempt": self.attempt}) if file.index.attempt != self.attempt else b""
-        ends_at = times[-1] + durations(times)[-1]
-        data = said + fragment(packets[0].seq, samples)
-        file.append(packets[0].seq, data, attempt=self.attempt, times=(times[0], times[-1], ends_at))
+        first, ends_at = packets[0], times[-1] + durations(times)[-1]
+        shown = (first.step, first.total_steps, first.sigma)
+        said = {"attempt": self.attempt} | dict(zip(("step", "of", "sigma"), shown, strict=True))
+        data = note(said) + fragment(first.seq, samples)
+        file.append(first.seq, data, attempt=self.attempt, times=(times[0], times[-1], ends_at), shown=shown)
 
 
 def _sets_of(file: GrowingFile) -> tuple[str, str]:

@@ -157,6 +157,7 @@ class Broker:
         cursors = {cursor.run: cursor for cursor in hello.cursors}
         for run in self._registry.by_run.values():
             run.dispatched.clear()
+            run.attempts += 1  # what went to the former streamer is missing in the film's chain
             if run.kept is not None:
                 cursor = cursors.get(run.info.run)
                 attempt = max(run.kept.attempt, cursor.attempt if cursor else 0) + 1

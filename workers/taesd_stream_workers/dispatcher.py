@@ -247,7 +247,7 @@ def _job_item(item: Candidate, run: Run, frame: LatentFrame) -> JobItem:
         shape=frame.shape,
         dtype=frame.dtype,
         renditions=item.renditions,
-        attempt=run.kept.attempt if run.kept and item.is_record else 0,
+        attempt=run.kept.attempt if run.kept and item.is_record else run.attempts,
         keyframe=bool(run.forced),
         pts=steps_pts(frame.sent_ns, run.info.opened_ns),
         picture_ticks=picture_ticks(run.info.fps),

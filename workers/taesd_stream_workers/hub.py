@@ -69,6 +69,7 @@ class Hub:
         self.state: State | None = None
         self.state_at_s = 0.0
         self.recordings: list[dict[str, Any]] = []
+        self.films: dict[str, int] = {}  # by run: last seq
         self.clock_ns: Callable[[], int] = time.monotonic_ns
         self._tell_broker = tell_broker
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -92,9 +93,9 @@ class Hub:
         self._inbox.on_state(state)
         self.call(self._take_state, state)
 
-    def offer_recordings(self, rows: list[dict[str, Any]]) -> None:
-        """The recordings' newest rows."""
-        self.call(self._take_recordings, rows)
+    def offer_recordings(self, rows: list[dict[str, Any]], films: dict[str, int]) -> None:
+        """The recordings' newest rows; and the last seq of each run's film."""
+        self.call(self._take_recordings, rows, films)
 
     def call(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run it in the web thread's loop, soon. Any thread."""
@@ -168,8 +169,8 @@ class Hub:
             else:
                 self._tell_broker(StopStream(stream=stream))
 
-    def _take_recordings(self, rows: list[dict[str, Any]]) -> None:
-        self.recordings = rows
+    def _take_recordings(self, rows: list[dict[str, Any]], films: dict[str, int]) -> None:
+        self.recordings, self.films = rows, films
         for viewer in self._viewers:
             viewer.state_changed()
 
@@ -183,8 +184,10 @@ class Hub:
         """The rows of GET /api/v1/streams."""
         rows = []
         files = defaultdict(list)
+        last_seqs = dict(self.films)
         for recording in self.recordings:
             files[recording["run"]].append(recording["id"])
+            last_seqs[recording["run"]] = max(last_seqs.get(recording["run"], -1), recording["last_seq"])
         for row in self.state.streams if self.state else []:
             packet = self._newest.get(row["run"])
             latency_ms = self._latency_ms.get(row["run"])
@@ -192,6 +195,7 @@ class Hub:
                 "decoder": packet.decoder if packet else self._engine_of(row["latent_format"]),
                 "latency_ms": round(latency_ms, 1) if latency_ms is not None and row["state"] == "live" else None,
                 "files": files[row["run"]],
+                "film": last_seqs.get(row["run"]),
             }
             rows.append({**row, **extra})
         return rows

@@ -131,7 +131,8 @@ class Intake:
             return self._refuse(peer, info, "limit", f"{alive} streams are open, broker.max_streams allows no more")
         if holder is not None and holder.end is None and holder.kept is not None:
             holder.kept.is_over = True
-        run = Run(info, peer=peer, record=self._registry.record_mode(info))
+        film = self._config.rule_of(info.stream).film or self._config.recording.film
+        run = Run(info, peer=peer, record=self._registry.record_mode(info), film=film)
         self._registry.add(run)
         logger.info("stream_opened stream=%s run=%s record=%s", info.stream, info.run, run.record)
         self._links.is_changed = True

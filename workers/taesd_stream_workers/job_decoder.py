@@ -196,6 +196,7 @@ class JobDecoder:
                 rendition
                 for rendition in item.renditions
                 if for_record == (is_recorded and (rendition == "record" or self._records_as_it_shows(live)))
+                and not (rendition == "film" and self._pool.is_busy(item.run))
             )
             if wanted:
                 mine.append((item, latents, wanted))
@@ -258,7 +259,7 @@ class _Shower:
             task = EncodeTask(
                 run=item.run,
                 rendition=rendition,
-                attempt=item.attempt if rendition == "record" else 0,
+                attempt=self._attempt(rendition),
                 keyframe=rendition == "live" and picture.index == 0 and (item.keyframe or item.kind == "clip"),
                 pts=picture.pts,
                 planes=planes,
@@ -267,6 +268,9 @@ class _Shower:
             )
             self.run.add()
             self.decoder._pool.submit(task)
+
+    def _attempt(self, rendition: Rendition) -> int:
+        return self.item.attempt if rendition in ("record", "film") else 0
 
     def _sender(
         self, rendition: Rendition, index: int, count: int, pts: int
@@ -290,7 +294,7 @@ class _Shower:
             index=index,
             count=count,
             rendition=rendition,
-            attempt=item.attempt if rendition == "record" else 0,
+            attempt=self._attempt(rendition),
             is_keyframe=picture.is_keyframe,
             pts=pts,
             width=picture.width,

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import av
+from av.codec.context import Flags
 from av.video.codeccontext import VideoCodecContext
 
 from taesd_stream.media.encoder import TIME_BASE
 from taesd_stream.media.finished import copy_pictures, read_summary
 from taesd_stream.media.fragments import FragmentError, read_head
 from taesd_stream.media.growing_file import FINISHED_SUFFIX, PART_SUFFIX
+from taesd_stream.media.steps import StepPicture
 
 MAX_CACHED: Final = 4096
 
@@ -130,14 +132,32 @@ def thumbnail(path: Path, long_side_px: int) -> bytes:
         stream = container.streams.video[0]
         if stream.duration:
             container.seek(stream.duration, stream=stream)  # to the last keyframe
-        last = deque(container.decode(stream), maxlen=1).pop()
-        scale = min(1.0, long_side_px / max(last.width, last.height))
-        width, height = (max(2, round(side * scale / 2) * 2) for side in (last.width, last.height))
-        picture = last.reformat(
-            width, height, format="yuvj420p", src_colorspace="ITU709", dst_colorspace="ITU601", dst_color_range="JPEG"
-        )
-        context = av.CodecContext.create("mjpeg", "w")
-        assert isinstance(context, VideoCodecContext)
-        context.width, context.height, context.pix_fmt = width, height, "yuvj420p"
-        context.time_base = picture.time_base = TIME_BASE
-        return b"".join(bytes(packet) for packet in [*context.encode(picture), *context.encode(None)])
+        return _as_jpeg(deque(container.decode(stream), maxlen=1).pop(), long_side_px)
+
+
+def picture_of_step(pictures: list[StepPicture], seq: int) -> bytes:
+    """The first picture of frame `seq` as JPEG; b"" when it is not among them. Raises: av.FFmpegError."""
+    decoder = av.CodecContext.create("h264", "r")
+    assert isinstance(decoder, VideoCodecContext)
+    decoder.thread_count = 1
+    decoder.flags |= Flags.low_delay
+    frames: list[av.VideoFrame] = []
+    for one in pictures:
+        frames += decoder.decode(av.Packet(one.payload))
+        if (one.seq, one.index) == (seq, 0):
+            frames += decoder.decode(None)
+            return _as_jpeg(frames[-1], max(frames[-1].width, frames[-1].height))
+    return b""
+
+
+def _as_jpeg(last: av.VideoFrame, long_side_px: int) -> bytes:
+    scale = min(1.0, long_side_px / max(last.width, last.height))
+    width, height = (max(2, round(side * scale / 2) * 2) for side in (last.width, last.height))
+    picture = last.reformat(
+        width, height, format="yuvj420p", src_colorspace="ITU709", dst_colorspace="ITU601", dst_color_range="JPEG"
+    )
+    context = av.CodecContext.create("mjpeg", "w")
+    assert isinstance(context, VideoCodecContext)
+    context.width, context.height, context.pix_fmt = width, height, "yuvj420p"
+    context.time_base = picture.time_base = TIME_BASE
+    return b"".join(bytes(packet) for packet in [*context.encode(picture), *context.encode(None)])

@@ -7,14 +7,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Final
 
+from taesd_stream.config import Config
 from taesd_stream.errors import TaesdStreamError
-from taesd_stream.frames import Packet
+from taesd_stream.frames import END_REASONS, Packet
+from taesd_stream.media.growing_file import FINISHED_SUFFIX
 from taesd_stream.media.recording import Recording, RecordingError, find_unfinished
 from taesd_stream.messages import Cursor, Gap, State
 from taesd_stream.queues import ByteBoundedQueue
+from taesd_stream_workers.films import Films
 from taesd_stream_workers.library import Library
 
 logger = logging.getLogger(__name__)
@@ -30,9 +34,13 @@ class Recorder:
     """All recordings of a daemon. `put` from the streamer's thread; `on_change` is called in the writing thread."""
 
     def __init__(
-        self, folder: Path, tell_broker: Callable[[Any], None], on_change: Callable[[list[Any]], None]
+        self,
+        config: Config,
+        tell_broker: Callable[[Any], None],
+        on_change: Callable[[list[dict[str, Any]], dict[str, int]], None],
     ) -> None:
-        self.folder = folder
+        self.folder = folder = config.recording_folder
+        self.films = Films(folder / ".films", config.recording)
         self.library = Library(folder)
         self._tell_broker = tell_broker
         self._on_change = on_change
@@ -40,10 +48,13 @@ class Recorder:
         self._open: dict[str, Recording] = {}
         self._finished: dict[str, int] = {}  # run -> attempt that its finished file ended with
         self._runs: dict[str, dict[str, Any]] = {}
+        self._shown: dict[str, dict[str, Any]] = {}  # rows of all streams, by run
+        self._wishes: deque[tuple[str, Future[str]]] = deque()  # films of runs that are over, to be kept
         self._errors: dict[str, str] = {}
         self._retry_at_s: dict[str, float] = {}  # when a file that could not be finished is tried again
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recorder")
+        self._lost: deque[Packet] = deque(maxlen=MAX_EARLY)  # of films, for want of room
         self._early: deque[Packet] = deque()  # of recordings that no STATE has named yet
         self._next_sync_s = 0.0
         self._next_tell_s = 0.0
@@ -52,6 +63,7 @@ class Recorder:
     def start(self) -> None:
         """Take over what a former process left, then start the thread."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.films.load()
         for one in find_unfinished(self.folder):
             try:
                 recording = Recording.open(self.folder, stream=one.stream, run=one.run, meta={})
@@ -63,8 +75,26 @@ class Recorder:
         self._thread.start()
 
     def put(self, item: Packet | Gap | State) -> bool:
-        """Queue work; False when full: the packet is lost, and the broker sends it again."""
-        return self._queue.put(item)
+        """Queue work; False when full: the packet is lost, and the broker sends it again (of a film: a hole)."""
+        if self._queue.put(item):
+            return True
+        if isinstance(item, Packet) and item.rendition == "film":
+            self._lost.append(item)
+        return False
+
+    def keep_film(self, run: str) -> Future[str]:
+        """Make a recording of the film of a run that is over; the future has its id, or KeyError. Any thread."""
+        wish: Future[str] = Future()
+        self._wishes.append((run, wish))
+        return wish
+
+    def paths_of_run(self, run: str) -> list[Path]:
+        """All files that hold frames of a run, its film's among them, in the order of their frames; any thread."""
+        growing, film = self._open.get(run), self.films.films.get(run)
+        finished = [row for row in self.library.rows() if row["run"] == run]
+        finished.sort(key=lambda row: int(row["first_seq"]))
+        paths = [path for row in finished if (path := self.library.path_of(row["id"])) is not None]
+        return [*paths, *(growing.paths if growing else []), *(film.paths if film else ())]
 
     def cursors(self) -> tuple[Cursor, ...]:
         """How far every file is; any thread."""
@@ -121,6 +151,7 @@ class Recorder:
             item = self._queue.get(timeout_s=0.1)
             try:
                 self._handle(item)
+                self._keep_films()
                 self._sync_all()
                 self._tell_people()
             except Exception as error:  # the thread's outermost loop: one bad file must not end the others
@@ -128,6 +159,7 @@ class Recorder:
         for one in self._open.values():
             self._sync(one)
             one.close()
+        self.films.close()
 
     def _handle(self, item: Packet | Gap | State | None) -> None:
         if isinstance(item, Packet):
@@ -139,6 +171,11 @@ class Recorder:
                 self._tell(item.run, recording)
         elif isinstance(item, State):
             self._runs = item.runs
+            self._shown = {row["run"]: row for row in item.streams}
+            self.films.tick(run for run, row in self._shown.items() if row["state"] not in END_REASONS)
+            for run, row in item.runs.items():
+                if run in self._open and row["kept_from"] is not None:
+                    self._open[run].begin_at(row["kept_from"])
             self._finished = {run: attempt for run, attempt in self._finished.items() if run in item.runs}
             self._write_early(item.now_ns)
             self._finish_what_ended()
@@ -153,12 +190,17 @@ class Recorder:
 
     def _is_named(self, packet: Packet) -> bool:
         """Whether what we know of its run is as new as the packet: a run may be recorded again, from another frame."""
+        if packet.rendition == "film":
+            return packet.run in self._shown
         row = self._runs.get(packet.run)
         return packet.run in self._open or (row is not None and row["attempt"] >= packet.attempt)
 
     def _write(self, packet: Packet) -> None:
         if not self._is_named(packet) and len(self._early) < MAX_EARLY:
             self._early.append(packet)
+            return
+        if packet.rendition == "film":
+            self._write_film(packet)
             return
         recording = self._recording(packet.run, packet.attempt)
         if recording is None:
@@ -175,6 +217,44 @@ class Recorder:
             self._errors.pop(packet.run, None)
             self._tell(packet.run, recording)
 
+    def _write_film(self, packet: Packet) -> None:
+        while self._lost:
+            self.films.lose(self._lost.popleft())
+        row = self._shown.get(packet.run)
+        if row is not None and packet.run not in self._open and self.films.write(packet, _meta_of(row)):
+            self._is_dirty = True
+
+    def _keep_films(self) -> None:
+        """Films that people want kept, of runs that are over: those of living ones are the broker's to record."""
+        while self._wishes:
+            run, wish = self._wishes.popleft()
+            film = self.films.take(run)
+            try:
+                if film is None or not film.paths:
+                    raise KeyError(run)
+                film.keep(self.folder)
+                paths = film.finish()
+            except (RecordingError, KeyError) as error:
+                wish.set_exception(error)
+                continue
+            self._is_dirty = True
+            wish.set_result(paths[0].name.removesuffix(FINISHED_SUFFIX))
+
+    def _take_film(self, run: str, kept_from: int | None) -> Recording | None:
+        """The film of a run that is recorded from now on: the recording goes on in it."""
+        film = self.films.take(run)
+        if film is None:
+            return None
+        try:
+            film.keep(self.folder)
+        except RecordingError as error:
+            logger.error("film_not_kept run=%s error=%s", run, error)
+            film.close()
+            return None
+        if kept_from is not None:
+            film.begin_at(kept_from)
+        return film
+
     def _recording(self, run: str, attempt: int) -> Recording | None:
         if run not in self._open:
             if attempt <= self._finished.get(run, -1):
@@ -182,7 +262,8 @@ class Recorder:
             row = self._runs.get(run)
             if row is None or (row["ended"] and self.library.holds(run, row["last_seq"])):
                 return None  # a run that the broker no longer keeps, or whose file is finished
-            self._open[run] = Recording.open(
+            film = self._take_film(run, row["kept_from"]) if row["takes_film"] else None
+            self._open[run] = film or Recording.open(
                 self.folder, stream=row["stream"], run=run, meta=_meta_of(row), kept_from=row["kept_from"]
             )
             logger.info("recording_begins stream=%s run=%s", row["stream"], run)
@@ -244,7 +325,7 @@ class Recorder:
         now = time.monotonic()
         if self._is_dirty and now >= self._next_tell_s:
             self._next_tell_s, self._is_dirty = now + TELL_S, False
-            self._on_change(self.rows())
+            self._on_change(self.rows(), {run: film.last_seq for run, film in self.films.films.items()})
 
     def _sync(self, one: Recording) -> None:
         try:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import msgpack
 
+from taesd_stream.config import FilmMode
 from taesd_stream.frames import (
     Demand,
     LatentFrame,
@@ -115,8 +116,9 @@ def meta_bytes(info: StreamInfo) -> int:
 class Run:
     """One run of a stream, as the broker sees it. Used in the broker's loop alone."""
 
-    def __init__(self, info: StreamInfo, *, peer: bytes | None, record: RecordMode) -> None:
+    def __init__(self, info: StreamInfo, *, peer: bytes | None, record: RecordMode, film: FilmMode = "watched") -> None:
         self.info = info
+        self.film = film
         self.meta_bytes = meta_bytes(info)
         self.peer = peer
         self.record = record
@@ -135,7 +137,7 @@ class Run:
         self.live_in_flight = 0
         self.live_since_ns = 0
         self.kept: KeptRun | None = None
-        self.attempts = 0  # of its finished recordings: a later one's packets must not pass for theirs
+        self.attempts = 0  # of its film, and of its finished recordings: a later one's packets must not pass for theirs
         self.recorded_until = -1  # last seq of those recordings
         self.unacked_from: int | None = None  # oldest seq that the publisher still keeps for us
         self.end: End | None = None
@@ -193,11 +195,13 @@ class Run:
         newest = self.newest
         if newest is None or self.live_in_flight >= MAX_LIVE_IN_FLIGHT or self.failures.get(newest.seq, 0) >= MAX_TRIES:
             return ()
-        return tuple(
+        due = tuple(
             rendition
             for rendition, viewers in wanted.items()
             if viewers and (rendition in self.forced or self.dispatched.get(rendition, -1) < newest.seq)
         )
+        is_filmed = self.film == "watched" and self.record != "all" and self.kept is None
+        return (*due, "film") if due and is_filmed and self.dispatched.get("film", -1) < newest.seq else due
 
     def _record_frames(self, room_bytes: int) -> list[LatentFrame]:
         kept = self.kept
@@ -269,6 +273,7 @@ class Run:
         self.worker = None
         self.live_in_flight = 0
         self.dispatched.clear()
+        self.attempts += 1
         if self.kept is not None and (self.kept.in_flight or self.kept.next_seq > self.kept.written + 1):
             self.kept.restart(self.kept.written, self.kept.attempt + 1)
         elif self.kept is not None:
@@ -329,10 +334,9 @@ class Run:
             "meta": self.info.meta,
             "kind": self.info.kind,
             "latent_format": self.info.latent_format,
-            "started": self.started_unix,
+            "takes_film": self.record == "all",
             "ended": kept.is_over and kept.queued == kept.logged,
             "last_seq": kept.logged,
             "kept_from": kept.log.first_seq,
             "attempt": kept.attempt,
-            "blocked": kept.blocked,
         }
