@@ -27,6 +27,7 @@ from pydantic_settings import (
 
 from taesd_stream.errors import ConfigError
 from taesd_stream.frames import RecordMode
+from taesd_stream.media.file_names import DEFAULT_NAME, check_template
 
 AUTO = "auto"
 ENV_PREFIX: Final = "TAESD_STREAM_"
@@ -113,6 +114,8 @@ class RecordingConfig(_Section):
 
     folder: str = AUTO
     """Folder of recordings; "auto" is taesd-stream in the user's Videos folder."""
+    name: str = DEFAULT_NAME
+    """Name of a recording's file in the folder, of {stream}, {run}, {started} and Python's formats; / makes folders."""
     default: RecordMode = "off"
     """What is kept of a stream that does not say: "off", "last" (its final frame) or "all"."""
     film: FilmMode = "watched"
@@ -121,10 +124,19 @@ class RecordingConfig(_Section):
     """Most bytes of films; over it the oldest go."""
     film_max_age_s: float = Field(default=7 * 86400.0, gt=0)
     """A film that has not grown for so long goes."""
+    max_age_s: float = Field(default=0.0, ge=0)
+    """A finished recording goes when it is so old; 0 keeps all."""
+    max_bytes: int = Field(default=0, ge=0)
+    """Most bytes of finished recordings; over it the oldest go. 0 keeps all."""
     lost_after_s: float = Field(default=60.0, gt=0)
     """The file of a sampler that vanished is finished after so long."""
     window_bytes: int = Field(default=64 << 20, ge=1 << 20)
     """Most bytes of latents between the log and the files, of all recordings together."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        return check_template(value)
 
 
 class WeightsConfig(_Section):

@@ -41,7 +41,7 @@ def numbers(pictures: list[StepPicture]) -> list[int]:
 
 
 def shot(folder: Path) -> Recording:
-    return Recording.open(folder, stream="demo/a", run=RUN, meta=META, is_film=True)
+    return Recording.open(folder, stream="demo/a", run=RUN, meta=META, is_film=True, name="{run}")
 
 
 # --- the files ---
@@ -70,7 +70,7 @@ def test_a_kept_film_goes_on_without_holes(tmp_path: Path) -> None:
     one = shot(tmp_path / ".films")
     for packet in chain(0, 5)[::5]:
         one.write(film(packet, is_keyframe=True) if packet.seq == 0 else film(packet))
-    one.keep(tmp_path)
+    one.keep(tmp_path, "{run}")
     one.begin_at(9)
     assert not one.write(chain(10, 12)[0])
     for packet in chain(9, 12):
@@ -87,7 +87,7 @@ def test_a_kept_film_is_taken_up_again_after_a_death(tmp_path: Path) -> None:
     """Kept, and then the process dies before the first kept frame: the next one goes on in the file, at kept_from."""
     one = shot(tmp_path / ".films")
     one.write(film(chain(0, 0)[0], attempt=7))
-    one.keep(tmp_path)
+    one.keep(tmp_path, "{run}")
     one.close()
     again = Recording.open(tmp_path, stream="demo/a", run=RUN, meta={})
     assert (again.written, again.attempt) == (0, 7)

@@ -211,7 +211,7 @@ def test_stopping_closes_every_file_whoever_watches(how: str, tmp_path: Path) ->
     assert code == 0, daemon.log()[-3000:]
     assert "role_killed" not in daemon.log()
     assert "Traceback" not in daemon.log()
-    growing = list(daemon.recordings_folder.glob("*.mp4*"))
+    growing = list(daemon.recordings_folder.rglob("*.mp4*"))
     assert len(growing) == 1, growing
     assert len(decode_file(growing[0])) == 5
 

@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Lock
-from typing import Any, Final
+from typing import Any
 
 import av
 
 from taesd_stream.errors import TaesdStreamError
 from taesd_stream.frames import Packet, is_run_id, is_stream_name
 from taesd_stream.media.clock import ForwardPts
+from taesd_stream.media.file_names import DEFAULT_NAME, file_name
 from taesd_stream.media.finished import finish_file
 from taesd_stream.media.fragments import (
     Entry,
@@ -30,11 +31,9 @@ from taesd_stream.media.fragments import (
     note,
     parameter_sets,
 )
-from taesd_stream.media.growing_file import PART_SUFFIX, GrowingFile, Unfinished, find_unfinished
+from taesd_stream.media.growing_file import GrowingFile, Unfinished, find_unfinished
 
 __all__ = ["Recording", "RecordingError", "Unfinished", "find_unfinished"]
-
-_MAX_STREAM: Final = 120  # characters of a file's name; a stream's name has up to 260, a file's at most 255
 
 
 class RecordingError(TaesdStreamError):
@@ -63,6 +62,7 @@ class Recording:
         self.attempt = -1  # the newest one that was taken
         self.synced = -1  # last seq behind an fdatasync
         self.is_film = False  # nobody asked to keep it: frames may be missing without a word
+        self.name = DEFAULT_NAME  # template of its files' names
         self._folder = folder
         self._floor = kept_from or 0
         self._start = kept_from  # seq that an empty recording must begin with
@@ -83,15 +83,16 @@ class Recording:
         meta: Mapping[str, Any],
         kept_from: int | None = None,
         is_film: bool = False,
+        name: str = DEFAULT_NAME,
     ) -> Recording:
         """A new recording, or the one that this run has there already: a torn tail is cut, and it goes on.
 
         kept_from: seq that the first frame must have; None: the first keyframe that comes begins the file.
-        is_film: it takes packets of `film`, whichever come.
+        is_film: it takes packets of `film`, whichever come. name: template of new files' names, see `file_name`.
         Raises: RecordingError when a file cannot be opened; ValueError for a name that is no stream's or no run's.
         """
         recording = cls(folder, stream=stream, run=run, meta=meta, kept_from=kept_from)
-        recording.is_film = is_film
+        recording.is_film, recording.name = is_film, name
         try:
             for one in find_unfinished(folder):
                 for path in one.paths if one.run == run else ():
@@ -133,6 +134,11 @@ class Recording:
         """The growing files, in the order of their frames."""
         return [file.path for file in self._files]
 
+    @property
+    def lost_path(self) -> Path | None:
+        """A growing file that somebody has removed: what is written to it is in no folder any more."""
+        return next((file.path for file in self._files if not file.is_there), None)
+
     def write(self, packet: Packet) -> bool:
         """Append the frame of a packet when all its pictures are there; returns whether that happened.
 
@@ -172,16 +178,17 @@ class Recording:
         except OSError as error:
             raise self._failed(error, file.path) from error
 
-    def keep(self, folder: Path) -> None:
+    def keep(self, folder: Path, name: str = DEFAULT_NAME) -> None:
         """A film becomes a recording: its files move to `folder`; `begin_at` says what comes next.
 
+        name: template of their names there.
         Raises: RecordingError; what has moved is a recording, what has not a film still.
         """
-        self._pending = []
+        self._pending, self.name = [], name
         try:
             with self._lock:
                 for file in self._files:
-                    file.move_to(folder, file.path.name.removesuffix(PART_SUFFIX))
+                    file.move_to(folder, self._file_name())
         except OSError as error:
             raise self._failed(error, folder) from error
         self._folder, self.is_film = folder, False
@@ -233,7 +240,7 @@ class Recording:
         return (entry for file in self._files for entry in file.index.entries)
 
     def _failed(self, error: OSError, path: Path) -> RecordingError:
-        return RecordingError(f"{path}: {error.strerror}", written=self.written)
+        return RecordingError(f"{error.filename or path}: {error.strerror}", written=self.written)
 
     def _take_over(self, path: Path) -> None:
         file = GrowingFile.reopen(path)
@@ -302,8 +309,6 @@ class Recording:
 
     def _begin_file(self, packets: list[Packet], sets: tuple[bytes, bytes]) -> None:
         """A run's first frame, or one of another size: a file of its own. Raises: OSError, and nothing has changed."""
-        started = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.started))
-        name = f"{self.stream[:_MAX_STREAM]}-{started}".replace("/", "-")
         head = {
             "stream": self.stream,
             "run": self.run,
@@ -316,7 +321,7 @@ class Recording:
         }
         width, height = (side + side % 2 for side in (packets[0].width, packets[0].height))  # as it is coded
         init = init_segment(head, width=width, height=height, sps=sets[0], pps=sets[1])
-        file = GrowingFile.create(self._folder, name, head, init)
+        file = GrowingFile.create(self._folder, self._file_name(), head, init)
         try:
             self._put(file, packets)
         except OSError:
@@ -324,6 +329,9 @@ class Recording:
             raise
         with self._lock:
             self._files.append(file)
+
+    def _file_name(self) -> str:
+        return file_name(self.name, stream=self.stream, run=self.run, started=self.started)
 
     def _put(self, file: GrowingFile, packets: list[Packet]) -> None:
         before = next((e for f in reversed(self._files) for e in reversed(f.index.entries) if e.tfdt is not None), None)

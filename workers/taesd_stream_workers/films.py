@@ -111,7 +111,8 @@ class Films:
     def _recording(self, packet: Packet, meta: Mapping[str, Any]) -> Recording:
         one = self._open.pop(packet.run, None)
         if one is None:
-            one = Recording.open(self._folder, stream=packet.stream, run=packet.run, meta=meta, is_film=True)
+            stream, run = packet.stream, packet.run
+            one = Recording.open(self._folder, stream=stream, run=run, meta=meta, is_film=True, name="{run}")
         self._open[packet.run] = one
         if len(self._open) > MAX_OPEN:
             self._open.pop(next(iter(self._open))).close()

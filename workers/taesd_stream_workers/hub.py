@@ -203,6 +203,10 @@ class Hub:
     def alerts(self) -> list[dict[str, str]]:
         """What everybody must know now."""
         found = [{"code": code, "text": text} for code, text in self._broker_alerts().items()]
+        stuck = [row for row in self.recordings if row["state"] == "failed"]
+        if stuck:
+            text = f"{len(stuck)} recording{'s wait' if len(stuck) > 1 else ' waits'}: {stuck[0]['error']}"
+            found.append({"code": "recording_failed", "text": text})
         if self.state is not None and time.monotonic() - self.state_at_s > SIGNAL_AGE_S + 1:
             found.append({"code": "no_broker", "text": "The broker does not answer; it is being restarted."})
         elif self.state is not None and not self.state.workers:

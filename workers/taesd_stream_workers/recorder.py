@@ -14,7 +14,6 @@ from typing import Any, Final
 from taesd_stream.config import Config
 from taesd_stream.errors import TaesdStreamError
 from taesd_stream.frames import END_REASONS, Packet
-from taesd_stream.media.growing_file import FINISHED_SUFFIX
 from taesd_stream.media.recording import Recording, RecordingError, find_unfinished
 from taesd_stream.messages import Cursor, Gap, State
 from taesd_stream.queues import ByteBoundedQueue
@@ -28,6 +27,7 @@ MAX_EARLY: Final = 256
 SYNC_S: Final = 1.0
 TELL_S: Final = 0.2
 RETRY_S: Final = 5.0
+PRUNE_S: Final = 10.0
 
 
 class Recorder:
@@ -38,12 +38,16 @@ class Recorder:
         config: Config,
         tell_broker: Callable[[Any], None],
         on_change: Callable[[list[dict[str, Any]], dict[str, int]], None],
+        on_error: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder = config.recording_folder
         self.films = Films(folder / ".films", config.recording)
         self.library = Library(folder)
+        self._name = config.recording.name
         self._tell_broker = tell_broker
         self._on_change = on_change
+        self._on_error = on_error
+        self._keep_s, self._keep_bytes = config.recording.max_age_s, config.recording.max_bytes
         self._queue: ByteBoundedQueue[Packet | Gap | State] = ByteBoundedQueue(QUEUE_BYTES, _size)
         self._open: dict[str, Recording] = {}
         self._finished: dict[str, int] = {}  # run -> attempt that its finished file ended with
@@ -58,6 +62,7 @@ class Recorder:
         self._early: deque[Packet] = deque()  # of recordings that no STATE has named yet
         self._next_sync_s = 0.0
         self._next_tell_s = 0.0
+        self._next_prune_s = 0.0
         self._is_dirty = True
 
     def start(self) -> None:
@@ -111,7 +116,8 @@ class Recorder:
     def rows(self) -> list[dict[str, Any]]:
         """Every recording, growing ones first; the writing thread alone."""
         growing = [self._row(run, one) for run, one in self._open.items() if one.paths or self._errors.get(run)]
-        return [*growing, *self.library.rows()]
+        stuck = [self._stuck_row(run) for run in self._errors if run not in self._open and run in self._runs]
+        return [*growing, *stuck, *self.library.rows()]
 
     def path_of(self, recording_id: str) -> Path | None:
         """The file of an id that `rows` gave, growing or finished; any thread."""
@@ -146,6 +152,13 @@ class Recorder:
             "error": error,
         }
 
+    def _stuck_row(self, run: str) -> dict[str, Any]:
+        """Of a run that has no file, for none could be opened."""
+        row = self._runs[run]
+        one = Recording(self.folder, stream=row["stream"], run=run, meta=_meta_of(row))
+        one.started = row["started"]
+        return self._row(run, one)
+
     def _run(self) -> None:
         while not (self._stop.is_set() and not len(self._queue)):
             item = self._queue.get(timeout_s=0.1)
@@ -153,6 +166,7 @@ class Recorder:
                 self._handle(item)
                 self._keep_films()
                 self._sync_all()
+                self._prune()
                 self._tell_people()
             except Exception as error:  # the thread's outermost loop: one bad file must not end the others
                 logger.exception("recorder_failed error=%s", error)
@@ -165,10 +179,7 @@ class Recorder:
         if isinstance(item, Packet):
             self._write(item)
         elif isinstance(item, Gap):
-            recording = self._recording(item.run, item.attempt)
-            if recording is not None:
-                recording.skip(item.seq, item.attempt)
-                self._tell(item.run, recording)
+            self._skip(item)
         elif isinstance(item, State):
             self._runs = item.runs
             self._shown = {row["run"]: row for row in item.streams}
@@ -198,24 +209,35 @@ class Recorder:
     def _write(self, packet: Packet) -> None:
         if not self._is_named(packet) and len(self._early) < MAX_EARLY:
             self._early.append(packet)
-            return
+            return None
         if packet.rendition == "film":
-            self._write_film(packet)
-            return
-        recording = self._recording(packet.run, packet.attempt)
-        if recording is None:
-            return
+            return self._write_film(packet)
         try:
-            written = recording.write(packet)
+            recording = self._recording(packet.run, packet.attempt)
+            is_written = recording is not None and recording.write(packet)
         except RecordingError as error:
-            if packet.run not in self._errors:
-                logger.error("recording_failed stream=%s written=%d error=%s", packet.stream, error.written, error)
-            self._errors[packet.run] = str(error)  # the cursor stays: the broker sends the frame again
-            self._is_dirty = True
-            return
-        if written:
+            return self._fail(packet.run, str(error))  # the cursor stays: the broker sends the frame again
+        if recording is not None and is_written:
             self._errors.pop(packet.run, None)
             self._tell(packet.run, recording)
+        return None
+
+    def _skip(self, gap: Gap) -> None:
+        try:
+            recording = self._recording(gap.run, gap.attempt)
+            if recording is not None:
+                recording.skip(gap.seq, gap.attempt)
+                self._tell(gap.run, recording)
+        except RecordingError as error:
+            self._fail(gap.run, str(error))
+
+    def _fail(self, run: str, text: str) -> None:
+        """Say that a recording stands still; it goes on by itself when its cause is gone."""
+        if run not in self._errors:
+            logger.error("recording_failed run=%s error=%s", run, text)
+        self._errors[run] = text
+        self._is_dirty = True
+        self._on_error()
 
     def _write_film(self, packet: Packet) -> None:
         while self._lost:
@@ -232,13 +254,13 @@ class Recorder:
             try:
                 if film is None or not film.paths:
                     raise KeyError(run)
-                film.keep(self.folder)
+                film.keep(self.folder, self._name)
                 paths = film.finish()
             except (RecordingError, KeyError) as error:
                 wish.set_exception(error)
                 continue
             self._is_dirty = True
-            wish.set_result(paths[0].name.removesuffix(FINISHED_SUFFIX))
+            wish.set_result(self.library.id_of(paths[0]))
 
     def _take_film(self, run: str, kept_from: int | None) -> Recording | None:
         """The film of a run that is recorded from now on: the recording goes on in it."""
@@ -246,7 +268,7 @@ class Recorder:
         if film is None:
             return None
         try:
-            film.keep(self.folder)
+            film.keep(self.folder, self._name)
         except RecordingError as error:
             logger.error("film_not_kept run=%s error=%s", run, error)
             film.close()
@@ -264,7 +286,12 @@ class Recorder:
                 return None  # a run that the broker no longer keeps, or whose file is finished
             film = self._take_film(run, row["kept_from"]) if row["takes_film"] else None
             self._open[run] = film or Recording.open(
-                self.folder, stream=row["stream"], run=run, meta=_meta_of(row), kept_from=row["kept_from"]
+                self.folder,
+                stream=row["stream"],
+                run=run,
+                meta=_meta_of(row),
+                kept_from=row["kept_from"],
+                name=self._name,
             )
             logger.info("recording_begins stream=%s run=%s", row["stream"], run)
         return self._open[run]
@@ -282,22 +309,27 @@ class Recorder:
             elif self._finished.get(run, -1) >= row["attempt"] or self.library.holds(run, row["last_seq"]):
                 self._tell_broker(Cursor(run=run, attempt=row["attempt"], written=-1, synced=-1, finished=True))
             elif time.monotonic() >= self._retry_at_s.get(run, float("inf")):
-                self._open[run] = Recording.open(self.folder, stream=row["stream"], run=run, meta=_meta_of(row))
+                self._reopen(run, row["stream"], _meta_of(row))
+
+    def _reopen(self, run: str, stream: str, meta: dict[str, Any]) -> None:
+        try:
+            self._open[run] = Recording.open(self.folder, stream=stream, run=run, meta=meta, name=self._name)
+        except RecordingError as error:
+            self._retry_at_s[run] = time.monotonic() + RETRY_S
+            self._fail(run, str(error))
 
     def _finish(self, run: str) -> None:
         one = self._open[run]
         if time.monotonic() < self._retry_at_s.get(run, 0.0):
-            return
+            return None
         attempt = max(0, one.attempt)
         try:
             paths = one.finish()
         except RecordingError as error:
-            if run not in self._errors:
-                logger.error("recording_not_finished run=%s error=%s", run, error)
-            self._errors[run], self._retry_at_s[run] = str(error), time.monotonic() + RETRY_S
+            self._fail(run, str(error))
+            self._retry_at_s[run] = time.monotonic() + RETRY_S
             del self._open[run]
-            self._open[run] = Recording.open(self.folder, stream=one.stream, run=run, meta=one.meta)
-            return
+            return self._reopen(run, one.stream, one.meta)
         del self._open[run]
         self._retry_at_s.pop(run, None)
         self._errors.pop(run, None)
@@ -305,6 +337,7 @@ class Recorder:
         self._is_dirty = True
         logger.info("recording_finished stream=%s files=%s", one.stream, ", ".join(path.name for path in paths))
         self._tell_broker(Cursor(run=run, attempt=attempt, written=-1, synced=-1, finished=True))
+        return None
 
     def _tell(self, run: str, one: Recording) -> None:
         self._is_dirty = True
@@ -316,10 +349,30 @@ class Recorder:
         if now < self._next_sync_s:
             return
         self._next_sync_s, self._is_dirty = now + SYNC_S, True  # a person may have removed a file
-        for run, one in self._open.items():
-            if one.synced < one.written:
+        for run, one in list(self._open.items()):
+            if (path := one.lost_path) is not None:
+                self._lose(run, one, path)
+            elif one.synced < one.written:
                 self._sync(one)
                 self._tell(run, one)
+
+    def _lose(self, run: str, one: Recording, path: Path) -> None:
+        """Its file is gone, with what the log no longer has; the rest begins another one."""
+        self._fail(run, f"{path}: was removed while it grew")
+        attempt = max(0, one.attempt)
+        one.close()
+        del self._open[run]
+        self._tell_broker(Cursor(run=run, attempt=attempt, written=-1, synced=-1))
+
+    def _prune(self) -> None:
+        """Retention: whole finished recordings go, oldest first."""
+        now = time.monotonic()
+        if now < self._next_prune_s or not (self._keep_s or self._keep_bytes):
+            return
+        self._next_prune_s = now + PRUNE_S
+        for name, reason in self.library.delete_expired(max_age_s=self._keep_s, max_bytes=self._keep_bytes):
+            logger.info("recording_removed id=%s reason=%s", name, reason)
+            self._is_dirty = True
 
     def _tell_people(self) -> None:
         now = time.monotonic()
@@ -331,7 +384,7 @@ class Recorder:
         try:
             one.sync()
         except TaesdStreamError as error:
-            logger.error("recording_not_synced run=%s error=%s", one.run, error)
+            self._fail(one.run, f"not safe from a power cut: {error}")
 
 
 def _meta_of(row: dict[str, Any]) -> dict[str, Any]:

@@ -9,13 +9,15 @@ from typing import Final
 from taesd_stream.config import Config
 from taesd_stream.frames import RecordMode, Rendition, StreamInfo
 from taesd_stream.latent_log import RunLog, runs_in
-from taesd_stream_workers.runs import KeptRun, Run
+from taesd_stream_workers.kept_run import KeptRun
+from taesd_stream_workers.runs import Run
 
 logger = logging.getLogger(__name__)
 
 ENDED_RUNS: Final = 64
 ENDED_BYTES: Final = 256 << 20
 PENDING_RECORD_S: Final = 3600.0
+LIVE_BYTES: Final = 256 << 20  # of latents of `live` runs that wait for a worker, all runs together
 
 
 class Registry:
@@ -77,6 +79,11 @@ class Registry:
         renditions[rendition] = viewers
         if not any(renditions.values()):
             del self.viewers[stream]
+
+    @property
+    def live_share_bytes(self) -> int:
+        """How much of one `live` run may wait for a worker."""
+        return LIVE_BYTES // max(1, sum(run.live is not None and run.is_alive for run in self.by_name.values()))
 
     @property
     def meta_bytes(self) -> int:

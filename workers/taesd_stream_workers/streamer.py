@@ -43,7 +43,9 @@ class Streamer:
         self._latency = Latency()
         self._hub = Hub(self._latency, self.tell_broker, max_viewers=config.web.max_viewers)
         self._hub.clock_ns = self.now_ns
-        self._recorder = Recorder(config, self.tell_broker, self._hub.offer_recordings)
+        self._recorder = Recorder(
+            config, self.tell_broker, self._hub.offer_recordings, self._latency.recording_errors.inc
+        )
         self._web = WebServer(config, self._hub, self._recorder)
         self._bad = 0
 

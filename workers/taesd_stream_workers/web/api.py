@@ -240,22 +240,22 @@ def _add_recordings(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
         """Every recording, growing and finished."""
         return {"recordings": hub.recordings}
 
-    @app.get("/api/v1/recordings/{recording_id}/file", response_class=Response, responses=_content("video/mp4"))
+    @app.get("/api/v1/recordings/{recording_id:path}/file", response_class=Response, responses=_content("video/mp4"))
     async def file(recording_id: str, frames: FrameCount = None, inline: bool = False) -> Response:
         """The MP4; of its first `frames` pictures only, or of what is there now while it grows."""
         path = path_of(recording_id)
         kind: Literal["inline", "attachment"] = "inline" if inline else "attachment"
+        name = path.relative_to(recorder.folder).as_posix().replace("/", "-").removesuffix(".part")
         if frames is None and not recorder.is_growing(recording_id):
-            return FileResponse(path, media_type="video/mp4", filename=path.name, content_disposition_type=kind)
+            return FileResponse(path, media_type="video/mp4", filename=name, content_disposition_type=kind)
         try:
             copy = await asyncio.to_thread(first_pictures, path, frames)
         except (OSError, av.FFmpegError, TaesdStreamError) as error:
             raise ApiError(503, "not_readable", f"{recording_id}: {error}") from error
-        name = path.name.removesuffix(".part")
         done = BackgroundTask(partial(copy.unlink, missing_ok=True))
         return FileResponse(copy, media_type="video/mp4", filename=name, content_disposition_type=kind, background=done)
 
-    @app.get("/api/v1/recordings/{recording_id}/thumb", response_class=Response, responses=_JPEG)
+    @app.get("/api/v1/recordings/{recording_id:path}/thumb", response_class=Response, responses=_JPEG)
     async def thumb(recording_id: str) -> Response:
         """The last picture, small."""
         try:
@@ -264,7 +264,7 @@ def _add_recordings(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
             raise ApiError(404, "no_picture", f"{recording_id}: {error}") from error
         return Response(picture, media_type="image/jpeg", headers={"cache-control": "max-age=3600"})
 
-    @app.delete("/api/v1/recordings/{recording_id}", responses=_says(schema.Done))
+    @app.delete("/api/v1/recordings/{recording_id:path}", responses=_says(schema.Done))
     async def delete(recording_id: str) -> dict[str, Any]:
         """Remove a finished recording for good."""
         if recorder.is_growing(recording_id):

@@ -42,6 +42,8 @@ class StreamRow(_Answer):
     """From publish() to the packet, of the last picture."""
     viewers: int
     record: RecordMode
+    behind: int
+    """Kept frames that its recording has not written yet; of a kept `live` run the picture is as far behind."""
     stoppable: bool
     meta: dict[str, Any]
     """What the publisher says of the run: prompt, seed…"""
@@ -50,6 +52,7 @@ class StreamRow(_Answer):
     ended: float | None
     end_text: str | None
     note: str | None
+    """What is wrong with its pictures: why it is degraded."""
     faults: int
     files: list[str]
     """Ids of its recordings."""
