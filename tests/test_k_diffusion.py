@@ -45,7 +45,7 @@ def test_what_is_sent_is_denoised(knows_sigmas: bool, peer: BrokerPeer, beside: 
         with LatentPublisher(
             peer.address, stream="k", latent_format="sd1", record="all", wire_dtype="float32"
         ) as publisher:
-            callback = preview_callback(publisher, sigmas=SIGMAS.tolist() if knows_sigmas else None)
+            callback = preview_callback(publisher, sigmas=SIGMAS if knows_sigmas else None)
             return sample_euler(denoise, noise, SIGMAS, callback)
 
     doing = beside.submit(shown)

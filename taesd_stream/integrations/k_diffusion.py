@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sized
 from typing import Any
 
 from taesd_stream.publisher import LatentPublisher
@@ -13,12 +13,11 @@ class SamplingStopped(Exception):
 
 
 def preview_callback(
-    publisher: LatentPublisher, *, sigmas: Sequence[float] | None = None, can_stop: bool = False
+    publisher: LatentPublisher, *, sigmas: Sized | None = None, can_stop: bool = False
 ) -> Callable[[dict[str, Any]], None]:
     """What goes to a sampler as `callback=`: it publishes `denoised`, the model's x0, and changes nothing.
 
-    sigmas: the sampler's, as numbers (`sigmas.tolist()`): they tell how many steps there are, and spare reading a level
-    off a GPU at each step. Adaptive samplers have none.
+    sigmas: the sampler's: they tell how many steps there are. Adaptive samplers have none.
     can_stop: k-diffusion's samplers have no other way to end early: Stop on the page raises SamplingStopped, to be
     caught around the sampler.
     """
@@ -28,17 +27,8 @@ def preview_callback(
         total = None if sigmas is None else len(sigmas) - 1
         is_last = total is not None and step >= total - 1
         if publisher.wanted or is_last:
-            publisher.publish(info["denoised"], step=step, total_steps=total, sigma=_level(info, step, sigmas))
+            publisher.publish(info["denoised"], step=step, total_steps=total, sigma=info.get("sigma"))
         if can_stop and publisher.stopped:
             raise SamplingStopped(publisher.stream)
 
     return callback
-
-
-def _level(info: dict[str, Any], step: int, sigmas: Sequence[float] | None) -> float | None:
-    """The noise level as a number, where no device must be waited for."""
-    if sigmas is not None:
-        return float(sigmas[step]) if step < len(sigmas) else None
-    sigma = info.get("sigma")
-    device = getattr(getattr(sigma, "device", None), "type", "cpu")
-    return None if sigma is None or device != "cpu" else float(sigma)

@@ -25,9 +25,9 @@ from taesd_stream.decoding.colour import video_planes
 from taesd_stream.decoding.engine import Engine, latents_from_payload
 from taesd_stream.decoding.sheet import grid
 from taesd_stream.decoding.video_engine import VideoEngine
-from taesd_stream.frames import EndReason, Kind, Packet, Stamps, WireDtype
+from taesd_stream.frames import EndReason, Kind, Packet, Stamps
 from taesd_stream.latent_formats import LatentFormat
-from taesd_stream.latent_snapshot import Snapshot, snapshot, wire_form
+from taesd_stream.latent_snapshot import Snapshot, snapshot_of
 from taesd_stream.media.clock import picture_ticks, steps_pts
 from taesd_stream.media.encoder import VideoEncoder
 from taesd_stream.media.recording import Recording
@@ -43,10 +43,9 @@ class _Frame:
     step: int
     total_steps: int | None
     sigma: float | None
-    dtype: WireDtype
-    shape: tuple[int, ...]
     sent_ns: int
-    fetch: Snapshot
+    snapshot: Snapshot
+    taken: Any  # what the snapshot makes latents of
 
 
 class SavedRun:
@@ -83,17 +82,15 @@ class SavedRun:
         """Save these latents; as LatentPublisher.publish takes them."""
         if self._writer.error is not None:
             return
-        dtype, shape = wire_form(latents, None)
-        fetch = snapshot(latents, dtype, self._known.magnitude)
+        snapshot = snapshot_of(latents, None, self._known.magnitude)
         frame = _Frame(
             seq=self._seq,
             step=step,
             total_steps=total_steps,
             sigma=sigma,
-            dtype=dtype,
-            shape=shape,
             sent_ns=time.monotonic_ns(),
-            fetch=fetch,
+            snapshot=snapshot,
+            taken=snapshot.take(latents),
         )
         self._seq += 1
         self._frames.put(frame)
@@ -159,7 +156,8 @@ class _Writer:
         return config.decoder.memory_bytes, engine
 
     def _write(self, recording: Recording, engine: Engine, frame: _Frame) -> None:
-        latents = latents_from_payload(frame.fetch(), frame.dtype, frame.shape, self._known.magnitude)
+        form = frame.snapshot
+        latents = latents_from_payload(form.to_bytes(frame.taken), form.dtype, form.shape, self._known.magnitude)
         if not bool(latents.isfinite().all()):  # no picture can be made of it
             recording.skip(frame.seq, 0)
             return
