@@ -62,7 +62,7 @@ class DecoderConfig(_Section):
     """How latents become pictures."""
 
     device: str = "auto"
-    """Device of the decoders: "auto", "cpu", "cuda", "cuda:1"…; auto leaves a busy GPU to its sampler."""
+    """Devices, a decode worker each: "auto", "cpu", "cuda:0,cuda:1"…; auto leaves busy GPUs to their samplers."""
     choice: DecoderChoice = "auto"
     """Decoder of live views: "auto" takes the tiny decoder where its weights are found, else the linear projection."""
     max_batch_size: int = Field(default=16, ge=1, le=256)

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, SupportsFloat
 
 from taesd_stream import wire
 from taesd_stream.errors import WireError
@@ -134,12 +134,14 @@ class LatentPublisher:
         """Why nothing is shown or kept: the broker's or the last publish's complaint; None while all is well."""
         return self._link.error or self._outbox.error or self._fault
 
-    def publish(self, latents: Any, *, step: int, total_steps: int | None = None, sigma: float | None = None) -> None:
+    def publish(
+        self, latents: Any, *, step: int, total_steps: int | None = None, sigma: SupportsFloat | None = None
+    ) -> None:
         """Show these latents. Never raises, never waits for a device or a socket.
 
         latents: numpy array or torch tensor (CPU or CUDA) of floats, z as the scheduler holds it, spatial:
             `steps` (C,h,w) or (N,C,h,w); `clip` (T,C,h,w); `live` (C,h,w) or (t,C,h,w).
-        step: 0-based. sigma: the noise level that the model saw at this step.
+        step: 0-based. sigma: the noise level that the model saw at this step; a tensor on a GPU is read later.
         """
         # Every line here is paid for by the sampler, in cold caches: what can wait is the side thread's.
         try:

@@ -277,6 +277,9 @@ _DEFAULTED: Final[dict[type, frozenset[str]]] = {
 }
 
 
+_SCALARS: Final = frozenset((bool, int, float, str, bytes, type(None)))
+
+
 def type_name(cls: type) -> str:
     """The word that stands for a message class on the wire."""
     return _NAMES.get(cls, cls.__name__.upper())
@@ -284,8 +287,11 @@ def type_name(cls: type) -> str:
 
 def _plain(value: Any) -> Any:
     """Dataclasses inside a message as maps; everything else as it is."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: _plain(getattr(value, name)) for name in FIELDS[type(value)]}
+    kind = type(value)
+    if kind in _SCALARS:  # most values are: pictures by the thousand pass here
+        return value
+    if kind in FIELDS:
+        return {name: _plain(getattr(value, name)) for name in FIELDS[kind]}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
@@ -323,9 +329,12 @@ def _checked(cls: type, name: str, value: Any) -> Any:
 
 def _build(cls: type[M], header: Mapping[str, Any], **extra: Any) -> M:
     values: dict[str, Any] = extra
-    for name in FIELDS[cls]:
+    for name, take in FIELDS[cls].items():
         if name in header:
-            values[name] = _checked(cls, name, header[name])
+            try:
+                values[name] = take(header[name])
+            except WireError as error:
+                raise WireError(f"{type_name(cls)} {name}: {error}") from None
         elif name not in _DEFAULTED[cls]:
             raise WireError(f"{type_name(cls)}: {name} is missing")
     return cls(**values)

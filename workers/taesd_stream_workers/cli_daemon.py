@@ -123,11 +123,11 @@ def _greet(addresses: Addresses, link: str, supervisor: Supervisor, config: Conf
     """Who is ready, and last, where to look."""
     from rich.console import Console
 
-    decoder = next((row for row in supervisor.status() if "device" in row), {})
+    decoders = [f"{row['device']}: {row['reason']}" for row in supervisor.status() if "device" in row]
     lines = {
         "Broker": f"ready at {addresses.broker}",
         "Streamer": f"ready, recordings in {config.recording_folder}",
-        "Decoder": f"ready on {decoder.get('device')}: {decoder.get('reason')}",
+        "Decoder": f"ready on {'; '.join(decoders)}",
         "Publish": "" if is_demo else PUBLISH_LINE.format(addresses.broker),
         "Stop": "Ctrl-C; files are closed properly",
     }

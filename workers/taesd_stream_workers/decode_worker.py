@@ -20,7 +20,9 @@ from taesd_stream.messages import Done, Drain, Echo, Forget, Job, Keyframe, Work
 from taesd_stream.sockets import ClockOffset, WakePipe, connect_dealer, receive_parts
 from taesd_stream_workers.addresses import workers_address
 from taesd_stream_workers.devices import choose_device
-from taesd_stream_workers.job_decoder import JobDecoder, JobRun
+from taesd_stream_workers.gpus import stay_near
+from taesd_stream_workers.job_decoder import JobDecoder
+from taesd_stream_workers.job_run import JobRun
 from taesd_stream_workers.lifecycle import HUNG_S, Lifecycle
 from taesd_stream_workers.outgoing import Outgoing
 
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 CREDITS: Final = 2  # one job computes, the next waits beside it
 HELLO_S: Final = 1.0
 UNREACHABLE_S: Final = 10.0
-MAX_ENCODE_THREADS: Final = 8
+MAX_ENCODE_THREADS: Final = 16
 
 
 class DecodeWorker:
@@ -43,7 +45,8 @@ class DecodeWorker:
         self._ready: deque[Any] = deque()  # from the decoder: see JobDecoder.pass_on
         self._held: list[JobRun] = []  # done, but their credit waits for room
         self._device, self._device_reason = choose_device(config.decoder.device, config.decoder.min_free_bytes)
-        threads = max(2, min(MAX_ENCODE_THREADS, os.cpu_count() or 2))
+        self._near = stay_near(self._device.index or 0) if self._device.type == "cuda" else None
+        threads = max(2, min(MAX_ENCODE_THREADS, _processors()))
         self._decoder = JobDecoder(config, self._device, self._now_ns, self._pass, threads=threads)
         self._is_draining = False
         self._open_jobs = 0
@@ -56,6 +59,8 @@ class DecodeWorker:
         if self._config.decoder.threads:
             torch.set_num_threads(self._config.decoder.threads)
         logger.info("decoder_device device=%s reason=%s", self._device, self._device_reason)
+        if self._near is not None:
+            logger.info("decoder_processors %s", self._near)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         context.linger = 0
         name = f"{os_socket.gethostname()}:{self._device}:{os.getpid()}:{secrets.token_hex(4)}"
@@ -162,6 +167,11 @@ class DecodeWorker:
     def _now_ns(self) -> int:
         """This moment on the broker's clock. Any thread."""
         return time.monotonic_ns() + (self._clock.offset_ns or 0)
+
+
+def _processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_worker(config: Config, lifecycle: Lifecycle) -> None:
