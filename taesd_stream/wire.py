@@ -64,6 +64,7 @@ from taesd_stream.messages import (
     PublisherHello,
     Record,
     Refused,
+    RefusedPeer,
     RunHello,
     State,
     Stats,
@@ -129,6 +130,7 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
         "record": optional(_MODE),
         "meta": Check(f"{_META.says}, at most {MAX_META_BYTES} bytes", _meta),
         "opened_ns": _PEER_NS,
+        "owner": optional(text(64)),
     },
     LatentFrame: {
         "run": RUN,
@@ -149,10 +151,12 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
     Ack: {"run": RUN, "seq": _SEQ_OR_NONE_YET, "ended": BOOLEAN},
     StopRun: {"run": RUN},
     Refused: {"stream": STREAM, "run": RUN, "code": _CODE, "text": _TEXT, "use": optional(STREAM)},
+    RefusedPeer: {"code": _CODE, "text": _TEXT},
     Echo: {"echo_ns": _NS, "now_ns": _NS},
     WorkerHello: {
         "device": text(200),
         "credits": integer(0, 64),
+        "draining": BOOLEAN,
         "engines": mapping(text(64), mapping(text(64), ANY, 16), 256),
         "memories": mapping(RUN, _SEQ, 4096),
         "echo_ns": _NS,
@@ -243,6 +247,7 @@ _NAMES: Final[dict[type, str]] = {
     WorkerHello: "HELLO",
     StreamerHello: "HELLO",
     DemandUpdate: "DEMAND",
+    RefusedPeer: "REFUSED",
     StopRun: "STOP",
     StopStream: "STOP",
 }
@@ -263,8 +268,8 @@ FROM_INSIDE: Final = (
     Cursor,
     Stats,
 )
-TO_WORKER: Final = (Job, Forget, Drain, Echo)
-TO_STREAMER: Final = (State, Gap, Echo)
+TO_WORKER: Final = (Job, Forget, Drain, Echo, RefusedPeer)
+TO_STREAMER: Final = (State, Gap, Echo, RefusedPeer)
 FROM_WORKER_TO_STREAMER: Final = (Packet,)
 
 _DEFAULTED: Final[dict[type, frozenset[str]]] = {

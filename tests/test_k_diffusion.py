@@ -89,17 +89,17 @@ def test_samples_of_a_trainer_are_a_film(daemon: Daemon) -> None:
         publish_sample(
             torch.randn(3, 4, 8, 8),
             step=step,
-            stream="train/fox",
+            stream="train/test",
             latent_format="sd1",
             address=daemon.broker,
             page=daemon.web,
         )
         for step in (0, 500, 1000)
     ]
-    row = wait_for(lambda: daemon.streams().get("train/fox"), of="the stream")
+    row = wait_for(lambda: daemon.streams().get("train/test"), of="the stream")
     assert links == [f"{daemon.web}/#/s/{row['run']}/{place}" for place in range(3)]
-    wait_for(lambda: daemon.streams()["train/fox"]["step"] == 1000, of="the third sample")
-    assert daemon.streams()["train/fox"]["record"] == "all"
+    wait_for(lambda: daemon.streams()["train/test"]["step"] == 1000, of="the third sample")
+    assert daemon.streams()["train/test"]["record"] == "all"
 
 
 def test_a_trainer_without_a_daemon() -> None:

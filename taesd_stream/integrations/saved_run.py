@@ -22,7 +22,8 @@ from torch import Tensor
 from taesd_stream.config import load_config
 from taesd_stream.decoding.choice import open_engine
 from taesd_stream.decoding.colour import video_planes
-from taesd_stream.decoding.engine import Engine, latents_from_payload
+from taesd_stream.decoding.engine import Engine
+from taesd_stream.decoding.payloads import latents_from_payload
 from taesd_stream.decoding.sheet import grid
 from taesd_stream.decoding.video_engine import VideoEngine
 from taesd_stream.frames import EndReason, Kind, Packet, Stamps
