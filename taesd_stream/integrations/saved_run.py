@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import secrets
+import shutil
 import threading
 import time
 import weakref
@@ -210,11 +211,9 @@ class _Writer:
     def _close(self, recording: Recording, engine: Engine) -> None:
         pictures = recording.frames
         try:
-            paths = recording.finish()
-            if not paths:
-                return
-            paths[0].replace(self._path)
-            self._folder.rmdir()
+            for number, path in enumerate(recording.finish()):  # more than one where the size changed
+                path.replace(self._path if not number else self._path.with_stem(f"{self._path.stem}-part{number + 1}"))
+            shutil.rmtree(self._folder)
         except Exception as error:  # noqa: BLE001 what was written stays where it is
             self._fail(error)
             return
