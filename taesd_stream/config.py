@@ -43,7 +43,7 @@ class BrokerConfig(_Section):
     """Where samplers connect, and what is kept for them."""
 
     bind: str = "tcp://127.0.0.1:5760"
-    """Where samplers connect. Port 0 takes a free one. Loopback only, for now."""
+    """Where samplers connect. Port 0 takes a free one. Past loopback, security.keys_folder guards it."""
     workers_bind: str = AUTO
     """Where decode workers and the streamer connect; "auto" is a socket file of this daemon's own."""
     idle_interval_s: float = Field(default=2.0, ge=0.01, le=60)
@@ -62,7 +62,7 @@ class DecoderConfig(_Section):
     """How latents become pictures."""
 
     device: str = "auto"
-    """Device of the decoders: "auto", "cpu", "cuda", "cuda:1"…; auto leaves a busy GPU to its sampler."""
+    """Devices, a decode worker each: "auto", "cpu", "cuda:0,cuda:1"…; auto leaves busy GPUs to their samplers."""
     choice: DecoderChoice = "auto"
     """Decoder of live views: "auto" takes the tiny decoder where its weights are found, else the linear projection."""
     max_batch_size: int = Field(default=16, ge=1, le=256)
@@ -139,6 +139,15 @@ class RecordingConfig(_Section):
         return check_template(value)
 
 
+class SecurityConfig(_Section):
+    """Who may connect samplers, decode workers and streamers from other hosts."""
+
+    keys_folder: str = ""
+    """Folder of `taesd-stream keys new`: with it every tcp socket is encrypted, and asks each client for its key."""
+    insecure: bool = False
+    """Bind and dial other addresses than loopback without keys: whoever reaches them may watch, publish, decode."""
+
+
 class WeightsConfig(_Section):
     """Weights of the tiny decoders."""
 
@@ -174,6 +183,7 @@ class Config(BaseSettings):
     web: WebConfig = WebConfig()
     recording: RecordingConfig = RecordingConfig()
     weights: WeightsConfig = WeightsConfig()
+    security: SecurityConfig = SecurityConfig()
     rules: tuple[Rule, ...] = ()
 
     def rule_of(self, stream: str) -> Rule:
@@ -203,6 +213,11 @@ class Config(BaseSettings):
     def weights_folder(self) -> Path | None:
         """`weights.folder`, None when none was given."""
         return Path(self.weights.folder).expanduser() if self.weights.folder else None
+
+    @property
+    def keys_folder(self) -> Path | None:
+        """`security.keys_folder`, None when none was given."""
+        return Path(self.security.keys_folder).expanduser() if self.security.keys_folder else None
 
     def with_values(self, **sections: Mapping[str, Any]) -> Config:
         """A copy with some keys replaced: with_values(broker={"bind": …})."""

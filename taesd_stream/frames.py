@@ -48,6 +48,7 @@ class StreamInfo:
 
     record: None follows the daemon's `recording.default`. fps: pictures a second of `clip` and `live`.
     opened_ns: the publisher's time.monotonic_ns() at its opening: the origin of the run's picture times.
+    owner: name of the key that opened it, None where no keys are asked for; the broker's word, no publisher's.
     """
 
     stream: str
@@ -58,6 +59,7 @@ class StreamInfo:
     record: RecordMode | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     opened_ns: int = 0
+    owner: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

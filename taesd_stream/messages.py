@@ -72,13 +72,21 @@ class StopRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """broker -> publisher: this run is not taken. Codes: taken (`use` is free), unknown_run, format, limit."""
+    """broker -> publisher: this run is not taken. Codes: taken (`use` is free), unknown_run, format, limit, key."""
 
     stream: str
     run: str
     code: str
     text: str
     use: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusedPeer:
+    """broker -> worker, streamer: nothing is taken from you any more. Codes: key (it was revoked)."""
+
+    code: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,18 +14,21 @@ import zmq
 from taesd_stream import wire
 from taesd_stream.errors import WireError
 from taesd_stream.frames import EndReason, StreamInfo
+from taesd_stream.keys import Keys
 from taesd_stream.latent_log import LogError
+from taesd_stream.line import Line
 from taesd_stream.messages import Ack, DemandUpdate, Echo, End, PublisherHello, Refused, RunHello, StopRun
 from taesd_stream.outbox import Outbox, is_final
 from taesd_stream.pace import Pace
 from taesd_stream.send_window import SendWindow
-from taesd_stream.sockets import ClockOffset, WakePipe, connect_dealer
+from taesd_stream.sockets import ClockOffset, WakePipe
 
 logger = logging.getLogger(__name__)
 
 HELLO_S: Final = 1.0
 RETRY_S: Final = 0.1  # the socket took nothing: it says itself when it does, this is for the rest
 REFUSED_RETRY_S: Final = 10.0
+KNOCK_S: Final = 0.5  # how often a line that is not let in is looked after
 FIRST_ANSWER_S: Final = 0.5  # a daemon that is there has been reached by then
 SILENT_S: Final = 2.0  # a broker that leaves HELLO unanswered so long hangs, or is behind a hole: it gets no frames
 MAX_UNHEARD_BYTES: Final = 64 << 20  # of frames sent since it was heard last, all of which may lie in our memory
@@ -35,13 +38,14 @@ JOIN_SPARE_S: Final = 5.0  # for a last write to disk
 class PublisherLink:
     """One run's talk with the broker. Everything but the marked entry points runs in the side thread."""
 
-    def __init__(self, address: str, info: StreamInfo, outbox: Outbox) -> None:
+    def __init__(self, address: str, info: StreamInfo, outbox: Outbox, keys: Keys | None = None) -> None:
         self.info = info
         self.error: str | None = None
         self.is_stopped = False
         self.is_stoppable = False
         self.is_over = False  # the thread has ended
         self._address = address
+        self._keys = keys
         self._address_fault: zmq.ZMQError | None = None
         self._is_connecting = threading.Event()
         self._outbox = outbox
@@ -50,6 +54,7 @@ class PublisherLink:
         self._is_open = False  # OPEN went out, and nobody denied it
         self._opens = 0
         self._is_refused = False
+        self._not_let_in: str | None = None  # why nobody takes our key
         self._blocked_since_s: float | None = None  # when the socket took nothing for the first time
         self._asked_s: float | None = None  # when the oldest HELLO went that is not answered
         self._unheard_bytes = 0
@@ -104,29 +109,31 @@ class PublisherLink:
     def _run(self) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         context.linger = 0
-        socket: zmq.Socket[bytes] | None = None
+        line: Line | None = None
         try:
-            socket = connect_dealer(context, self._address)
+            line = Line(context, zmq.DEALER, self._address, keys=self._keys)
             self._is_connecting.set()
-            self._loop(socket)
+            self._loop(line)
         except Exception as error:  # the outermost loop: the sampler goes on
-            if socket is None and isinstance(error, zmq.ZMQError):
+            if line is None and isinstance(error, zmq.ZMQError):
                 self._address_fault = error
             else:
                 self.error = "the publisher failed: see its log"
                 logger.exception("publisher_failed stream=%s (the run goes on, unseen)", self.info.stream)
         finally:
             self._finish()
-            if socket is not None:
-                socket.close(linger=0)
+            if line is not None:
+                line.close()
             context.term()
             self.wakes.close()
             self._is_connecting.set()
 
-    def _loop(self, socket: zmq.Socket[bytes]) -> None:
+    def _loop(self, line: Line) -> None:
         poller = zmq.Poller()
         poller.register(self.wakes.fileno(), zmq.POLLIN)
         while not self._is_finished():
+            self._watch(line, poller)
+            socket = line.socket
             end = self._end  # before collect(): what was published before close() is said before END
             self._outbox.collect()
             self._outbox.spill_if_full(self.info)
@@ -137,6 +144,19 @@ class PublisherLink:
             self.wakes.drain()
             self._receive_all(socket)
             self._rest()
+
+    def _watch(self, line: Line, poller: zmq.Poller) -> None:
+        """Where the socket takes nothing, learn why."""
+        if self._blocked_since_s is None and line.error is None:
+            return
+        before, old = line.error, line.socket
+        if line.look():
+            poller.unregister(old)
+        self._not_let_in = line.error
+        if line.error is not None and line.error != before:
+            self._on_refused(Refused(stream=self.info.stream, run=self.info.run, code="key", text=line.error))
+        elif line.error is None and before is not None:
+            self._next_hello_s = 0.0  # it is open now
 
     def _is_finished(self) -> bool:
         if self._end is None:
@@ -162,6 +182,8 @@ class PublisherLink:
             until = min(until, self._window.resend_s)
         if self._end is not None:
             until = min(until, now + RETRY_S)
+        if self._not_let_in is not None:
+            until = min(until, now + KNOCK_S)
         return max(0, math.ceil((until - now) * 1000))
 
     def _send_all(self, socket: zmq.Socket[bytes], end: End | None) -> None:

@@ -19,7 +19,7 @@ from taesd_stream import LatentPublisher, wire
 from taesd_stream.frames import LatentFrame, RecordMode, StreamInfo
 from taesd_stream.latent_log import read_messages
 from taesd_stream.messages import Ack, End, PublisherHello, RunHello, StopRun
-from taesd_stream.sockets import connect_dealer
+from taesd_stream.sockets import dial
 from tests.broker_peer import BrokerPeer
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.golden_messages import FRAME
@@ -449,7 +449,7 @@ def test_a_recording_never_begins_behind_a_frame_that_did_not_come(tmp_path: Pat
     run = "00000000000000aa"
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with BrokerProcess(tmp_path) as broker:
-        socket = connect_dealer(context, broker.address)
+        socket = dial(context, zmq.DEALER, broker.address)
         try:
             assert socket.poll(30_000, zmq.POLLOUT)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -21,6 +21,9 @@ from taesd_stream_workers.cli_options import (
     say,
 )
 from taesd_stream_workers.daemon_client import DaemonClient, DaemonError
+
+if TYPE_CHECKING:
+    from taesd_stream.config import Config
 
 POLL_S: Final = 0.2
 OVER: Final = ("finished", "finishing")
@@ -164,9 +167,9 @@ def health(
 
     if role not in ("all", "broker", "worker", "streamer"):
         raise ConfigError(f"--role {role}: expected broker, worker, streamer or all")
-    workers_bind = load_config(config, sets).broker.workers_bind
-    if role in ("broker", "worker") and workers_bind != AUTO:
-        _ask_broker(workers_bind, role)
+    loaded = load_config(config, sets)
+    if role in ("broker", "worker") and loaded.broker.workers_bind != AUTO:
+        _ask_broker(loaded, role)
     elif role == "streamer":
         DaemonClient(connect).streams()
     else:
@@ -176,9 +179,12 @@ def health(
             raise UnreachableError(f"not ready: {error}") from error
 
 
-def _ask_broker(workers_bind: str, role: str) -> None:
+def _ask_broker(config: Config, role: str) -> None:
+    from taesd_stream.keys import load_keys
+    from taesd_stream_workers.addresses import dialled, workers_address
     from taesd_stream_workers.broker_probe import broker_state
 
-    workers = broker_state(workers_bind).workers
+    where = dialled(workers_address(config))
+    workers = broker_state(where, load_keys(config.keys_folder) if config.keys_folder else None).workers
     if role == "worker" and not workers:
-        raise UnreachableError(f"the broker at {workers_bind} has no decode worker")
+        raise UnreachableError(f"the broker at {where} has no decode worker")

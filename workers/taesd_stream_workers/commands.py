@@ -17,8 +17,17 @@ import typer
 
 from taesd_stream import __version__
 from taesd_stream.errors import ConfigError, StreamAbsentError, TaesdStreamError, UnreachableError
-from taesd_stream_workers import cli_client, cli_daemon, cli_files, cli_fit, cli_weights
-from taesd_stream_workers.cli_options import INTERRUPTED, ConfigOption, QuietOption, SetOption, VerboseOption, say
+from taesd_stream_workers import cli_client, cli_daemon, cli_files, cli_fit, cli_keys, cli_weights
+from taesd_stream_workers.cli_options import (
+    INTERRUPTED,
+    ConfigOption,
+    InsecureOption,
+    QuietOption,
+    SetOption,
+    VerboseOption,
+    said_insecure,
+    say,
+)
 
 OK: Final = 0
 USAGE: Final = 2
@@ -40,6 +49,7 @@ cli_client.add_commands(app)
 cli_files.add_commands(app)
 cli_weights.add_commands(app)
 cli_fit.add_commands(app)
+cli_keys.add_commands(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -108,12 +118,13 @@ def broker(
     sets: SetOption = [],  # noqa: B006 typer copies it
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
+    insecure: InsecureOption = False,
 ) -> None:
     """Take latents in, keep them, give workers their jobs.
 
     Example: taesd-stream broker --set broker.workers_bind=tcp://127.0.0.1:5761
     """
-    _run_role("broker", config, sets, verbose, quiet)
+    _run_role("broker", config, said_insecure(sets, insecure), verbose, quiet)
 
 
 @app.command(rich_help_panel="Roles, each alone")
@@ -122,12 +133,13 @@ def worker(
     sets: SetOption = [],  # noqa: B006
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
+    insecure: InsecureOption = False,
 ) -> None:
     """Decode latents and encode pictures, on one device.
 
     Example: taesd-stream worker --set decoder.device=cuda:0 --set broker.workers_bind=tcp://127.0.0.1:5761
     """
-    _run_role("worker", config, sets, verbose, quiet)
+    _run_role("worker", config, said_insecure(sets, insecure), verbose, quiet)
 
 
 @app.command(rich_help_panel="Roles, each alone")
@@ -136,12 +148,13 @@ def streamer(
     sets: SetOption = [],  # noqa: B006
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
+    insecure: InsecureOption = False,
 ) -> None:
     """Serve the page, viewers and recordings.
 
     Example: taesd-stream streamer --set web.bind=127.0.0.1:9000
     """
-    _run_role("streamer", config, sets, verbose, quiet)
+    _run_role("streamer", config, said_insecure(sets, insecure), verbose, quiet)
 
 
 def run() -> None:

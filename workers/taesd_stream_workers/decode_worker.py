@@ -16,20 +16,24 @@ import zmq
 from taesd_stream import wire
 from taesd_stream.config import Config
 from taesd_stream.errors import UnreachableError, WeightsError, WireError
-from taesd_stream.messages import Done, Drain, Echo, Forget, Job, Keyframe, WorkerHello
-from taesd_stream.sockets import ClockOffset, WakePipe, connect_dealer, receive_parts
-from taesd_stream_workers.addresses import workers_address
+from taesd_stream.keys import load_keys
+from taesd_stream.messages import Done, Drain, Echo, Forget, Job, Keyframe, RefusedPeer, WorkerHello
+from taesd_stream.sockets import ClockOffset, WakePipe, receive_parts
+from taesd_stream_workers.addresses import dialled, workers_address
 from taesd_stream_workers.devices import choose_device
-from taesd_stream_workers.job_decoder import JobDecoder, JobRun
+from taesd_stream_workers.gpus import stay_near
+from taesd_stream_workers.job_decoder import JobDecoder
+from taesd_stream_workers.job_run import JobRun
 from taesd_stream_workers.lifecycle import HUNG_S, Lifecycle
 from taesd_stream_workers.outgoing import Outgoing
+from taesd_stream_workers.role_line import RoleLine
 
 logger = logging.getLogger(__name__)
 
 CREDITS: Final = 2  # one job computes, the next waits beside it
 HELLO_S: Final = 1.0
 UNREACHABLE_S: Final = 10.0
-MAX_ENCODE_THREADS: Final = 8
+MAX_ENCODE_THREADS: Final = 16
 
 
 class DecodeWorker:
@@ -43,7 +47,8 @@ class DecodeWorker:
         self._ready: deque[Any] = deque()  # from the decoder: see JobDecoder.pass_on
         self._held: list[JobRun] = []  # done, but their credit waits for room
         self._device, self._device_reason = choose_device(config.decoder.device, config.decoder.min_free_bytes)
-        threads = max(2, min(MAX_ENCODE_THREADS, os.cpu_count() or 2))
+        self._near = stay_near(self._device.index or 0) if self._device.type == "cuda" else None
+        threads = max(2, min(MAX_ENCODE_THREADS, _processors()))
         self._decoder = JobDecoder(config, self._device, self._now_ns, self._pass, threads=threads)
         self._is_draining = False
         self._open_jobs = 0
@@ -56,11 +61,16 @@ class DecodeWorker:
         if self._config.decoder.threads:
             torch.set_num_threads(self._config.decoder.threads)
         logger.info("decoder_device device=%s reason=%s", self._device, self._device_reason)
+        if self._near is not None:
+            logger.info("decoder_processors %s", self._near)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         context.linger = 0
         name = f"{os_socket.gethostname()}:{self._device}:{os.getpid()}:{secrets.token_hex(4)}"
-        self._broker = connect_dealer(context, workers_address(self._config), identity=name.encode()[:200])
-        self._outgoing = Outgoing(context, lambda stream: self._say(Keyframe(stream=stream, rendition="live")))
+        where = dialled(workers_address(self._config))
+        folder = self._config.keys_folder
+        keys = load_keys(folder) if folder is not None else None
+        self._line = RoleLine(context, zmq.DEALER, where, keys=keys, identity=name.encode()[:200])
+        self._outgoing = Outgoing(context, lambda stream: self._say(Keyframe(stream=stream, rendition="live")), keys)
         self._life.on_stop(self._wake.wake)
         self._decoder.start()
         try:
@@ -75,11 +85,12 @@ class DecodeWorker:
 
     def _loop(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._broker, zmq.POLLIN)
+        poller.register(self._line.socket, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
         started_s, next_hello_s, is_ready = time.monotonic(), 0.0, False
         while not self._life.stop.is_set() and not (self._is_draining and not self._open_jobs):
             now = time.monotonic()
+            self._line.attend(poller)
             if now >= next_hello_s:
                 self._say(self._hello())
                 next_hello_s = now + HELLO_S
@@ -92,8 +103,8 @@ class DecodeWorker:
                 raise self._decoder.error
             if self._clock.offset_ns is None:
                 if now - started_s > UNREACHABLE_S:
-                    where = workers_address(self._config)
-                    raise UnreachableError(f"no broker answers at {where}: start one with `taesd-stream broker`")
+                    silent = f"no broker answers at {self._line.address}: start one with `taesd-stream broker`"
+                    raise UnreachableError(self._line.error or silent)
             elif self._decoder.is_warm and not is_ready:
                 is_ready = True
                 self._life.ready(device=str(self._device), reason=self._device_reason)
@@ -113,7 +124,7 @@ class DecodeWorker:
     def _receive(self) -> None:
         while True:
             try:
-                parts = receive_parts(self._broker)
+                parts = receive_parts(self._line.socket)
             except zmq.Again:
                 return
             try:
@@ -131,6 +142,8 @@ class DecodeWorker:
             self._decoder.forget(message.run)
         elif isinstance(message, Drain):
             self._is_draining = True
+        elif isinstance(message, RefusedPeer):
+            self._line.refused(message.text)
 
     def _forward(self) -> None:
         """Pass on what the other threads made; packets before the DONE that follows them."""
@@ -139,7 +152,8 @@ class DecodeWorker:
             if isinstance(item, JobRun):
                 self._held.append(item)
             elif isinstance(item, tuple):
-                self._outgoing.put(*item)
+                endpoint, packet = item
+                self._outgoing.put(dialled(endpoint, beside=self._line.address), packet)
             else:
                 self._say(item)
         while self._held and not self._outgoing.is_full:
@@ -151,7 +165,7 @@ class DecodeWorker:
 
     def _say(self, message: Any) -> None:
         try:
-            self._broker.send_multipart(wire.pack(message), zmq.NOBLOCK)
+            self._line.socket.send_multipart(wire.pack(message), zmq.NOBLOCK)
         except zmq.Again:  # the broker is away: it learns all from the next HELLO
             logger.debug("broker_away message=%s", type(message).__name__)
 
@@ -162,6 +176,11 @@ class DecodeWorker:
     def _now_ns(self) -> int:
         """This moment on the broker's clock. Any thread."""
         return time.monotonic_ns() + (self._clock.offset_ns or 0)
+
+
+def _processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_worker(config: Config, lifecycle: Lifecycle) -> None:

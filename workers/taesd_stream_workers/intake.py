@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 import time
@@ -11,6 +12,7 @@ from taesd_stream.config import Config
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.latent_formats import LATENT_FORMATS
 from taesd_stream.messages import Ack, DemandUpdate, Echo, End, PublisherHello, Refused, RunHello, StopRun
+from taesd_stream_workers.gate import KEY_REVOKED
 from taesd_stream_workers.kept_run import KeptRun
 from taesd_stream_workers.links import Links
 from taesd_stream_workers.log_writer import LogWriter
@@ -39,23 +41,32 @@ class Intake:
         if not self._log_max_bytes:
             self._log_max_bytes = shutil.disk_usage(self._registry.log_folder).free // 2
 
-    def take(self, peer: bytes, message: Any) -> None:
-        """One message of a publisher."""
+    def take(self, peer: bytes, client: str, message: Any) -> None:
+        """One message of a publisher. client: whose it is, as Door.client_of says."""
+        owner = client if self._links.front.has_keys else None
         if isinstance(message, LatentFrame):
-            self.route(peer, message)
+            self.route(peer, owner, message)
         elif isinstance(message, PublisherHello):
-            self._on_hello(peer, message)
+            self._on_hello(peer, owner, message)
         elif isinstance(message, StreamInfo):
-            self._on_open(peer, message)
+            self._on_open(peer, dataclasses.replace(message, owner=owner))
         elif isinstance(message, End):
-            self._on_end(peer, message)
+            self._on_end(peer, owner, message)
 
-    def route(self, peer: bytes, frame: LatentFrame) -> None:
+    def refuse_key(self, peer: bytes, message: Any) -> None:
+        """A message of a key that was revoked: nothing of it is taken; what opens or says HELLO is told."""
+        runs = list(message.runs) if isinstance(message, PublisherHello) else []
+        for run_id in [message.run] if isinstance(message, StreamInfo) else runs:
+            self._links.to_publisher(peer, Refused(stream="unknown", run=run_id, code="key", text=KEY_REVOKED))
+
+    def route(self, peer: bytes, owner: str | None, frame: LatentFrame) -> None:
         """FRAME: the newest of its stream, and, where it is kept, into the log. When full: kept ones get no ack."""
         received_ns = time.monotonic_ns()
         run = self._registry.by_run.get(frame.run)
         if run is None or run.end is not None:
             return self._unknown_run(peer, frame.run)
+        if self._is_foreign(run, owner):
+            return None
         run.heard_s = time.monotonic()
         run.peer = peer
         if not self._is_shape_right(run, frame):
@@ -131,11 +142,13 @@ class Intake:
     def _on_open(self, peer: bytes, info: StreamInfo) -> None:
         known = self._registry.by_run.get(info.run)
         if known is not None:
+            if self._is_foreign(known, info.owner):
+                return self._refuse_foreign(peer, known)
             known.peer, known.heard_s = peer, time.monotonic()
             return self.tell(known, always=True)
         holder = self._registry.by_name.get(info.stream)
-        if holder is not None and holder.is_alive and self._is_peer_there(holder):
-            use = self._registry.free_name(info.stream)
+        if holder is not None and self._holds_name(holder, info.owner):
+            use = self._registry.free_name(info.stream, lambda run: self._holds_name(run, info.owner))
             text = f"{info.stream}: another run of that name lives; {use} is free"
             return self._refuse(peer, info, "taken", text, use=use)
         if self._registry.meta_bytes + meta_bytes(info) > MAX_META_BYTES:
@@ -153,15 +166,36 @@ class Intake:
         self._links.is_changed = True
         return self.tell(run, always=True)
 
+    def _holds_name(self, run: Run, owner: str | None) -> bool:
+        """Whether a run keeps its name from a new one: from other keys also while its publisher is lost."""
+        if run.info.owner not in (None, owner):
+            return run.end is None and time.monotonic() - run.heard_s <= self._config.recording.lost_after_s
+        return run.is_alive and self._is_peer_there(run)
+
+    def _is_foreign(self, run: Run, owner: str | None) -> bool:
+        """Whether a run was opened by another key: nobody takes over a run by knowing its id."""
+        if owner is None or run.info.owner == owner:
+            return False
+        if run.info.owner is None:  # it was opened before keys were asked for
+            run.info = dataclasses.replace(run.info, owner=owner)
+            return False
+        self._links.counts["refused_foreign"] += 1
+        return True
+
+    def _refuse_foreign(self, peer: bytes, run: Run) -> None:
+        self._refuse(peer, run.info, "key", f"{run.info.stream}: this run was opened by another key")
+
     def _is_peer_there(self, run: Run) -> bool:
         """Whether the publisher's connection still stands: one that was killed is found out by sending to it."""
         ack = Ack(run=run.info.run, seq=_logged(run))
         return run.peer is not None and self._links.to_publisher(run.peer, ack)
 
-    def _on_end(self, peer: bytes, end: End) -> None:
+    def _on_end(self, peer: bytes, owner: str | None, end: End) -> None:
         run = self._registry.by_run.get(end.run)
         if run is None:
             return self._unknown_run(peer, end.run)
+        if self._is_foreign(run, owner):
+            return None
         run.peer = peer
         if run.end is None:
             run.end, run.ended_unix = end, time.time()
@@ -173,12 +207,15 @@ class Intake:
         self._links.to_publisher(peer, Ack(run=end.run, seq=_logged(run), ended=True))
         return None
 
-    def _on_hello(self, peer: bytes, hello: PublisherHello) -> None:
+    def _on_hello(self, peer: bytes, owner: str | None, hello: PublisherHello) -> None:
         self._links.to_publisher(peer, Echo(echo_ns=hello.echo_ns, now_ns=time.monotonic_ns()))
         for run_id, row in hello.runs.items():
             run = self._registry.by_run.get(run_id)
             if run is None:
                 self._unknown_run(peer, run_id)
+                continue
+            if self._is_foreign(run, owner):
+                self._refuse_foreign(peer, run)
                 continue
             run.peer, run.heard_s, run.offset_ns = peer, time.monotonic(), hello.offset_ns
             run.unacked_from = row.kept_from

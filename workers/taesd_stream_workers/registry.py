@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Final
 
 from taesd_stream.config import Config
@@ -90,11 +91,11 @@ class Registry:
         """Bytes of what all runs say of themselves."""
         return sum(run.meta_bytes for run in self.by_run.values())
 
-    def free_name(self, stream: str) -> str:
-        """A name like `stream` whose newest run is over."""
+    def free_name(self, stream: str, is_held: Callable[[Run], bool]) -> str:
+        """A name like `stream` that no run holds."""
         base = stream.partition("~")[0]
         number = 2
-        while (taken := self.by_name.get(f"{base}~{number}")) is not None and taken.is_alive:
+        while (taken := self.by_name.get(f"{base}~{number}")) is not None and is_held(taken):
             number += 1
         return f"{base}~{number}"
 
