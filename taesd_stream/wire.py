@@ -156,6 +156,7 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
     WorkerHello: {
         "device": text(200),
         "credits": integer(0, 64),
+        "draining": BOOLEAN,
         "engines": mapping(text(64), mapping(text(64), ANY, 16), 256),
         "memories": mapping(RUN, _SEQ, 4096),
         "echo_ns": _NS,

@@ -185,6 +185,7 @@ class Broker:
                 attempt = max(run.kept.attempt, cursor.attempt if cursor else 0) + 1
                 run.kept.told = cursor.written if cursor else -1
                 run.kept.restart(run.kept.told, attempt)
+        self._registry.touch_all()
         self._links.is_changed = True
 
     def _on_watch(self, _peer: bytes, watch: Watch) -> None:
@@ -192,6 +193,7 @@ class Broker:
         run = self._registry.by_name.get(watch.stream)
         if run is not None:
             run.live_since_ns = run.live_since_ns or time.monotonic_ns()
+            self._registry.touch(run)
             self._intake.tell(run)
             self._links.is_changed = True
 
@@ -199,12 +201,14 @@ class Broker:
         run = self._registry.by_name.get(keyframe.stream)
         if run is not None:
             run.forced.add(keyframe.rendition)
+            self._registry.touch(run)
             run.live_since_ns = run.live_since_ns or time.monotonic_ns()
 
     def _on_record(self, _peer: bytes, record: Record) -> None:
         run = self._registry.ask_record(record.stream, record.mode)
         if run is not None:
             run.record = record.mode
+            self._registry.touch(run)
             self._intake.tell(run, always=True)
             self._links.is_changed = True
 
@@ -223,6 +227,7 @@ class Broker:
             self._dispatcher.forget(run)
             return
         run.kept.told = cursor.written
+        self._registry.touch(run)
         if cursor.attempt < run.kept.attempt:
             return  # of an attempt that the newer one cuts back
         run.kept.on_cursor(cursor.written)
@@ -244,7 +249,7 @@ class Broker:
             runs={run_id: recording_row(run) for run_id, run in registry.by_run.items() if run.kept},
             workers=self._dispatcher.workers_state(),
             stats={"counts": dict(links.counts + self._gate.counts), "alerts": dict(links.alerts), "pid": os.getpid()},
-            desired_workers=self._dispatcher.desired_workers(),
+            desired_workers=self._dispatcher.desired_workers,
             now_ns=time.monotonic_ns(),
         )
         links.to_inside(peer, state)
@@ -255,6 +260,7 @@ class Broker:
             return
         self._next_tick_s = now + TICK_S
         self._intake.tick()
+        self._registry.touch_all()  # what waits for a time, or for room that others had
         self._dispatcher.tick()
         for run in self._registry.forget_old():
             self._dispatcher.forget(run)

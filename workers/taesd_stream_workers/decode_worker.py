@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 CREDITS: Final = 2  # one job computes, the next waits beside it
 HELLO_S: Final = 1.0
 UNREACHABLE_S: Final = 10.0
+DEAF_S: Final = 3.0  # a broker that answers no HELLO for so long is not there
+DRAIN_S: Final = 30.0
 MAX_ENCODE_THREADS: Final = 16
 
 
@@ -50,7 +52,10 @@ class DecodeWorker:
         self._near = stay_near(self._device.index or 0) if self._device.type == "cuda" else None
         threads = max(2, min(MAX_ENCODE_THREADS, _processors()))
         self._decoder = JobDecoder(config, self._device, self._now_ns, self._pass, threads=threads)
-        self._is_draining = False
+        self._drains_since_s: float | None = None  # told to go; the broker moves its streams first
+        self._is_let_go = False
+        self._has_news = False  # for the next HELLO, at once
+        self._heard_s = time.monotonic()
         self._open_jobs = 0
 
     def run(self) -> None:
@@ -72,6 +77,7 @@ class DecodeWorker:
         self._line = RoleLine(context, zmq.DEALER, where, keys=keys, identity=name.encode()[:200])
         self._outgoing = Outgoing(context, lambda stream: self._say(Keyframe(stream=stream, rendition="live")), keys)
         self._life.on_stop(self._wake.wake)
+        self._life.on_drain(self._drain)
         self._decoder.start()
         try:
             self._loop()
@@ -88,10 +94,11 @@ class DecodeWorker:
         poller.register(self._line.socket, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
         started_s, next_hello_s, is_ready = time.monotonic(), 0.0, False
-        while not self._life.stop.is_set() and not (self._is_draining and not self._open_jobs):
+        while not self._life.stop.is_set() and not self._is_drained():
             now = time.monotonic()
             self._line.attend(poller)
-            if now >= next_hello_s:
+            if now >= next_hello_s or self._has_news:
+                self._has_news = False
                 self._say(self._hello())
                 next_hello_s = now + HELLO_S
             poller.poll(50 if self._outgoing.held_bytes else 200)
@@ -111,10 +118,25 @@ class DecodeWorker:
             if time.monotonic() - self._decoder.busy_since_s < HUNG_S:  # a hung device thread must not look alive
                 self._life.tick()
 
+    def _drain(self) -> None:
+        """SIGTERM: take no more, send what is done, then go. In the main thread, between two of its instructions."""
+        self._drains_since_s, self._has_news = time.monotonic(), True
+        self._wake.wake()
+
+    def _is_drained(self) -> bool:
+        """Whether it may go: nothing is left to do, and the broker knows, or is not there; or it waited too long."""
+        if self._drains_since_s is None:
+            return False
+        now = time.monotonic()
+        is_idle = not self._open_jobs and not self._outgoing.held_bytes
+        is_free = self._is_let_go or now - self._heard_s > DEAF_S
+        return (is_idle and is_free) or now - self._drains_since_s > DRAIN_S
+
     def _hello(self) -> WorkerHello:
         return WorkerHello(
             device=f"{self._device} ({self._device_reason})",
-            credits=0 if self._is_draining else CREDITS,
+            credits=CREDITS,
+            draining=self._drains_since_s is not None,
             engines=self._decoder.engines(),
             memories=self._decoder.memories(),
             echo_ns=time.monotonic_ns(),
@@ -127,6 +149,7 @@ class DecodeWorker:
                 parts = receive_parts(self._line.socket)
             except zmq.Again:
                 return
+            self._heard_s = time.monotonic()
             try:
                 self._handle(wire.unpack(parts, wire.TO_WORKER))
             except WireError as error:
@@ -141,7 +164,7 @@ class DecodeWorker:
         elif isinstance(message, Forget):
             self._decoder.forget(message.run)
         elif isinstance(message, Drain):
-            self._is_draining = True
+            self._is_let_go = True
         elif isinstance(message, RefusedPeer):
             self._line.refused(message.text)
 

@@ -35,6 +35,7 @@ class Intake:
         self._writer = writer
         self._links = links
         self._log_max_bytes = config.broker.log_max_bytes
+        self._log_bytes = 0  # counted anew at each tick
 
     def open(self) -> None:
         """Find out how much the log may hold."""
@@ -74,6 +75,7 @@ class Intake:
         if frame.kept:
             self._keep(run, frame)
         self._show(run, frame, received_ns)
+        self._registry.touch(run)
         self._links.is_changed = True
         return None
 
@@ -124,6 +126,7 @@ class Intake:
                 continue
             self._links.resolve("log_error")
             kept.logged = done.message.seq
+            self._registry.touch(run)
             if run.peer is not None:
                 self._links.to_publisher(run.peer, Ack(run=run.info.run, seq=kept.logged))
 
@@ -134,7 +137,8 @@ class Intake:
             is_silent = run.end is None and now - run.heard_s > self._config.recording.lost_after_s
             if run.kept is not None and is_silent:
                 run.kept.is_over = True
-        if self._log_bytes() < LOG_ROOM_AGAIN * self._log_max_bytes:
+        self._log_bytes = sum(run.kept.log.nbytes for run in self._registry.by_run.values() if run.kept)
+        if self._log_bytes < LOG_ROOM_AGAIN * self._log_max_bytes:
             self._links.resolve("log_full")
 
     # --- opening and ending ---
@@ -264,11 +268,12 @@ class Intake:
             kept = self._begin_keeping(run, frame)
         if kept.is_over or frame.seq != kept.queued + 1:
             return  # its recording is being finished, or it is there already, or one was lost: it is sent again
-        if self._log_bytes() > self._log_max_bytes:
+        if self._log_bytes > self._log_max_bytes:
             text = "The latent log is full: recordings wait. Free space or raise broker.log_max_bytes."
             self._links.alert("log_full", text)
         elif self._writer.submit(kept.log, frame):
             kept.queued = frame.seq
+            self._log_bytes += frame.nbytes
 
     def _begin_keeping(self, run: Run, frame: LatentFrame) -> KeptRun:
         """Keep from this frame on, or from the newest one we hold if it is the one before (PROTOCOL 2)."""
@@ -280,9 +285,6 @@ class Intake:
         if self._writer.submit(kept.log, newest):
             kept.queued = newest.seq
         return kept
-
-    def _log_bytes(self) -> int:
-        return sum(run.kept.log.nbytes for run in self._registry.by_run.values() if run.kept)
 
 
 def _ends_keeping(run: Run, kept: KeptRun, row: RunHello) -> bool:

@@ -24,7 +24,8 @@ CLOSE_S: Final = 20.0
 class Lifecycle:
     """One role process. Supervised: config came on stdin, so that pipe's end is the word to stop; stdout is the report.
 
-    `stop` is set from a signal (started alone) or from the end of stdin (supervised).
+    `stop` is set from a signal (started alone) or from the end of stdin (supervised). A role that can drain first does
+    so at SIGTERM; a second one ends it.
     """
 
     def __init__(self, role: str, *, is_supervised: bool) -> None:
@@ -32,6 +33,7 @@ class Lifecycle:
         self.stop = threading.Event()
         self._is_supervised = is_supervised
         self._on_stop: list[Callable[[], None]] = []
+        self._drain: Callable[[], None] | None = None
         self._next_tick_s = 0.0
         self._output = threading.Lock()
 
@@ -50,6 +52,10 @@ class Lifecycle:
         self._on_stop.append(wake)
         if self.stop.is_set():
             wake()
+
+    def on_drain(self, drain: Callable[[], None]) -> None:
+        """At the first SIGTERM call this instead; the role then ends by itself."""
+        self._drain = drain
 
     def ready(self, **facts: object) -> None:
         """The sockets are bound, the model is warm: say so, with the addresses that were taken."""
@@ -80,8 +86,12 @@ class Lifecycle:
                 pass
         self._set_stop()
 
-    def _handle_signal(self, _number: int, _frame: FrameType | None) -> None:
-        self._set_stop()
+    def _handle_signal(self, number: int, _frame: FrameType | None) -> None:
+        drain, self._drain = self._drain, None
+        if number == signal.SIGTERM and drain is not None:
+            drain()
+        else:
+            self._set_stop()
 
     def _set_stop(self) -> None:
         self.stop.set()

@@ -28,6 +28,7 @@ class Registry:
         self.by_run: dict[str, Run] = {}
         self.by_name: dict[str, Run] = {}
         self.viewers: dict[str, dict[Rendition, int]] = {}
+        self.touched: dict[str, Run] = {}  # what of them could be decoded may have changed
         self._pending_record: dict[str, tuple[RecordMode, float]] = {}
         self._config = config
         self.log_folder = config.log_folder
@@ -55,7 +56,16 @@ class Registry:
     def add(self, run: Run) -> None:
         """Know a run; it becomes what its name means."""
         self.by_run[run.info.run] = run
+        self.touch(run)
         self.by_name[run.info.stream] = run
+
+    def touch(self, run: Run) -> None:
+        """What of it could be decoded may have changed."""
+        self.touched[run.info.run] = run
+
+    def touch_all(self) -> None:
+        """It may have of every run."""
+        self.touched.update(self.by_run)
 
     def record_mode(self, info: StreamInfo) -> RecordMode:
         """What is kept of a new run: a waiting RECORD for its name, then a rule, then its own word, then the default.
