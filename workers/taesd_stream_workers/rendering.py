@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from taesd_stream.decoding.host_copies import HostCopies, HostCopy
 from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import VIDEO_RENDITIONS, Planes
 
-GRID_GAP_PX: Final = 4
 BATCH_PX: Final = 1 << 22  # of pictures that are converted together: a GPU's calls cost more than their work
 
 # Pictures that become planes in one go: their shape, the long side of what comes out (0: as it is), and which planes.
@@ -95,6 +93,7 @@ def _convert(
                 yield Rendered(number, rendition, planes, size, copy)
 
 
+<<<<<<< HEAD
 def grid_columns(count: int, height: int, width: int) -> int:
     """How many pictures of a batch stand in a row of its sheet."""
     return min(max(1, math.ceil(math.sqrt(count * height / width))), count)
@@ -115,6 +114,8 @@ def grid(pictures: Tensor) -> Tensor:
     return sheet
 
 
+=======
+>>>>>>> main
 def as_pictures(latents: Tensor) -> Tensor:
     """Latents of one frame as a batch: (C,h,w) -> (1,C,h,w); (N,C,h,w) stays."""
     return latents if latents.ndim == 4 else latents.unsqueeze(0)
