@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from taesd_stream.decoding.host_copies import HostCopies, HostCopy
 from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import VIDEO_RENDITIONS, Planes
 
-GRID_GAP_PX: Final = 4
 BATCH_PX: Final = 1 << 22  # of pictures that are converted together: a GPU's calls cost more than their work
 
 # Pictures that become planes in one go: their shape, the long side of what comes out (0: as it is), and which planes.
@@ -95,11 +93,16 @@ def _convert(
                 yield Rendered(number, rendition, planes, size, copy)
 
 
+<<<<<<< HEAD
+def grid_columns(count: int, height: int, width: int) -> int:
+    """How many pictures of a batch stand in a row of its sheet."""
+    return min(max(1, math.ceil(math.sqrt(count * height / width))), count)
+
+
 def grid(pictures: Tensor) -> Tensor:
     """A batch as one picture: (N,3,H,W) -> (3,H',W'), row by row, as near a square as N allows; black gaps of 4 px."""
     count, _, height, width = pictures.shape
-    columns = math.ceil(math.sqrt(count * height / width)) if count > 1 else 1
-    columns = min(max(1, columns), count)
+    columns = grid_columns(count, height, width)
     rows = math.ceil(count / columns)
     sheet = pictures.new_zeros(
         3, rows * height + (rows - 1) * GRID_GAP_PX, columns * width + (columns - 1) * GRID_GAP_PX
@@ -111,6 +114,8 @@ def grid(pictures: Tensor) -> Tensor:
     return sheet
 
 
+=======
+>>>>>>> main
 def as_pictures(latents: Tensor) -> Tensor:
     """Latents of one frame as a batch: (C,h,w) -> (1,C,h,w); (N,C,h,w) stays."""
     return latents if latents.ndim == 4 else latents.unsqueeze(0)
