@@ -180,7 +180,7 @@ class _DeviceTensor(_Tensor):
         try:
             event = self._events.pop()
         except IndexError:
-            event = torch.Event("cuda", blocking=True) if self._is_only else torch.cuda.Event(blocking=True)
+            event = torch.Event("cuda", enable_timing=False) if self._is_only else torch.cuda.Event()
         if self._is_only:
             event.record()
         else:
@@ -196,7 +196,7 @@ class _DeviceTensor(_Tensor):
         if event is None:
             host = self._quantised(staged).cpu()
         else:
-            event.synchronize()  # sleeps, without the GIL
+            event.synchronize()  # without the GIL; at once, but at a run's end, for is_ready() was asked before
             host = self._fetch(staged)
             self._events.append(event)
         words = host.view(self._torch.int16) if self.dtype == "bfloat16" else host
