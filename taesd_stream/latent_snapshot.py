@@ -188,7 +188,10 @@ class _DeviceTensor(_Tensor):
         return staged, event
 
     def is_ready(self, taken: Any) -> bool:
-        return taken[1] is None or bool(taken[1].query())
+        try:
+            return taken[1] is None or bool(taken[1].query())
+        except RuntimeError:  # the device failed: to_bytes() says so
+            return True
 
     def to_bytes(self, taken: Any) -> Part:
         staged, event = taken

@@ -393,6 +393,18 @@ def test_what_is_being_collected_is_not_acked(tmp_path: Path) -> None:
     assert box.is_all_acked
 
 
+def test_a_count_that_comes_late_is_a_hole_and_no_end(tmp_path: Path) -> None:
+    """A thread that was held up between its test and its count, while keeping began: both parts are kept, in order."""
+    box = outbox(tmp_path, "all")
+    offer(box, 2)
+    skip(box)
+    offer(box, 2)
+    box.collect()
+    assert kept_seqs(box.kept) == [0, 1, 3, 4]
+    box.kept.ack(1)
+    assert box.kept.first_seq == 3  # what HELLO then names as kept_from
+
+
 def test_frames_behind_a_busy_device_keep_their_order(tmp_path: Path) -> None:
     """While a device holds a kept frame nothing behind it is taken, nothing counts as acked, and it is asked again."""
     box = outbox(tmp_path, "all")
