@@ -15,7 +15,7 @@ from taesd_stream.messages import JobItem
 from taesd_stream_workers.encode_pool import EncodePool, EncodeTask
 from taesd_stream_workers.job_pictures import Picture, Shown
 from taesd_stream_workers.job_run import JobRun
-from taesd_stream_workers.rendering import Rendered, Sizes, render
+from taesd_stream_workers.rendering import Rendered, Sizes, grid_columns, render
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,7 @@ class Shower:
 
     def _packet(self, item: JobItem, one: Rendered, picture: Picture, encoded: EncodedPicture) -> Packet:
         now_ns = self._outlet.now_ns()
+        parts = item.shape[0] if item.kind == "steps" and len(item.shape) == 4 else 1
         return Packet(
             stream=item.stream,
             run=item.run,
@@ -137,6 +138,9 @@ class Shower:
                 decoded_ns=now_ns - (time.monotonic_ns() - one.copy.wait()),
                 encoded_ns=now_ns,
             ),
+            kind=item.kind,
+            parts=parts,
+            columns=grid_columns(parts, *item.shape[-2:]),
             payload=encoded.payload,
         )
 
