@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any
 
 from taesd_stream.decoding.host_copies import HostCopies
+from taesd_stream.decoding.sheet import grid_columns
 from taesd_stream.frames import Packet, Rendition, Stamps
 from taesd_stream.media.encoder import EncodedPicture
 from taesd_stream.messages import JobItem
 from taesd_stream_workers.encode_pool import EncodePool, EncodeTask
 from taesd_stream_workers.job_pictures import Picture, Shown
 from taesd_stream_workers.job_run import JobRun
-from taesd_stream_workers.rendering import Rendered, Sizes, grid_columns, render
+from taesd_stream_workers.rendering import Rendered, Sizes, render
 
 
 @dataclass(frozen=True, slots=True)
