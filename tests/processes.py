@@ -82,7 +82,7 @@ def usage_of(pid: int) -> Usage:
     return Usage(
         rss_mib=int(rows["Rss"].split()[0]) / 1024,
         pss_mib=int(rows["Pss"].split()[0]) / 1024,
-        descriptors=len(os.listdir(folder / "fd")),
+        descriptors=sum(1 for _ in (folder / "fd").iterdir()),
         threads=int(fields[17]),
         cpu_s=(int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"),
     )

@@ -1,6 +1,6 @@
 """Samplers that come and go, as one process: `python -m tests.soak_samplers ADDRESS STREAMS` until its stdin closes.
 
-Each slot opens a run, publishes small latents once a second for some seconds, closes, and opens the next; some are kept.
+Each slot opens a run, publishes small latents once a second for a while, closes, and opens the next; some are kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Slot:
     def __init__(self, address: str, number: int) -> None:
         self._address = address
         self._number = number
-        self._random = random.Random(number)
+        self._random = random.Random(number)  # noqa: S311 the same runs each time
         self._publisher: LatentPublisher | None = None
         self._step = self._steps = 0
         self.due_s = time.monotonic() + number * STEP_S / 50
@@ -54,12 +54,18 @@ class Slot:
         )
 
 
+def wait_for_stdin(over: threading.Event) -> None:
+    """Whoever started this closes it, or is gone."""
+    sys.stdin.read()
+    over.set()
+
+
 def main() -> None:
     """Run until stdin closes."""
     address, count = sys.argv[1], int(sys.argv[2])
     slots = [Slot(address, number) for number in range(count)]
     over = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+    threading.Thread(target=wait_for_stdin, args=(over,), daemon=True).start()
     while not over.is_set():
         slot = min(slots, key=lambda one: one.due_s)
         if not over.wait(max(0.0, slot.due_s - time.monotonic())):

@@ -1,4 +1,4 @@
-"""A daemon and fifty streams that come and go: memory, descriptors and threads of every process stay where they were."""
+"""A daemon and fifty streams that come and go: memory, descriptors and threads of every process stay as they were."""
 
 from __future__ import annotations
 
