@@ -30,6 +30,8 @@ RETRY_S: Final = 0.1  # the socket took nothing: it says itself when it does, th
 REFUSED_RETRY_S: Final = 10.0
 KNOCK_S: Final = 0.5  # how often a line that is not let in is looked after
 FIRST_ANSWER_S: Final = 0.5  # a daemon that is there has been reached by then
+SILENT_S: Final = 2.0  # a broker that leaves HELLO unanswered so long hangs, or is behind a hole: it gets no frames
+MAX_UNHEARD_BYTES: Final = 64 << 20  # of frames sent since it was heard last, all of which may lie in our memory
 JOIN_SPARE_S: Final = 5.0  # for a last write to disk
 
 
@@ -54,6 +56,8 @@ class PublisherLink:
         self._is_refused = False
         self._not_let_in: str | None = None  # why nobody takes our key
         self._blocked_since_s: float | None = None  # when the socket took nothing for the first time
+        self._asked_s: float | None = None  # when the oldest HELLO went that is not answered
+        self._unheard_bytes = 0
         self._window = SendWindow(outbox.kept)
         self._pace = Pace()
         self._next_hello_s = 0.0
@@ -164,14 +168,15 @@ class PublisherLink:
         """Whether waiting is in vain: the end of a run must not wait for a broker that is not there."""
         if self._is_refused and self._next_hello_s >= self._give_up_s:
             return True
-        if self._blocked_since_s is None or now - self._blocked_since_s < FIRST_ANSWER_S:
+        is_gone = self._blocked_since_s is not None and now - self._blocked_since_s >= FIRST_ANSWER_S
+        if not is_gone and not self._is_silent(now):
             return False
-        return not self._outbox.kept.count and self._outbox.kept_from is None
+        return not self._outbox.pending and not self._outbox.kept.count and self._outbox.kept_from is None
 
     def _timeout_ms(self) -> int:
         now = time.monotonic()
         until = min(self._next_hello_s, self._give_up_s, self._outbox.ask_device_s)
-        if self._blocked_since_s is None and not self._is_refused:
+        if self._blocked_since_s is None and not self._is_refused and not self._is_silent(now):
             if self._outbox.slot or not self._outbox.wanted:
                 until = min(until, self._pace.next_s)
             until = min(until, self._window.resend_s)
@@ -186,14 +191,15 @@ class PublisherLink:
         now = time.monotonic()
         if self._is_refused and now < self._next_hello_s:
             return
-        if end is not None and self._outbox.keep_last():
+        if end is not None and not self._outbox.pending and self._outbox.keep_last():
             self._next_hello_s = now  # say kept_from before it is sent
         try:
             self._send_open(socket)
             self._send_hello(socket, now)
-            self._send_slot(socket, now, is_ending=end is not None)
-            self._send_kept(socket, now)
-            self._send_end(socket, end)
+            if not self._is_silent(now):
+                self._send_slot(socket, now, is_ending=end is not None)
+                self._send_kept(socket, now)
+                self._send_end(socket, end)
             self._blocked_since_s = None
         except zmq.Again:
             self._next_hello_s = max(self._next_hello_s, now + RETRY_S)
@@ -220,12 +226,18 @@ class PublisherLink:
         row = RunHello(next_seq=outbox.next_seq, kept_from=kept_from, stoppable=self.is_stoppable)
         _send(socket, PublisherHello(runs={self.info.run: row}, echo_ns=time.monotonic_ns(), offset_ns=offset_ns))
         self._next_hello_s = now + HELLO_S
+        self._asked_s = self._asked_s or now
+
+    def _is_silent(self, now: float) -> bool:
+        """Whether the broker does not read what it gets: what were sent would grow old in our memory."""
+        is_late = self._asked_s is not None and now - self._asked_s > SILENT_S
+        return is_late or self._unheard_bytes > MAX_UNHEARD_BYTES
 
     def _send_slot(self, socket: zmq.Socket[bytes], now: float, *, is_ending: bool) -> None:
         slot = self._outbox.slot
-        while slot and (now >= self._pace.next_s or is_final(slot[0]) or is_ending):
+        while slot and (now >= self._pace.next_s or is_final(slot[0]) or is_ending) and not self._is_silent(now):
             _send(socket, slot[0])
-            slot.popleft()
+            self._unheard_bytes += slot.popleft().nbytes
             self._pace.sent(now)
             self._rest()
 
@@ -254,6 +266,7 @@ class PublisherLink:
                 parts = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            self._asked_s, self._unheard_bytes = None, 0
             try:
                 self._handle(wire.unpack(parts, wire.TO_PUBLISHER))
             except WireError as error:

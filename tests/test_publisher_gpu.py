@@ -64,7 +64,9 @@ def test_taking_waits_for_nothing_and_what_is_written_later_does_not_show() -> N
     host = values(torch.float16)
     latents = host.cuda()
     snapshot = snapshot_of(latents, None, 3.0)
-    snapshot.to_bytes(snapshot.take(latents))  # warm: allocations wait for the device
+    snapshot.to_bytes(snapshot.take(latents))  # warm: whatever is loaded or allocated first waits for the device
+    latents.zero_()
+    latents.copy_(host)
     keep_busy(LONG_CYCLES)
     taken = snapshot.take(latents)
     latents.zero_()
@@ -119,6 +121,7 @@ def test_a_busy_device_does_not_silence_the_publisher(peer: BrokerPeer) -> None:
         publisher.publish(latents, step=0, sigma=torch.tensor(2.5, device="cuda"))
         first = peer.frame(0)
         assert (bytes(first.payload), first.sigma) == (latents.cpu().numpy().tobytes(), 2.5)
+        peer.ack(publisher.run, 0)
         keep_busy(4 * LONG_CYCLES)
         publisher.publish(latents, step=1, sigma=torch.tensor(float("nan"), device="cuda"))
         publisher.publish(latents, step=2)

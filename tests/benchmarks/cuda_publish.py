@@ -3,9 +3,10 @@
     python -m tests.benchmarks.cuda_publish            (about a minute)
 
 The sampler's step is a chain of float16 matrix products, about 20 ms of the GPU, waited for at its end as a sampler
-that reads its sigma does. `thread_us`: publish() on the sampler's thread. `lost_percent`: steps with publishing against
-steps without, pairs in the order ABBA, by wall clock. `memory_bytes`: how far the peak of torch's allocator is over
-that without. The broker is a process that only listens. The last line is one JSON object.
+that reads its sigma does. `thread_us`: publish() on the sampler's thread; `bare_us`: the copy, an event and a wake, and
+nothing else. `lost_percent`: steps with publishing against steps without, pairs in the order ABBA, by wall clock.
+`memory_bytes`: how far the peak of torch's allocator is over that without. The broker is a process that only listens.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+from collections import deque
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch
 
 from taesd_stream import LatentPublisher
 from taesd_stream.frames import RecordMode
-from tests.benchmarks.publish_cost import Listener
+from tests.benchmarks.publish_cost import Bare, Listener
 
 STEP_S: Final = 0.02
 SHAPES: Final = {"128 KiB": (4, 128, 128), "2 MiB": (16, 256, 256)}
@@ -71,9 +73,10 @@ def main() -> None:
             for dtype in DTYPES
             for record in ("off", "all")
         }
+        results["bare_us"] = {size: bare_cost(sampler, size, arguments.steps) for size in SHAPES}
         results["lost_percent"] = {size: lost(listener, sampler, size, arguments.pairs) for size in SHAPES}
         results["memory_bytes"] = {size: memory(listener, sampler, size) for size in SHAPES}
-    for part in ("thread_us", "lost_percent", "memory_bytes"):
+    for part in ("thread_us", "bare_us", "lost_percent", "memory_bytes"):
         for name, value in results[part].items():
             sys.stdout.write(f"{part:<14} {name:<36} {value}\n")
     sys.stdout.write(json.dumps(results) + "\n")
@@ -99,7 +102,34 @@ def thread_cost(
             torch.cuda.synchronize()
         if publisher.error:
             raise RuntimeError(publisher.error)
-    return {f"p{one}": round(float(np.percentile(times_us[10:], one)), 1) for one in (50, 95, 99)}
+    return percentiles(times_us[10:])
+
+
+def bare_cost(sampler: Sampler, size: str, steps: int) -> dict[str, float]:
+    """The least that it could be: the copy, an event, and an eventfd that a thread waits for."""
+    latents = torch.randn(SHAPES[size], device="cuda", dtype=torch.float32)
+    staged: deque[Any] = deque(maxlen=1)
+    new_event: Any = torch.cuda.Event
+
+    def snapshot(one: torch.Tensor) -> bytes:
+        event = new_event()
+        staged.append((one.to(torch.float16, copy=True), event.record()))
+        return b""
+
+    bare = Bare(snapshot)
+    times_us = []
+    for step in range(steps + 10):
+        sampler.launch()
+        started_ns = time.perf_counter_ns()
+        bare.publish(latents, step)
+        times_us.append((time.perf_counter_ns() - started_ns) / 1000)
+        torch.cuda.synchronize()
+    return percentiles(times_us[10:])
+
+
+def percentiles(times_us: list[float]) -> dict[str, float]:
+    """p50, p95 and p99."""
+    return {f"p{one}": round(float(np.percentile(times_us, one)), 1) for one in (50, 95, 99)}
 
 
 def lost(listener: Listener, sampler: Sampler, size: str, pairs: int) -> dict[str, float]:

@@ -178,7 +178,7 @@ def decode(
     config = load_config(sets=sets)
     latents = load_latents(file, format_of(latent_format, config.weights_folder))
     try:
-        engine = _open_engine(latent_format, config)
+        engine = open_best_engine(latent_format, config)
         count = _decode_to_file(latents, engine, output, fps, config.decoder.memory_bytes)
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from error
@@ -187,7 +187,8 @@ def decode(
         say(engine.reason)
 
 
-def _open_engine(latent_format: str, config: Config) -> Engine:
+def open_best_engine(latent_format: str, config: Config) -> Engine:
+    """The decoder that the configuration chooses for a format, in full precision. Raises: ConfigError for none."""
     from taesd_stream.decoding.choice import NoDecoderError, open_engine
     from taesd_stream_workers.devices import choose_device
     from taesd_stream_workers.start_checks import check_start

@@ -17,7 +17,16 @@ import typer
 
 from taesd_stream import __version__
 from taesd_stream.errors import ConfigError, StreamAbsentError, TaesdStreamError, UnreachableError
-from taesd_stream_workers import cli_client, cli_daemon, cli_files, cli_fit, cli_keys, cli_weights
+from taesd_stream_workers import (
+    cli_client,
+    cli_daemon,
+    cli_files,
+    cli_fit,
+    cli_keys,
+    cli_ray,
+    cli_recordings,
+    cli_weights,
+)
 from taesd_stream_workers.cli_options import (
     INTERRUPTED,
     ConfigOption,
@@ -49,7 +58,9 @@ cli_client.add_commands(app)
 cli_files.add_commands(app)
 cli_weights.add_commands(app)
 cli_fit.add_commands(app)
+cli_recordings.add_commands(app)
 cli_keys.add_commands(app)
+cli_ray.add_commands(app)
 
 
 @app.callback(invoke_without_command=True)

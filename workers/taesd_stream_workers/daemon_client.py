@@ -57,6 +57,13 @@ class DaemonClient:
         """The workers of GET /api/v1/workers."""
         return self._rows("/api/v1/workers", "workers")
 
+    def desired_workers(self) -> int:
+        """How many decode workers the offered load needs, of GET /api/v1/workers."""
+        desired = self._json("GET", "/api/v1/workers").get("desired_workers")
+        if not isinstance(desired, int):
+            raise self._other_server()
+        return desired
+
     def record(self, stream: str, mode: str) -> None:
         """Keep a stream from now on, or the next run of its name."""
         self._json("POST", f"/api/v1/streams/{urllib.parse.quote(stream)}/record", {"mode": mode})

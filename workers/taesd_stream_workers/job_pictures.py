@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from taesd_stream.decoding.engine import Engine
+from taesd_stream.decoding.sheet import grid
 from taesd_stream.decoding.video_engine import LivePart, VideoEngine
 from taesd_stream.messages import JobItem
-from taesd_stream_workers.rendering import grid
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from taesd_stream.decoding.host_copies import HostCopies, HostCopy
 from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import VIDEO_RENDITIONS, Planes
 
-GRID_GAP_PX: Final = 4
 BATCH_PX: Final = 1 << 22  # of pictures that are converted together: a GPU's calls cost more than their work
 
 # Pictures that become planes in one go: their shape, the long side of what comes out (0: as it is), and which planes.
@@ -93,22 +91,6 @@ def _convert(
         for rendition in renditions[number]:
             if _group(picture, rendition, sizes) == group:
                 yield Rendered(number, rendition, planes, size, copy)
-
-
-def grid(pictures: Tensor) -> Tensor:
-    """A batch as one picture: (N,3,H,W) -> (3,H',W'), row by row, as near a square as N allows; black gaps of 4 px."""
-    count, _, height, width = pictures.shape
-    columns = math.ceil(math.sqrt(count * height / width)) if count > 1 else 1
-    columns = min(max(1, columns), count)
-    rows = math.ceil(count / columns)
-    sheet = pictures.new_zeros(
-        3, rows * height + (rows - 1) * GRID_GAP_PX, columns * width + (columns - 1) * GRID_GAP_PX
-    )
-    for place in range(count):
-        row, column = divmod(place, columns)
-        top, left = row * (height + GRID_GAP_PX), column * (width + GRID_GAP_PX)
-        sheet[:, top : top + height, left : left + width] = pictures[place]
-    return sheet
 
 
 def as_pictures(latents: Tensor) -> Tensor:
