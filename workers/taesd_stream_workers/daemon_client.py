@@ -33,8 +33,8 @@ class DaemonClient:
         self.address = self.address.rstrip("/")
         if "://" not in self.address:
             self.address = f"http://{self.address}"
-        token = dict(urllib.parse.parse_qsl(query)).get("token")
-        self._headers = {"authorization": f"Bearer {token}"} if token else {}
+        self.token = dict(urllib.parse.parse_qsl(query)).get("token")
+        self._headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
         parts = urllib.parse.urlsplit(self.address)
         try:
             is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
