@@ -172,6 +172,15 @@ class Rule(_Section):
     """As decoder.choice, for them."""
 
 
+class PushTo(_Section):
+    """A stream that goes to a media server, for as long as the daemon runs: RTSP or RTMP, H.264 as it is."""
+
+    stream: str = Field(min_length=1)
+    """The stream's name; it need not be there yet."""
+    url: str = Field(min_length=1)
+    """Where it goes: rtsp://host/name, rtmp://host/app/name or rtmps://…"""
+
+
 class Config(BaseSettings):
     """The whole configuration, resolved."""
 
@@ -185,6 +194,7 @@ class Config(BaseSettings):
     weights: WeightsConfig = WeightsConfig()
     security: SecurityConfig = SecurityConfig()
     rules: tuple[Rule, ...] = ()
+    pushes: tuple[PushTo, ...] = ()
 
     def rule_of(self, stream: str) -> Rule:
         """What all rules together say of a stream; a key that none sets is None. `~N` behind a name counts for none."""
@@ -234,6 +244,9 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     for name, field in Config.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
 }
+
+
+TABLES: Mapping[str, type[BaseModel]] = {"rules": Rule, "pushes": PushTo}  # of which there may be many
 
 
 def load_config(file: Path | None = None, sets: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
@@ -314,12 +327,12 @@ def _explain(item: Any) -> str:
     path = [str(part) for part in item["loc"]]
     key = ".".join(path)
     if item["type"] == "model_type":
-        head = f"[{key}]" if path[0] != "rules" else "[[rules]]"
+        head = f"[[{path[0]}]]" if path[0] in TABLES else f"[{key}]"
         return f"{key}: expected a section of keys, as {head} in a file, got {item['input']!r}"
     if item["type"] != "extra_forbidden":
         return f"{key}: {item['msg']}, got {item['input']!r}"
-    if path[0] == "rules":
-        known = [".".join([*path[:-1], name]) for name in Rule.model_fields]
+    if path[0] in TABLES:
+        known = [".".join([*path[:-1], name]) for name in TABLES[path[0]].model_fields]
     else:
         known = [*(".".join(pair) for pair in _keys()), *Config.model_fields]
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)

@@ -107,6 +107,7 @@ class Packet:
     payload: `thumb` and `jpeg` a JPEG, the others an H.264 access unit (Annex B, SPS and PPS at each IDR).
     pts: ticks of 1/90000 s since the run's first frame.
     index, count: which of the pictures of its frame (a `clip` has many); `steps` 0 of 1.
+    parts, columns: how many pictures of a batch stand in this one, row by row, and how many in a row.
     attempt: number of the recording's or the film's try, given by the broker; 0 for other renditions.
     """
 
@@ -126,4 +127,7 @@ class Packet:
     total_steps: int | None
     sigma: float | None
     stamps: Stamps
+    kind: Kind = "steps"
+    parts: int = 1
+    columns: int = 1
     payload: bytes | memoryview

@@ -237,6 +237,9 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
         "total_steps": _STEPS,
         "sigma": _SIGMA,
         "stamps": _nested(Stamps),
+        "kind": choice(KINDS),
+        "parts": integer(1, 1 << 20),
+        "columns": integer(1, 1 << 20),
     },
 }
 

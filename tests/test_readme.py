@@ -103,7 +103,7 @@ def test_limits(row: list[str]) -> None:
 @pytest.mark.parametrize("text", [TEXT, RUNNING], ids=["README", "running"])
 def test_keys_exist(text: str) -> None:
     """Every key of the configuration that is named exists."""
-    keys = set(re.findall(rf"(?<![\w.])((?:{'|'.join(SECTIONS)})\.[a-z_]+)\b(?!\()", text))
+    keys = set(re.findall(rf"(?<![\w.-])((?:{'|'.join(SECTIONS)})\.[a-z_]+)\b(?!\()", text))
     known = {f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields}
     files = {key for key in keys if key.rpartition(".")[2] in ("py", "md", "toml", "js", "css", "html", "json")}
     assert keys - files - known == set()

@@ -10,11 +10,15 @@ from torch import Tensor
 GRID_GAP_PX: Final = 4
 
 
+def grid_columns(count: int, height: int, width: int) -> int:
+    """How many pictures of a batch stand in a row of its sheet."""
+    return min(max(1, math.ceil(math.sqrt(count * height / width))), count)
+
+
 def grid(pictures: Tensor) -> Tensor:
     """A batch as one picture: (N,3,H,W) -> (3,H',W'), row by row, as near a square as N allows; black gaps of 4 px."""
     count, _, height, width = pictures.shape
-    columns = math.ceil(math.sqrt(count * height / width)) if count > 1 else 1
-    columns = min(max(1, columns), count)
+    columns = grid_columns(count, height, width)
     rows = math.ceil(count / columns)
     sheet = pictures.new_zeros(
         3, rows * height + (rows - 1) * GRID_GAP_PX, columns * width + (columns - 1) * GRID_GAP_PX

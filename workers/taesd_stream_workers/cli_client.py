@@ -33,6 +33,7 @@ def add_commands(app: typer.Typer) -> None:
     """Put the commands on the application."""
     app.command(rich_help_panel="Watch and record")(streams)
     app.command(rich_help_panel="Watch and record")(record)
+    app.command(rich_help_panel="Watch and record")(push)
     app.command(rich_help_panel="Daemon")(health)
 
 
@@ -149,6 +150,28 @@ def _download(client: DaemonClient, recording: dict[str, Any], output: Path, fra
         raise ConfigError(f"{output}: cannot be written: {error.strerror}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def push(
+    name: Annotated[str, typer.Argument(help="The stream, running already or not yet.")],
+    url: Annotated[str, typer.Argument(help="rtsp://host/name, rtmp://host/app/name or rtmps://…")],
+    connect: WebOption = DEFAULT_WEB,
+) -> None:
+    """Send a stream to a media server, until Ctrl-C; it connects again whatever breaks.
+
+    Example: taesd-stream push my-run rtsp://127.0.0.1:8554/my-run
+    """
+    import threading
+
+    from taesd_stream_workers.push import Push, source_of
+
+    if not is_stream_name(name):
+        raise ConfigError(f"{name}: {NAME_RULE}")
+    client = DaemonClient(connect)
+    one = Push(source_of(client.address, name), url, token=client.token, say=say)
+    if name not in {row["name"] for row in client.streams()}:
+        say(f"waiting for {name}")
+    one.run(threading.Event())
 
 
 def health(

@@ -23,6 +23,7 @@ from taesd_stream_workers import (
     cli_files,
     cli_fit,
     cli_keys,
+    cli_ray,
     cli_recordings,
     cli_weights,
 )
@@ -59,6 +60,7 @@ cli_weights.add_commands(app)
 cli_fit.add_commands(app)
 cli_recordings.add_commands(app)
 cli_keys.add_commands(app)
+cli_ray.add_commands(app)
 
 
 @app.callback(invoke_without_command=True)

@@ -74,7 +74,7 @@ class Hub:
         self._tell_broker = tell_broker
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox = Inbox(self.keyframe, lambda packet: latency.dropped.labels(packet.rendition).inc())
-        self._pictures: dict[tuple[str, Rendition], Packet] = {}  # newest whole picture, for late viewers
+        self._pictures: dict[tuple[str, Rendition], list[Packet]] = {}  # of the newest frame, for late viewers
         self._newest: dict[str, Packet] = {}  # newest packet of any rendition, by run
         self._latency_ms: dict[str, float] = {}
         self._counts: defaultdict[tuple[str, Rendition], int] = defaultdict(int)
@@ -137,7 +137,10 @@ class Hub:
             self._latency_ms[packet.run] = max(0, streamed_ns - packet.stamps.sent_ns) / 1e6
             self.rate.add()
             if packet.rendition != "live":
-                self._pictures[packet.stream, packet.rendition] = packet
+                frame = self._pictures.setdefault((packet.stream, packet.rendition), [])
+                if frame and (packet.index == 0 or (frame[0].run, frame[0].seq) != (packet.run, packet.seq)):
+                    frame.clear()
+                frame.append(packet)
             for viewer in self._viewers:
                 viewer.offer(packet, streamed_ns)
 
@@ -234,7 +237,8 @@ class Hub:
 
     def picture(self, stream: str, rendition: Rendition) -> Packet | None:
         """The newest whole picture of a stream, if one was made."""
-        return self._pictures.get((stream, rendition))
+        frame = self._pictures.get((stream, rendition))
+        return frame[-1] if frame else None
 
     def watch(self, viewer: Viewer, before: dict[str, Rendition], after: dict[str, Rendition]) -> None:
         """A viewer wants other streams than before."""
@@ -247,8 +251,9 @@ class Hub:
             self._change(stream, rendition, +1)
             if rendition == "live":
                 self.keyframe(stream)
-            elif (packet := self._pictures.get((stream, rendition))) is not None and self._is_newest_run(packet):
-                viewer.offer(packet, self.clock_ns())
+            for packet in self._pictures.get((stream, rendition), []) if rendition != "live" else ():
+                if self._is_newest_run(packet):
+                    viewer.offer(packet, self.clock_ns())
 
     def _is_newest_run(self, packet: Packet) -> bool:
         """Whether a name still means the run of this picture: a late viewer must not see a former one's."""

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Final
 
+from taesd_stream_workers.service_manager import ServiceManager
+
 TICK_S: Final = 1.0
 STILL_S: Final = 15.0  # a loop that has not ticked for so long prints its stacks and exits
 HUNG_S: Final = 30.0  # work beside the loop that makes no progress for so long is hung
@@ -36,6 +38,7 @@ class Lifecycle:
         self._drain: Callable[[], None] | None = None
         self._next_tick_s = 0.0
         self._output = threading.Lock()
+        self._manager = ServiceManager.from_environment()
 
     def start(self) -> None:
         """Watch for the word to stop; call in the main thread."""
@@ -60,6 +63,7 @@ class Lifecycle:
     def ready(self, **facts: object) -> None:
         """The sockets are bound, the model is warm: say so, with the addresses that were taken."""
         self._report({"ready": self.role, **facts})
+        self._manager.ready(" ".join(f"{key}={value}" for key, value in facts.items()))
 
     def tick(self) -> None:
         """The loop made progress. Only the loop that does the work may call this."""
@@ -68,12 +72,14 @@ class Lifecycle:
             return
         self._next_tick_s = now + TICK_S
         _exit_after(STILL_S)
+        self._manager.progress()
         if self._is_supervised:
             self._report({"tick": self.role})
 
     def end(self) -> None:
         """The loop is over. Closing too must come to an end, or a role would outlive a supervisor that was killed."""
         _exit_after(CLOSE_S)
+        self._manager.stopping()
 
     def _report(self, line: dict[str, object]) -> None:
         with self._output, contextlib.suppress(OSError, ValueError):

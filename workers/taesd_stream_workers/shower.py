@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from taesd_stream.decoding.host_copies import HostCopies
+from taesd_stream.decoding.sheet import grid_columns
 from taesd_stream.frames import Packet, Rendition, Stamps
 from taesd_stream.media.encoder import EncodedPicture
 from taesd_stream.messages import JobItem
@@ -114,6 +115,7 @@ class Shower:
 
     def _packet(self, item: JobItem, one: Rendered, picture: Picture, encoded: EncodedPicture) -> Packet:
         now_ns = self._outlet.now_ns()
+        parts = item.shape[0] if item.kind == "steps" and len(item.shape) == 4 else 1
         return Packet(
             stream=item.stream,
             run=item.run,
@@ -137,6 +139,9 @@ class Shower:
                 decoded_ns=now_ns - (time.monotonic_ns() - one.copy.wait()),
                 encoded_ns=now_ns,
             ),
+            kind=item.kind,
+            parts=parts,
+            columns=grid_columns(parts, *item.shape[-2:]),
             payload=encoded.payload,
         )
 

@@ -17,6 +17,7 @@ from taesd_stream.folder_lock import FolderLock
 from taesd_stream.keys import load_keys
 from taesd_stream_workers.addresses import check_inner_addresses, require_guarded, web_address
 from taesd_stream_workers.key_files import AllowList
+from taesd_stream_workers.push import format_of
 from taesd_stream_workers.web_token import load_token
 
 ROLES: Final = ("broker", "streamer", "worker")
@@ -30,6 +31,8 @@ def check_start(config: Config, roles: Sequence[str] = ROLES) -> None:
         web_address(config)
         _check_free("web.bind", config.web.bind)
         load_token(config)
+        for push in config.pushes:
+            format_of(push.url)
         _check_folder(config.recording_folder, "recording.folder")
     if "broker" in roles:
         _check_free("broker.bind", require_guarded(config, "broker.bind", config.broker.bind))

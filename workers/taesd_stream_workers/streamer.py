@@ -22,6 +22,7 @@ from taesd_stream_workers.gate import Door, Gate
 from taesd_stream_workers.hub import Hub
 from taesd_stream_workers.latency import Latency
 from taesd_stream_workers.lifecycle import Lifecycle
+from taesd_stream_workers.push import Pushes
 from taesd_stream_workers.recorder import Recorder
 from taesd_stream_workers.role_line import RoleLine
 from taesd_stream_workers.web.server import WebServer
@@ -50,6 +51,7 @@ class Streamer:
             config, self.tell_broker, self._hub.offer_recordings, self._latency.recording_errors.inc
         )
         self._web = WebServer(config, self._hub, self._recorder)
+        self._pushes = Pushes(config)
         self._bad = 0
 
     def now_ns(self) -> int:
@@ -79,12 +81,14 @@ class Streamer:
             self._life.on_stop(self._wake.wake)
             self._recorder.start()
             self._web.start()
+            self._pushes.start(web_address)
             self._life.ready(web=web_address, web_port=self._web.port, packets_bind=self._endpoint)
             try:
                 self._loop()
             finally:
                 self._life.end()
                 self._web.stop()
+                self._pushes.close()
                 self._receive_packets()  # what workers have sent goes into the files
                 self._recorder.close()
                 context.destroy()

@@ -21,6 +21,7 @@ from taesd_stream.errors import ConfigError, TaesdStreamError
 from taesd_stream_workers.addresses import MAX_IPC_PATH_BYTES
 from taesd_stream_workers.gpus import devices
 from taesd_stream_workers.role_process import Reports, Role
+from taesd_stream_workers.service_manager import ServiceManager
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Supervisor:
         self._roles: dict[str, Role] = {}
         self._reports: Reports = queue.SimpleQueue()
         self._stop = threading.Event()
+        self._manager = ServiceManager.from_environment()
 
     def __enter__(self) -> Supervisor:
         return self
@@ -92,6 +94,7 @@ class Supervisor:
         )
         for role in self._roles.values():
             role.config = self._config_of(role)
+        self._manager.ready(f"page at {web}, samplers at {bind}")
         return Addresses(web, bind, workers_bind, packets_bind)
 
     def run(self) -> None:
@@ -104,6 +107,7 @@ class Supervisor:
                 for role in self._roles.values():
                     role.heard_s = now
             looked_s = now
+            self._manager.progress()
             for role in self._roles.values():
                 self._look_after(role, now)
 
@@ -113,6 +117,7 @@ class Supervisor:
 
     def close(self) -> None:
         """Stop the roles in data order."""
+        self._manager.stopping()
         begun_s = time.monotonic()
         for command, by_s in STOP_BY_S.items():
             mine = [role for role in self._roles.values() if role.command == command]
