@@ -94,7 +94,7 @@ class Broker:
         context: Context = zmq.Context()
         context.linger = 0
         with FolderLock(self._registry.log_folder):
-            self._registry.load_logs()
+            self._registry.load_logs(self._life.tick)
             self._intake.open()
             self._links.bind(self._gate, context, self._config.broker.bind, workers_address(self._config))
             self._life.on_stop(self._wake.wake)

@@ -9,7 +9,7 @@ import time
 from typing import Any, Final
 
 from taesd_stream.config import Config
-from taesd_stream.frames import LatentFrame, StreamInfo
+from taesd_stream.frames import Kind, LatentFrame, StreamInfo
 from taesd_stream.latent_formats import LATENT_FORMATS
 from taesd_stream.messages import Ack, DemandUpdate, Echo, End, PublisherHello, Refused, RunHello, StopRun
 from taesd_stream_workers.gate import KEY_REVOKED
@@ -22,6 +22,7 @@ from taesd_stream_workers.runs import Run, meta_bytes
 logger = logging.getLogger(__name__)
 
 LOG_ROOM_AGAIN: Final = 0.9  # of the log's bytes: under it, the alert goes
+RANKS: Final[dict[Kind, tuple[int, ...]]] = {"steps": (3, 4), "clip": (4,), "live": (3, 4)}  # axes of a frame
 MAX_REFUSALS_LOGGED: Final = 100  # of one kind
 MAX_META_BYTES: Final = 6 << 20  # of all runs: STATE tells it to the streamer, twice where a run is kept
 
@@ -122,6 +123,7 @@ class Intake:
                 if done.message.seq != kept.logged + 1:
                     continue  # it only followed one that failed, which was sent again since
                 kept.queued = kept.logged
+                self._links.counts["log_errors"] += 1
                 self._links.alert("log_error", f"The latent log cannot be written: {done.error}")
                 continue
             self._links.resolve("log_error")
@@ -137,9 +139,23 @@ class Intake:
             is_silent = run.end is None and now - run.heard_s > self._config.recording.lost_after_s
             if run.kept is not None and is_silent:
                 run.kept.is_over = True
+        self._drop_old_logs()
         self._log_bytes = sum(run.kept.log.nbytes for run in self._registry.by_run.values() if run.kept)
         if self._log_bytes < LOG_ROOM_AGAIN * self._log_max_bytes:
             self._links.resolve("log_full")
+
+    def _drop_old_logs(self) -> None:
+        """What nobody could record for `broker.log_max_age_s` goes; never without that key."""
+        max_age_s = self._config.broker.log_max_age_s
+        if not max_age_s:
+            return
+        for run in self._registry.by_run.values():
+            if run.kept is None or not run.kept.is_over or time.time() - run.kept.log.changed_unix < max_age_s:
+                continue
+            logger.error("log_expired stream=%s run=%s frames=%d", run.info.stream, run.info.run, run.frames_behind)
+            self._links.counts["logs_expired"] += 1
+            self._writer.delete(run.finish_keeping())
+            self._registry.touch(run)
 
     # --- opening and ending ---
 
@@ -149,6 +165,9 @@ class Intake:
             if self._is_foreign(known, info.owner):
                 return self._refuse_foreign(peer, known)
             known.peer, known.heard_s = peer, time.monotonic()
+            if known.is_reopened:  # the last word on keeping was said to a former broker
+                known.is_reopened = False
+                known.record = info.record or self._config.recording.default
             return self.tell(known, always=True)
         holder = self._registry.by_name.get(info.stream)
         if holder is not None and self._holds_name(holder, info.owner):
@@ -222,6 +241,9 @@ class Intake:
                 self._refuse_foreign(peer, run)
                 continue
             run.peer, run.heard_s, run.offset_ns = peer, time.monotonic(), hello.offset_ns
+            if run.is_reopened:  # its log does not tell what a person said last: OPEN does
+                self._unknown_run(peer, run_id)
+                continue
             run.unacked_from = row.kept_from
             if run.is_stoppable != row.stoppable:
                 run.is_stoppable, self._links.is_changed = row.stoppable, True
@@ -251,6 +273,9 @@ class Intake:
         try:
             if latent_format is not None:
                 latent_format.check_shape(run.info.kind, frame.shape)
+            elif len(frame.shape) not in RANKS[run.info.kind]:  # a format of a user's own: the worker knows it
+                expected = " or ".join(str(rank) for rank in RANKS[run.info.kind])
+                raise ValueError(f"{run.info.kind}: expected latents of {expected} axes, got {frame.shape}")
         except ValueError as error:
             self._links.counts["bad_shapes"] += 1
             run.faults += 1

@@ -41,6 +41,7 @@ class Run:
         self.started_unix = time.time()
         self.heard_s = time.monotonic() if peer is not None else float("-inf")
         self.is_stoppable = False
+        self.is_reopened = False  # from a former broker's log; its publisher has not said OPEN since
         self.stop_asked = False
         self.offset_ns = 0  # broker clock minus publisher clock
         self.newest: LatentFrame | None = None
