@@ -1,4 +1,5 @@
 // The client in JavaScript at work: publishes frames of one value each, ends at Stop, and says how it went.
+
 // node publish.js ADDRESS STREAM RECORD COUNT
 
 import { setTimeout as wait } from "node:timers/promises"
