@@ -255,7 +255,6 @@ class Intake:
                 self._refuse_foreign(peer, run)
                 continue
             run.peer, run.client, run.heard_s, run.offset_ns = peer, client, time.monotonic(), hello.offset_ns
-            run.peer, run.heard_s, run.offset_ns = peer, time.monotonic(), hello.offset_ns
             if run.is_reopened:  # its log does not tell what a person said last: OPEN does
                 self._unknown_run(peer, run_id)
                 continue
