@@ -39,7 +39,7 @@ export class Compare {
     )
     this.parts.wipe.oninput = () => this.wipe()
     part("[data-compare=swap]").onclick = () => this.open(this.runs.toReversed(), this.place, this.mode)
-    for (const button of this.root.querySelectorAll("[data-mode]")) button.onclick = () => this.choose(button.dataset.mode)
+    for (const button of this.root.querySelectorAll("button[data-mode]")) button.onclick = () => this.choose(button.dataset.mode)
   }
 
   /** place: seq of the first run's step, or null: the newest that both have. */
@@ -62,7 +62,7 @@ export class Compare {
   choose(mode) {
     this.mode = mode
     put(this.parts.stage, { "data-mode": mode })
-    for (const button of this.root.querySelectorAll("[data-mode]")) put(button, { "aria-pressed": button.dataset.mode === mode })
+    for (const button of this.root.querySelectorAll("button[data-mode]")) put(button, { "aria-pressed": button.dataset.mode === mode })
     this.tellAddress()
   }
 
