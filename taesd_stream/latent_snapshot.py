@@ -180,7 +180,7 @@ class _DeviceTensor(_Tensor):
         try:
             event = self._events.pop()
         except IndexError:
-            event = torch.Event("cuda", blocking=True) if self._is_only else torch.cuda.Event(blocking=True)
+            event = torch.Event("cuda", enable_timing=False) if self._is_only else torch.cuda.Event()
         if self._is_only:
             event.record()
         else:
@@ -188,7 +188,10 @@ class _DeviceTensor(_Tensor):
         return staged, event
 
     def is_ready(self, taken: Any) -> bool:
-        return taken[1] is None or bool(taken[1].query())
+        try:
+            return taken[1] is None or bool(taken[1].query())
+        except RuntimeError:  # the device failed: to_bytes() says so
+            return True
 
     def to_bytes(self, taken: Any) -> Part:
         staged, event = taken
@@ -196,7 +199,7 @@ class _DeviceTensor(_Tensor):
         if event is None:
             host = self._quantised(staged).cpu()
         else:
-            event.synchronize()  # sleeps, without the GIL
+            event.synchronize()  # without the GIL; at once, but at a run's end, for is_ready() was asked before
             host = self._fetch(staged)
             self._events.append(event)
         words = host.view(self._torch.int16) if self.dtype == "bfloat16" else host

@@ -605,6 +605,26 @@ def test_a_broker_that_comes_late_is_found(tmp_path: Path) -> None:
             assert peer.seqs() == [0, 1, 2]
 
 
+def test_what_the_ring_cannot_hold_waits_on_disk_and_is_sent_from_there(
+    tmp_path: Path, own_state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No broker, a full ring: frames go to the publisher's own log; a broker that comes gets all, and the log goes."""
+    monkeypatch.setattr("taesd_stream.publisher.RING_BYTES", 5 * LATENTS.nbytes)
+    address = f"ipc://{tmp_path}/late"
+    with LatentPublisher(address, stream="a", latent_format="sd1", record="all") as publisher:
+        for step in range(60):
+            publish(publisher, 1, first=step)
+            wait_for(lambda step=step: publisher._outbox.kept.count > step, of="the frame")  # type: ignore[misc]
+        wait_for(lambda: [*own_state.rglob("*.latents")], of="the log")
+        with BrokerPeer(address) as peer, ThreadPoolExecutor(1) as beside:
+            closed(publisher, beside, peer)
+            frames = [message for message in peer.heard if isinstance(message, LatentFrame)]
+    assert [frame.seq for frame in frames] == list(range(60))
+    assert [frame.payload[:2] for frame in frames] == [np.float16(step).tobytes() for step in range(60)]
+    assert publisher.error is None
+    assert [*own_state.rglob("*.latents")] == []
+
+
 def test_a_broker_that_died_and_came_back_gets_the_rest(tmp_path: Path) -> None:
     """What was not acked before the broker's death, and what came meanwhile, goes to the next one."""
     address = f"ipc://{tmp_path}/again"

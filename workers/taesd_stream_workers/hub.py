@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from taesd_stream.frames import END_REASONS, Packet, Rendition
-from taesd_stream.messages import Keyframe, Record, State, StopStream, Watch
+from taesd_stream.messages import Keyframe, State, StopStream, Watch
 from taesd_stream_workers.inbox import Inbox
 from taesd_stream_workers.latency import Latency
+from taesd_stream_workers.record_wishes import RecordWishes
 from taesd_stream_workers.viewer import Viewer
 
 SIGNAL_AGE_S: Final = 2.0
@@ -78,6 +79,7 @@ class Hub:
         self._newest: dict[str, Packet] = {}  # newest packet of any rendition, by run
         self._latency_ms: dict[str, float] = {}
         self._counts: defaultdict[tuple[str, Rendition], int] = defaultdict(int)
+        self._wishes = RecordWishes(tell_broker)
         self._stops: dict[str, str] = {}  # by stream: the run that a person wants stopped
         self.rate = Rate(clock_s)
 
@@ -154,6 +156,7 @@ class Hub:
         for key in [key for key in self._pictures if key[0] not in names]:
             del self._pictures[key]
         self._stop_again(state)
+        self._wishes.on_state(state)
         self.latency.desired_workers.set(state.desired_workers)
         for name, count in state.stats.get("counts", {}).items():
             self.latency.broker.labels(name).set(count)
@@ -193,6 +196,8 @@ class Hub:
             last_seqs[recording["run"]] = max(last_seqs.get(recording["run"], -1), recording["last_seq"])
         for row in self.state.streams if self.state else []:
             packet = self._newest.get(row["run"])
+            if row["width"] is None and packet is not None:  # of a format that the broker does not know
+                row = {**row, "width": packet.width, "height": packet.height}
             latency_ms = self._latency_ms.get(row["run"])
             extra = {
                 "decoder": packet.decoder if packet else self._engine_of(row["latent_format"]),
@@ -288,8 +293,8 @@ class Hub:
         self._tell_broker(Keyframe(stream=stream, rendition="live"))
 
     def record(self, stream: str, mode: Any) -> None:
-        """Keep a stream, or not any more."""
-        self._tell_broker(Record(stream=stream, mode=mode))
+        """Keep a stream, or not any more; said again to a broker that was killed before it could."""
+        self._wishes.add(stream, mode, self.state)
 
     def stop(self, stream: str) -> None:
         """Ask a sampler to stop; said again until the broker says that it is asked."""

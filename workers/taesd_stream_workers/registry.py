@@ -33,13 +33,17 @@ class Registry:
         self._config = config
         self.log_folder = config.log_folder
 
-    def load_logs(self) -> None:
-        """Know again the kept runs that a former broker left."""
+    def load_logs(self, goes_on: Callable[[], None]) -> None:
+        """Know again the kept runs that a former broker left. goes_on: called after each."""
         for run_id in runs_in(self.log_folder):
             log = RunLog.reopen(self.log_folder, run_id)
+            goes_on()
             if log is None:
                 continue
             run = Run(log.info, peer=None, record="all")
+            run.is_reopened = True
+            if log.damaged:
+                logger.error("log_damaged stream=%s run=%s records=%d", log.info.stream, run_id, log.damaged)
             last = (log.next_seq or 0) - 1
             first = log.first_seq if log.first_seq is not None else 0
             run.kept = KeptRun(

@@ -35,12 +35,14 @@ class Run:
     def __init__(self, info: StreamInfo, *, peer: bytes | None, record: RecordMode, film: FilmMode = "watched") -> None:
         self.info = info
         self.film = film
+        self.client = ""  # who speaks for it: a key's name, else a host
         self.meta_bytes = meta_bytes(info)
         self.peer = peer
         self.record = record
         self.started_unix = time.time()
         self.heard_s = time.monotonic() if peer is not None else float("-inf")
         self.is_stoppable = False
+        self.is_reopened = False  # from a former broker's log; its publisher has not said OPEN since
         self.stop_asked = False
         self.offset_ns = 0  # broker clock minus publisher clock
         self.newest: LatentFrame | None = None
