@@ -215,10 +215,15 @@ def test_viewers_that_do_not_read_harm_nobody(own_daemon: Daemon) -> None:
     ):
         page.watch({"seen": "live"})
         generator = np.random.default_rng(0)
-        for step in range(150):
+        for step in range(20):
             publisher.publish(generator.standard_normal((4, 64, 64)).astype(np.float32), step=step)
             assert page.picture()[0]["step"] <= step
     assert own_daemon.is_ready()
+
+
+def many_states(daemon: Daemon) -> set[str]:
+    """States of those of the 200 streams that are still listed."""
+    return {str(row["state"]) for name, row in daemon.streams().items() if name.startswith("many/")}
 
 
 def test_two_hundred_streams_are_all_shown(own_daemon: Daemon) -> None:
@@ -241,6 +246,5 @@ def test_two_hundred_streams_are_all_shown(own_daemon: Daemon) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-    rows = own_daemon.streams()
-    assert {rows[name]["state"] for name in names if name in rows} == {"done"}
+    wait_for(lambda: many_states(own_daemon) == {"done"}, of="the ends")
     assert all(publisher.error is None for publisher in publishers)
