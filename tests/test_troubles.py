@@ -156,17 +156,17 @@ SAMPLER = """
 import sys, time
 from taesd_stream import LatentPublisher
 from tests.pictures import sd1_latents_of
-publisher = LatentPublisher(sys.argv[1], stream="sampler", latent_format="sd1", record="all")
+publisher = LatentPublisher(sys.argv[1], stream=sys.argv[2], latent_format="sd1", record="all")
 for step in range(10_000):
     publisher.publish(sd1_latents_of((40 + 3 * (step % 60),) * 3), step=step)
     time.sleep(0.02)
 """
 
 
-def sampler(daemon: Daemon, folder: Path) -> subprocess.Popen[bytes]:
+def sampler(daemon: Daemon, folder: Path, stream: str) -> subprocess.Popen[bytes]:
     """A sampler as a process, and its first frames recorded."""
-    process = subprocess.Popen([sys.executable, "-c", SAMPLER, daemon.broker], env=clean_environment(folder))
-    wait_for(lambda: frames_of(daemon, "sampler") >= 20, 60, of="frames in the file")
+    process = subprocess.Popen([sys.executable, "-c", SAMPLER, daemon.broker, stream], env=clean_environment(folder))
+    wait_for(lambda: frames_of(daemon, stream) >= 20, 60, of="frames in the file")
     return process
 
 
@@ -178,10 +178,10 @@ def frames_of(daemon: Daemon, stream: str) -> int:
 
 def test_a_killed_sampler_leaves_a_whole_file(own_daemon: Daemon, tmp_path: Path) -> None:
     """SIGKILL of the sampler: after `recording.lost_after_s` its file is finished, whole up to there, in order."""
-    process = sampler(own_daemon, tmp_path)
+    process = sampler(own_daemon, tmp_path, "killed")
     process.kill()
     process.wait()
-    row = own_daemon.recording(own_daemon.streams()["sampler"]["run"])
+    row = own_daemon.recording(own_daemon.streams()["killed"]["run"])
     assert (row["first_seq"], row["last_seq"], row["gaps"]) == (0, row["frames"] - 1, [])
     greys = [float(np.mean(picture)) for picture in decode_file(own_daemon.file(row["id"]))]
     assert greys == pytest.approx([shade(step)[0] for step in range(row["frames"])], abs=1.4)
@@ -189,15 +189,15 @@ def test_a_killed_sampler_leaves_a_whole_file(own_daemon: Daemon, tmp_path: Path
 
 def test_a_paused_sampler_goes_on_in_the_same_run(own_daemon: Daemon, tmp_path: Path) -> None:
     """SIGSTOP of the sampler for less than `lost_after_s`, then SIGCONT: the same file grows on, without a hole."""
-    process = sampler(own_daemon, tmp_path)
+    process = sampler(own_daemon, tmp_path, "paused")
     try:
-        run = own_daemon.streams()["sampler"]["run"]
+        run = own_daemon.streams()["paused"]["run"]
         with stopped(process.pid):
             over_s = time.monotonic() + 2.0
             wait_for(lambda: time.monotonic() > over_s, of="the end of the pause")
-            before = frames_of(own_daemon, "sampler")
-        wait_for(lambda: frames_of(own_daemon, "sampler") > before + 50, 60, of="more frames")
-        assert own_daemon.streams()["sampler"]["run"] == run
+            before = frames_of(own_daemon, "paused")
+        wait_for(lambda: frames_of(own_daemon, "paused") > before + 50, 60, of="more frames")
+        assert own_daemon.streams()["paused"]["run"] == run
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
