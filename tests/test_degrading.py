@@ -92,10 +92,8 @@ def test_a_decoder_that_is_too_slow_is_replaced_for_some_steps(slow_daemon: Daem
         page.watch({"late": "thumb"})
         first = publish_and_see(publisher, page, 0, 8)
         second = publish_and_see(publisher, page, 1, 8)
-        assert (first["decoder"], second["decoder"]) == (
-            "taesd",
-            CHEAPER[0] if second["decoder"] != "linear" else "linear",
-        )
+        assert first["decoder"] == "taesd"
+        assert second["decoder"] in CHEAPER
         row = wait_for(lambda: (one := slow_daemon.streams()["late"])["note"] and one, of="the note")
         assert "Too slow here" in row["note"]
         assert "degraded" in row["flags"]
@@ -104,7 +102,7 @@ def test_a_decoder_that_is_too_slow_is_replaced_for_some_steps(slow_daemon: Daem
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_short_of_memory_a_step_is_shown_all_the_same(tmp_path: Path, weights: Path) -> None:
-    """Under a real limit of the worker's memory the step comes in small pieces or cheaper, flagged; then whole again."""
+    """Under a real limit of its memory the worker shows a step in small pieces or cheaper, flagged; then whole."""
     sets = (f"weights.folder={weights}", "decoder.latency_budget_s=0", "decoder.threads=1")
     with (
         Daemon(tmp_path, *sets) as daemon,
