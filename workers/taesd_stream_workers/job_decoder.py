@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeAlias
 
 import torch
-from torch import Tensor
 
 from taesd_stream.config import Config
 from taesd_stream.decoding.choice import NoDecoderError, open_engine
@@ -33,17 +32,17 @@ from taesd_stream.media.encoder import VIDEO_RENDITIONS
 from taesd_stream.messages import Failed, JobItem, Progress
 from taesd_stream_workers.degrading import Pace, is_out_of_memory, ways
 from taesd_stream_workers.encode_pool import EncodePool, EncodeTask
-from taesd_stream_workers.job_pictures import Entry, can_be_planes, pictures_of, planes_of
+from taesd_stream_workers.job_pictures import Entry, Rows, can_be_planes, pictures_of, planes_of
 from taesd_stream_workers.job_run import JobRun
 from taesd_stream_workers.live_items import begin_anew, lacks_memory
-from taesd_stream_workers.rendering import Sizes, as_pictures, render
+from taesd_stream_workers.rendering import Sizes, render
 from taesd_stream_workers.shower import Outlet, Shower
 
 logger = logging.getLogger(__name__)
 
 MAX_MEMORIES: Final = 4096  # that one HELLO holds
 WARM_UP_FORMAT: Final = "sd1"  # any one with rgb factors
-Wanted: TypeAlias = tuple[JobItem, Tensor, Any]  # an item, its latents (n,C,h,w), and which renditions to make
+Wanted: TypeAlias = tuple[JobItem, Rows, Any]  # an item, its latents (n,C,h,w), and which renditions to make
 
 
 class JobDecoder:
@@ -193,7 +192,9 @@ class JobDecoder:
         known = LATENT_FORMATS.get(job.latent_format)
         magnitude = known.magnitude if known else DEFAULT_MAGNITUDE
         latents = latents_from_words(self._outlet.copies.upload(words), magnitude)
-        good: list[tuple[JobItem, Tensor]] = []
+        batch = latents.flatten(0, 1) if latents.ndim == 5 else latents
+        each = len(batch) // len(parts)
+        good: list[tuple[JobItem, Rows]] = []
         for place, (item, _, history) in enumerate(parts):
             if place in bad:
                 continue
@@ -201,7 +202,7 @@ class JobDecoder:
                 before = latents_from_payload(history, item.dtype, (item.history, *item.shape[-3:]), magnitude)
                 run.histories[item.run] = torch.nan_to_num(before)  # what was left out for NaN leaves no trace here
             if not (item.is_repeat and self._repeat(run, item)):
-                good.append((item, as_pictures(latents[place])))
+                good.append((item, Rows(batch, place * each, each)))
         for for_record in (False, True):
             self._decode_with(run, good, for_record)
 
@@ -215,7 +216,7 @@ class JobDecoder:
             Shower(self._outlet, run, one.decoder, [(item, item.renditions)]).show_again(one)
         return True
 
-    def _decode_with(self, run: JobRun, items: list[tuple[JobItem, Tensor]], for_record: bool) -> None:
+    def _decode_with(self, run: JobRun, items: list[tuple[JobItem, Rows]], for_record: bool) -> None:
         """Decode what one engine serves: live pictures by `decoder.choice`, recordings by the full decoder, exactly.
 
         Where both are the same network, an item that is recorded is decoded once, exactly, for all its renditions.
@@ -229,16 +230,16 @@ class JobDecoder:
         live = self._engine(latent_format, self._decoder.choice, is_fast=True) if is_shown else None
         engine = self._engine(latent_format, "auto", is_fast=False) if for_record or live is None else live
         mine: list[Wanted] = []
-        for item, latents in items:
+        for item, rows in items:
             is_recorded = "record" in item.renditions
             wanted = tuple(
                 rendition
                 for rendition in item.renditions
                 if for_record == (is_recorded and (rendition == "record" or self._records_as_it_shows(live)))
-                and not (rendition == "film" and self._outlet.pool.is_busy)
+                and (rendition != "film" or self._outlet.pool.takes_films)
             )
             if wanted:
-                mine.append((item, latents, wanted))
+                mine.append((item, rows, wanted))
         if mine:
             self._decode_somehow(run, engine, mine, is_recorded=for_record)
 
@@ -299,8 +300,8 @@ class JobDecoder:
         histories = {place: run.histories[item.run] for place, (item, _, _) in enumerate(mine) if item.history}
         straight: list[Entry] = []
         others: list[Entry] = []
-        for place, (item, latents, wanted) in enumerate(mine):
-            (straight if self._is_straight(engine, item, latents, wanted) else others).append((place, item, latents))
+        for place, (item, rows, wanted) in enumerate(mine):
+            (straight if self._is_straight(engine, item, rows, wanted) else others).append((place, item, rows))
         sources = [
             planes_of(engine, straight, budget_bytes) if straight else iter(()),
             pictures_of(engine, others, budget_bytes, histories) if others else iter(()),
@@ -317,9 +318,9 @@ class JobDecoder:
                 if picture.index == picture.count - 1:
                     yield kept_places[picture.place]
 
-    def _is_straight(self, engine: Engine, item: JobItem, latents: Tensor, wanted: Any) -> bool:
-        height, width = engine.picture_size(latents)
-        return can_be_planes(engine, item, latents) and all(
+    def _is_straight(self, engine: Engine, item: JobItem, rows: Rows, wanted: Any) -> bool:
+        height, width = engine.picture_size(rows.batch)
+        return can_be_planes(engine, item, rows) and all(
             rendition in VIDEO_RENDITIONS and not self._outlet.sizes.limit(rendition, height, width)
             for rendition in wanted
         )
@@ -342,8 +343,9 @@ class JobDecoder:
         return self._engines[key]
 
 
-def _cells_of(latents: Tensor) -> int:
-    return len(latents) * latents.shape[-2] * latents.shape[-1]
+def _cells_of(rows: Rows) -> int:
+    height, width = rows.batch.shape[-2:]
+    return len(rows) * int(height) * int(width)
 
 
 def _is_same(one: Engine, other: Engine) -> bool:
