@@ -30,7 +30,17 @@ import zmq
 
 from taesd_stream import wire
 from taesd_stream.frames import LatentFrame, StreamInfo
-from taesd_stream.messages import DemandUpdate, Done, Job, PublisherHello, RunHello, StreamerHello, Watch, WorkerHello
+from taesd_stream.messages import (
+    DemandUpdate,
+    Done,
+    Job,
+    Part,
+    PublisherHello,
+    RunHello,
+    StreamerHello,
+    Watch,
+    WorkerHello,
+)
 from taesd_stream.sockets import dial
 from tests.broker_role import BrokerRole
 
@@ -126,17 +136,15 @@ def worker(inside: str, counters: Counters, count: int) -> None:
             continue
         head, *payloads = socket.recv_multipart(copy=False)
         now_ns = time.monotonic_ns()
-        parts = [head.bytes, *(payload.buffer for payload in payloads)]
         if is_broker:
-            message = wire.unpack(parts, wire.TO_WORKER)
+            message = wire.unpack([bytes(head.buffer), *(payload.buffer for payload in payloads)], wire.TO_WORKER)
             if not isinstance(message, Job):
                 continue
             socket.send_multipart(wire.pack(Done(job=message.job, ms=0.1)))
             sent = [item.sent_ns for item in message.items]
         else:
-            header, payload = payloads
-            frame: LatentFrame = wire.unpack([bytes(header.buffer), payload.buffer], wire.FROM_PUBLISHER)
-            sent = [frame.sent_ns]
+            handed_on: list[Part] = [bytes(payloads[0].buffer), payloads[1].buffer]
+            sent = [wire.unpack(handed_on, wire.FROM_PUBLISHER).sent_ns]
         first_s = first_s or time.monotonic()
         ages_us += [(now_ns - sent_ns) / 1000 for sent_ns in sent]
         counters.set(8, len(ages_us))
