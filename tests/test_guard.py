@@ -195,7 +195,7 @@ def test_the_link_gives_a_cookie_once(public: Daemon, token: str) -> None:
     assert answer.headers["cache-control"] == "no-store"
     assert b'url=/streams/a%22b/embed?x=1"' in answer.body
     assert token.encode() not in answer.body
-    with_cookie = {"Cookie": "other=1; " + cookie.partition(";")[0]}
+    with_cookie = {"Cookie": 'other={"of": "another program"}; bare; ' + cookie.partition(";")[0]}
     assert Answer(public, "/", with_cookie).status == 200
     assert Answer(public, "/api/v1/streams", with_cookie).status == 200
 
