@@ -16,11 +16,12 @@ import pytest
 from PIL import Image
 
 from taesd_stream import LatentPublisher
-from taesd_stream.config import RecordingConfig
+from taesd_stream.config import RecordingConfig, load_config
 from taesd_stream.frames import Packet
 from taesd_stream.media.recording import Recording
 from taesd_stream.media.steps import StepPicture, pictures_around, steps_of
 from taesd_stream_workers.films import Films
+from taesd_stream_workers.recorder import Recorder
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import PATCHES, sd1_latents_of
@@ -133,6 +134,16 @@ def test_a_lost_packet_ends_the_film_until_the_next_keyframe(tmp_path: Path) -> 
     assert films.write(film(chain(5, 5)[0]), META)
     assert [step.seq for step in steps_of(films.films[RUN].paths[0])] == [0, 5]
     films.close()
+
+
+def test_films_leave_room_for_recordings(tmp_path: Path) -> None:
+    """Behind a disk that is slow films fill half of what may wait, and no more: a recording's packet is still taken."""
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), lambda _: None, lambda *_: None)
+    large = replace(chain(0, 0)[0], payload=bytes(1 << 20))
+    while recorder.put(film(large)):
+        pass
+    assert recorder.put(large)
+    assert not recorder.put(film(large))
 
 
 def test_the_oldest_films_go(tmp_path: Path) -> None:
