@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,6 +140,72 @@ def test_a_film_is_kept_from_the_page(daemon: Daemon, opened: Open) -> None:
     await_colour(page, STAGE, PATCHES["green"])
 
 
+# --- whatever happens ---
+
+
+def test_a_page_lives_through_a_restart_of_the_daemon(browser: Browser, tmp_path: Path) -> None:
+    """The daemon is stopped and started: the page says so, shows the sampler's next picture, and finds the old film."""
+    with Daemon(tmp_path) as daemon:
+        run = watched_run(daemon, "restart/old", [PATCHES[name] for name in NAMES])
+        wait_for(lambda: len(steps(daemon, run)) == len(NAMES), of="the film")
+        with (
+            LatentPublisher(daemon.broker, stream="restart/on", latent_format="sd1", record="off") as publisher,
+            contextlib.closing(browser.new_context()) as context,
+        ):
+            publisher.publish(sd1_latents_of(PATCHES["red"]), step=0, total_steps=9)
+            page = context.new_page()
+            page.goto(f"{daemon.web}/#/s/restart/on")
+            await_colour(page, STAGE, PATCHES["red"])
+            assert daemon.stop() == 0
+            expect(page.locator("#banners")).to_contain_text("Lost the connection")
+            web, bind = daemon.web.removeprefix("http://"), daemon.broker
+            daemon.start(f"web.bind={web}", f"broker.bind={bind}")
+            expect(page.locator("#banners > *")).to_have_count(0)
+            wait_for(lambda: "restart/on" in daemon.streams(), 30.0, of="the sampler")
+            publisher.publish(sd1_latents_of(PATCHES["blue"]), step=1, total_steps=9)
+            await_colour(page, STAGE, PATCHES["blue"])
+            page.goto(f"{daemon.web}/#/recordings")
+            page.get_by_role("link", name="restart/old").click()
+            await_colour(page, STAGE, PATCHES["white"])
+            page.keyboard.press("Home")
+            await_colour(page, STAGE, PATCHES["red"])
+
+
+def test_sizes_and_uneven_times_are_shown_as_they_come(daemon: Daemon, opened: Open) -> None:
+    """A burst, a lone step after a wait, and a run of another size: the opened stream shows each newest picture."""
+    with LatentPublisher(daemon.broker, stream="uneven/one", latent_format="sd1", record="off") as publisher:
+        publisher.publish(sd1_latents_of(PATCHES["red"]), step=0)
+        page = opened("#/s/uneven/one")
+        await_colour(page, STAGE, PATCHES["red"])
+        for step in range(1, 30):  # as fast as it goes
+            publisher.publish(sd1_latents_of(PATCHES["green" if step % 2 else "blue"]), step=step)
+        await_colour(page, STAGE, PATCHES["green"])
+        page.wait_for_timeout(3000)  # a sampler that is slow: the player must not fall asleep
+        publisher.publish(sd1_latents_of(PATCHES["white"]), step=30)
+        await_colour(page, STAGE, PATCHES["white"])
+        publisher.publish(sd1_latents_of(PATCHES["blue"], 24, 40), step=31)
+        await_colour(page, STAGE, PATCHES["blue"])
+        shape = page.locator(STAGE).evaluate("canvas => [canvas.width, canvas.height]")
+        assert shape == [320, 192]
+
+
+HIDE = "Object.defineProperty(document, 'hidden', {configurable: true, get: () => window.is_hidden ?? false})"
+
+
+def test_a_page_in_the_background_asks_for_nothing_and_comes_back(daemon: Daemon, opened: Open) -> None:
+    """Hidden for five seconds, the page watches nothing; in front again it shows the newest picture at once."""
+    with LatentPublisher(daemon.broker, stream="hidden/one", latent_format="sd1", record="off") as publisher:
+        publisher.publish(sd1_latents_of(PATCHES["red"]), step=0)
+        page = opened("#/s/hidden/one", script=HIDE)
+        await_colour(page, STAGE, PATCHES["red"])
+        page.evaluate("window.is_hidden = true; document.dispatchEvent(new Event('visibilitychange'))")
+        wait_for(lambda: daemon.streams()["hidden/one"]["viewers"] == 0, of="nobody watching")
+        publisher.publish(sd1_latents_of(PATCHES["blue"]), step=1)
+        wait_for(lambda: daemon.streams()["hidden/one"]["seq"] == 1, of="the next step")
+        page.evaluate("window.is_hidden = false; document.dispatchEvent(new Event('visibilitychange'))")
+        await_colour(page, STAGE, PATCHES["blue"])
+
+
 # --- kinds ---
 
 
@@ -186,6 +256,58 @@ def test_a_live_video_plays_in_its_time(daemon: Daemon, opened: Open) -> None:
         publisher.publish(clip_of(["red", "green", "blue"]), step=1)
         for name in ("red", "green", "blue"):
             await_colour(page, STAGE, PATCHES[name])
+
+
+# --- two runs, and a player elsewhere ---
+
+
+@pytest.mark.parametrize("script", WAYS)
+def test_two_runs_are_compared_at_the_same_step(daemon: Daemon, opened: Open, script: str) -> None:
+    """C on one tile and C on another opens both, locked to a step; the wipe is a range; the address tells all of it."""
+    way = "jpeg" if script else "webcodecs"
+    runs = [filmed(daemon, f"compare/{way}-a"), filmed(daemon, f"compare/{way}-b", NAMES[::-1])]
+    page = opened("#/", script=script)
+    for name in ("a", "b"):
+        page.locator(f"[data-name='compare/{way}-{name}'] .name").focus()
+        page.keyboard.press("c")
+    expect(page.get_by_role("heading", name="Compare")).to_be_visible()
+    await_colour(page, "#compare-a", PATCHES["white"])
+    await_colour(page, "#compare-b", PATCHES["red"])
+    page.keyboard.press("Home")
+    await_colour(page, "#compare-a", PATCHES["red"])
+    await_colour(page, "#compare-b", PATCHES["white"])
+    page.get_by_role("slider", name="Wipe between A and B").fill("30")
+    expect(page.get_by_role("slider", name="Wipe between A and B")).to_have_attribute(
+        "aria-valuetext", "A 30 %, B 70 %"
+    )
+    page.get_by_role("button", name="Side by side").click()
+    assert page.url.endswith(f"#/compare/{runs[0]}/{runs[1]}/0/side")
+    page.reload()
+    await_colour(page, "#compare-a", PATCHES["red"])
+    await_colour(page, "#compare-b", PATCHES["white"])
+
+
+def test_embed_is_a_bare_player_that_others_may_frame(daemon: Daemon, opened: Open, tmp_path: Path) -> None:
+    """An iframe of another site shows the stream and nothing else; the page itself refuses to be framed."""
+    with LatentPublisher(daemon.broker, stream="embed/one", latent_format="sd1", record="off") as publisher:
+        publisher.publish(sd1_latents_of(PATCHES["red"]), step=0, total_steps=2)
+        page = opened()
+        page.goto(f"{daemon.web}/streams/embed/one/embed")
+        await_colour(page, "canvas", PATCHES["red"])
+        publisher.publish(sd1_latents_of(PATCHES["blue"]), step=1, total_steps=2)
+        await_colour(page, "canvas", PATCHES["blue"])
+        assert page.locator("button, a, input").count() == 0
+        frame = f"<iframe src='{daemon.web}/streams/embed/one/embed'></iframe><iframe src='{daemon.web}/'></iframe>"
+        (tmp_path / "notebook.html").write_text(frame)
+        handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as notebook:
+            threading.Thread(target=notebook.serve_forever).start()
+            try:
+                page.goto(f"http://localhost:{notebook.server_port}/notebook.html")
+                expect(page.frame_locator("iframe >> nth=0").locator("canvas")).to_be_attached()
+                expect(page.frame_locator("iframe >> nth=1").locator(".top")).to_have_count(0)
+            finally:
+                notebook.shutdown()
 
 
 # --- stop ---
