@@ -159,6 +159,16 @@ def test_a_lost_packet_ends_the_film_until_the_next_keyframe(tmp_path: Path) -> 
     films.close()
 
 
+def test_films_leave_room_for_recordings(tmp_path: Path) -> None:
+    """Behind a disk that is slow films fill half of what may wait, and no more: a recording's packet is still taken."""
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), lambda _: None, lambda *_: None)
+    large = replace(chain(0, 0)[0], payload=bytes(1 << 20))
+    while recorder.put(film(large)):
+        pass
+    assert recorder.put(large)
+    assert not recorder.put(film(large))
+
+
 def test_the_oldest_films_go(tmp_path: Path) -> None:
     """Over its bytes or its age a film goes, the one that has not grown for longest first; also after a restart."""
     films = Films(tmp_path, RecordingConfig(film_max_age_s=1000.0))

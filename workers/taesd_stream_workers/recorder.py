@@ -24,6 +24,7 @@ from taesd_stream_workers.recording_rows import growing_row, meta_of, stuck_row
 logger = logging.getLogger(__name__)
 
 QUEUE_BYTES: Final = 64 << 20
+FILM_BYTES: Final = QUEUE_BYTES // 2  # films take no more of it: the rest is for what people asked to keep
 MAX_EARLY: Final = 256
 SYNC_S: Final = 1.0
 TELL_S: Final = 0.2
@@ -82,9 +83,10 @@ class Recorder:
 
     def put(self, item: Packet | Gap | State) -> bool:
         """Queue work; False when full: the packet is lost, and the broker sends it again (of a film: a hole)."""
-        if self._queue.put(item):
+        is_film = isinstance(item, Packet) and item.rendition == "film"
+        if not (is_film and self._queue.held_bytes > FILM_BYTES) and self._queue.put(item):
             return True
-        if isinstance(item, Packet) and item.rendition == "film":
+        if isinstance(item, Packet) and is_film:
             self._lost.append(item)
         return False
 
@@ -141,8 +143,8 @@ class Recorder:
     def path_of(self, recording_id: str) -> Path | None:
         """The file of an id that `rows` gave, growing or finished; any thread."""
         for run, one in list(self._open.items()):
-            if run == recording_id and one.paths:
-                return one.paths[0]
+            if run == recording_id and (paths := one.paths):
+                return paths[0]
         return self.library.path_of(recording_id)
 
     def is_growing(self, recording_id: str) -> bool:
