@@ -428,6 +428,9 @@ def test_a_file_without_a_key_allows_nobody_and_harms_no_other(tmp_path: Path) -
     allowed.look(every_s=0)
     assert allowed.name_of("samplers", one.public) == "one"
     assert allowed.name_of("workers", one.public) is None
+    revoke(tmp_path, "one")  # also beside a file that cannot be read
+    allowed.look(every_s=0)
+    assert allowed.name_of("samplers", one.public) is None
 
 
 @pytest.mark.parametrize("damage", ["missing", "half", "other pair"])

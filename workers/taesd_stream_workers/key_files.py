@@ -69,11 +69,11 @@ def make_client(folder: Path, name: str, purpose: Purpose) -> Path:
 
 def revoke(folder: Path, name: str) -> None:
     """Allow this client no longer; a running daemon notices within a second. Raises: ConfigError when there is none."""
-    found = [client for client in clients_in(folder) if client.name == name]
+    found = [file for _, file in _files_in(folder) if file.stem == name]  # unread: another file may be broken
     if not found:
         raise ConfigError(f"{name}: there is no such key in {folder}; `taesd-stream keys list` shows them")
-    for client in found:
-        (folder / client.purpose / f"{name}{_SUFFIX}").unlink(missing_ok=True)
+    for file in found:
+        file.unlink(missing_ok=True)
     shutil.rmtree(folder / "issued" / name, ignore_errors=True)
 
 
