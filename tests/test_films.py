@@ -18,7 +18,7 @@ from PIL import Image
 from taesd_stream import LatentPublisher
 from taesd_stream.config import RecordingConfig, load_config
 from taesd_stream.frames import Packet
-from taesd_stream.media.recording import Recording
+from taesd_stream.media.recording import Recording, RecordingError
 from taesd_stream.media.steps import StepPicture, pictures_around, steps_of
 from taesd_stream_workers.films import Films
 from taesd_stream_workers.recorder import Recorder
@@ -97,6 +97,29 @@ def test_a_kept_film_is_taken_up_again_after_a_death(tmp_path: Path) -> None:
         assert again.write(packet)
     assert [step.seq for step in steps_of(again.paths[0])] == [0, 5, 6]
     again.close()
+
+
+def test_a_film_that_could_not_be_kept_can_be_kept_later(tmp_path: Path) -> None:
+    """Where its place in the recordings cannot be made, a film stays a film; once it can, the same wish keeps it."""
+    one = shot(tmp_path / ".films")
+    for packet in chain(0, 2):
+        one.write(film(packet))
+    one.close()
+    (tmp_path / "taken").write_text("a file where the template wants a folder")
+    config = load_config(sets=[f"recording.folder={tmp_path}", "recording.name=taken/{run}"])
+    recorder = Recorder(config, tell_broker=lambda _: None, on_change=lambda _rows, _films: None)
+    recorder.start()
+    try:
+        with pytest.raises(RecordingError, match="taken"):
+            recorder.keep_film(RUN).result(timeout=30)
+        assert [path.parent.name for path in recorder.paths_of_run(RUN)] == [".films"]
+        (tmp_path / "taken").unlink()
+        assert recorder.keep_film(RUN).result(timeout=30) == f"taken/{RUN}"
+        with pytest.raises(KeyError):
+            recorder.keep_film(RUN).result(timeout=30)
+    finally:
+        recorder.close()
+    assert [step.seq for step in steps_of(tmp_path / "taken" / f"{RUN}.mp4")] == [0, 1, 2]
 
 
 def test_steps_tell_what_the_sampler_said(tmp_path: Path) -> None:
