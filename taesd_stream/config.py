@@ -7,6 +7,7 @@ configs/default.toml shows every key; a test holds it equal to this.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import json
 import os
 import tomllib
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -26,9 +27,12 @@ from pydantic_settings import (
 
 from taesd_stream.errors import ConfigError
 from taesd_stream.frames import RecordMode
+from taesd_stream.media.file_names import DEFAULT_NAME, check_template
 
 AUTO = "auto"
 ENV_PREFIX: Final = "TAESD_STREAM_"
+DecoderChoice = Literal["auto", "tiny", "linear"]
+FilmMode = Literal["watched", "off"]
 
 
 class _Section(BaseModel):
@@ -59,7 +63,7 @@ class DecoderConfig(_Section):
 
     device: str = "auto"
     """Device of the decoders: "auto", "cpu", "cuda", "cuda:1"…; auto leaves a busy GPU to its sampler."""
-    choice: Literal["auto", "tiny", "linear"] = "auto"
+    choice: DecoderChoice = "auto"
     """Decoder of live views: "auto" takes the tiny decoder where its weights are found, else the linear projection."""
     max_batch_size: int = Field(default=16, ge=1, le=256)
     """Most frames in one batch. Higher: more throughput, more memory, longer waits."""
@@ -90,7 +94,19 @@ class WebConfig(_Section):
     """The page and the HTTP interface."""
 
     bind: str = "127.0.0.1:8765"
-    """Address of the page, host:port. Port 0 takes a free one. Loopback only, for now."""
+    """Address of the page, host:port. Port 0 takes a free one. One that others can reach asks for a token."""
+    hosts: list[str] = []
+    """Other names by which people reach the page, as a proxy's; with any, the page asks for a token."""
+    token_file: str = AUTO
+    """File of the token, made where there is none; "auto" is taesd-stream/web-token in the user's state folder."""
+    max_viewers: int = Field(default=200, ge=1, le=100_000)
+    """Most pages and players at once; more are told to come later."""
+
+    @field_validator("hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        """`--set web.hosts=a,b` is a list too."""
+        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
 class RecordingConfig(_Section):
@@ -98,12 +114,29 @@ class RecordingConfig(_Section):
 
     folder: str = AUTO
     """Folder of recordings; "auto" is taesd-stream in the user's Videos folder."""
+    name: str = DEFAULT_NAME
+    """Name of a recording's file in the folder, of {stream}, {run}, {started} and Python's formats; / makes folders."""
     default: RecordMode = "off"
     """What is kept of a stream that does not say: "off", "last" (its final frame) or "all"."""
+    film: FilmMode = "watched"
+    """Steps of a run that nobody records: "watched" remembers those that somebody saw, "off" none."""
+    film_max_bytes: int = Field(default=4 << 30, ge=1 << 20)
+    """Most bytes of films; over it the oldest go."""
+    film_max_age_s: float = Field(default=7 * 86400.0, gt=0)
+    """A film that has not grown for so long goes."""
+    max_age_s: float = Field(default=0.0, ge=0)
+    """A finished recording goes when it is so old; 0 keeps all."""
+    max_bytes: int = Field(default=0, ge=0)
+    """Most bytes of finished recordings; over it the oldest go. 0 keeps all."""
     lost_after_s: float = Field(default=60.0, gt=0)
     """The file of a sampler that vanished is finished after so long."""
     window_bytes: int = Field(default=64 << 20, ge=1 << 20)
     """Most bytes of latents between the log and the files, of all recordings together."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        return check_template(value)
 
 
 class WeightsConfig(_Section):
@@ -111,6 +144,23 @@ class WeightsConfig(_Section):
 
     folder: str = ""
     """Folder of weights (ComfyUI's models/vae_approx works) and of `taesd-stream fit`'s formats; then caches."""
+
+
+class Rule(_Section):
+    """What holds for the streams whose names fit. A key that is left out stays as it is.
+
+    Of several rules that fit, the later one's word holds. `record` here beats the sampler's own word; a person who
+    presses Record, or says it by HTTP or `taesd-stream record`, beats both.
+    """
+
+    stream: str = Field(min_length=1)
+    """A stream's name, or a pattern: * is any text, also with a slash, ? one letter, [ab] one of these."""
+    record: RecordMode | None = None
+    """What is kept of them: "off", "last" or "all"."""
+    film: FilmMode | None = None
+    """As recording.film, for them."""
+    decoder: DecoderChoice | None = None
+    """As decoder.choice, for them."""
 
 
 class Config(BaseSettings):
@@ -124,6 +174,16 @@ class Config(BaseSettings):
     web: WebConfig = WebConfig()
     recording: RecordingConfig = RecordingConfig()
     weights: WeightsConfig = WeightsConfig()
+    rules: tuple[Rule, ...] = ()
+
+    def rule_of(self, stream: str) -> Rule:
+        """What all rules together say of a stream; a key that none sets is None. `~N` behind a name counts for none."""
+        name = stream.partition("~")[0]
+        said: dict[str, Any] = {"stream": stream}
+        for rule in self.rules:
+            if fnmatch.fnmatchcase(name, rule.stream):
+                said |= rule.model_dump(exclude={"stream"}, exclude_none=True)
+        return Rule(**said)
 
     @property
     def recording_folder(self) -> Path:
@@ -155,7 +215,9 @@ class Config(BaseSettings):
 
 
 SECTIONS: Mapping[str, type[BaseModel]] = {
-    name: field.annotation for name, field in Config.model_fields.items() if isinstance(field.annotation, type)
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
 }
 
 
@@ -190,7 +252,7 @@ def load_config(file: Path | None = None, sets: Sequence[str] = (), values: Mapp
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
     except SettingsError as error:
         raise ConfigError(f"environment: {error}: expected {ENV_PREFIX}SECTION__KEY=value, or JSON") from error
-    return Config.model_construct(**{name: getattr(loaded, name) for name in SECTIONS})
+    return Config.model_construct(**{name: getattr(loaded, name) for name in Config.model_fields})
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -237,10 +299,14 @@ def _explain(item: Any) -> str:
     path = [str(part) for part in item["loc"]]
     key = ".".join(path)
     if item["type"] == "model_type":
-        return f"{key}: expected a section of keys, as [{key}] in a file, got {item['input']!r}"
+        head = f"[{key}]" if path[0] != "rules" else "[[rules]]"
+        return f"{key}: expected a section of keys, as {head} in a file, got {item['input']!r}"
     if item["type"] != "extra_forbidden":
         return f"{key}: {item['msg']}, got {item['input']!r}"
-    known = [".".join(pair) for pair in _keys()]
-    nearest = difflib.get_close_matches(key, [*known, *SECTIONS], n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]}?" if nearest else f"; sections: {', '.join(SECTIONS)}"
+    if path[0] == "rules":
+        known = [".".join([*path[:-1], name]) for name in Rule.model_fields]
+    else:
+        known = [*(".".join(pair) for pair in _keys()), *Config.model_fields]
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]}?" if nearest else f"; sections: {', '.join(Config.model_fields)}"
     return f"{key}: there is no such key{hint}"

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeAlias
 Kind: TypeAlias = Literal["steps", "clip", "live"]
 RecordMode: TypeAlias = Literal["off", "last", "all"]
 Demand: TypeAlias = Literal["idle", "watched", "every"]
-Rendition: TypeAlias = Literal["live", "thumb", "jpeg", "record"]
+Rendition: TypeAlias = Literal["live", "thumb", "jpeg", "record", "film"]
 WireDtype: TypeAlias = Literal["float32", "float16", "bfloat16", "uint8"]
 EndReason: TypeAlias = Literal["done", "stopped", "failed"]
 RunState: TypeAlias = Literal["waiting", "live", "done", "stopped", "failed", "lost"]
@@ -21,7 +21,7 @@ RunState: TypeAlias = Literal["waiting", "live", "done", "stopped", "failed", "l
 KINDS: Final[tuple[Kind, ...]] = ("steps", "clip", "live")
 RECORD_MODES: Final[tuple[RecordMode, ...]] = ("off", "last", "all")
 DEMANDS: Final[tuple[Demand, ...]] = ("idle", "watched", "every")
-RENDITIONS: Final[tuple[Rendition, ...]] = ("live", "thumb", "jpeg", "record")
+RENDITIONS: Final[tuple[Rendition, ...]] = ("live", "thumb", "jpeg", "record", "film")
 END_REASONS: Final[tuple[EndReason, ...]] = ("done", "stopped", "failed")
 DTYPE_BYTES: Final[dict[WireDtype, int]] = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 
@@ -102,10 +102,10 @@ class Stamps:
 class Packet:
     """One encoded picture: the unit that travels decode worker -> streamer -> viewers and files.
 
-    payload: `live` and `record` an H.264 access unit (Annex B, SPS and PPS at each IDR), else a JPEG.
+    payload: `thumb` and `jpeg` a JPEG, the others an H.264 access unit (Annex B, SPS and PPS at each IDR).
     pts: ticks of 1/90000 s since the run's first frame.
     index, count: which of the pictures of its frame (a `clip` has many); `steps` 0 of 1.
-    attempt: number of the recording's try, given by the broker; 0 for other renditions.
+    attempt: number of the recording's or the film's try, given by the broker; 0 for other renditions.
     """
 
     stream: str

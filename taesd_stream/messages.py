@@ -5,6 +5,7 @@ What travels is in frames.py; how any of it becomes bytes, and what may be in ea
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -90,7 +91,10 @@ class Echo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerHello:
-    """worker -> broker, each second. engines: latent format -> {decoder, reason}; memories: run -> next index."""
+    """worker -> broker, each second. engines: latent format -> {decoder, reason, history}; memories: run -> next index.
+
+    history: latents that a `live` frame needs before it where the run's memory is not there; 0 for pictures.
+    """
 
     ROLE: ClassVar[str] = "worker"
     device: str
@@ -109,11 +113,21 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Degraded:
+    """What was made worse than it could be, of one run in one job. code: for counters; text: for people."""
+
+    run: str
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
     """worker -> broker: the job's packets are on their way. One credit comes back."""
 
     job: int
     ms: float
+    degraded: tuple[Degraded, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +135,7 @@ class Failed:
     """worker -> broker: items (places in the job; empty: all) gave no picture. One credit comes back.
 
     retry: another try may help (out of memory); else the frame itself is at fault.
-    Codes: bad_frame, no_decoder, memory, internal.
+    Codes: bad_frame, no_decoder, memory, no_memory (of a `live` run: it needs its history), internal.
     """
 
     job: int
@@ -131,12 +145,22 @@ class Failed:
     retry: bool
 
 
+@dataclass(frozen=True, slots=True)
+class History:
+    """The `count` latents of a `live` run just before a frame, of its latent shape and dtype: (count, C, h, w)."""
+
+    count: int
+    payload: Part
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobItem:
     """One frame to decode. keyframe: its `live` chain must start anew here; times as in Stamps.
 
     index: place in the run of its first latent (`live`), else seq. pts: of a `steps` picture, 1/90000 s;
     picture_ticks: from one picture of a `clip` or `live` frame to the next.
+    history: latents just before it, in a payload of their own. expects_memory: none is sent, for the worker should have
+    the memory of the run; where it has not, it says no_memory. is_repeat: a `live` frame that was shown, once more.
     """
 
     stream: str
@@ -156,17 +180,29 @@ class JobItem:
     sigma: float | None
     sent_ns: int
     received_ns: int
+    history: int = 0
+    expects_memory: bool = False
+    is_repeat: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """broker -> worker: decode these items, all of one latent format and shape, send the packets to `packets_to`."""
+    """broker -> worker: decode these items, all of one latent format and shape, send the packets to `packets_to`.
+
+    payloads: of each item its latents, then its history if it has one.
+    """
 
     job: int
     latent_format: str
     items: tuple[JobItem, ...]
     packets_to: str
     payloads: tuple[Part, ...] = ()
+
+    def parts(self) -> Iterator[tuple[JobItem, Part, Part | None]]:
+        """Each item with its latents and its history."""
+        payloads = iter(self.payloads)
+        for item in self.items:
+            yield item, next(payloads), next(payloads) if item.history else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import time
 from collections import deque
-from collections.abc import Callable
+from itertools import chain, takewhile
 from pathlib import Path
-from threading import Condition
-from typing import Final, TypeVar
+from threading import Condition, RLock
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
-from taesd_stream.frames import LatentFrame, RecordMode, StreamInfo
+from taesd_stream.frames import CLOCK_HZ, LatentFrame, RecordMode, StreamInfo
 from taesd_stream.kept_frames import KeptFrames
 from taesd_stream.latent_log import LogError
 from taesd_stream.latent_snapshot import Snapshot
@@ -24,34 +26,90 @@ logger = logging.getLogger(__name__)
 
 MAX_FINALS: Final = 8  # last steps' frames that wait for the socket: more only where no broker is
 
-T = TypeVar("T")
+MIN_ASK_S: Final = 0.001
+MAX_ASK_S: Final = 0.01
+NS_PER_TICK: Final = math.ceil(1e9 / CLOCK_HZ)
 
 
-def is_final(frame: LatentFrame) -> bool:
+class Step(Protocol):
+    """What tells whether a frame is the last step's."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def total_steps(self) -> int | None: ...
+
+
+def is_final(frame: Step) -> bool:
     """Whether it is the last step's: it is sent whatever the demand."""
     return frame.total_steps is not None and frame.step >= frame.total_steps - 1
 
 
-class Outbox:
-    """Shared by two threads: the sampler's thread offers, the side thread collects and does all the rest.
+# One publish as the sampler's thread leaves it, a tuple, for that costs it least: step, total_steps, sigma (a number,
+# None, or a tensor on a device that is not waited for), its time, and the snapshot with what it has taken.
+Said: TypeAlias = tuple[int, int | None, Any, int, Snapshot, Any]
 
-    Shared under `changed` are `pending`, `mode`, `wanted`, `next_seq`, `kept_from` and the `is_…` flags. The lock is
-    never held over a disk write or a copy from a device, so that publish() does not wait for them.
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Offered:
+    """One publish that has its place in the run; its bytes may still be on a device."""
+
+    step: int
+    total_steps: int | None
+    sigma: Any
+    sent_ns: int
+    snapshot: Snapshot
+    taken: Any
+    seq: int
+    index: int
+
+    def to_frame(self, run: str) -> LatentFrame:
+        """The frame, its bytes fetched from where they are. Raises: RuntimeError for a device that failed."""
+        payload = self.snapshot.to_bytes(self.taken)
+        return LatentFrame(
+            run=run,
+            seq=self.seq,
+            index=self.index,
+            step=self.step,
+            total_steps=self.total_steps,
+            sigma=self.snapshot.to_number(self.sigma),
+            dtype=self.snapshot.dtype,
+            shape=self.snapshot.shape,
+            kept=False,
+            sent_ns=self.sent_ns,
+            payload=payload,
+        )
+
+
+N = TypeVar("N", LatentFrame, Offered)
+
+
+class Outbox:
+    """Shared by two threads: the sampler's thread says what it publishes, the side thread does all the rest.
+
+    The sampler's thread takes no lock: it tests `wanted` and appends to `said`, either what it offers or, where nobody
+    wants that, only how many latents it would be in video time. The order there is the order of seq. Everything else
+    that is not the side thread's own is changed under `changed`, which is never held over a disk write or a copy from
+    a device: `said` at its other end, `pending`, `mode`, `next_…`, `kept_from`, `error` and the `is_…` flags.
     """
 
     def __init__(self, info: StreamInfo, *, ring_bytes: int, log_folder: Path) -> None:
-        self.changed = Condition()
-        self.mode: RecordMode | None = info.record  # None: the broker has not said yet
         self.wanted = True  # one test, before anything is built
+        self.said: deque[Said | int] = deque()
+        self.changed = Condition(RLock())  # a signal's handler may publish, too
+        self.is_closed = False  # nothing more is taken
+        self.mode: RecordMode | None = info.record  # None: the broker has not said yet
         self.next_seq = 0
         self.kept_from: int | None = 0 if info.record == "all" else None
-        self.pending: deque[tuple[LatentFrame, Snapshot]] = deque()
-        self.is_over = False  # nobody collects any more
         self.error: str | None = None  # why keeping ended before its time
+        self.pending: deque[Offered] = deque()  # perhaps still on a device
+        self.ask_device_s = math.inf  # when to look again whether it is done
         self.slot: deque[LatentFrame] = deque()  # not kept, not sent: last steps' frames, then the newest
         self.kept = KeptFrames(ring_bytes, log_folder)
+        self._run, self._is_live = info.run, info.kind == "live"
+        self._next_index = 0  # of `live`, in video time
+        self._next_sent_ns = 0
         self._is_collecting = False
-        self._pending_bytes = 0
         self._newest: LatentFrame | None = None  # of those that nobody keeps, also when it was sent
         self._undecided: deque[LatentFrame] = deque()
         self._undecided_bytes = 0
@@ -61,39 +119,56 @@ class Outbox:
     def is_all_acked(self) -> bool:
         """Whether the broker's log has all that is kept; call with `changed` held."""
         if self.mode is None:
-            return self.next_seq == 0
-        is_coming = self.mode == "all" and (self._is_collecting or bool(self.pending))
+            return self.next_seq == 0 and not self.said
+        is_coming = self.mode == "all" and (self._is_collecting or bool(self.pending) or bool(self.said))
         return not is_coming and not self.kept.count and self.error is None
 
-    def offer(self, frame: LatentFrame, fetch: Snapshot) -> None:
-        """Take the publish `next_seq`, its bytes perhaps still on a device; call with `changed` held."""
-        self.next_seq = frame.seq + 1
-        if self.mode == "all" and self._pending_bytes + frame.nbytes > self._ring_bytes and self.pending:
-            self._stop_keeping(f"{self._pending_bytes} bytes wait to be taken out of the sampler's way")
-        if self.mode in ("off", "last"):
-            _drop_older(self.pending, lambda entry: entry[0])
-            self._pending_bytes = sum(entry.nbytes for entry, _ in self.pending)
-        self.pending.append((frame, fetch))
-        self._pending_bytes += frame.nbytes
-        while self.mode is None and self._pending_bytes > self._ring_bytes and len(self.pending) > 1:
-            self._pending_bytes -= self.pending.popleft()[0].nbytes
-
-    def collect(self) -> None:
-        """Bring what was offered into the slot, the ring or the undecided; the side thread alone."""
+    def place(self) -> None:
+        """Give what was said its place in the run; any thread, or a side thread that is late would fill the memory."""
         with self.changed:
-            offered, self.pending, self._pending_bytes = self.pending, deque(), 0
-            self._is_collecting = bool(offered)
-        for frame, fetch in offered:
+            while self.said:
+                one = self.said.popleft()
+                if self.is_closed:
+                    continue
+                if not isinstance(one, int):
+                    self.pending.append(self._offered(one))
+                self.next_seq += 1
+                self._next_index += one if isinstance(one, int) else count_of(one[4].shape)
+            self._drop_what_is_too_much()
+
+    def close(self) -> int:
+        """Take nothing that is published from now on. Returns the seq of the last publish, -1 when there was none."""
+        with self.changed:
+            self.place()
+            self.is_closed = self.wanted = True  # so that publish() looks closer
+            return self.next_seq - 1
+
+    def collect(self, *, is_last: bool = False) -> None:
+        """Bring what is off its device into the slot, the ring or the undecided; the side thread alone.
+
+        is_last: bring all of it, and wait for devices.
+        """
+        with self.changed:
+            self.place()
+            waiting = list(self.pending)
+        ready = [*takewhile(lambda one: is_last or one.snapshot.is_ready(one.taken), waiting)]
+        self.ask_device_s = _ask_again_s(waiting[len(ready)]) if len(ready) < len(waiting) else math.inf
+        if not ready:
+            return
+        with self.changed:
+            taken = set(map(id, ready))
+            self.pending = deque(one for one in self.pending if id(one) not in taken)
+            self._is_collecting = True
+        for one in ready:
             try:
-                payload = fetch()
+                frame = one.to_frame(self._run)
             except RuntimeError as error:  # torch's word for a device that failed
-                self._lose(frame, error)
+                self._lose(one, error)
             else:
-                self._take(dataclasses.replace(frame, payload=payload))
-        if offered:
-            with self.changed:
-                self._is_collecting = False
-                self.changed.notify_all()
+                self._take(frame)
+        with self.changed:
+            self._is_collecting = False
+            self.changed.notify_all()
 
     def settle(self, mode: RecordMode) -> bool:
         """The broker said what is kept; the side thread alone. Returns whether that is new.
@@ -109,11 +184,12 @@ class Outbox:
         self._undecided_bytes = 0
         self.slot.clear()
         with self.changed:
+            self.wanted = self.wanted or mode != "off"
+            self.place()
             self.mode = mode
-            begin = self.next_seq - len(_tail_before([frame for frame, _ in self.pending], self.next_seq))
+            begin = self.next_seq - len(_tail_before(list(self.pending), self.next_seq))
             early = _tail_before(waiting, begin) if mode == "all" else []
             self.kept_from = begin - len(early) if mode == "all" else None
-            self.wanted = self.wanted or mode != "off"
         for frame in waiting[: len(waiting) - len(early)]:
             self._show(frame)
         for frame in early:
@@ -158,9 +234,8 @@ class Outbox:
 
         Raises: LogError when the disk takes it not.
         """
-        with self.changed:
-            self.is_over, self.wanted = True, False
-        self.collect()
+        self.close()
+        self.collect(is_last=True)
         if not is_end_sent:
             self.keep_last()
         return self.kept.close(info, end)
@@ -179,14 +254,40 @@ class Outbox:
             self._show(frame)
 
     def _show(self, frame: LatentFrame) -> None:
-        _drop_older(self.slot, lambda waiting: waiting)
         self.slot.append(frame)
+        self.slot = _newest_of(self.slot)
         self._newest = frame
 
-    def _lose(self, frame: LatentFrame, error: RuntimeError) -> None:
-        logger.warning("frame_not_fetched run=%s seq=%d error=%s", frame.run, frame.seq, error)
+    def _offered(self, said: Said) -> Offered:
+        step, total_steps, sigma, called_ns, snapshot, taken = said
+        # two frames never share a tick of the pictures' 90 kHz clock
+        sent_ns = max(called_ns, self._next_sent_ns)
+        self._next_sent_ns = sent_ns + NS_PER_TICK
+        return Offered(
+            step=step,
+            total_steps=total_steps,
+            sigma=sigma,
+            sent_ns=sent_ns,
+            snapshot=snapshot,
+            taken=taken,
+            seq=self.next_seq,
+            index=self._next_index if self._is_live else self.next_seq,
+        )
+
+    def _drop_what_is_too_much(self) -> None:
+        """Of what waits for a device: what nobody keeps, or no memory holds; with `changed` held."""
+        nbytes = sum(one.snapshot.held_bytes for one in self.pending)
+        if self.mode == "all" and nbytes > self._ring_bytes and len(self.pending) > 1:
+            self._stop_keeping(f"{nbytes} bytes wait to be taken out of the sampler's way")
+        if self.mode in ("off", "last") and self.pending:
+            self.pending = _newest_of(self.pending)
+        while self.mode is None and nbytes > self._ring_bytes and len(self.pending) > 1:
+            nbytes -= self.pending.popleft().snapshot.held_bytes
+
+    def _lose(self, offered: Offered, error: RuntimeError) -> None:
+        logger.warning("frame_not_fetched run=%s seq=%d error=%s", self._run, offered.seq, error)
         if self.mode == "all":
-            self._stop_keeping(f"frame {frame.seq} did not come off its device: {error}")
+            self._stop_keeping(f"frame {offered.seq} did not come off its device: {error}")
 
     def _stop_keeping(self, reason: str) -> None:
         """What is kept so far is still sent; what comes is only shown."""
@@ -196,14 +297,25 @@ class Outbox:
         logger.error("keeping_stopped reason=%s", reason)
 
 
-def _drop_older(waiting: deque[T], frame_of: Callable[[T], LatentFrame]) -> None:
-    """Make place for a newer one: a preview is worth its newest frame, and the last step's is always sent."""
-    finals = [one for one in waiting if is_final(frame_of(one))][-MAX_FINALS:]
-    waiting.clear()
-    waiting.extend(finals)
+def _ask_again_s(waiting: Offered) -> float:
+    """When to look again whether this one is off its device: soon, less often the longer that it takes."""
+    now_ns = time.monotonic_ns()
+    return now_ns / 1e9 + min(max(0.1 * (now_ns - waiting.sent_ns) / 1e9, MIN_ASK_S), MAX_ASK_S)
 
 
-def _tail_before(frames: list[LatentFrame], seq: int) -> list[LatentFrame]:
+def count_of(shape: tuple[int, ...]) -> int:
+    """Latents in video time that a `live` publish brings."""
+    return shape[0] if len(shape) == 4 else 1
+
+
+def _newest_of(waiting: deque[N]) -> deque[N]:
+    """A preview is worth its newest frame; but the last step's is always sent."""
+    newest = waiting.pop()
+    stays: deque[N] = deque(filter(is_final, waiting), maxlen=MAX_FINALS)
+    return deque(chain(stays, (newest,)))  # a plain one: what is kept later must not fall out of it
+
+
+def _tail_before(frames: list[N], seq: int) -> list[N]:
     """The last of `frames` that lead up to `seq` without a hole."""
     count = 0
     for frame in reversed(frames):

@@ -18,7 +18,6 @@ from typing import Any, Final
 from taesd_stream import wire
 from taesd_stream.errors import WireError
 from taesd_stream.frames import (
-    CLOCK_HZ,
     DTYPE_BYTES,
     END_REASONS,
     KINDS,
@@ -32,16 +31,17 @@ from taesd_stream.frames import (
     is_stream_name,
 )
 from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
-from taesd_stream.latent_snapshot import snapshot, wire_form
-from taesd_stream.outbox import Outbox
+from taesd_stream.latent_snapshot import MAX_SIGMA, Snapshot, is_on_device, snapshot_of
+from taesd_stream.outbox import Outbox, count_of
 from taesd_stream.publisher_exit import end_at_exit, reason_of
 from taesd_stream.publisher_link import PublisherLink
 
 logger = logging.getLogger(__name__)
 
 RING_BYTES: Final = 256 << 20
-NS_PER_TICK: Final = math.ceil(1e9 / CLOCK_HZ)
+MAX_STEPS: Final = 1 << 31  # what the wire takes without a closer look
 CLOSE_S: Final = 5.0
+CLOSED: Final = "the publisher is closed"
 FORKED: Final = "this process was forked from the one that opened the publisher: a forked child must open its own"
 
 
@@ -95,13 +95,13 @@ class LatentPublisher:
         self._format = LATENT_FORMATS.get(latent_format)
         self._kind = kind
         self._pid = os.getpid()
-        self._index = 0
-        self._sent_ns = 0
+        self._snapshot: Snapshot | None = None  # of the latents that came last: the next are mostly like them
         self._faults = 0
         self._fault: str | None = None  # the last publish's
         self._is_closed = False
         self._outbox = Outbox(info, ring_bytes=RING_BYTES, log_folder=own_log_folder())
         self._link = PublisherLink(self.address, info, self._outbox)
+        self._wake = self._link.wakes.wake
         self._link.start()
         end_at_exit(self._link)
         # a publisher that is forgotten ends its run: nobody waits for it, for this may be any thread
@@ -125,6 +125,11 @@ class LatentPublisher:
         return self._link.is_stopped
 
     @property
+    def wanted(self) -> bool:
+        """Whether a publish would be sent now: else latents need not even be made, but for the last step's."""
+        return self._outbox.wanted
+
+    @property
     def error(self) -> str | None:
         """Why nothing is shown or kept: the broker's or the last publish's complaint; None while all is well."""
         return self._link.error or self._outbox.error or self._fault
@@ -136,13 +141,33 @@ class LatentPublisher:
             `steps` (C,h,w) or (N,C,h,w); `clip` (T,C,h,w); `live` (C,h,w) or (t,C,h,w).
         step: 0-based. sigma: the noise level that the model saw at this step.
         """
-        if self._pid != os.getpid():  # first: in a forked child the lock may be held for ever
-            self._complain(RuntimeError(FORKED))
-            return
+        # Every line here is paid for by the sampler, in cold caches: what can wait is the side thread's.
         try:
-            if self._is_wanted(latents, step, total_steps):
-                self._offer(latents, int(step), total_steps, sigma)
-                self._fault = None
+            outbox = self._outbox
+            if not outbox.wanted and (total_steps is None or step < total_steps - 1):
+                outbox.said.append(count_of(latents.shape) if self._kind == "live" else 1)
+                return
+            if outbox.is_closed:
+                raise RuntimeError(CLOSED if self._pid == os.getpid() else FORKED)
+            is_plain = (
+                type(step) is int
+                and 0 <= step < MAX_STEPS
+                and (total_steps is None or (type(total_steps) is int and 0 < total_steps < MAX_STEPS))
+                and (sigma is None or (type(sigma) is float and -MAX_SIGMA < sigma < MAX_SIGMA))
+            )
+            if not is_plain:
+                step, total_steps, sigma = _checked_numbers(step, total_steps, sigma)
+            sent_ns = time.monotonic_ns()
+            snapshot = self._snapshot
+            taken = snapshot.take(latents) if snapshot is not None else None
+            if snapshot is None or taken is None:
+                snapshot = self._snapshot = self._snapshot_of(latents)
+                taken = snapshot.take(latents)
+            outbox.said.append((step, total_steps, sigma, sent_ns, snapshot, taken))
+            if len(outbox.said) > 1:
+                outbox.place()
+            self._wake()
+            self._fault = None
         except Exception as error:  # noqa: BLE001 the run is worth more than its preview
             self._complain(error)
 
@@ -173,48 +198,11 @@ class LatentPublisher:
         reason, text = reason_of(error)
         self.close(reason=reason, text=text)
 
-    def _is_wanted(self, latents: Any, step: int, total_steps: int | None) -> bool:
-        """Whether to send this one; else it is only counted."""
-        outbox = self._outbox
-        is_last = total_steps is not None and step >= total_steps - 1
-        with outbox.changed:  # a count and its frame go together, or a kept run would have a hole
-            if outbox.wanted or is_last:
-                return True
-            outbox.next_seq += 1
-            if self._kind == "live":
-                self._index += _count_of(latents.shape)
-        return False
-
-    def _offer(self, latents: Any, step: int, total_steps: int | None, sigma: float | None) -> None:
-        if self._is_closed or self._outbox.is_over:
-            raise RuntimeError("the publisher is closed")
-        dtype, shape = wire_form(latents, self._wire_dtype)
-        self._check_shape(shape, dtype)
-        total_steps = None if total_steps is None else int(total_steps)
-        sigma = None if sigma is None or not math.isfinite(float(sigma)) else float(sigma)
-        wire.check(LatentFrame, shape=list(shape), step=step, total_steps=total_steps, sigma=sigma)
-        fetch = snapshot(latents, dtype, self._format.magnitude if self._format else DEFAULT_MAGNITUDE)
-        outbox = self._outbox
-        with outbox.changed:  # several threads may publish: seq, index and time rise together
-            # two frames never share a tick of the pictures' 90 kHz clock
-            self._sent_ns = max(time.monotonic_ns(), self._sent_ns + NS_PER_TICK)
-            seq = outbox.next_seq
-            frame = LatentFrame(
-                run=self.run,
-                seq=seq,
-                index=self._index if self._kind == "live" else seq,
-                step=step,
-                total_steps=total_steps,
-                sigma=sigma,
-                dtype=dtype,
-                shape=shape,
-                kept=False,
-                sent_ns=self._sent_ns,
-                payload=b"",
-            )
-            self._index += _count_of(shape)
-            outbox.offer(frame, fetch)
-        self._link.wake()
+    def _snapshot_of(self, latents: Any) -> Snapshot:
+        magnitude = self._format.magnitude if self._format else DEFAULT_MAGNITUDE
+        snapshot = snapshot_of(latents, self._wire_dtype, magnitude)
+        self._check_shape(snapshot.shape, snapshot.dtype)
+        return snapshot
 
     def _check_shape(self, shape: tuple[int, ...], dtype: WireDtype) -> None:
         nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
@@ -278,6 +266,15 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _count_of(shape: tuple[int, ...]) -> int:
-    """Latents in video time that a `live` publish brings."""
-    return shape[0] if len(shape) == 4 else 1
+def _checked_numbers(step: Any, total_steps: Any, sigma: Any) -> tuple[int, int | None, Any]:
+    """Numbers of any kind as the wire takes them; a tensor on a device stays there. Raises: ValueError and its like."""
+    step = int(step)
+    total_steps = None if total_steps is None else int(total_steps)
+    wire.check(LatentFrame, step=step, total_steps=total_steps)
+    if sigma is None or (is_on_device(sigma) and sigma.numel() == 1):
+        return step, total_steps, sigma
+    sigma = float(sigma)
+    if not math.isfinite(sigma):
+        return step, total_steps, None
+    wire.check(LatentFrame, sigma=sigma)
+    return step, total_steps, sigma

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import sys
 import weakref
@@ -31,6 +32,19 @@ def end_at_exit(link: PublisherLink) -> None:
     _open_links[link] = os.getpid()
     atexit.unregister(_end_all)  # once, however many runs
     atexit.register(_end_all)
+    _watch_forks()
+
+
+@functools.cache  # once: it cannot be taken back
+def _watch_forks() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_forget_all)
+
+
+def _forget_all() -> None:
+    for link in list(_open_links):
+        link.forget()
+    _open_links.clear()
 
 
 def _end_all() -> None:

@@ -43,7 +43,7 @@ class PublisherLink:
         self._address_fault: zmq.ZMQError | None = None
         self._is_connecting = threading.Event()
         self._outbox = outbox
-        self._wake = WakePipe()
+        self.wakes = WakePipe()  # told when there is something new in the outbox
         self._thread = threading.Thread(target=self._run, name=f"taesd-stream {info.stream}", daemon=True)
         self._is_open = False  # OPEN went out, and nobody denied it
         self._opens = 0
@@ -70,10 +70,6 @@ class PublisherLink:
             expected = f"address: expected one such as {wire.DEFAULT_ADDRESS}"
             raise ValueError(f"{expected}, got {self._address!r}: {self._address_fault}") from self._address_fault
 
-    def wake(self) -> None:
-        """There is something new in the outbox."""
-        self._wake.wake()
-
     def wait_until_acked(self, timeout_s: float) -> bool:
         """Wait until nothing kept is unacked."""
         outbox = self._outbox
@@ -86,8 +82,14 @@ class PublisherLink:
         if self._end is None:
             self._give_up_s = time.monotonic() + timeout_s
             text = text.encode("utf-8", "replace").decode()[: wire.MAX_TEXT_CHARS]  # text from outside may be no UTF-8
-            self._end = End(run=self.info.run, last_seq=self._outbox.next_seq - 1, reason=reason, text=text)
-            self.wake()
+            self._end = End(run=self.info.run, last_seq=self._outbox.close(), reason=reason, text=text)
+            self.wakes.wake()
+
+    def forget(self) -> None:
+        """In a forked child: the run is the parent's. No lock is taken here or later, for it may be held for ever."""
+        self._end = self._end or End(run=self.info.run, last_seq=-1, reason="done")
+        self.wakes.close()
+        self._outbox.is_closed = self._outbox.wanted = True
 
     def join(self) -> None:
         """Wait for the end that end_soon() asked for."""
@@ -114,12 +116,12 @@ class PublisherLink:
             if socket is not None:
                 socket.close(linger=0)
             context.term()
-            self._wake.close()
+            self.wakes.close()
             self._is_connecting.set()
 
     def _loop(self, socket: zmq.Socket[bytes]) -> None:
         poller = zmq.Poller()
-        poller.register(self._wake.fileno(), zmq.POLLIN)
+        poller.register(self.wakes.fileno(), zmq.POLLIN)
         while not self._is_finished():
             end = self._end  # before collect(): what was published before close() is said before END
             self._outbox.collect()
@@ -128,7 +130,7 @@ class PublisherLink:
             is_blocked = self._blocked_since_s is not None
             poller.register(socket, zmq.POLLIN | (zmq.POLLOUT if is_blocked else 0))
             poller.poll(self._timeout_ms())
-            self._wake.drain()
+            self.wakes.drain()
             self._receive_all(socket)
             self._rest()
 
@@ -148,7 +150,7 @@ class PublisherLink:
 
     def _timeout_ms(self) -> int:
         now = time.monotonic()
-        until = min(self._next_hello_s, self._give_up_s)
+        until = min(self._next_hello_s, self._give_up_s, self._outbox.ask_device_s)
         if self._blocked_since_s is None and not self._is_refused:
             if self._outbox.slot or not self._outbox.wanted:
                 until = min(until, self._pace.next_s)
@@ -207,7 +209,9 @@ class PublisherLink:
 
     def _rest(self) -> None:
         """Want nothing before the next frame is due, where nobody watches and nothing is kept."""
-        self._outbox.wanted = self._outbox.mode != "off" or not self._pace.is_resting(time.monotonic())
+        self._outbox.wanted = (
+            self._outbox.is_closed or self._outbox.mode != "off" or not self._pace.is_resting(time.monotonic())
+        )
 
     def _send_kept(self, socket: zmq.Socket[bytes], now: float) -> None:
         while (frame := self._window.next(now)) is not None:
@@ -217,7 +221,7 @@ class PublisherLink:
     def _send_end(self, socket: zmq.Socket[bytes], end: End | None) -> None:
         outbox = self._outbox
         is_undecided = outbox.mode is None and outbox.next_seq > 0
-        if end is None or self._is_end_sent or is_undecided or outbox.slot or outbox.kept.count:
+        if end is None or self._is_end_sent or is_undecided or outbox.pending or outbox.slot or outbox.kept.count:
             return
         _send(socket, end)
         self._is_end_sent = True
@@ -286,7 +290,7 @@ class PublisherLink:
 
     def _finish(self) -> None:
         """Whatever happened, what no broker took is not thrown away, and nobody waits for this thread any more."""
-        end = self._end or End(run=self.info.run, last_seq=self._outbox.next_seq - 1, reason="failed")
+        end = self._end or End(run=self.info.run, last_seq=self._outbox.close(), reason="failed")
         try:
             paths = self._outbox.stop(self.info, end, is_end_sent=self._is_end_sent)
         except LogError as error:

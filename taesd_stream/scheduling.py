@@ -1,12 +1,14 @@
 """Which frames form the next job, for which worker. Pure: no thread, no socket, no clock inside.
 
-Rules: a stream stays on the worker that has its encoder; frames of one latent format, shape and dtype go together; what
-waited longest goes first, live pictures a little before recordings; no job is longer than `max_job_s`.
+Rules: a stream stays on the worker that has its encoder and its temporal memory; another one gets the history along.
+Frames of one latent format, shape and dtype go together, of every run one before any has two; what waited longest goes
+first, live pictures a little before recordings; no job is longer than `max_job_s`.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -26,6 +28,9 @@ class Candidate:
 
     since_ns: when it began to wait. worker: the only one that may take it (it holds the encoder), None: any.
     is_suspect: a job with it has failed: it goes alone, so that a second failure tells whose fault it is.
+    attempt: of its recording, or of a `live` run's order: an answer about another one is late.
+    memory: the worker that holds the memory of the `live` run up to this frame. history_bytes: what goes along to a
+    worker that does not; 0 where nothing is needed. is_repeat: shown already, once more for a late viewer.
     """
 
     run: str
@@ -36,6 +41,10 @@ class Candidate:
     since_ns: int
     worker: bytes | None = None
     is_suspect: bool = False
+    attempt: int = 0
+    memory: bytes | None = None
+    history_bytes: int = 0
+    is_repeat: bool = False
 
     @property
     def is_record(self) -> bool:
@@ -51,44 +60,74 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLimits:
-    """What one worker can take. seconds_per_byte: measured, of latents of a group's format; None: not known yet."""
+    """What one worker can take of one group.
+
+    seconds_per_byte: measured; None: not known yet. memory_frames: how many fit its memory at once, None: any number.
+    """
 
     worker: bytes
     max_batch_size: int
     max_job_s: float
     seconds_per_byte: float | None = None
+    memory_frames: int | None = None
+
+    def takes(self, frames: int, nbytes: int) -> bool:
+        """Whether a job of so many frames and bytes is within every bound."""
+        seconds = nbytes * (self.seconds_per_byte or 0.0)
+        most = self.max_batch_size if self.memory_frames is None else min(self.max_batch_size, self.memory_frames)
+        return frames <= most and nbytes <= MAX_JOB_BYTES and seconds <= self.max_job_s
+
+
+def first_due(candidates: Iterable[Candidate], worker: bytes) -> Candidate | None:
+    """The one that this worker's next job begins with, and whose group all of it shares."""
+    mine = (one for one in candidates if one.worker is None or one.worker == worker)
+    return min(mine, key=_due, default=None)
 
 
 def next_job(candidates: Iterable[Candidate], limits: WorkerLimits) -> tuple[Candidate, ...]:
     """The candidates that form this worker's next job, in order of service; empty when none may go to it.
 
-    All share the first one's group. At least one is taken, however large; a suspect one is taken alone.
+    All share the first one's group. At least one is taken, however large; a suspect one is taken alone. Where not all
+    fit, every run has its first before any run its second.
     """
-    mine = sorted(
-        (one for one in candidates if one.worker in (None, limits.worker)), key=lambda one: (one.due_ns, one.seq)
-    )
+    mine = sorted((one for one in candidates if one.worker in (None, limits.worker)), key=_due)
     if not mine:
         return ()
     if mine[0].is_suspect:
         return (mine[0],)
     group = mine[0].group
-    job: list[Candidate] = []
-    nbytes = 0
     passed_over: set[str] = set()  # runs whose later frames must not overtake
-    for one in mine:
+    turns: Counter[str] = Counter()
+    in_turn: list[tuple[int, int]] = []
+    for place, one in enumerate(mine):
         if one.group != group or one.is_suspect or one.run in passed_over:
             passed_over.add(one.run)
             continue
-        if job and (len(job) == limits.max_batch_size or not _fits(nbytes + one.nbytes, limits)):
+        in_turn.append((turns[one.run], place))
+        turns[one.run] += 1
+    taken: list[int] = []
+    nbytes = 0
+    for turn, place in sorted(in_turn):
+        one = mine[place]
+        nbytes += one.nbytes + (one.history_bytes if turn == 0 and one.memory != limits.worker else 0)
+        if taken and not limits.takes(len(taken) + 1, nbytes):
             break
-        job.append(one)
-        nbytes += one.nbytes
-    return tuple(job)
+        taken.append(place)
+    return tuple(mine[place] for place in sorted(taken))
 
 
-def _fits(nbytes: int, limits: WorkerLimits) -> bool:
-    seconds = nbytes * (limits.seconds_per_byte or 0.0)
-    return nbytes <= MAX_JOB_BYTES and seconds <= limits.max_job_s
+def history_due(job: Sequence[Candidate], worker: bytes) -> tuple[bool, ...]:
+    """Of each item of a job whether its history goes along: the first of a run whose memory is not on this worker."""
+    runs: set[str] = set()
+    due: list[bool] = []
+    for one in job:
+        due.append(one.history_bytes > 0 and one.memory != worker and one.run not in runs)
+        runs.add(one.run)
+    return tuple(due)
+
+
+def _due(one: Candidate) -> tuple[int, int]:
+    return one.due_ns, one.seq
 
 
 def desired_workers(loads_s: Sequence[float], headroom: float = 1.3) -> int:

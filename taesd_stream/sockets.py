@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 import socket as os_socket
-import threading
+import sys
+import weakref
 from collections import deque
-from typing import Final
+from collections.abc import Callable, Iterable
+from typing import Final, cast
 
 import zmq
 
@@ -70,55 +74,74 @@ def bind_router(context: zmq.Context[zmq.Socket[bytes]], address: str, *, hwm: i
 
 
 class WakePipe:
-    """Wakes a zmq.Poller from another thread: an eventfd where there is one, else a socket pair."""
+    """Wakes a zmq.Poller from another thread: an eventfd where there is one, else a socket pair.
+
+    A wake must not meet close(), or the descriptor's number may be another file's: it is freed with the object, not
+    before, so that wake() needs no lock.
+    """
 
     def __init__(self) -> None:
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) if hasattr(os, "eventfd") else None
-        self._reader: os_socket.socket | None = None
-        self._writer: os_socket.socket | None = None
-        # a wake must not meet close(): the descriptor's number may by then be another file's
-        self._lock = threading.RLock()
-        if self._event is None:
-            self._reader, self._writer = os_socket.socketpair()
-            self._reader.setblocking(False)
-            self._writer.setblocking(False)
+        self._is_open = True
+        self._write = _write_holding_gil()
+        if hasattr(os, "eventfd"):
+            self._reader = self._writer = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            free: weakref.finalize[..., WakePipe] = weakref.finalize(self, os.close, self._reader)
+        else:
+            pair = os_socket.socketpair()
+            for end in pair:
+                end.setblocking(False)
+            self._reader, self._writer = (end.fileno() for end in pair)
+            free = weakref.finalize(self, _close_all, pair)
+            self._pair = pair
+        free.atexit = False  # whoever waits on it may still wait
 
     def fileno(self) -> int:
         """What the poller waits on."""
-        return self._event if self._event is not None else self._pair()[0].fileno()
+        return self._reader
 
     def wake(self) -> None:
         """Make the poller return; any thread, also after close()."""
-        with self._lock, contextlib.suppress(OSError):  # full: it will wake anyway
-            if self._event is not None:
-                os.eventfd_write(self._event, 1)
-            elif self._writer is not None:
-                self._writer.send(b"\0")
+        if not self._is_open:
+            return
+        if self._write is not None:
+            self._write(self._writer, _ONE, len(_ONE))  # full: it will wake anyway
+        else:
+            with contextlib.suppress(OSError):
+                self._pair[1].send(_ONE)
 
     def drain(self) -> None:
         """Forget past wakes; the polling thread alone."""
         with contextlib.suppress(OSError):
-            if self._event is not None:
-                os.eventfd_read(self._event)
+            if self._reader == self._writer:
+                os.eventfd_read(self._reader)
             else:
-                while self._pair()[0].recv(4096):
+                while self._pair[0].recv(4096):
                     pass
 
     def close(self) -> None:
-        """Free it; later wakes do nothing."""
-        with self._lock:
-            event, self._event = self._event, None
-            if event is not None:
-                os.close(event)
-            for end in (self._reader, self._writer):
-                if end is not None:
-                    end.close()
-            self._writer = None
+        """Later wakes do nothing."""
+        self._is_open = False
 
-    def _pair(self) -> tuple[os_socket.socket, os_socket.socket]:
-        assert self._reader is not None
-        assert self._writer is not None
-        return self._reader, self._writer
+
+_ONE: Final = (1).to_bytes(8, sys.byteorder)  # an eventfd counts in words of 8 bytes
+
+
+@functools.cache
+def _write_holding_gil() -> Callable[[int, bytes, int], int] | None:
+    """write(2), called without letting go of the GIL; None where it is not (Windows).
+
+    os.write, os.eventfd_write and socket.send let it go around the call, and the thread that they wake takes it: then
+    whoever wakes has to wait until that one is done. Measured: 0.26 ms instead of 0.06 where it works for 0.2 ms.
+    """
+    if os.name != "posix":
+        return None
+    # without argtypes, which cost 12 us in cold caches: bytes go as a pointer, libffi widens ints to whole registers
+    return cast("Callable[[int, bytes, int], int]", ctypes.PyDLL(None).write)
+
+
+def _close_all(ends: Iterable[os_socket.socket]) -> None:
+    for end in ends:
+        end.close()
 
 
 class ClockOffset:

@@ -42,10 +42,12 @@ from taesd_stream.frames import (
     Packet,
     Stamps,
     StreamInfo,
+    WireDtype,
 )
 from taesd_stream.messages import (
     Ack,
     Cursor,
+    Degraded,
     DemandUpdate,
     Done,
     Drain,
@@ -157,7 +159,8 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
         "offset_ns": _NS,
     },
     Progress: {"job": _SEQ},
-    Done: {"job": _SEQ, "ms": number(0)},
+    Degraded: {"run": RUN, "code": _CODE, "text": _TEXT},
+    Done: {"job": _SEQ, "ms": number(0), "degraded": sequence(_nested(Degraded), 4096)},
     Failed: {
         "job": _SEQ,
         "items": as_list(sequence(_COUNT, 4096)),
@@ -183,6 +186,9 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
         "sigma": _SIGMA,
         "sent_ns": _NS,
         "received_ns": _NS,
+        "history": integer(0, 64),
+        "expects_memory": BOOLEAN,
+        "is_repeat": BOOLEAN,
     },
     Job: {"job": _SEQ, "latent_format": text(64), "items": sequence(_nested(JobItem), 4096), "packets_to": text(512)},
     Forget: {"run": RUN},
@@ -338,9 +344,9 @@ def _header(head: Part) -> dict[str, Any]:
     return header
 
 
-def _check_payload(cls: type, of: LatentFrame | JobItem, payload: Part) -> None:
-    expected = math.prod(of.shape) * DTYPE_BYTES[of.dtype]
-    what = f"{of.shape} {of.dtype}"
+def _check_payload(cls: type, shape: Sequence[int], dtype: WireDtype, payload: Part) -> None:
+    expected = math.prod(shape) * DTYPE_BYTES[dtype]
+    what = f"{tuple(shape)} {dtype}"
     if expected > MAX_FRAME_BYTES:
         raise WireError(f"{type_name(cls)}: expected at most {MAX_FRAME_BYTES} bytes, {what} is {expected}")
     if len(payload) != expected:
@@ -369,10 +375,13 @@ def unpack(parts: Sequence[Part], allowed: Sequence[type]) -> Any:
 def _unpack_as(cls: type, header: Mapping[str, Any], payloads: Sequence[Part]) -> Any:
     if cls is Job:
         job = _build(Job, header, payloads=tuple(payloads))
-        if len(job.items) != len(payloads):
-            raise WireError(f"JOB: {len(job.items)} items, {len(payloads)} payloads")
-        for item, payload in zip(job.items, payloads, strict=True):
-            _check_payload(cls, item, payload)
+        expected = sum(1 + bool(item.history) for item in job.items)
+        if len(payloads) != expected:
+            raise WireError(f"JOB: {len(job.items)} items need {expected} payloads, got {len(payloads)}")
+        for item, payload, history in job.parts():
+            _check_payload(cls, item.shape, item.dtype, payload)
+            if history is not None:
+                _check_payload(cls, (item.history, *item.shape[-3:]), item.dtype, history)
         return job
     with_payload = cls in (LatentFrame, Packet)
     if len(payloads) != int(with_payload):
@@ -381,5 +390,5 @@ def _unpack_as(cls: type, header: Mapping[str, Any], payloads: Sequence[Part]) -
         return _build(cls, header)
     message: LatentFrame | Packet = _build(cls, header, payload=payloads[0])
     if isinstance(message, LatentFrame):
-        _check_payload(cls, message, message.payload)
+        _check_payload(cls, message.shape, message.dtype, message.payload)
     return message

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import textwrap
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic.fields import FieldInfo
 
-from taesd_stream.config import SECTIONS
+from taesd_stream.config import SECTIONS, Rule
 
 DEFAULT_TOML: Final = Path(__file__).parent.parent / "configs" / "default.toml"
 _HEAD: Final = """\
@@ -16,6 +17,7 @@ Every setting of the daemon, at its default. A copy needs to hold only what is c
     taesd-stream up --config my.toml
 Order: defaults < file < environment (TAESD_STREAM_WEB__BIND=127.0.0.1:9000) < --set web.bind=127.0.0.1:9000
 Relative folders are taken from where the daemon is started; ~ is your home."""
+_RULE: Final = {"stream": "comfy/*", "record": "all", "film": "off", "decoder": "linear"}
 _LIMITS: Final = {"ge": "at least", "gt": "over", "le": "at most", "lt": "under"}
 
 
@@ -25,7 +27,18 @@ def document() -> str:
     for name, section in SECTIONS.items():
         parts.append(f"\n\n{_comment(section.__doc__ or '')}\n[{name}]")
         parts += [f"\n{_comment(_meaning(field))}\n{key} = {_toml(field.default)}" for key, field in section_keys(name)]
+    parts.append(
+        f"\n\n{_comment(Rule.__doc__ or '')}\n# There is none by itself; this would be one:\n{rule_example('#')}"
+    )
     return "\n".join(parts) + "\n"
+
+
+def rule_example(prefix: str) -> str:
+    """A rule with every key, each explained behind it; prefix: what each line begins with."""
+    lines = [f"{prefix}[[rules]]"]
+    for key, field in Rule.model_fields.items():
+        lines += [_comment(field.description or ""), f"{prefix}{key} = {_toml(_RULE[key])}"]
+    return "\n".join(lines)
 
 
 def section_keys(name: str) -> list[tuple[str, FieldInfo]]:
@@ -45,7 +58,11 @@ def _meaning(field: FieldInfo) -> str:
 
 
 def _comment(text: str) -> str:
-    lines = [line for row in text.splitlines() for line in textwrap.wrap(row, 118, drop_whitespace=True) or [""]]
+    lines = [
+        line
+        for row in inspect.cleandoc(text).splitlines()
+        for line in textwrap.wrap(row, 118, drop_whitespace=True) or [""]
+    ]
     return "\n".join(f"# {line}".rstrip() for line in lines)
 
 
@@ -54,7 +71,7 @@ def _toml(value: Any) -> str:
         return f'"{value}"'
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:_}" if isinstance(value, int) else repr(value)
+    return f"{value:_}" if isinstance(value, int) else repr(value)  # repr of a list or a float is TOML too
 
 
 if __name__ == "__main__":

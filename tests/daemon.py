@@ -154,6 +154,6 @@ class Daemon:
         """A recording's file, downloaded."""
         status, body = self.get(f"/api/v1/recordings/{recording_id}/file")
         assert status == 200, body[:300]
-        path = self.folder / f"{recording_id}.downloaded.mp4"
+        path = self.folder / f"{recording_id.replace('/', '-')}.downloaded.mp4"
         path.write_bytes(body)
         return path

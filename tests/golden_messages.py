@@ -6,6 +6,7 @@ change of the protocol that is meant. A file holds a message's parts, each behin
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ GOLDEN: Final[dict[str, tuple[Any, Table]]] = {
         messages.WorkerHello(
             device="cuda:0 NVIDIA H100",
             credits=2,
-            engines={"sd1": {"decoder": "taesd", "reason": "weights found"}},
+            engines={"sd1": {"decoder": "taesd", "reason": "weights found", "history": 0}},
             memories={RUN: 17},
             echo_ns=1,
             offset_ns=2,
@@ -130,6 +131,14 @@ GOLDEN: Final[dict[str, tuple[Any, Table]]] = {
     ),
     "progress": (messages.Progress(job=3), wire.FROM_INSIDE),
     "done": (messages.Done(job=3, ms=12.25), wire.FROM_INSIDE),
+    "done_degraded": (
+        messages.Done(
+            job=3,
+            ms=12.25,
+            degraded=(messages.Degraded(run=RUN, code="approximate", text="Colours approximate."),),
+        ),
+        wire.FROM_INSIDE,
+    ),
     "failed": (
         messages.Failed(job=3, items=[0, 2], code="bad_frame", text="NaN in the latents", retry=False),
         wire.FROM_INSIDE,
@@ -155,6 +164,19 @@ GOLDEN: Final[dict[str, tuple[Any, Table]]] = {
             items=(JOB_ITEM, JOB_ITEM),
             packets_to="tcp://127.0.0.1:5761",
             payloads=(LATENTS, LATENTS[::-1]),
+        ),
+        wire.TO_WORKER,
+    ),
+    "job_with_history": (
+        messages.Job(
+            job=4,
+            latent_format="wan2_1",
+            items=(
+                dataclasses.replace(JOB_ITEM, kind="live", history=2),
+                dataclasses.replace(JOB_ITEM, kind="live", seq=8, index=8, expects_memory=True),
+            ),
+            packets_to="tcp://127.0.0.1:5761",
+            payloads=(LATENTS, LATENTS * 2, LATENTS[::-1]),
         ),
         wire.TO_WORKER,
     ),
@@ -318,11 +340,21 @@ def _broken() -> dict[str, Broken]:
         "watch_rendition_unknown": (changed("watch", rendition="huge"), inside, "WATCH rendition"),
         "failed_items_a_map": (changed("failed", items={}), inside, "FAILED items"),
         "cursor_written_minus_2": (changed("cursor", written=-2), inside, "CURSOR written"),
-        "job_payload_missing": (parts_of(GOLDEN["job"][0])[:-1], worker, "JOB: 2 items, 1 payloads"),
+        "job_payload_missing": (parts_of(GOLDEN["job"][0])[:-1], worker, "JOB: 2 items need 2 payloads, got 1"),
         "job_payload_short": (
             [*parts_of(GOLDEN["job"][0])[:-1], LATENTS[:-1]],
             worker,
             "JOB payload: expected 96 bytes for (4, 3, 4) float16, got 95",
+        ),
+        "job_history_missing": (
+            [*parts_of(GOLDEN["job_with_history"][0])[:2], LATENTS],
+            worker,
+            "JOB: 2 items need 3 payloads, got 2",
+        ),
+        "job_history_short": (
+            [*parts_of(GOLDEN["job_with_history"][0])[:2], LATENTS, LATENTS],
+            worker,
+            "JOB payload: expected 192 bytes for (2, 4, 3, 4) float16, got 96",
         ),
         "job_item_no_map": (changed("job", items=[1, 2]), worker, "JOB items"),
         "packet_width_zero": (changed("packet", width=0), wire.FROM_WORKER_TO_STREAMER, "PACKET width"),

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
 from taesd_stream import LatentPublisher
 from taesd_stream_workers.library import Library
-from tests.daemon import Daemon
-from tests.pictures import sd1_latents_of
+from taesd_stream_workers.web import schema
+from tests.daemon import Daemon, wait_for
+from tests.pictures import decode_jpeg, sd1_latents_of
 
 
 @pytest.mark.parametrize(
@@ -56,6 +61,75 @@ def test_the_description_of_the_interface_tells_the_errors(daemon: Daemon) -> No
     described = daemon.json("/openapi.json")
     assert set(described["components"]["schemas"]["ErrorAnswer"]["properties"]) == {"code", "text"}
     assert "HTTPValidationError" not in json.dumps(described)
+
+
+def test_answers_are_what_the_description_says(daemon: Daemon) -> None:
+    """Streams, runs and recordings have exactly the keys that /openapi.json gives them, of the types that it says."""
+    with LatentPublisher(daemon.broker, stream="api/described", latent_format="sd1", record="all") as publisher:
+        publisher.publish(sd1_latents_of((200, 60, 60)), step=0)
+        assert publisher.wait_until_acked(20)
+    recording = daemon.recording(publisher.run)
+    schema.RecordingRow.model_validate(recording, strict=True)
+    assert recording.keys() == schema.RecordingRow.model_fields.keys()
+    row = daemon.streams()["api/described"]
+    schema.StreamRow.model_validate(row, strict=True)
+    assert row.keys() == schema.StreamRow.model_fields.keys()
+    run = daemon.json(f"/api/v1/runs/{publisher.run}")
+    schema.Run.model_validate(run, strict=True)
+    assert (run["name"], run["stream"]["run"], run["recordings"]) == ("api/described", publisher.run, [recording])
+
+
+def test_an_unknown_run(daemon: Daemon) -> None:
+    """A run that is neither open nor recorded is 404."""
+    status, answer = daemon.get("/api/v1/runs/0123456789abcdef")
+    assert (status, json.loads(answer)["code"]) == (404, "no_run")
+
+
+def test_a_snapshot_is_the_newest_picture(daemon: Daemon) -> None:
+    """A snapshot is a JPEG of the newest picture, named by its stream, run and seq."""
+    with LatentPublisher(daemon.broker, stream="api/snap", latent_format="sd1") as publisher:
+        publisher.publish(sd1_latents_of((60, 170, 60)), step=0)
+        wait_for(lambda: "api/snap" in daemon.streams(), of="the stream")
+        with urllib.request.urlopen(f"{daemon.web}/api/v1/streams/api/snap/snapshot", timeout=15) as answer:  # noqa: S310
+            assert f'"api-snap-{publisher.run[:6]}-0.jpg"' in answer.headers["content-disposition"]
+            assert np.abs(decode_jpeg(answer.read()).mean(axis=(0, 1)) - (60, 170, 60)).max() <= 8
+
+
+def test_errors_are_counted(daemon: Daemon) -> None:
+    """/metrics counts error answers by status and code."""
+    daemon.get("/api/v1/runs/0123456789abcdef")
+    assert b'taesd_stream_http_errors_total{code="no_run",status="404"}' in daemon.get("/metrics")[1]
+
+
+def test_docs_are_a_page_that_needs_nothing_from_elsewhere(daemon: Daemon) -> None:
+    """/docs names every path of /openapi.json and loads nothing: no script, no address of another host."""
+    status, body = daemon.get("/docs")
+    page = body.decode()
+    assert status == 200
+    for path in daemon.json("/openapi.json")["paths"]:
+        assert path in page
+    assert "<script" not in page
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_interface_is_as_described_whatever_is_sent(daemon: Daemon, tmp_path: Path) -> None:
+    """schemathesis: no generated request, good or broken, gets a 500 or an answer that /openapi.json does not say."""
+    with LatentPublisher(daemon.broker, stream="fuzzed", latent_format="sd1", record="all") as publisher:
+        publisher.publish(sd1_latents_of((200, 60, 60)), step=0)
+        assert publisher.wait_until_acked(20)
+        command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{daemon.web}/openapi.json"]
+        checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+        endless = ["--exclude-path-regex", r"live\.(ts|mjpeg)$"]
+        done = subprocess.run(
+            [*command, "--checks", checks, *endless, "--max-examples", "25", "--no-color", "--seed", "7"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 # --- the page's socket ---

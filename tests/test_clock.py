@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taesd_stream.media.clock import PROVISIONAL_TICKS, ForwardPts, PlayerClock, picture_ticks, steps_pts
-from taesd_stream.publisher import NS_PER_TICK
+from taesd_stream.outbox import NS_PER_TICK
 from tests.test_recording import packet
 
 SECOND_NS = 1_000_000_000

@@ -16,7 +16,7 @@ import pytest
 from taesd_stream import LatentPublisher
 from taesd_stream.config import SECTIONS, load_config
 from taesd_stream.errors import ConfigError
-from tests.config_document import DEFAULT_TOML, document, section_keys
+from tests.config_document import DEFAULT_TOML, document, rule_example, section_keys
 from tests.daemon import Daemon, clean_environment, wait_for
 
 KEYS = [(section, key) for section in SECTIONS for key, _ in section_keys(section)]
@@ -50,7 +50,76 @@ def test_default_toml_is_what_the_models_say() -> None:
 def test_default_toml_has_every_key_at_its_default() -> None:
     """configs/default.toml, read by a TOML parser, has each section and key with the value that none would give."""
     values = tomllib.loads(DEFAULT_TOML.read_text(encoding="utf-8"))
-    assert values == load_config().model_dump()
+    assert values | {"rules": ()} == load_config().model_dump()
+
+
+def test_the_rule_that_default_toml_shows_is_one(tmp_path: Path) -> None:
+    """The rule in configs/default.toml has every key of a rule; without its `#` it is read as what it says."""
+    assert rule_example("#") in DEFAULT_TOML.read_text(encoding="utf-8")
+    config = load_config(write(tmp_path, rule_example("")))
+    assert [rule.model_dump() for rule in config.rules] == [
+        {"stream": "comfy/*", "record": "all", "film": "off", "decoder": "linear"}
+    ]
+
+
+RULES = """
+[[rules]]
+stream = "farm/*"
+record = "all"
+film = "off"
+[[rules]]
+stream = "farm/test-?"
+record = "off"
+"""
+
+
+@pytest.mark.parametrize(
+    ("stream", "record", "film"),
+    [
+        ("farm/a", "all", "off"),
+        ("farm/a/b", "all", "off"),
+        ("farm/test-1", "off", "off"),
+        ("farm/test-1~2", "off", "off"),
+        ("farm/test-12", "all", "off"),
+        ("Farm/a", None, None),
+        ("farm", None, None),
+    ],
+)
+def test_rules_hold_for_names_that_fit(stream: str, record: str | None, film: str | None, tmp_path: Path) -> None:
+    """Of the rules whose pattern fits a name, the later one's word holds, key by key."""
+    rule = load_config(write(tmp_path, RULES)).rule_of(stream)
+    assert (rule.record, rule.film, rule.decoder) == (record, film, None)
+
+
+def test_rules_reach_the_roles(tmp_path: Path) -> None:
+    """A role that takes the resolved configuration as JSON has the same rules."""
+    config = load_config(write(tmp_path, RULES))
+    assert load_config(values=json.loads(config.to_json())) == config
+    assert len(config.rules) == 2
+
+
+def test_a_wrong_rule(tmp_path: Path) -> None:
+    """A rule's misspelt key names the nearest, a wrong value what is allowed, a rule without a name what is missing."""
+    text = refusal(file=write(tmp_path, '[[rules]]\nstream = "a"\nrecrod = "all"\n'))
+    assert text == "rules.0.recrod: there is no such key; did you mean rules.0.record?"
+    text = refusal(file=write(tmp_path, '[[rules]]\nstream = "a"\nrecord = "some"\n'))
+    assert text.startswith("rules.0.record: ")
+    assert "'all'" in text
+    assert refusal(file=write(tmp_path, '[[rules]]\nrecord = "all"\n')).startswith("rules.0.stream: ")
+
+
+def test_a_rule_beats_the_sampler_and_a_person_beats_the_rule(tmp_path: Path) -> None:
+    """A rule keeps a stream whose program said "off"; RECORD off, said before the stream opens, beats both."""
+    rules = '[{"stream": "kept/*", "record": "all"}]'
+    said: dict[str, str] = {}
+    with Daemon(tmp_path, environment={"TAESD_STREAM_RULES": rules}) as daemon:
+        daemon.json("/api/v1/streams/kept/two/record", method="POST", body={"mode": "off"})
+        for name in ("kept/one", "kept/two", "other"):
+            with LatentPublisher(daemon.broker, stream=name, latent_format="sd1", record="off") as publisher:
+                publisher.publish(np.zeros((4, 8, 8), np.float16), step=0)
+                wait_for(lambda: len(daemon.streams()) == len(said) + 1, of=name)
+                said[name] = daemon.streams()[name]["record"]
+    assert said == {"kept/one": "all", "kept/two": "off", "other": "off"}
 
 
 @pytest.mark.parametrize(("section", "key"), KEYS)

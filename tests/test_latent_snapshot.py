@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from taesd_stream.frames import WireDtype
-from taesd_stream.latent_snapshot import snapshot, wire_form
+from taesd_stream.latent_snapshot import snapshot_of
 
 VALUES = np.linspace(-3, 3, 4 * 6 * 10, dtype=np.float64).reshape(4, 6, 10)
 READ_ONLY = VALUES.astype(np.float32)
@@ -20,8 +20,8 @@ READ_ONLY.flags.writeable = False
 
 def sent(latents: Any, wire_dtype: WireDtype | None = None) -> tuple[WireDtype, tuple[int, ...], bytes]:
     """What travels of `latents`."""
-    dtype, shape = wire_form(latents, wire_dtype)
-    return dtype, shape, snapshot(latents, dtype, 3.0)()
+    snapshot = snapshot_of(latents, wire_dtype, 3.0)
+    return snapshot.dtype, snapshot.shape, bytes(snapshot.to_bytes(snapshot.take(latents)))
 
 
 @pytest.mark.parametrize(
@@ -82,11 +82,12 @@ def test_wild_values_warn_nobody(wire_dtype: WireDtype | None, value: float) -> 
 
 
 def test_the_copy_is_taken_at_once() -> None:
-    """What the owner writes into its array after snapshot() does not show, also where no conversion is needed."""
+    """What the owner writes into its array after take() does not show, also where no conversion is needed."""
     for latents in (VALUES.astype(np.float16), torch.from_numpy(VALUES).half()):
-        fetch = snapshot(latents, "float16", 3.0)
+        snapshot = snapshot_of(latents, None, 3.0)
+        taken = snapshot.take(latents)
         latents[:] = 0
-        assert fetch() == VALUES.astype(np.float16).tobytes()
+        assert snapshot.to_bytes(taken) == VALUES.astype(np.float16).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_the_copy_is_taken_at_once() -> None:
 def test_what_is_no_array_of_floats_is_said(latents: Any, words: str) -> None:
     """Integers, complex numbers, lists: a TypeError that says what came."""
     with pytest.raises(TypeError, match=f"floats.*{words}"):
-        wire_form(latents, None)
+        snapshot_of(latents, None, 3.0)
 
 
 def test_torch_is_not_imported() -> None:

@@ -62,7 +62,7 @@ def test_up_reports_the_readiness_of_each_role(daemon: Daemon) -> None:
     """One line of JSON has every bound address, its port resolved, and each role with its process, ready."""
     assert re.fullmatch(r"http://127\.0\.0\.1:[1-9]\d*", daemon.web)
     assert re.fullmatch(r"tcp://127\.0\.0\.1:[1-9]\d*", daemon.broker)
-    assert {"web", "broker", "workers", "packets", "roles"} == set(daemon.facts)
+    assert {"web", "broker", "workers", "packets", "roles", "token_file"} == set(daemon.facts)
     assert [(row["role"], row["ready"]) for row in daemon.facts["roles"]] == [
         ("broker", True),
         ("streamer", True),
@@ -211,7 +211,7 @@ def test_stopping_closes_every_file_whoever_watches(how: str, tmp_path: Path) ->
     assert code == 0, daemon.log()[-3000:]
     assert "role_killed" not in daemon.log()
     assert "Traceback" not in daemon.log()
-    growing = list(daemon.recordings_folder.glob("*.mp4*"))
+    growing = list(daemon.recordings_folder.rglob("*.mp4*"))
     assert len(growing) == 1, growing
     assert len(decode_file(growing[0])) == 5
 

@@ -18,7 +18,7 @@ from taesd_stream.models import build_decoder
 from taesd_stream.models.tiny_video import VideoDecoder
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
-from tests.pictures import decode_file, psnr_db
+from tests.pictures import decode_file, decode_h264, psnr_db
 
 LATENTS_T, FPS = 4, 16.0
 PICTURES = 4 * LATENTS_T - 3
@@ -133,3 +133,32 @@ def test_a_viewer_of_a_clip_gets_every_frame(video_daemon: Daemon) -> None:
     assert [header["index"] for header in headers] == list(range(PICTURES))
     assert [header["keyframe"] for header in headers] == [True] + [False] * (PICTURES - 1)
     assert {header["count"] for header in headers} == {PICTURES}
+
+
+def test_a_late_viewer_does_not_move_a_live_stream(video_daemon: Daemon, decoder: VideoDecoder) -> None:
+    """A viewer that comes between two latents sees the last picture at once; the next ones are as without him."""
+    latents = smooth_latents(21)
+    expected = direct(decoder, latents)
+    with (
+        LatentPublisher(video_daemon.broker, stream="late", latent_format="wan2_1", kind="live", fps=FPS) as publisher,
+        PageSocket(video_daemon) as first,
+    ):
+        wait_for(lambda: "late" in video_daemon.streams(), of="the stream")
+        first.watch({"late": "live"})
+        wait_for(lambda: video_daemon.streams()["late"]["viewers"], of="the viewer")
+        packets: list[bytes] = []
+        for step in range(LATENTS_T):
+            publisher.publish(latents[step], step=step)
+            packets += [first.picture()[1] for _ in range(4 if step else 1)]
+            if step == 1:
+                with PageSocket(video_daemon) as late:
+                    late.watch({"late": "live"})
+                    header, payload = late.picture(5)
+                assert (header["seq"], header["keyframe"]) == (1, True)
+                assert psnr_db(decode_h264([payload])[0], expected[4]) >= 28
+                packets.append(first.picture()[1])  # the same one, which every viewer gets
+    pictures = decode_h264(packets)
+    del pictures[5]
+    assert len(pictures) == len(expected)
+    for number, (picture, wanted) in enumerate(zip(pictures, expected, strict=True)):
+        assert psnr_db(picture, wanted) >= 28, f"picture {number}"

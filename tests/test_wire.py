@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from taesd_stream import wire
 from taesd_stream.errors import WireError
 from taesd_stream.frames import DTYPE_BYTES, LatentFrame, Stamps, WireDtype
-from taesd_stream.messages import JobItem, RunHello
+from taesd_stream.messages import Degraded, JobItem, RunHello
 from tests import wire_document
 from tests.golden_messages import BROKEN, FOLDER, FRAME, GOLDEN, changed, every, load_parts, parts_of, path_of
 
-INNER_TABLES = (JobItem, RunHello, Stamps)  # maps inside messages: they never travel alone
+INNER_TABLES = (JobItem, Degraded, RunHello, Stamps)  # maps inside messages: they never travel alone
 
 
 @pytest.mark.parametrize("name", GOLDEN)

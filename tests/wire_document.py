@@ -10,7 +10,7 @@ from typing import Final
 
 from taesd_stream import wire
 from taesd_stream.frames import LatentFrame, Packet, Stamps
-from taesd_stream.messages import Job, JobItem, RunHello
+from taesd_stream.messages import Degraded, Job, JobItem, RunHello
 
 DOCUMENT: Final = Path(__file__).parents[1] / "docs" / "wire.md"
 BEGIN: Final = "<!-- tables: begin, made by tests/wire_document.py -->"
@@ -23,7 +23,7 @@ CHAPTERS: Final = {
     "Broker to worker": wire.TO_WORKER,
     "Worker to streamer": wire.FROM_WORKER_TO_STREAMER,
     "Broker to streamer": wire.TO_STREAMER,
-    "Maps inside messages": (RunHello, JobItem, Stamps),
+    "Maps inside messages": (RunHello, JobItem, Degraded, Stamps),
 }
 DIRECTION: Final = re.compile(r"^\w+ -> [^:,]+[:,] ")  # of the docstrings; the chapter tells it
 LIMITS: Final = {
@@ -40,7 +40,7 @@ LIMITS: Final = {
 def _parts(cls: type) -> str:
     if cls in (LatentFrame, Packet):
         return "2 parts: header, payload"
-    return "1 part, and one payload an item" if cls is Job else "1 part"
+    return "1 part, one payload an item, and one more of each item with history" if cls is Job else "1 part"
 
 
 def _default(field: dataclasses.Field[object]) -> str:

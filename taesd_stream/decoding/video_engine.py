@@ -122,6 +122,11 @@ class VideoEngine(Engine):
         """Drop the memory of a run. Any thread."""
         self.memories.forget(run)
 
+    def holds(self, run: str, index: int, size: tuple[int, ...]) -> bool:
+        """Whether the memory of a run is here, just before its latent `index`, for latents of that (h, w)."""
+        kept = self.memories.get(run)
+        return kept is not None and kept.next_index == index and kept.size == size
+
     @torch.inference_mode()
     def _decode_pieces(self, latents: Tensor, pieces: Sequence[slice]) -> Iterator[Tensor]:
         memory: Memory | None = None
@@ -152,9 +157,9 @@ class VideoEngine(Engine):
             yield results
 
     def _keep(self, part: LivePart, stream: StreamMemory) -> None:
-        """Keep what a part leaves behind, unless it was an old one, shown again, and the run is further already."""
+        """Keep what a part leaves behind, unless it was an old one, shown again, and the run is as far already."""
         before = self.memories.get(part.run)
-        if before is None or before.next_index <= stream.next_index or before.size != stream.size:
+        if before is None or before.next_index < stream.next_index or before.size != stream.size:
             self.memories.put(part.run, stream)
 
     def _stream_before(self, part: LivePart) -> StreamMemory:

@@ -1,4 +1,4 @@
-"""YUV planes in, encoded pictures out: H.264 for `live` and `record`, JPEG for `thumb` and `jpeg`.
+"""YUV planes in, encoded pictures out: H.264 for `live`, `record` and `film`, JPEG for `thumb` and `jpeg`.
 
 Options and their speeds were measured with PyAV 18 (FFmpeg 8.1): `encode()` lets go of the GIL, one thread an encoder
 loses nothing, and without a global header each IDR brings its own SPS and PPS.
@@ -21,17 +21,20 @@ from numpy.typing import NDArray
 from taesd_stream.frames import CLOCK_HZ, Rendition
 
 Planes: TypeAlias = NDArray[np.uint8]
-VideoRendition: TypeAlias = Literal["live", "record"]
+VideoRendition: TypeAlias = Literal["live", "record", "film"]
 JpegRendition: TypeAlias = Literal["thumb", "jpeg"]
 
 TIME_BASE: Final = Fraction(1, CLOCK_HZ)
 
 # zerolatency: one packet out for each picture in, no B frames, so dts = pts. scenecut=0: keyframes only where asked.
 _COMMON: Final = {"tune": "zerolatency", "forced-idr": "1", "x264-params": "scenecut=0"}
+# `film` as `record`, which may go on in the same file: that wants the same parameter sets.
 # `live`: 2 ms at 512x512. `record`: crf 14, for chroma at half size alone leaves 36.5 dB of real previews, crf 18 32.8.
+_RECORD: Final = {**_COMMON, "preset": "veryfast", "crf": "14", "g": "30"}
 _H264: Final[dict[VideoRendition, dict[str, str]]] = {
     "live": {**_COMMON, "preset": "superfast", "crf": "23", "g": "600"},
-    "record": {**_COMMON, "preset": "veryfast", "crf": "14", "g": "30"},
+    "record": _RECORD,
+    "film": _RECORD,
 }
 _JPEG_QUANTISER: Final[dict[JpegRendition, int]] = {"jpeg": 4, "thumb": 6}  # MPEG's scale, 2 best to 31
 
@@ -166,6 +169,6 @@ class JpegEncoder:
 
 def encoder_for(rendition: Rendition) -> VideoEncoder | JpegEncoder:
     """A new encoder for one rendition of one stream."""
-    if rendition == "live" or rendition == "record":
-        return VideoEncoder(rendition)
-    return JpegEncoder(rendition)
+    if rendition == "thumb" or rendition == "jpeg":
+        return JpegEncoder(rendition)
+    return VideoEncoder(rendition)

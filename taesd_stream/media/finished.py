@@ -13,7 +13,7 @@ from typing import Any, Final
 import av
 
 from taesd_stream.frames import CLOCK_HZ
-from taesd_stream.media.fragments import read_index
+from taesd_stream.media.fragments import MAX_NOTE_BYTES, FileIndex, note, read_index
 from taesd_stream.media.growing_file import FINISHED_SUFFIX, PART_SUFFIX, free_name, sync_folder
 
 SUMMARY_KEY: Final = "taesd_stream"  # the tag that holds everything, as JSON
@@ -27,13 +27,15 @@ def finish_file(part: Path) -> Path:
     A death at any point leaves the part, or both: then only the part has to go.
     Raises: OSError, FragmentError, av.FFmpegError; the part is there still.
     """
-    summary = _summary(part)
+    index = read_index(part)
+    summary = _summary(index)
     name = part.name.removesuffix(PART_SUFFIX)
     target = part.with_name(name + FINISHED_SUFFIX)
     if json.dumps(read_summary(target)) != json.dumps(summary):
         working = part.with_name(part.name + "-finish")
         try:
             copy_pictures(part, working, summary)
+            _append_table(working, index)
             if target.exists():
                 target = part.with_name(free_name(part.parent, name) + FINISHED_SUFFIX)
             working.rename(target)
@@ -78,8 +80,25 @@ def read_summary(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _summary(part: Path) -> dict[str, Any]:
-    index = read_index(part)
+def _append_table(path: Path, index: FileIndex) -> None:
+    """Say behind the pictures which frame is where, [seq, step, of, sigma, pts]: for walking through steps."""
+    rows: list[list[Any]] = []
+    time: int = 0
+    before: int | None = None
+    for entry in index.entries:
+        if entry.tfdt is None:
+            continue
+        time += min(entry.tfdt - before, _MAX_STEP_TICKS) if before is not None else 0
+        rows.append([entry.seq, entry.step, entry.of, entry.sigma, time])
+        time, before = time + entry.last_pts - entry.tfdt, entry.last_pts
+    table = note({"frames": rows})
+    if len(table) <= MAX_NOTE_BYTES:  # else it is hours of video, which nobody walks through by steps
+        with path.open("ab") as file:
+            file.write(table)
+        _force_to_disk(path)
+
+
+def _summary(index: FileIndex) -> dict[str, Any]:
     seqs = [entry.seq for entry in index.entries if entry.tfdt is not None]
     gaps = [entry.seq for entry in index.entries if entry.tfdt is None]
     told = {key: value for key, value in index.head.items() if key not in ("sps", "pps")}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import struct
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a file holds between two offsets: the frame `seq`, or (tfdt None) the word that it is missing for ever."""
+    """What a file holds between two offsets: the frame `seq`, or (tfdt None) the word that it is missing for ever.
+
+    step, of, sigma: what the sampler said of the frame; step -1: nothing.
+    """
 
     seq: int
     offset: int
@@ -56,6 +60,9 @@ class Entry:
     tfdt: int | None  # pts of its first picture
     last_pts: int = -1  # of its last picture
     ends_at: int = 0  # pts at which its last picture would end
+    step: int = -1
+    of: int | None = None
+    sigma: float | None = None
 
 
 @dataclass(slots=True)
@@ -206,6 +213,38 @@ def read_index(path: Path) -> FileIndex:
     return index
 
 
+def read_samples(data: bytes) -> list[tuple[int, bool, bytes]]:
+    """Time, whether a keyframe, and sample of each picture in an `Entry`'s bytes. Raises: FragmentError."""
+    offset, moof = 0, b""
+    while offset + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, offset)
+        if length < 8 or offset + length > len(data):
+            break
+        if kind == b"moof":
+            moof = data[offset : offset + length]
+        elif kind == b"mdat" and _read_moof(moof) is not None:
+            (pts,) = struct.unpack_from(">Q", moof, 60)
+            found = []
+            at = offset + 8
+            for place in range(88, len(moof), 12):
+                ticks, nbytes, flags = struct.unpack_from(">III", moof, place)
+                found.append((pts, flags == _KEY_SAMPLE, data[at : at + nbytes]))
+                pts, at = pts + ticks, at + nbytes
+            return found
+        offset += length
+    raise FragmentError("expected a fragment of ours: moof and mdat")
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The note behind everything else in a finished file. Raises: FragmentError when there is none; OSError."""
+    with path.open("rb") as file:
+        last = deque(_boxes(file), maxlen=1)
+        said = _read_note(file, last[0]) if last and last[0][0] == b"uuid" else None
+    if said is None:
+        raise FragmentError(f"{path}: no table at its end")
+    return said
+
+
 def _read_head(path: Path, file: IO[bytes], boxes: Iterator[tuple[bytes, int, int]]) -> FileIndex:
     first = list(itertools.islice(boxes, 3))
     head = _read_note(file, first[2]) if [box[0] for box in first] == [b"ftyp", b"moov", b"uuid"] else None
@@ -217,11 +256,11 @@ def _read_head(path: Path, file: IO[bytes], boxes: Iterator[tuple[bytes, int, in
 def _read_body(file: IO[bytes], boxes: Iterator[tuple[bytes, int, int]], index: FileIndex) -> None:
     """Add each whole entry to the index; stops at the first thing that `Recording` would not have written."""
     frame: tuple[int, int, int, int] | None = None  # what the moof said that waits for its mdat
-    start, attempt = index.end, index.attempt
+    start, attempt, shown = index.end, index.attempt, _shown({})
     for kind, offset, end in boxes:
         entry: Entry | None = None
         if kind == b"uuid" and frame is None and (said := _read_note(file, (kind, offset, end))) is not None:
-            attempt = _number(said, "attempt", attempt)
+            attempt, shown = _number(said, "attempt", attempt), _shown(said)
             if "missing" in said:
                 entry = Entry(_number(said, "missing", -1), start, end, None)
         elif kind == b"moof" and frame is None:
@@ -230,7 +269,7 @@ def _read_body(file: IO[bytes], boxes: Iterator[tuple[bytes, int, int]], index: 
             if frame is None:
                 return
         elif kind == b"mdat" and frame is not None:
-            entry, frame = Entry(frame[0], start, end, *frame[1:]), None
+            entry, frame = Entry(frame[0], start, end, *frame[1:], *shown), None
         else:
             return
         if entry is not None:  # a note alone says nothing: it belongs to the fragment behind it
@@ -243,6 +282,15 @@ def _read_body(file: IO[bytes], boxes: Iterator[tuple[bytes, int, int]], index: 
 def _number(said: Mapping[str, Any], key: str, otherwise: int) -> int:
     value = said.get(key)
     return value if isinstance(value, int) else otherwise
+
+
+def _shown(said: Mapping[str, Any]) -> tuple[int, int | None, float | None]:
+    of, sigma = said.get("of"), said.get("sigma")
+    return (
+        _number(said, "step", -1),
+        of if isinstance(of, int) else None,
+        float(sigma) if isinstance(sigma, int | float) else None,
+    )
 
 
 def _boxes(file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +29,14 @@ def sync_folder(folder: Path) -> None:
             os.close(fd)
 
 
+def _sync_up_to(folder: Path, path: Path) -> None:
+    """Make a new file's name last, and those of the folders between it and `folder`, which may be new too."""
+    for parent in path.parents:
+        sync_folder(parent)
+        if parent == folder:
+            return
+
+
 def is_free(folder: Path, name: str) -> bool:
     """Whether neither a growing nor a finished file bears this name."""
     return not any((folder / (name + suffix)).exists() for suffix in (FINISHED_SUFFIX, PART_SUFFIX))
@@ -38,6 +46,13 @@ def free_name(folder: Path, name: str) -> str:
     """`name`, or `name-2`, `name-3`… : the first one that no file bears."""
     numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
     return next(candidate for candidate in numbered if is_free(folder, candidate))
+
+
+def files_in(folder: Path, suffix: str) -> Iterator[Path]:
+    """Files whose name ends so, in a folder and the folders in it; hidden ones are others', links are not followed."""
+    for here, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(here, name) for name in names if name.endswith(suffix))
 
 
 class GrowingFile:
@@ -53,15 +68,15 @@ class GrowingFile:
     def create(cls, folder: Path, name: str, head: Mapping[str, Any], init: bytes) -> GrowingFile:
         """A new file under a name that is free, empty: `init`, which holds `head`, goes out with the first frame.
 
-        Raises: OSError.
+        name: may have folders in it. Raises: OSError.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / (free_name(folder, name) + PART_SUFFIX)
+        path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o644)
         file = cls(path, fd, FileIndex(head=dict(head), head_end=0, end=0))
         try:
             file._write(init)
-            sync_folder(folder)
+            _sync_up_to(folder, path)
         except OSError:
             file.remove()
             raise
@@ -82,16 +97,40 @@ class GrowingFile:
         file._cut(index.end)
         return file
 
-    def append(self, seq: int, data: bytes, *, attempt: int, times: tuple[int, int, int] | None) -> None:
+    def append(
+        self,
+        seq: int,
+        data: bytes,
+        *,
+        attempt: int,
+        times: tuple[int, int, int] | None,
+        shown: tuple[int, int | None, float | None] = (-1, None, None),
+    ) -> None:
         """One write behind what is whole. times: of the first picture, of the last, its end; None: a frame is missing.
 
-        Raises: OSError, with the file as it was.
+        shown: step, of how many, sigma. Raises: OSError, with the file as it was.
         """
         start = self.index.end
         self._write(data)
-        placed = (None,) if times is None else times
-        self.index.entries.append(Entry(seq, start, self.index.end, *placed))
+        placed: tuple[int | None, int, int] = (None, -1, 0) if times is None else times
+        self.index.entries.append(Entry(seq, start, self.index.end, *placed, *shown))
         self.index.attempt = attempt
+
+    def move_to(self, folder: Path, name: str) -> None:
+        """Go on under this name, or the first free one like it, in another folder of the same disk. Raises: OSError."""
+        target = folder / (free_name(folder, name) + PART_SUFFIX)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.path.rename(target)
+        self.path = target
+        _sync_up_to(folder, target)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its name still leads to it."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), self.path.stat())
+        except OSError:
+            return False
 
     def cut_before(self, seq: int) -> bool:
         """Drop frame `seq` and all behind it; False (and nothing is done) when none would be left. Raises: OSError."""
@@ -147,7 +186,7 @@ class Unfinished:
 def find_unfinished(folder: Path) -> list[Unfinished]:
     """The runs that have growing files in a folder, oldest first; files that are not ours are left alone."""
     heads: dict[str, list[tuple[dict[str, Any], Path]]] = {}
-    for path in folder.glob("*" + PART_SUFFIX):
+    for path in files_in(folder, PART_SUFFIX):
         with contextlib.suppress(FragmentError, OSError):
             head = read_head(path)
             if head.keys() >= _HEAD_KEYS and is_stream_name(head["stream"]) and is_run_id(head["run"]):

@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Lock
-from typing import Any, Final
+from typing import Any
 
 import av
 
 from taesd_stream.errors import TaesdStreamError
 from taesd_stream.frames import Packet, is_run_id, is_stream_name
 from taesd_stream.media.clock import ForwardPts
+from taesd_stream.media.file_names import DEFAULT_NAME, file_name
 from taesd_stream.media.finished import finish_file
 from taesd_stream.media.fragments import (
     Entry,
@@ -33,8 +34,6 @@ from taesd_stream.media.fragments import (
 from taesd_stream.media.growing_file import GrowingFile, Unfinished, find_unfinished
 
 __all__ = ["Recording", "RecordingError", "Unfinished", "find_unfinished"]
-
-_MAX_STREAM: Final = 120  # characters of a file's name; a stream's name has up to 260, a file's at most 255
 
 
 class RecordingError(TaesdStreamError):
@@ -62,6 +61,8 @@ class Recording:
         self.started = time.time()
         self.attempt = -1  # the newest one that was taken
         self.synced = -1  # last seq behind an fdatasync
+        self.is_film = False  # nobody asked to keep it: frames may be missing without a word
+        self.name = DEFAULT_NAME  # template of its files' names
         self._folder = folder
         self._floor = kept_from or 0
         self._start = kept_from  # seq that an empty recording must begin with
@@ -74,14 +75,24 @@ class Recording:
 
     @classmethod
     def open(
-        cls, folder: Path, *, stream: str, run: str, meta: Mapping[str, Any], kept_from: int | None = None
+        cls,
+        folder: Path,
+        *,
+        stream: str,
+        run: str,
+        meta: Mapping[str, Any],
+        kept_from: int | None = None,
+        is_film: bool = False,
+        name: str = DEFAULT_NAME,
     ) -> Recording:
         """A new recording, or the one that this run has there already: a torn tail is cut, and it goes on.
 
         kept_from: seq that the first frame must have; None: the first keyframe that comes begins the file.
+        is_film: it takes packets of `film`, whichever come. name: template of new files' names, see `file_name`.
         Raises: RecordingError when a file cannot be opened; ValueError for a name that is no stream's or no run's.
         """
         recording = cls(folder, stream=stream, run=run, meta=meta, kept_from=kept_from)
+        recording.is_film, recording.name = is_film, name
         try:
             for one in find_unfinished(folder):
                 for path in one.paths if one.run == run else ():
@@ -123,15 +134,21 @@ class Recording:
         """The growing files, in the order of their frames."""
         return [file.path for file in self._files]
 
+    @property
+    def lost_path(self) -> Path | None:
+        """A growing file that somebody has removed: what is written to it is in no folder any more."""
+        return next((file.path for file in self._files if not file.is_there), None)
+
     def write(self, packet: Packet) -> bool:
         """Append the frame of a packet when all its pictures are there; returns whether that happened.
 
         A newer attempt must start at a keyframe and leave no hole: the file is first cut back to just before it.
-        Packets of an older attempt, and any but the next one of this attempt, are dropped.
+        Packets of an older attempt, and any but the next one of this attempt, are dropped; a film may leave frames out.
         Raises: RecordingError when the disk does not take it; ValueError for a packet of another run or rendition.
         """
-        if packet.run != self.run or packet.rendition != "record":
-            raise ValueError(f"packet: expected record of {self.run}, got {packet.rendition} of {packet.run}")
+        rendition = "film" if self.is_film else "record"
+        if packet.run != self.run or packet.rendition != rendition:
+            raise ValueError(f"packet: expected {rendition} of {self.run}, got {packet.rendition} of {packet.run}")
         if packet.index == 0:
             if not self._may_come(packet.seq, packet.attempt, packet.is_keyframe):
                 return False
@@ -160,6 +177,27 @@ class Recording:
             file.append(seq, note({"missing": seq, "attempt": attempt}), attempt=attempt, times=None)
         except OSError as error:
             raise self._failed(error, file.path) from error
+
+    def keep(self, folder: Path, name: str = DEFAULT_NAME) -> None:
+        """A film becomes a recording: its files move to `folder`; `begin_at` says what comes next.
+
+        name: template of their names there.
+        Raises: RecordingError; what has moved is a recording, what has not a film still.
+        """
+        self._pending, self.name = [], name
+        try:
+            with self._lock:
+                for file in self._files:
+                    file.move_to(folder, self._file_name())
+        except OSError as error:
+            raise self._failed(error, folder) from error
+        self._folder, self.is_film = folder, False
+        self.attempt, self._chained = -1, False  # those of a film count for nothing
+
+    def begin_at(self, kept_from: int) -> None:
+        """From this frame on none will be missing, whatever the file holds before it; once said, it stands."""
+        if self._start is None:
+            self._floor = self._start = kept_from
 
     def sync(self) -> None:
         """Force what is written to the disk; `synced` tells how far. Raises: RecordingError."""
@@ -202,7 +240,7 @@ class Recording:
         return (entry for file in self._files for entry in file.index.entries)
 
     def _failed(self, error: OSError, path: Path) -> RecordingError:
-        return RecordingError(f"{path}: {error.strerror}", written=self.written)
+        return RecordingError(f"{error.filename or path}: {error.strerror}", written=self.written)
 
     def _take_over(self, path: Path) -> None:
         file = GrowingFile.reopen(path)
@@ -216,7 +254,11 @@ class Recording:
         self._files.append(file)
 
     def _may_come(self, seq: int, attempt: int, is_keyframe: bool) -> bool:
-        expected = self.written + 1 if self.written >= 0 else self._start
+        if self.is_film and attempt == self.attempt:
+            return seq > self.written and (self._chained or is_keyframe)
+        if self.is_film:
+            return is_keyframe and (attempt > self.attempt or seq > self.written)
+        expected = max(self.written + 1, self._start or 0) if self.written >= 0 else self._start
         if attempt > self.attempt:
             return is_keyframe and (expected is None or self._floor <= seq <= expected)
         return attempt == self.attempt and seq == expected and (self._chained or is_keyframe)
@@ -231,10 +273,10 @@ class Recording:
     def _begin(self, seq: int, attempt: int) -> None:
         """A frame or a gap that may come begins: drop what it replaces."""
         self._pending = []
-        if attempt > self.attempt:
+        if attempt != self.attempt:
             self._cut_back(seq)
             self.attempt, self._chained = attempt, False
-        if self.written < 0:
+        if self.written < 0 and not self.is_film:
             self._start = seq
 
     def _cut_back(self, seq: int) -> None:
@@ -267,8 +309,6 @@ class Recording:
 
     def _begin_file(self, packets: list[Packet], sets: tuple[bytes, bytes]) -> None:
         """A run's first frame, or one of another size: a file of its own. Raises: OSError, and nothing has changed."""
-        started = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.started))
-        name = f"{self.stream[:_MAX_STREAM]}-{started}".replace("/", "-")
         head = {
             "stream": self.stream,
             "run": self.run,
@@ -281,7 +321,7 @@ class Recording:
         }
         width, height = (side + side % 2 for side in (packets[0].width, packets[0].height))  # as it is coded
         init = init_segment(head, width=width, height=height, sps=sets[0], pps=sets[1])
-        file = GrowingFile.create(self._folder, name, head, init)
+        file = GrowingFile.create(self._folder, self._file_name(), head, init)
         try:
             self._put(file, packets)
         except OSError:
@@ -289,6 +329,9 @@ class Recording:
             raise
         with self._lock:
             self._files.append(file)
+
+    def _file_name(self) -> str:
+        return file_name(self.name, stream=self.stream, run=self.run, started=self.started)
 
     def _put(self, file: GrowingFile, packets: list[Packet]) -> None:
         before = next((e for f in reversed(self._files) for e in reversed(f.index.entries) if e.tfdt is not None), None)
@@ -298,10 +341,11 @@ class Recording:
             Sample(pts=pts, is_keyframe=packet.is_keyframe, payload=packet.payload)
             for packet, pts in zip(packets, times, strict=True)
         ]
-        said = note({"attempt": self.attempt}) if file.index.attempt != self.attempt else b""
-        ends_at = times[-1] + durations(times)[-1]
-        data = said + fragment(packets[0].seq, samples)
-        file.append(packets[0].seq, data, attempt=self.attempt, times=(times[0], times[-1], ends_at))
+        first, ends_at = packets[0], times[-1] + durations(times)[-1]
+        shown = (first.step, first.total_steps, first.sigma)
+        said = {"attempt": self.attempt} | dict(zip(("step", "of", "sigma"), shown, strict=True))
+        data = note(said) + fragment(first.seq, samples)
+        file.append(first.seq, data, attempt=self.attempt, times=(times[0], times[-1], ends_at), shown=shown)
 
 
 def _sets_of(file: GrowingFile) -> tuple[str, str]:

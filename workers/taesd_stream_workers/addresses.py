@@ -67,23 +67,36 @@ def require_tcp(key: str, address: str) -> str:
 
 def require_loopback(key: str, address: str) -> str:
     """Return `address` if only this host can reach it. Raises: ConfigError else: there are no keys yet to guard it."""
-    parts = urlsplit(address if "://" in address else f"tcp://{address}")
-    if parts.scheme == "ipc":
+    if address.startswith("ipc://"):
         return address
+    host, _ = _host_and_port(key, address, "tcp://127.0.0.1:5760")
+    if not is_loopback(host):
+        raise ConfigError(f"{key} = {address}: only loopback addresses may be bound; reach it from elsewhere by ssh -L")
+    return address
+
+
+def web_address(config: Config) -> tuple[str, int]:
+    """Host and port of `web.bind`. Raises: ConfigError when it is none."""
+    return _host_and_port("web.bind", config.web.bind, "127.0.0.1:8765")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what is bound there."""
     try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _host_and_port(key: str, address: str, example: str) -> tuple[str, int]:
+    try:
+        parts = urlsplit(address if "://" in address else f"tcp://{address}")
         host, port = parts.hostname or "", parts.port
     except ValueError as error:
         raise ConfigError(f"{key} = {address}: {error}") from error
     if not host or port is None:
-        example = "127.0.0.1:8765" if key == "web.bind" else "tcp://127.0.0.1:5760"
         raise ConfigError(f"{key} = {address}: expected host:port, as in {example}")
-    try:
-        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = False
-    if not is_loopback:
-        raise ConfigError(f"{key} = {address}: only loopback addresses may be bound; reach it from elsewhere by ssh -L")
-    return address
+    return host, port
 
 
 def bound_address(socket: zmq.Socket[bytes]) -> str:

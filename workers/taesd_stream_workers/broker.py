@@ -40,6 +40,7 @@ from taesd_stream_workers.lifecycle import Lifecycle
 from taesd_stream_workers.links import Context, Links
 from taesd_stream_workers.log_writer import LogWriter
 from taesd_stream_workers.registry import Registry
+from taesd_stream_workers.run_rows import recording_row, stream_row
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Broker:
         self._life = lifecycle
         self._wake = WakePipe()
         self._links = Links()
-        self._registry = Registry(config.recording.default, config.log_folder)
+        self._registry = Registry(config)
         self._streamer = StreamerLink()
         self._writer = LogWriter(self._wake.wake)
         self._intake = Intake(config, self._registry, self._writer, self._links)
@@ -157,6 +158,7 @@ class Broker:
         cursors = {cursor.run: cursor for cursor in hello.cursors}
         for run in self._registry.by_run.values():
             run.dispatched.clear()
+            run.attempts += 1  # what went to the former streamer is missing in the film's chain
             if run.kept is not None:
                 cursor = cursors.get(run.info.run)
                 attempt = max(run.kept.attempt, cursor.attempt if cursor else 0) + 1
@@ -203,7 +205,7 @@ class Broker:
         if cursor.attempt < run.kept.attempt:
             return  # of an attempt that the newer one cuts back
         run.kept.on_cursor(cursor.written)
-        run.kept.log.release(cursor.synced + 1)
+        run.kept.log.release(cursor.synced + 1 - run.history)  # the next frame may need what is before it
         self._dispatcher.tell_gap(run, run.kept)
 
     def _send_state(self) -> None:
@@ -217,8 +219,8 @@ class Broker:
         """STATE, whole: to the streamer, and to whoever says STATS."""
         registry, links = self._registry, self._links
         state = State(
-            streams=[run.to_state(registry.wanted(run)) for run in registry.by_name.values()],
-            runs={run_id: run.to_recording_state() for run_id, run in registry.by_run.items() if run.kept},
+            streams=[stream_row(run, registry.wanted(run)) for run in registry.by_name.values()],
+            runs={run_id: recording_row(run) for run_id, run in registry.by_run.items() if run.kept},
             workers=self._dispatcher.workers_state(),
             stats={"counts": dict(links.counts), "alerts": dict(links.alerts), "pid": os.getpid()},
             desired_workers=self._dispatcher.desired_workers(),

@@ -115,13 +115,15 @@ def _wait_for_recording(client: DaemonClient, name: str, old: set[str], frames: 
     """The recording of the stream's first run that has what is wanted; progress on the terminal."""
     from rich.console import Console
 
+    told: str | None = None
     with Console(stderr=True).status("Ctrl-C leaves it; the daemon goes on") as status:
         while True:
             rows = [row for row in client.recordings() if row["stream"] == name and row["run"] not in old]
             for row in sorted(rows, key=lambda row: float(row["started"]))[:1]:
                 status.update(f"recording {name}: {row['frames']} frames")
-                if row["state"] == "failed":
-                    raise DaemonError(f"{name}: recording failed: {row['error']}")
+                if row["error"] != told and row["error"]:
+                    say(f"{name}: recording waits: {row['error']}")  # it goes on when its cause is gone
+                told = row["error"]
                 if row["state"] == "finished" or (frames is not None and row["frames"] >= frames):
                     return row
             time.sleep(POLL_S)

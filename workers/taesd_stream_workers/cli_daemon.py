@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the bound addresses as one line of JSON.")]
-Samplers = Callable[["Addresses"], "DemoSamplers"]
+Samplers = Callable[["Addresses", str], "DemoSamplers"]  # where the daemon is, and the link to its page
 PUBLISH_LINE: Final = "LatentPublisher({!r}, stream='my-run', latent_format='flux2')"
 
 
@@ -58,12 +58,12 @@ def demo(
     Example: taesd-stream demo --step-s 0.1
     """
 
-    def start_samplers(addresses: Addresses) -> DemoSamplers:
+    def start_samplers(addresses: Addresses, link: str) -> DemoSamplers:
         from taesd_stream_workers.demo import DemoSamplers, open_browser
 
         samplers = DemoSamplers(addresses.broker, step_s)
         if open_page:
-            open_browser(addresses.web)
+            open_browser(link)
         return samplers
 
     _run_daemon(config, sets, as_json=as_json, verbose=verbose, start_samplers=start_samplers)
@@ -76,6 +76,7 @@ def _run_daemon(
     from taesd_stream.log import set_up_logging
     from taesd_stream_workers.start_checks import check_start
     from taesd_stream_workers.supervisor import Supervisor, stopped_by_signals
+    from taesd_stream_workers.web_token import is_token_needed, page_link, token_file
 
     # On a terminal the greeting says what the log would; later lines would only push the page's address away.
     is_quiet = sys.stderr.isatty() and not verbose
@@ -88,13 +89,15 @@ def _run_daemon(
             addresses = supervisor.start()
         if addresses is None:  # told to stop before all were ready
             return
+        link = page_link(config, addresses.web)
         if as_json:
             facts = {name: getattr(addresses, name) for name in ("web", "broker", "workers", "packets")}
+            facts["token_file"] = str(token_file(config)) if is_token_needed(config) else None
             sys.stdout.write(json.dumps({**facts, "roles": supervisor.status()}) + "\n")
             sys.stdout.flush()
         else:
-            _greet(addresses, supervisor, config, is_demo=start_samplers is not None)
-        _watch_over(supervisor, start_samplers(addresses) if start_samplers else None)
+            _greet(addresses, link, supervisor, config, is_demo=start_samplers is not None)
+        _watch_over(supervisor, start_samplers(addresses, link) if start_samplers else None)
 
 
 def _watch_over(supervisor: Supervisor, samplers: DemoSamplers | None) -> None:
@@ -116,7 +119,7 @@ def _starting() -> AbstractContextManager[Any]:
     return console.status("Starting broker, streamer and decode worker") if console.is_terminal else nullcontext()
 
 
-def _greet(addresses: Addresses, supervisor: Supervisor, config: Config, *, is_demo: bool) -> None:
+def _greet(addresses: Addresses, link: str, supervisor: Supervisor, config: Config, *, is_demo: bool) -> None:
     """Who is ready, and last, where to look."""
     from rich.console import Console
 
@@ -133,5 +136,5 @@ def _greet(addresses: Addresses, supervisor: Supervisor, config: Config, *, is_d
         if text:
             console.print(f"{name:<10}{text}")
     console.print(f"\n{'Watch':<10}", style="bold", end="")
-    console.print(addresses.web, style="bold cyan underline")
+    console.print(link, style="bold cyan underline")
     console.file.flush()

@@ -21,7 +21,12 @@ SetOption = Annotated[
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Log messages too.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Log warnings and errors only.")]
-WebOption = Annotated[str, typer.Option("--connect", metavar="URL", help="The daemon's web address.")]
+WebOption = Annotated[
+    str,
+    typer.Option(
+        "--connect", metavar="URL", envvar="TAESD_STREAM_CONNECT", help="The daemon's web address, or link with token."
+    ),
+]
 
 
 def check_output(file: Path) -> None:

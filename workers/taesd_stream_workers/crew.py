@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from taesd_stream.messages import WorkerHello
-from taesd_stream.scheduling import Candidate, WorkerLimits
+from taesd_stream.scheduling import Candidate, Group, WorkerLimits
+from taesd_stream_workers.live_latents import MAX_HISTORY
 
 SILENT_S: Final = 3.0
 MAX_GONE: Final = 64  # workers that are remembered for what they held
@@ -41,13 +42,14 @@ class Worker:
         """How many jobs it takes now."""
         return self.hello.credits - len(self.jobs) - len(self.overdue)
 
-    def limits(self, max_batch_size: int, max_job_s: float) -> WorkerLimits:
-        """What the scheduler must know; the slowest format counts, for the group is not chosen yet."""
+    def limits(self, group: Group, max_batch_size: int, max_job_s: float) -> WorkerLimits:
+        """What the scheduler must know for a job of that group."""
+        latent_format, _, _ = group
         return WorkerLimits(
             worker=self.id,
             max_batch_size=max_batch_size,
             max_job_s=max_job_s,
-            seconds_per_byte=max(self.seconds_per_byte.values(), default=None),
+            seconds_per_byte=self.seconds_per_byte.get(latent_format),
         )
 
     def to_state(self) -> dict[str, Any]:
@@ -130,6 +132,11 @@ class Crew:
             for worker in self.workers.values()
             if now - worker.heard_s > SILENT_S or any(job.deadline_s < now for job in worker.jobs.values())
         ]
+
+    def history(self, latent_format: str) -> int:
+        """Latents that a `live` frame of the format needs before it on whatever worker; while unknown, the most."""
+        told = [worker.hello.engines.get(latent_format, {}).get("history") for worker in self.workers.values()]
+        return max((need for need in told if isinstance(need, int) and 0 <= need <= MAX_HISTORY), default=MAX_HISTORY)
 
     def slowest_s_per_frame(self, latent_format: str, nbytes: int) -> float:
         """Seconds a frame takes, from what was measured; 0 when nothing was."""

@@ -14,6 +14,7 @@ from taesd_stream.errors import ConfigError, TaesdStreamError, UnreachableError
 
 TIMEOUT_S: Final = 10.0
 CHUNK_BYTES: Final = 1 << 20
+TOKEN_HINT: Final = "give --connect, or $TAESD_STREAM_CONNECT, the whole link that `taesd-stream up` printed"  # noqa: S105
 
 
 class DaemonError(TaesdStreamError):
@@ -27,8 +28,13 @@ class DaemonClient:
     """
 
     def __init__(self, address: str) -> None:
-        """address: host:port, or with http://. Raises: ConfigError for what is none."""
-        self.address = address.rstrip("/") if "://" in address else f"http://{address.rstrip('/')}"
+        """address: host:port, or with http://, or the whole link with a token. Raises: ConfigError for what is none."""
+        self.address, _, query = address.partition("?")
+        self.address = self.address.rstrip("/")
+        if "://" not in self.address:
+            self.address = f"http://{self.address}"
+        token = dict(urllib.parse.parse_qsl(query)).get("token")
+        self._headers = {"authorization": f"Bearer {token}"} if token else {}
         parts = urllib.parse.urlsplit(self.address)
         try:
             is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -95,12 +101,14 @@ class DaemonClient:
     def _open(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(  # noqa: S310 the address is the user's own
-            self.address + path, data, {"content-type": "application/json"}, method=method
+            self.address + path, data, {"content-type": "application/json", **self._headers}, method=method
         )
         try:
             return self._opener.open(request, timeout=TIMEOUT_S)
         except urllib.error.HTTPError as error:
             with error:
+                if error.code == 401:
+                    raise DaemonError(f"{self.address}: asks for its token: {TOKEN_HINT}") from error
                 raise DaemonError(f"{self.address}: {_text_of(error)}") from error
         except (OSError, HTTPException) as error:
             raise self._no_answer() from error

@@ -105,6 +105,7 @@ class DecodeWorker:
             device=f"{self._device} ({self._device_reason})",
             credits=0 if self._is_draining else CREDITS,
             engines=self._decoder.engines(),
+            memories=self._decoder.memories(),
             echo_ns=time.monotonic_ns(),
             offset_ns=self._clock.offset_ns or 0,
         )
@@ -145,7 +146,8 @@ class DecodeWorker:
             done = self._held.pop(0)
             self._open_jobs -= 1
             ms = (time.monotonic() - done.started_s) * 1000
-            self._say(done.failed or Done(job=done.job.job, ms=ms))
+            degraded = tuple(done.degraded.values())
+            self._say(done.failed or Done(job=done.job.job, ms=ms, degraded=degraded))
 
     def _say(self, message: Any) -> None:
         try:

@@ -9,17 +9,33 @@ from typing import Final
 from taesd_stream.config import Config
 from taesd_stream.frames import LatentFrame
 from taesd_stream.media.clock import picture_ticks, steps_pts
-from taesd_stream.messages import Done, Echo, Failed, Forget, Gap, Job, JobItem, Progress, WorkerHello
-from taesd_stream.scheduling import Candidate, desired_workers, next_job
+from taesd_stream.messages import (
+    Degraded,
+    Done,
+    Echo,
+    Failed,
+    Forget,
+    Gap,
+    History,
+    Job,
+    JobItem,
+    Part,
+    Progress,
+    WorkerHello,
+)
+from taesd_stream.scheduling import Candidate, desired_workers, first_due, history_due, next_job
 from taesd_stream_workers.crew import Crew, Worker
+from taesd_stream_workers.kept_run import KeptRun
 from taesd_stream_workers.links import Links
+from taesd_stream_workers.live_latents import LiveLatents
 from taesd_stream_workers.registry import Registry
-from taesd_stream_workers.runs import MAX_TRIES, RECORD_STUCK_S, KeptRun, Run
+from taesd_stream_workers.runs import MAX_TRIES, RECORD_STUCK_S, Run
 
 logger = logging.getLogger(__name__)
 
 STREAMER_GONE_S: Final = 3.0
 RETRY_S: Final = 1.0
+NO_HISTORY: Final = History(count=0, payload=b"")
 
 
 class StreamerLink:
@@ -57,6 +73,9 @@ class Dispatcher:
                 if run.kept is not None:
                     run.kept.blocked = None
             self._links.is_changed = True
+        for run in self._registry.by_run.values():
+            if run.live is not None:
+                run.on_memory_told(peer, hello.memories.get(run.info.run))
         self._links.to_inside(peer, Echo(echo_ns=hello.echo_ns, now_ns=time.monotonic_ns()))
 
     def on_progress(self, peer: bytes, progress: Progress) -> None:
@@ -69,8 +88,22 @@ class Dispatcher:
         for item in held.items if held else ():
             run = self._item_over(item)
             if run is not None:
-                run.note = None  # what was wrong with a frame is not wrong with the next
+                run.clear_note()
                 run.failures.pop(item.seq, None)
+        for one in done.degraded if held else ():
+            self._note_degraded(one)
+
+    def _note_degraded(self, one: Degraded) -> None:
+        run = self._registry.by_run.get(one.run)
+        if run is None:
+            return
+        counts = self._links.counts
+        counts[f"degraded_{one.code}"] += 1
+        if counts[f"degraded_{one.code}"] == 1:
+            fields = (run.info.stream, one.code, one.text)
+            logger.warning("picture_degraded stream=%s code=%s %s (said once)", *fields)
+        run.say(one.text)
+        self._links.is_changed = True
 
     def on_failed(self, peer: bytes, failed: Failed) -> None:
         """Some items of a job gave no picture, or all of them."""
@@ -85,13 +118,21 @@ class Dispatcher:
 
     def _item_over(self, item: Candidate) -> Run | None:
         run = self._registry.by_run.get(item.run)
-        if run is not None and item.renditions != ("record",):
-            run.live_in_flight = max(0, run.live_in_flight - 1)
+        if run is not None:
+            run.on_answered(item)
         return run
 
     def _item_failed(self, run: Run, item: Candidate, failed: Failed) -> None:
-        run.note = failed.text
         counts = self._links.counts
+        if run.is_late(item) and failed.code != "internal":
+            return  # it goes again already
+        if failed.code == "no_memory":
+            counts["history_resent"] += 1
+            run.show_again(item)
+            if item.is_record and run.kept is not None:
+                run.kept.restart(run.kept.written, run.kept.attempt + 1)
+            return
+        run.say(failed.text)
         counts[f"failed_{failed.code}"] += 1
         if counts[f"failed_{failed.code}"] == 1:
             fields = (run.info.stream, item.seq, failed.code, failed.text)
@@ -115,7 +156,9 @@ class Dispatcher:
         run.failures[item.seq] = run.failures.get(item.seq, 0) + 1
         is_poison = run.failures[item.seq] >= MAX_TRIES
         if is_poison:
-            run.note = f"frame {item.seq} ended {MAX_TRIES} decode jobs and is left out"
+            run.say(f"frame {item.seq} ended {MAX_TRIES} decode jobs and is left out")
+        elif run.live is not None:
+            run.show_again(item)
         if item.is_record and run.kept is not None:
             if is_poison:
                 self._pass_gap(run, run.kept, item.seq, "poison")
@@ -148,7 +191,8 @@ class Dispatcher:
             if kept is None:
                 continue
             self.tell_gap(run, kept)
-            if kept.in_flight and time.monotonic() - kept.moved_s > RECORD_STUCK_S:
+            is_behind = bool(kept.in_flight) or (kept.told < kept.written and kept.log.first_seq is not None)
+            if is_behind and time.monotonic() - kept.moved_s > RECORD_STUCK_S:
                 kept.restart(min(kept.written, kept.told), kept.attempt + 1)
             elif kept.is_damaged:
                 self._pass_gap(run, kept, kept.next_seq, "log_damaged")
@@ -188,29 +232,44 @@ class Dispatcher:
         for run in runs:
             if run.worker is not None and run.worker not in self._crew.workers:
                 run.drop_worker()
+            if run.live is not None:
+                self._find_memory(run, run.live)
             mine = run.candidates(self._registry.wanted(run), room)
             room -= sum(one.nbytes for one in mine if one.is_record)
             found += mine
         return found
 
+    def _find_memory(self, run: Run, live: LiveLatents) -> None:
+        """Of a run that this broker has given to nobody yet, a worker may know from the time of a former one."""
+        live.history = self._crew.history(run.info.latent_format)
+        for worker in self._crew.workers.values() if run.worker is None else ():
+            run.on_memory_told(worker.id, worker.hello.memories.get(run.info.run))
+
     def _give_job(self, worker: Worker, candidates: list[Candidate]) -> bool:
         """Give a worker its next job; the runs in it leave `candidates`, for they belong to that worker now."""
-        items = next_job(candidates, worker.limits(self._decoder.max_batch_size, self._decoder.max_job_s))
+        first = first_due(candidates, worker.id)
+        if first is None:
+            return False
+        limits = worker.limits(first.group, self._decoder.max_batch_size, self._decoder.max_job_s)
+        items = next_job(candidates, limits)
         taken = [(item, run, frame) for item in items for run, frame in self._look_up(item)]
         if not taken:
             return False
+        job_items, payloads = _job_items(taken, worker.id)
+        number = self._crew.assign(worker, tuple(item for item, _, _ in taken))
         message = Job(
-            job=self._crew.assign(worker, tuple(item for item, _, _ in taken)),
-            latent_format=items[0].group[0],
-            items=tuple(_job_item(item, run, frame) for item, run, frame in taken),
+            job=number,
+            latent_format=first.group[0],
+            items=job_items,
             packets_to=self._streamer.packets_to,
-            payloads=tuple(frame.payload for _, _, frame in taken),
+            payloads=payloads,
         )
         for item, run, frame in taken:
             run.on_dispatched(item, frame, worker.id)
         given = {item.run for item in items}
         candidates[:] = [one for one in candidates if one.run not in given]
         if not self._links.to_inside(worker.id, message):
+            del worker.jobs[number]  # it never got it: its frames are not to blame
             self._worker_gone(worker.id)
             return False
         return True
@@ -237,7 +296,28 @@ class Dispatcher:
         )
 
 
-def _job_item(item: Candidate, run: Run, frame: LatentFrame) -> JobItem:
+def _job_items(
+    taken: list[tuple[Candidate, Run, LatentFrame]], worker: bytes
+) -> tuple[tuple[JobItem, ...], tuple[Part, ...]]:
+    """The items of a job for this worker, and their payloads."""
+    items: list[JobItem] = []
+    payloads: list[Part] = []
+    begun: set[str] = set()  # runs that have an item in it already
+    with_history = history_due([candidate for candidate, _, _ in taken], worker)
+    for (candidate, run, frame), is_new_here in zip(taken, with_history, strict=True):
+        history = run.history_of(frame) if is_new_here else NO_HISTORY
+        is_first = candidate.run not in begun
+        begun.add(candidate.run)
+        items.append(_job_item(candidate, run, frame, history.count, is_first=is_first, is_new_here=is_new_here))
+        payloads.append(frame.payload)
+        if history.count:
+            payloads.append(history.payload)
+    return tuple(items), tuple(payloads)
+
+
+def _job_item(
+    item: Candidate, run: Run, frame: LatentFrame, history: int, *, is_first: bool, is_new_here: bool
+) -> JobItem:
     return JobItem(
         stream=run.info.stream,
         run=item.run,
@@ -247,15 +327,18 @@ def _job_item(item: Candidate, run: Run, frame: LatentFrame) -> JobItem:
         shape=frame.shape,
         dtype=frame.dtype,
         renditions=item.renditions,
-        attempt=run.kept.attempt if run.kept and item.is_record else 0,
-        keyframe=bool(run.forced),
+        attempt=run.kept.attempt if run.kept and item.is_record else run.attempts,
+        keyframe=is_first and bool(run.forced),
         pts=steps_pts(frame.sent_ns, run.info.opened_ns),
         picture_ticks=picture_ticks(run.info.fps),
         step=frame.step,
         total_steps=frame.total_steps,
         sigma=frame.sigma,
         sent_ns=frame.sent_ns + run.offset_ns,
-        received_ns=run.newest_received_ns if run.newest is not None and run.newest.seq == frame.seq else 0,
+        received_ns=run.received_ns(frame),
+        history=history,
+        expects_memory=run.live is not None and frame.index > 0 and not is_new_here,
+        is_repeat=item.is_repeat,
     )
 
 

@@ -16,6 +16,7 @@ from taesd_stream.media.encoder import EncodedPicture, JpegEncoder, Planes, Vide
 logger = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 64  # pictures a lane; full, the decoder waits, and with it the worker's credits
+BUSY_WAITING: Final = 8  # pictures a lane from which on nothing is encoded that nobody waits for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,10 @@ class EncodePool:
     def submit(self, task: EncodeTask) -> None:
         """Queue one picture; waits while its lane is full."""
         self._lane(task.run).tasks.put(task)
+
+    def is_busy(self, run: str) -> bool:
+        """Whether pictures of this run would have to wait."""
+        return self._lane(run).tasks.qsize() >= BUSY_WAITING
 
     def forget(self, run: str) -> None:
         """Close the encoders of a run, behind what is queued of it."""

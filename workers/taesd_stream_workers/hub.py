@@ -55,14 +55,21 @@ class Hub:
     """The meeting point of two threads: the streamer's, with the sockets, and the web's, with the viewers."""
 
     def __init__(
-        self, latency: Latency, tell_broker: Callable[[Any], None], clock_s: Callable[[], float] = time.monotonic
+        self,
+        latency: Latency,
+        tell_broker: Callable[[Any], None],
+        clock_s: Callable[[], float] = time.monotonic,
+        *,
+        max_viewers: int = 200,
     ) -> None:
         self.latency = latency
         self.is_closing = False
         self._viewers: set[Viewer] = set()
+        self._max_viewers = max_viewers
         self.state: State | None = None
         self.state_at_s = 0.0
         self.recordings: list[dict[str, Any]] = []
+        self.films: dict[str, int] = {}  # by run: last seq
         self.clock_ns: Callable[[], int] = time.monotonic_ns
         self._tell_broker = tell_broker
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -86,9 +93,9 @@ class Hub:
         self._inbox.on_state(state)
         self.call(self._take_state, state)
 
-    def offer_recordings(self, rows: list[dict[str, Any]]) -> None:
-        """The recordings' newest rows."""
-        self.call(self._take_recordings, rows)
+    def offer_recordings(self, rows: list[dict[str, Any]], films: dict[str, int]) -> None:
+        """The recordings' newest rows; and the last seq of each run's film."""
+        self.call(self._take_recordings, rows, films)
 
     def call(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run it in the web thread's loop, soon. Any thread."""
@@ -102,6 +109,11 @@ class Hub:
         """From now on things are delivered in this loop."""
         self._loop = loop
         loop.call_soon(self._take_packets)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether one more page or player is one too many."""
+        return len(self._viewers) >= self._max_viewers
 
     def join(self, viewer: Viewer) -> None:
         """A viewer is there: pictures and news go to it too."""
@@ -157,8 +169,8 @@ class Hub:
             else:
                 self._tell_broker(StopStream(stream=stream))
 
-    def _take_recordings(self, rows: list[dict[str, Any]]) -> None:
-        self.recordings = rows
+    def _take_recordings(self, rows: list[dict[str, Any]], films: dict[str, int]) -> None:
+        self.recordings, self.films = rows, films
         for viewer in self._viewers:
             viewer.state_changed()
 
@@ -172,8 +184,10 @@ class Hub:
         """The rows of GET /api/v1/streams."""
         rows = []
         files = defaultdict(list)
+        last_seqs = dict(self.films)
         for recording in self.recordings:
             files[recording["run"]].append(recording["id"])
+            last_seqs[recording["run"]] = max(last_seqs.get(recording["run"], -1), recording["last_seq"])
         for row in self.state.streams if self.state else []:
             packet = self._newest.get(row["run"])
             latency_ms = self._latency_ms.get(row["run"])
@@ -181,6 +195,7 @@ class Hub:
                 "decoder": packet.decoder if packet else self._engine_of(row["latent_format"]),
                 "latency_ms": round(latency_ms, 1) if latency_ms is not None and row["state"] == "live" else None,
                 "files": files[row["run"]],
+                "film": last_seqs.get(row["run"]),
             }
             rows.append({**row, **extra})
         return rows
@@ -188,6 +203,10 @@ class Hub:
     def alerts(self) -> list[dict[str, str]]:
         """What everybody must know now."""
         found = [{"code": code, "text": text} for code, text in self._broker_alerts().items()]
+        stuck = [row for row in self.recordings if row["state"] == "failed"]
+        if stuck:
+            text = f"{len(stuck)} recording{'s wait' if len(stuck) > 1 else ' waits'}: {stuck[0]['error']}"
+            found.append({"code": "recording_failed", "text": text})
         if self.state is not None and time.monotonic() - self.state_at_s > SIGNAL_AGE_S + 1:
             found.append({"code": "no_broker", "text": "The broker does not answer; it is being restarted."})
         elif self.state is not None and not self.state.workers:

@@ -11,10 +11,11 @@ from taesd_stream.config import Config
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.latent_formats import LATENT_FORMATS
 from taesd_stream.messages import Ack, DemandUpdate, Echo, End, PublisherHello, Refused, RunHello, StopRun
+from taesd_stream_workers.kept_run import KeptRun
 from taesd_stream_workers.links import Links
 from taesd_stream_workers.log_writer import LogWriter
 from taesd_stream_workers.registry import Registry
-from taesd_stream_workers.runs import KeptRun, Run, meta_bytes
+from taesd_stream_workers.runs import Run, meta_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +62,23 @@ class Intake:
             return None
         if frame.kept:
             self._keep(run, frame)
-        run.take(frame, received_ns)
+        self._show(run, frame, received_ns)
         self._links.is_changed = True
         return None
+
+    def _show(self, run: Run, frame: LatentFrame, received_ns: int) -> None:
+        """For viewers: of `live` latents that come faster than they are decoded the oldest go, as one cut."""
+        share_bytes = self._registry.live_share_bytes if run.live is not None else 0
+        is_watched = any(self._registry.wanted(run).values())
+        cut = run.take(frame, received_ns, is_watched=is_watched, share_bytes=share_bytes)
+        if not cut:
+            return
+        if not self._links.counts["latents_cut"]:
+            logger.warning(
+                "latents_cut stream=%s latents=%d reason=decoders too slow (said once)", run.info.stream, cut
+            )
+        self._links.counts["latents_cut"] += cut
+        run.say(f"Too slow: {cut} latents were left out.")
 
     def tell(self, run: Run, *, always: bool = False) -> None:
         """DEMAND: who wants this run, and what is kept; only when that changed, or `always`."""
@@ -131,7 +146,8 @@ class Intake:
             return self._refuse(peer, info, "limit", f"{alive} streams are open, broker.max_streams allows no more")
         if holder is not None and holder.end is None and holder.kept is not None:
             holder.kept.is_over = True
-        run = Run(info, peer=peer, record=self._registry.record_mode(info))
+        film = self._config.rule_of(info.stream).film or self._config.recording.film
+        run = Run(info, peer=peer, record=self._registry.record_mode(info), film=film)
         self._registry.add(run)
         logger.info("stream_opened stream=%s run=%s record=%s", info.stream, info.run, run.record)
         self._links.is_changed = True
@@ -197,7 +213,7 @@ class Intake:
         except ValueError as error:
             self._links.counts["bad_shapes"] += 1
             run.faults += 1
-            run.note = str(error)
+            run.say(str(error))
             if run.faults == 1 and run.peer is not None:
                 self._refuse(run.peer, run.info, "format", str(error))
             return False

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -17,17 +17,20 @@ from torch import Tensor
 from taesd_stream.config import Config
 from taesd_stream.decoding.choice import NoDecoderError, open_engine
 from taesd_stream.decoding.engine import Engine, check_finite, latents_from_payload
+from taesd_stream.decoding.video_engine import VideoEngine
 from taesd_stream.frames import RENDITIONS, Packet, Rendition, Stamps
 from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
 from taesd_stream.latent_formats import latent_format as format_named
 from taesd_stream.media.encoder import EncodedPicture
-from taesd_stream.messages import Failed, Job, JobItem, Progress
+from taesd_stream.messages import Degraded, Failed, Job, JobItem, Progress
 from taesd_stream_workers.encode_pool import EncodePool, EncodeTask
 from taesd_stream_workers.job_pictures import Picture, pictures_of
+from taesd_stream_workers.live_items import begin_anew, lacks_memory
 from taesd_stream_workers.rendering import Sizes, as_pictures, render
 
 logger = logging.getLogger(__name__)
 
+MAX_MEMORIES: Final = 4096  # that one HELLO holds
 WARM_UP_FORMAT: Final = "sd1"  # any one with rgb factors
 
 
@@ -38,6 +41,8 @@ class JobRun:
         self.job = job
         self.started_s = time.monotonic()
         self.failed: Failed | None = None
+        self.degraded: dict[tuple[str, str], Degraded] = {}
+        self.histories: dict[str, Tensor] = {}  # by run: the latents (k,C,h,w) before its first item here
         self._waiting = 1  # one for the decoding itself
         self._lock = threading.Lock()
 
@@ -51,6 +56,10 @@ class JobRun:
         with self._lock:
             self._waiting -= 1
             return self._waiting == 0
+
+    def degrade(self, run: str, code: str, text: str) -> None:
+        """A run's pictures are worse than they could be; the next job tries the better way again."""
+        self.degraded[run, code] = Degraded(run=run, code=code, text=text)
 
     def fail(self, code: str, error: Exception, *, retry: bool) -> None:
         """Nothing of the job counts."""
@@ -85,6 +94,7 @@ class JobDecoder:
         self._jobs: queue.SimpleQueue[JobRun | None] = queue.SimpleQueue()
         self._pool = EncodePool(threads)
         self._engines: dict[tuple[str, str, bool], Engine] = {}
+        self._last: dict[tuple[str, Rendition], tuple[_Shower, EncodeTask]] = {}  # of `live` runs, for late viewers
         self._thread = threading.Thread(target=self._run, name="device")
 
     def start(self) -> None:
@@ -101,6 +111,8 @@ class JobDecoder:
         self._pool.forget(run)
         for engine in list(self._engines.values()):
             engine.forget(run)
+        for rendition in RENDITIONS:
+            self._last.pop((run, rendition), None)
 
     def close(self) -> None:
         """Finish the job at hand and its pictures, then join the threads; what is queued is for another worker."""
@@ -113,10 +125,28 @@ class JobDecoder:
 
     def engines(self) -> dict[str, dict[str, Any]]:
         """What decodes each latent format, and why: the live view's engine, else the recordings'. Any thread."""
+        engines = sorted(self._engines.items(), key=lambda entry: entry[0][2])
+        history: dict[str, int] = {}
+        for (latent_format, _, _), engine in engines:
+            history[latent_format] = max(engine.history, history.get(latent_format, 0))
         return {
-            latent_format: {"decoder": engine.decoder, "reason": engine.reason, "is_full": engine.is_full}
-            for (latent_format, _, _), engine in sorted(self._engines.items(), key=lambda entry: entry[0][2])
+            latent_format: {
+                "decoder": engine.decoder,
+                "reason": engine.reason,
+                "is_full": engine.is_full,
+                "history": history[latent_format],
+            }
+            for (latent_format, _, _), engine in engines
         }
+
+    def memories(self) -> dict[str, int]:
+        """Where each `live` run would go on. Any thread."""
+        found: dict[str, int] = {}
+        for engine in list(self._engines.values()):
+            if isinstance(engine, VideoEngine):
+                for run, index in engine.memories.next_indices().items():
+                    found[run] = max(index, found.get(run, 0))
+        return dict(list(found.items())[-MAX_MEMORIES:])
 
     def _run(self) -> None:
         try:
@@ -164,17 +194,32 @@ class JobDecoder:
         good: list[tuple[JobItem, Tensor]] = []
         known = LATENT_FORMATS.get(job.latent_format)
         magnitude = known.magnitude if known else DEFAULT_MAGNITUDE
-        for place, (item, payload) in enumerate(zip(job.items, job.payloads, strict=True)):
+        for place, (item, payload, history) in enumerate(job.parts()):
             latents = as_pictures(latents_from_payload(payload, item.dtype, item.shape, magnitude))
             if check_finite(latents):
                 bad.append(place)
-            else:
+                continue
+            if history is not None:
+                shape = (item.history, *item.shape[-3:])
+                before = latents_from_payload(history, item.dtype, shape, magnitude)
+                run.histories[item.run] = torch.nan_to_num(before)  # what was left out for NaN leaves no trace here
+            if not (item.is_repeat and self._repeat(run, item)):
                 good.append((item, latents))
         if bad:
             text = "latents hold NaN or infinite values: no picture can be made of them"
             run.failed = Failed(job=job.job, items=bad, code="bad_frame", text=text, retry=False)
         for for_record in (False, True):
             self._decode_with(run, good, for_record)
+
+    def _repeat(self, run: JobRun, item: JobItem) -> bool:
+        """Show a `live` frame once more from its last planes, where all of what is wanted is here."""
+        last = [self._last.get((item.run, rendition)) for rendition in item.renditions]
+        found = [one for one in last if one is not None and one[0].item.seq == item.seq]
+        if len(found) < len(last):
+            return False
+        for shower, task in found:
+            replace(shower, run=run, item=item).show_again(task)
+        return True
 
     def _decode_with(self, run: JobRun, items: list[tuple[JobItem, Tensor]], for_record: bool) -> None:
         """Decode what one engine serves: live pictures by `decoder.choice`, recordings by the full decoder, exactly.
@@ -196,6 +241,7 @@ class JobDecoder:
                 rendition
                 for rendition in item.renditions
                 if for_record == (is_recorded and (rendition == "record" or self._records_as_it_shows(live)))
+                and not (rendition == "film" and self._pool.is_busy(item.run))
             )
             if wanted:
                 mine.append((item, latents, wanted))
@@ -207,12 +253,23 @@ class JobDecoder:
         return live is not None and self._engine(live.latent_format, "auto", is_fast=False).decoder == live.decoder
 
     def _decode_batch(self, run: JobRun, engine: Engine, mine: list[tuple[JobItem, Tensor, Any]]) -> None:
+        lacking = lacks_memory(engine, [item for item, _, _ in mine])
+        if lacking:
+            places = [run.job.items.index(mine[place][0]) for place in lacking]
+            text = "the memory of a live stream is not here: its history is needed"
+            bad = run.failed.items if run.failed else []
+            run.failed = Failed(job=run.job.job, items=[*bad, *places], code="no_memory", text=text, retry=True)
+            mine = [one for place, one in enumerate(mine) if place not in lacking]
+        begin_anew(engine, [item for item, _, _ in mine])
         started_ns = self._now_ns()
         entries = [(place, item, latents) for place, (item, latents, _) in enumerate(mine)]
-        for pictures in pictures_of(engine, entries, self._decoder.memory_bytes):
+        histories = {place: run.histories[item.run] for place, (item, _, _) in enumerate(mine) if item.history}
+        for pictures in pictures_of(engine, entries, self._decoder.memory_bytes, histories):
             decoded_ns = self._now_ns()
             for picture in pictures:
                 item, _, wanted = mine[picture.place]
+                if picture.is_approximate:
+                    run.degrade(item.run, "approximate", "Colours approximate.")
                 _Shower(self, run, item, engine.decoder, wanted, started_ns, decoded_ns).show(picture)
             self.busy_since_s = time.monotonic()
             self._pass_on(Progress(job=run.job.job))
@@ -258,7 +315,7 @@ class _Shower:
             task = EncodeTask(
                 run=item.run,
                 rendition=rendition,
-                attempt=item.attempt if rendition == "record" else 0,
+                attempt=self._attempt(rendition),
                 keyframe=rendition == "live" and picture.index == 0 and (item.keyframe or item.kind == "clip"),
                 pts=picture.pts,
                 planes=planes,
@@ -267,6 +324,17 @@ class _Shower:
             )
             self.run.add()
             self.decoder._pool.submit(task)
+            if item.kind == "live" and picture.index == picture.count - 1:
+                self.decoder._last[item.run, rendition] = (self, task)
+
+    def show_again(self, task: EncodeTask) -> None:
+        """Queue the planes of an earlier job once more, as a keyframe."""
+        self.run.add()
+        on_done = self._sender(task.rendition, 0, 1, task.pts)
+        self.decoder._pool.submit(replace(task, keyframe=True, on_done=on_done))
+
+    def _attempt(self, rendition: Rendition) -> int:
+        return self.item.attempt if rendition in ("record", "film") else 0
 
     def _sender(
         self, rendition: Rendition, index: int, count: int, pts: int
@@ -290,7 +358,7 @@ class _Shower:
             index=index,
             count=count,
             rendition=rendition,
-            attempt=item.attempt if rendition == "record" else 0,
+            attempt=self._attempt(rendition),
             is_keyframe=picture.is_keyframe,
             pts=pts,
             width=picture.width,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,20 +17,30 @@ from taesd_stream_workers.rendering import grid
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture of a frame. place: which item of the job; rgb: (3,H,W) in [0, 1]; index of count; pts: 1/90000 s."""
+    """One picture of a frame. place: which item of the job; rgb: (3,H,W) in [0, 1]; index of count; pts: 1/90000 s.
+
+    is_approximate: of a `live` run whose memory was lost, and its history too: the colours are not yet right.
+    """
 
     place: int
     rgb: Tensor
     index: int
     count: int
     pts: int
+    is_approximate: bool = False
 
 
+NO_HISTORIES: Final[Mapping[int, Tensor]] = {}
 Entry: TypeAlias = tuple[int, JobItem, Tensor]  # place in the job, item, latents (n,C,h,w)
 
 
-def pictures_of(engine: Engine, entries: Sequence[Entry], budget_bytes: int) -> Iterator[list[Picture]]:
-    """Decode entries, all of one latent format and shape; a list for each slice, the pictures of an item in order."""
+def pictures_of(
+    engine: Engine, entries: Sequence[Entry], budget_bytes: int, histories: Mapping[int, Tensor] = NO_HISTORIES
+) -> Iterator[list[Picture]]:
+    """Decode entries, all of one latent format and shape; a list for each slice, the pictures of an item in order.
+
+    histories: by place, the latents (k,C,h,w) before those of a `live` item, where they came along.
+    """
     if not isinstance(engine, VideoEngine):
         yield from _stills(engine, entries, budget_bytes)
         return
@@ -40,7 +50,7 @@ def pictures_of(engine: Engine, entries: Sequence[Entry], budget_bytes: int) -> 
     for entry in entries:
         if entry[1].kind == "clip":
             yield from _clip(engine, entry, budget_bytes)
-    yield from _live(engine, [entry for entry in entries if entry[1].kind == "live"], budget_bytes)
+    yield from _live(engine, [entry for entry in entries if entry[1].kind == "live"], budget_bytes, histories)
 
 
 def _stills(engine: Engine, entries: Sequence[Entry], budget_bytes: int) -> Iterator[list[Picture]]:
@@ -77,15 +87,27 @@ def _clip(engine: VideoEngine, entry: Entry, budget_bytes: int) -> Iterator[list
         index += len(frames)
 
 
-def _live(engine: VideoEngine, entries: Sequence[Entry], budget_bytes: int) -> Iterator[list[Picture]]:
-    parts = [LivePart(run=item.run, index=item.index, latents=latents) for _, item, latents in entries]
+def _live(
+    engine: VideoEngine, entries: Sequence[Entry], budget_bytes: int, histories: Mapping[int, Tensor]
+) -> Iterator[list[Picture]]:
+    parts = [
+        LivePart(run=item.run, index=item.index, latents=latents, history=histories.get(place))
+        for place, item, latents in entries
+    ]
     for results in engine.decode_live(parts, budget_bytes=budget_bytes):
         shown: list[Picture] = []
         for result in results:
             place, item, _ = entries[result.place]
             first = engine.frames_of_clip(item.index) if item.index else 0
             shown += [
-                Picture(place, frame, index, len(result.frames), (first + index) * item.picture_ticks)
+                Picture(
+                    place,
+                    frame,
+                    index,
+                    len(result.frames),
+                    (first + index) * item.picture_ticks,
+                    is_approximate=result.is_approximate,
+                )
                 for index, frame in enumerate(result.frames)
             ]
         yield shown

@@ -42,9 +42,22 @@ class Latency:
         self.dropped = Counter(
             "taesd_stream_dropped", "Pictures not sent to a slow viewer", ["rendition"], registry=self.registry
         )
+        self.refused = Counter(
+            "taesd_stream_refused_requests", "Requests refused at the door", ["reason"], registry=self.registry
+        )
         self.viewers = Gauge("taesd_stream_viewers", "Open pages", registry=self.registry)
         self.broker = Gauge("taesd_stream_broker", "The broker's counters", ["count"], registry=self.registry)
         self.streams = Gauge("taesd_stream_streams", "Streams by state", ["state"], registry=self.registry)
+        self.recordings = Gauge(
+            "taesd_stream_recordings", "Recordings by state; failed: now", ["state"], registry=self.registry
+        )
+        self.alerts = Gauge("taesd_stream_alerts", "What the page warns of now", ["code"], registry=self.registry)
+        self.recording_errors = Counter(
+            "taesd_stream_recording_errors", "Times that a file was not written or finished", registry=self.registry
+        )
+        self.http_errors = Counter(
+            "taesd_stream_http_errors", "HTTP answers that were errors", ["status", "code"], registry=self.registry
+        )
         self.desired_workers = Gauge("taesd_stream_desired_workers", "Workers the load needs", registry=self.registry)
         self._recent: deque[float] = deque(maxlen=256)
 
@@ -53,7 +66,7 @@ class Latency:
         self.packets.labels(packet.rendition).inc()
         self.bytes.labels(packet.rendition).inc(len(packet.payload))
         stamps = packet.stamps
-        if packet.rendition == "record" or not stamps.received_ns:
+        if packet.rendition in ("record", "film") or not stamps.received_ns:
             return  # one that waited in the log says nothing of the way
         times = (
             stamps.sent_ns,

@@ -6,18 +6,21 @@ import contextlib
 import os
 import tempfile
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import av
+from av.codec.context import Flags
 from av.video.codeccontext import VideoCodecContext
 
 from taesd_stream.media.encoder import TIME_BASE
 from taesd_stream.media.finished import copy_pictures, read_summary
 from taesd_stream.media.fragments import FragmentError, read_head
-from taesd_stream.media.growing_file import FINISHED_SUFFIX, PART_SUFFIX
+from taesd_stream.media.growing_file import FINISHED_SUFFIX, PART_SUFFIX, files_in
+from taesd_stream.media.steps import StepPicture
 
 MAX_CACHED: Final = 4096
 
@@ -56,27 +59,54 @@ class Library:
         if path is None:
             return False
         path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folders that its name made, as far as they are empty
+            for folder in path.parents[: len(path.relative_to(self.folder).parents) - 1]:
+                folder.rmdir()
         return True
+
+    def delete_expired(self, *, max_age_s: float, max_bytes: int) -> list[tuple[str, str]]:
+        """Remove whole finished recordings, oldest first: too old, or too many bytes of them. 0: no such bound.
+
+        Returns: id and reason of each that went.
+        """
+        known = self._look()
+        ours = sorted((one.mtime_ns, name, int(one.row["bytes"])) for name, one in known.items() if one.row)
+        held = sum(nbytes for _, _, nbytes in ours)
+        gone = []
+        for mtime_ns, name, nbytes in ours:
+            age_s = time.time() - mtime_ns / 1e9
+            if max_age_s and age_s > max_age_s:
+                reason = f"older than recording.max_age_s = {max_age_s:g}"
+            elif max_bytes and held > max_bytes:
+                reason = f"recordings have more than recording.max_bytes = {max_bytes}"
+            else:
+                break
+            held -= nbytes
+            if self.delete(name):
+                gone.append((name, reason))
+        return gone
+
+    def id_of(self, path: Path) -> str:
+        """The id of a finished file of this folder."""
+        return path.relative_to(self.folder).as_posix().removesuffix(FINISHED_SUFFIX)
 
     def _look(self) -> dict[str, _Known]:
         """Every file of the folder by name, read where it is new. The dict is not changed any more."""
         with self._lock:
             known: dict[str, _Known] = {}
-            with contextlib.suppress(FileNotFoundError):
-                for entry in os.scandir(self.folder):
-                    if entry.name.endswith(FINISHED_SUFFIX):
-                        with contextlib.suppress(OSError):  # removed since
-                            known[entry.name.removesuffix(FINISHED_SUFFIX)] = self._read(entry)
+            for path in files_in(self.folder, FINISHED_SUFFIX):
+                with contextlib.suppress(OSError):  # removed since
+                    known[self.id_of(path)] = self._read(path)
             self._known = known
             return known
 
-    def _read(self, entry: os.DirEntry[str]) -> _Known:
-        name, stat = entry.name.removesuffix(FINISHED_SUFFIX), entry.stat()
+    def _read(self, path: Path) -> _Known:
+        name, stat = self.id_of(path), path.stat()
         known = self._known.get(name)
         if known is not None and known.mtime_ns == stat.st_mtime_ns:
             return known
-        summary = read_summary(Path(entry.path))
-        return _Known(stat.st_mtime_ns, _row(name, summary, Path(entry.path)) if summary else {})
+        summary = read_summary(path)
+        return _Known(stat.st_mtime_ns, _row(name, summary, path) if summary else {})
 
 
 def _row(name: str, summary: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -130,14 +160,32 @@ def thumbnail(path: Path, long_side_px: int) -> bytes:
         stream = container.streams.video[0]
         if stream.duration:
             container.seek(stream.duration, stream=stream)  # to the last keyframe
-        last = deque(container.decode(stream), maxlen=1).pop()
-        scale = min(1.0, long_side_px / max(last.width, last.height))
-        width, height = (max(2, round(side * scale / 2) * 2) for side in (last.width, last.height))
-        picture = last.reformat(
-            width, height, format="yuvj420p", src_colorspace="ITU709", dst_colorspace="ITU601", dst_color_range="JPEG"
-        )
-        context = av.CodecContext.create("mjpeg", "w")
-        assert isinstance(context, VideoCodecContext)
-        context.width, context.height, context.pix_fmt = width, height, "yuvj420p"
-        context.time_base = picture.time_base = TIME_BASE
-        return b"".join(bytes(packet) for packet in [*context.encode(picture), *context.encode(None)])
+        return _as_jpeg(deque(container.decode(stream), maxlen=1).pop(), long_side_px)
+
+
+def picture_of_step(pictures: list[StepPicture], seq: int) -> bytes:
+    """The first picture of frame `seq` as JPEG; b"" when it is not among them. Raises: av.FFmpegError."""
+    decoder = av.CodecContext.create("h264", "r")
+    assert isinstance(decoder, VideoCodecContext)
+    decoder.thread_count = 1
+    decoder.flags |= Flags.low_delay
+    frames: list[av.VideoFrame] = []
+    for one in pictures:
+        frames += decoder.decode(av.Packet(one.payload))
+        if (one.seq, one.index) == (seq, 0):
+            frames += decoder.decode(None)
+            return _as_jpeg(frames[-1], max(frames[-1].width, frames[-1].height))
+    return b""
+
+
+def _as_jpeg(last: av.VideoFrame, long_side_px: int) -> bytes:
+    scale = min(1.0, long_side_px / max(last.width, last.height))
+    width, height = (max(2, round(side * scale / 2) * 2) for side in (last.width, last.height))
+    picture = last.reformat(
+        width, height, format="yuvj420p", src_colorspace="ITU709", dst_colorspace="ITU601", dst_color_range="JPEG"
+    )
+    context = av.CodecContext.create("mjpeg", "w")
+    assert isinstance(context, VideoCodecContext)
+    context.width, context.height, context.pix_fmt = width, height, "yuvj420p"
+    context.time_base = picture.time_base = TIME_BASE
+    return b"".join(bytes(packet) for packet in [*context.encode(picture), *context.encode(None)])

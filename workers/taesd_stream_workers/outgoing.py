@@ -23,7 +23,7 @@ SAY_S: Final = 1.0
 
 
 class Outgoing:
-    """A queue and its PUSH socket. Over the bound `live`, `thumb` and `jpeg` lose their oldest, `record` none.
+    """A queue and its PUSH socket. Over the bound all but `record` lose their oldest.
 
     ask_keyframe: called with a stream whose `live` chain has lost a packet.
     """

@@ -7,14 +7,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Final
 
+from taesd_stream.config import Config
 from taesd_stream.errors import TaesdStreamError
-from taesd_stream.frames import Packet
+from taesd_stream.frames import END_REASONS, Packet
 from taesd_stream.media.recording import Recording, RecordingError, find_unfinished
 from taesd_stream.messages import Cursor, Gap, State
 from taesd_stream.queues import ByteBoundedQueue
+from taesd_stream_workers.films import Films
 from taesd_stream_workers.library import Library
 
 logger = logging.getLogger(__name__)
@@ -24,34 +27,48 @@ MAX_EARLY: Final = 256
 SYNC_S: Final = 1.0
 TELL_S: Final = 0.2
 RETRY_S: Final = 5.0
+PRUNE_S: Final = 10.0
 
 
 class Recorder:
     """All recordings of a daemon. `put` from the streamer's thread; `on_change` is called in the writing thread."""
 
     def __init__(
-        self, folder: Path, tell_broker: Callable[[Any], None], on_change: Callable[[list[Any]], None]
+        self,
+        config: Config,
+        tell_broker: Callable[[Any], None],
+        on_change: Callable[[list[dict[str, Any]], dict[str, int]], None],
+        on_error: Callable[[], None] = lambda: None,
     ) -> None:
-        self.folder = folder
+        self.folder = folder = config.recording_folder
+        self.films = Films(folder / ".films", config.recording)
         self.library = Library(folder)
+        self._name = config.recording.name
         self._tell_broker = tell_broker
         self._on_change = on_change
+        self._on_error = on_error
+        self._keep_s, self._keep_bytes = config.recording.max_age_s, config.recording.max_bytes
         self._queue: ByteBoundedQueue[Packet | Gap | State] = ByteBoundedQueue(QUEUE_BYTES, _size)
         self._open: dict[str, Recording] = {}
         self._finished: dict[str, int] = {}  # run -> attempt that its finished file ended with
         self._runs: dict[str, dict[str, Any]] = {}
+        self._shown: dict[str, dict[str, Any]] = {}  # rows of all streams, by run
+        self._wishes: deque[tuple[str, Future[str]]] = deque()  # films of runs that are over, to be kept
         self._errors: dict[str, str] = {}
         self._retry_at_s: dict[str, float] = {}  # when a file that could not be finished is tried again
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recorder")
+        self._lost: deque[Packet] = deque(maxlen=MAX_EARLY)  # of films, for want of room
         self._early: deque[Packet] = deque()  # of recordings that no STATE has named yet
         self._next_sync_s = 0.0
         self._next_tell_s = 0.0
+        self._next_prune_s = 0.0
         self._is_dirty = True
 
     def start(self) -> None:
         """Take over what a former process left, then start the thread."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.films.load()
         for one in find_unfinished(self.folder):
             try:
                 recording = Recording.open(self.folder, stream=one.stream, run=one.run, meta={})
@@ -63,8 +80,26 @@ class Recorder:
         self._thread.start()
 
     def put(self, item: Packet | Gap | State) -> bool:
-        """Queue work; False when full: the packet is lost, and the broker sends it again."""
-        return self._queue.put(item)
+        """Queue work; False when full: the packet is lost, and the broker sends it again (of a film: a hole)."""
+        if self._queue.put(item):
+            return True
+        if isinstance(item, Packet) and item.rendition == "film":
+            self._lost.append(item)
+        return False
+
+    def keep_film(self, run: str) -> Future[str]:
+        """Make a recording of the film of a run that is over; the future has its id, or KeyError. Any thread."""
+        wish: Future[str] = Future()
+        self._wishes.append((run, wish))
+        return wish
+
+    def paths_of_run(self, run: str) -> list[Path]:
+        """All files that hold frames of a run, its film's among them, in the order of their frames; any thread."""
+        growing, film = self._open.get(run), self.films.films.get(run)
+        finished = [row for row in self.library.rows() if row["run"] == run]
+        finished.sort(key=lambda row: int(row["first_seq"]))
+        paths = [path for row in finished if (path := self.library.path_of(row["id"])) is not None]
+        return [*paths, *(growing.paths if growing else []), *(film.paths if film else ())]
 
     def cursors(self) -> tuple[Cursor, ...]:
         """How far every file is; any thread."""
@@ -81,7 +116,8 @@ class Recorder:
     def rows(self) -> list[dict[str, Any]]:
         """Every recording, growing ones first; the writing thread alone."""
         growing = [self._row(run, one) for run, one in self._open.items() if one.paths or self._errors.get(run)]
-        return [*growing, *self.library.rows()]
+        stuck = [self._stuck_row(run) for run in self._errors if run not in self._open and run in self._runs]
+        return [*growing, *stuck, *self.library.rows()]
 
     def path_of(self, recording_id: str) -> Path | None:
         """The file of an id that `rows` gave, growing or finished; any thread."""
@@ -116,29 +152,41 @@ class Recorder:
             "error": error,
         }
 
+    def _stuck_row(self, run: str) -> dict[str, Any]:
+        """Of a run that has no file, for none could be opened."""
+        row = self._runs[run]
+        one = Recording(self.folder, stream=row["stream"], run=run, meta=_meta_of(row))
+        one.started = row["started"]
+        return self._row(run, one)
+
     def _run(self) -> None:
         while not (self._stop.is_set() and not len(self._queue)):
             item = self._queue.get(timeout_s=0.1)
             try:
                 self._handle(item)
+                self._keep_films()
                 self._sync_all()
+                self._prune()
                 self._tell_people()
             except Exception as error:  # the thread's outermost loop: one bad file must not end the others
                 logger.exception("recorder_failed error=%s", error)
         for one in self._open.values():
             self._sync(one)
             one.close()
+        self.films.close()
 
     def _handle(self, item: Packet | Gap | State | None) -> None:
         if isinstance(item, Packet):
             self._write(item)
         elif isinstance(item, Gap):
-            recording = self._recording(item.run, item.attempt)
-            if recording is not None:
-                recording.skip(item.seq, item.attempt)
-                self._tell(item.run, recording)
+            self._skip(item)
         elif isinstance(item, State):
             self._runs = item.runs
+            self._shown = {row["run"]: row for row in item.streams}
+            self.films.tick(run for run, row in self._shown.items() if row["state"] not in END_REASONS)
+            for run, row in item.runs.items():
+                if run in self._open and row["kept_from"] is not None:
+                    self._open[run].begin_at(row["kept_from"])
             self._finished = {run: attempt for run, attempt in self._finished.items() if run in item.runs}
             self._write_early(item.now_ns)
             self._finish_what_ended()
@@ -153,27 +201,81 @@ class Recorder:
 
     def _is_named(self, packet: Packet) -> bool:
         """Whether what we know of its run is as new as the packet: a run may be recorded again, from another frame."""
+        if packet.rendition == "film":
+            return packet.run in self._shown
         row = self._runs.get(packet.run)
         return packet.run in self._open or (row is not None and row["attempt"] >= packet.attempt)
 
     def _write(self, packet: Packet) -> None:
         if not self._is_named(packet) and len(self._early) < MAX_EARLY:
             self._early.append(packet)
-            return
-        recording = self._recording(packet.run, packet.attempt)
-        if recording is None:
-            return
+            return None
+        if packet.rendition == "film":
+            return self._write_film(packet)
         try:
-            written = recording.write(packet)
+            recording = self._recording(packet.run, packet.attempt)
+            is_written = recording is not None and recording.write(packet)
         except RecordingError as error:
-            if packet.run not in self._errors:
-                logger.error("recording_failed stream=%s written=%d error=%s", packet.stream, error.written, error)
-            self._errors[packet.run] = str(error)  # the cursor stays: the broker sends the frame again
-            self._is_dirty = True
-            return
-        if written:
+            return self._fail(packet.run, str(error))  # the cursor stays: the broker sends the frame again
+        if recording is not None and is_written:
             self._errors.pop(packet.run, None)
             self._tell(packet.run, recording)
+        return None
+
+    def _skip(self, gap: Gap) -> None:
+        try:
+            recording = self._recording(gap.run, gap.attempt)
+            if recording is not None:
+                recording.skip(gap.seq, gap.attempt)
+                self._tell(gap.run, recording)
+        except RecordingError as error:
+            self._fail(gap.run, str(error))
+
+    def _fail(self, run: str, text: str) -> None:
+        """Say that a recording stands still; it goes on by itself when its cause is gone."""
+        if run not in self._errors:
+            logger.error("recording_failed run=%s error=%s", run, text)
+        self._errors[run] = text
+        self._is_dirty = True
+        self._on_error()
+
+    def _write_film(self, packet: Packet) -> None:
+        while self._lost:
+            self.films.lose(self._lost.popleft())
+        row = self._shown.get(packet.run)
+        if row is not None and packet.run not in self._open and self.films.write(packet, _meta_of(row)):
+            self._is_dirty = True
+
+    def _keep_films(self) -> None:
+        """Films that people want kept, of runs that are over: those of living ones are the broker's to record."""
+        while self._wishes:
+            run, wish = self._wishes.popleft()
+            film = self.films.take(run)
+            try:
+                if film is None or not film.paths:
+                    raise KeyError(run)
+                film.keep(self.folder, self._name)
+                paths = film.finish()
+            except (RecordingError, KeyError) as error:
+                wish.set_exception(error)
+                continue
+            self._is_dirty = True
+            wish.set_result(self.library.id_of(paths[0]))
+
+    def _take_film(self, run: str, kept_from: int | None) -> Recording | None:
+        """The film of a run that is recorded from now on: the recording goes on in it."""
+        film = self.films.take(run)
+        if film is None:
+            return None
+        try:
+            film.keep(self.folder, self._name)
+        except RecordingError as error:
+            logger.error("film_not_kept run=%s error=%s", run, error)
+            film.close()
+            return None
+        if kept_from is not None:
+            film.begin_at(kept_from)
+        return film
 
     def _recording(self, run: str, attempt: int) -> Recording | None:
         if run not in self._open:
@@ -182,8 +284,14 @@ class Recorder:
             row = self._runs.get(run)
             if row is None or (row["ended"] and self.library.holds(run, row["last_seq"])):
                 return None  # a run that the broker no longer keeps, or whose file is finished
-            self._open[run] = Recording.open(
-                self.folder, stream=row["stream"], run=run, meta=_meta_of(row), kept_from=row["kept_from"]
+            film = self._take_film(run, row["kept_from"]) if row["takes_film"] else None
+            self._open[run] = film or Recording.open(
+                self.folder,
+                stream=row["stream"],
+                run=run,
+                meta=_meta_of(row),
+                kept_from=row["kept_from"],
+                name=self._name,
             )
             logger.info("recording_begins stream=%s run=%s", row["stream"], run)
         return self._open[run]
@@ -201,22 +309,27 @@ class Recorder:
             elif self._finished.get(run, -1) >= row["attempt"] or self.library.holds(run, row["last_seq"]):
                 self._tell_broker(Cursor(run=run, attempt=row["attempt"], written=-1, synced=-1, finished=True))
             elif time.monotonic() >= self._retry_at_s.get(run, float("inf")):
-                self._open[run] = Recording.open(self.folder, stream=row["stream"], run=run, meta=_meta_of(row))
+                self._reopen(run, row["stream"], _meta_of(row))
+
+    def _reopen(self, run: str, stream: str, meta: dict[str, Any]) -> None:
+        try:
+            self._open[run] = Recording.open(self.folder, stream=stream, run=run, meta=meta, name=self._name)
+        except RecordingError as error:
+            self._retry_at_s[run] = time.monotonic() + RETRY_S
+            self._fail(run, str(error))
 
     def _finish(self, run: str) -> None:
         one = self._open[run]
         if time.monotonic() < self._retry_at_s.get(run, 0.0):
-            return
+            return None
         attempt = max(0, one.attempt)
         try:
             paths = one.finish()
         except RecordingError as error:
-            if run not in self._errors:
-                logger.error("recording_not_finished run=%s error=%s", run, error)
-            self._errors[run], self._retry_at_s[run] = str(error), time.monotonic() + RETRY_S
+            self._fail(run, str(error))
+            self._retry_at_s[run] = time.monotonic() + RETRY_S
             del self._open[run]
-            self._open[run] = Recording.open(self.folder, stream=one.stream, run=run, meta=one.meta)
-            return
+            return self._reopen(run, one.stream, one.meta)
         del self._open[run]
         self._retry_at_s.pop(run, None)
         self._errors.pop(run, None)
@@ -224,6 +337,7 @@ class Recorder:
         self._is_dirty = True
         logger.info("recording_finished stream=%s files=%s", one.stream, ", ".join(path.name for path in paths))
         self._tell_broker(Cursor(run=run, attempt=attempt, written=-1, synced=-1, finished=True))
+        return None
 
     def _tell(self, run: str, one: Recording) -> None:
         self._is_dirty = True
@@ -235,22 +349,42 @@ class Recorder:
         if now < self._next_sync_s:
             return
         self._next_sync_s, self._is_dirty = now + SYNC_S, True  # a person may have removed a file
-        for run, one in self._open.items():
-            if one.synced < one.written:
+        for run, one in list(self._open.items()):
+            if (path := one.lost_path) is not None:
+                self._lose(run, one, path)
+            elif one.synced < one.written:
                 self._sync(one)
                 self._tell(run, one)
+
+    def _lose(self, run: str, one: Recording, path: Path) -> None:
+        """Its file is gone, with what the log no longer has; the rest begins another one."""
+        self._fail(run, f"{path}: was removed while it grew")
+        attempt = max(0, one.attempt)
+        one.close()
+        del self._open[run]
+        self._tell_broker(Cursor(run=run, attempt=attempt, written=-1, synced=-1))
+
+    def _prune(self) -> None:
+        """Retention: whole finished recordings go, oldest first."""
+        now = time.monotonic()
+        if now < self._next_prune_s or not (self._keep_s or self._keep_bytes):
+            return
+        self._next_prune_s = now + PRUNE_S
+        for name, reason in self.library.delete_expired(max_age_s=self._keep_s, max_bytes=self._keep_bytes):
+            logger.info("recording_removed id=%s reason=%s", name, reason)
+            self._is_dirty = True
 
     def _tell_people(self) -> None:
         now = time.monotonic()
         if self._is_dirty and now >= self._next_tell_s:
             self._next_tell_s, self._is_dirty = now + TELL_S, False
-            self._on_change(self.rows())
+            self._on_change(self.rows(), {run: film.last_seq for run, film in self.films.films.items()})
 
     def _sync(self, one: Recording) -> None:
         try:
             one.sync()
         except TaesdStreamError as error:
-            logger.error("recording_not_synced run=%s error=%s", one.run, error)
+            self._fail(one.run, f"not safe from a power cut: {error}")
 
 
 def _meta_of(row: dict[str, Any]) -> dict[str, Any]:

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import Final
 
+from taesd_stream.config import Config
 from taesd_stream.frames import RecordMode, Rendition, StreamInfo
 from taesd_stream.latent_log import RunLog, runs_in
-from taesd_stream_workers.runs import KeptRun, Run
+from taesd_stream_workers.kept_run import KeptRun
+from taesd_stream_workers.runs import Run
 
 logger = logging.getLogger(__name__)
 
 ENDED_RUNS: Final = 64
 ENDED_BYTES: Final = 256 << 20
 PENDING_RECORD_S: Final = 3600.0
+LIVE_BYTES: Final = 256 << 20  # of latents of `live` runs that wait for a worker, all runs together
 
 
 class Registry:
     """The broker's runs. A name means its newest run; older ones stay while their recording is not finished."""
 
-    def __init__(self, default_record: RecordMode, log_folder: Path) -> None:
+    def __init__(self, config: Config) -> None:
         self.by_run: dict[str, Run] = {}
         self.by_name: dict[str, Run] = {}
         self.viewers: dict[str, dict[Rendition, int]] = {}
         self._pending_record: dict[str, tuple[RecordMode, float]] = {}
-        self._default_record = default_record
-        self.log_folder = log_folder
+        self._config = config
+        self.log_folder = config.log_folder
 
     def load_logs(self) -> None:
         """Know again the kept runs that a former broker left."""
@@ -55,11 +57,14 @@ class Registry:
         self.by_name[run.info.stream] = run
 
     def record_mode(self, info: StreamInfo) -> RecordMode:
-        """What is kept of a new run: a waiting RECORD for its name, then its own word, then the default."""
+        """What is kept of a new run: a waiting RECORD for its name, then a rule, then its own word, then the default.
+
+        A person's word beats a program's, and of two persons' the later one.
+        """
         pending = self._pending_record.pop(info.stream, None)
         if pending is not None and time.monotonic() < pending[1]:
             return pending[0]
-        return info.record or self._default_record
+        return self._config.rule_of(info.stream).record or info.record or self._config.recording.default
 
     def ask_record(self, stream: str, mode: RecordMode) -> Run | None:
         """The living run that a RECORD means; None: it waits for the name's next run."""
@@ -74,6 +79,11 @@ class Registry:
         renditions[rendition] = viewers
         if not any(renditions.values()):
             del self.viewers[stream]
+
+    @property
+    def live_share_bytes(self) -> int:
+        """How much of one `live` run may wait for a worker."""
+        return LIVE_BYTES // max(1, sum(run.live is not None and run.is_alive for run in self.by_name.values()))
 
     @property
     def meta_bytes(self) -> int:

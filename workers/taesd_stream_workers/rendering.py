@@ -34,11 +34,11 @@ def render(
     whole = rgb.unsqueeze(0)
     scaled: dict[int, Tensor] = {}
     for rendition in renditions:
-        limit = {"record": 0, "thumb": sizes.thumb_max_px}.get(rendition, sizes.live_max_px)
+        limit = {"record": 0, "film": 0, "thumb": sizes.thumb_max_px}.get(rendition, sizes.live_max_px)
         if limit and limit not in scaled:
             scaled[limit] = fit_within(whole, limit)
         picture = scaled[limit] if limit else whole
-        to_planes = video_planes if rendition in ("live", "record") else jpeg_planes
+        to_planes = jpeg_planes if rendition in ("thumb", "jpeg") else video_planes
         height, width = int(picture.shape[-2]), int(picture.shape[-1])
         yield rendition, to_planes(picture)[0].cpu().numpy(), (width, height)
 

@@ -3,108 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 import msgpack
 
-from taesd_stream.frames import (
-    Demand,
-    LatentFrame,
-    RecordMode,
-    Rendition,
-    RunState,
-    StreamInfo,
-)
-from taesd_stream.latent_formats import LATENT_FORMATS
+from taesd_stream.config import FilmMode
+from taesd_stream.frames import Demand, LatentFrame, RecordMode, Rendition, RunState, StreamInfo
 from taesd_stream.latent_log import RunLog
-from taesd_stream.messages import End
+from taesd_stream.messages import End, History
 from taesd_stream.scheduling import Candidate
+from taesd_stream_workers.kept_run import KeptRun
+from taesd_stream_workers.live_latents import LiveLatents, history_before, latent_bytes, latents_in
 
 LOST_AFTER_S: Final = 10.0
 MAX_LIVE_IN_FLIGHT: Final = 2
+MAX_VIDEO_IN_FLIGHT: Final = 8  # frames of a `live` run that nobody keeps: none of them may be passed over
 MAX_TRIES: Final = 2  # jobs that may end on one frame
-READ_AHEAD_FRAMES: Final = 16
-READ_AHEAD_BYTES: Final = 16 << 20
 RECORD_STUCK_S: Final = 15.0  # packets that were sent and never written: a new attempt
-
-
-@dataclass(slots=True, kw_only=True)
-class KeptRun:
-    """The kept part of a run: the log, and how far its recording has come. Seqs are inclusive, -1 is none yet."""
-
-    log: RunLog
-    queued: int  # last seq handed to the log writer
-    logged: int  # last seq that is in the log: acked
-    next_seq: int  # next to decode
-    written: int  # last seq in the file
-    attempt: int = 1
-    in_flight: deque[tuple[int, int]] = field(default_factory=deque)  # (seq, bytes) on their way into the file
-    is_over: bool = False  # nothing more will be kept
-    moved_s: float = 0.0  # when the cursor last moved, or the first frame behind it was sent
-    not_before_s: float = 0.0  # when the next frame may be tried
-    told: int = -1  # last seq in the file, as the streamer last said, of whatever attempt
-    blocked: str | None = None  # why it waits: no decoder, say
-    gaps: set[int] = field(default_factory=set)  # seqs that give no picture: the cursor passes them
-    _ahead: deque[LatentFrame] = field(default_factory=deque)
-
-    @property
-    def in_flight_bytes(self) -> int:
-        """Bytes of latents that are on their way into the file."""
-        return sum(nbytes for _, nbytes in self.in_flight)
-
-    @property
-    def is_damaged(self) -> bool:
-        """Whether the log has not what it should have: the next frame cannot be read."""
-        is_due = self.next_seq <= self.logged and self.next_seq not in self.gaps and not self.in_flight
-        return is_due and self.blocked is None and not self.ahead(1)
-
-    def ahead(self, room_bytes: int = READ_AHEAD_BYTES) -> deque[LatentFrame]:
-        """The next frames to decode, read from the log, in order; the first whatever the room."""
-        while self._ahead and self._ahead[0].seq < self.next_seq:
-            self._ahead.popleft()
-        if self._ahead and self._ahead[0].seq != self.next_seq:
-            self._ahead.clear()
-        seq = self._ahead[-1].seq + 1 if self._ahead else self.next_seq
-        held = sum(frame.nbytes for frame in self._ahead)
-        limit = min(room_bytes, READ_AHEAD_BYTES)
-        while seq <= self.logged and len(self._ahead) < READ_AHEAD_FRAMES and (held < limit or not self._ahead):
-            frame = self.log.read(seq)
-            if frame is None:
-                break
-            self._ahead.append(frame)
-            held += frame.nbytes
-            seq += 1
-        return self._ahead
-
-    def pass_gap(self, seq: int) -> None:
-        """This frame gives no picture: a new attempt, that leaves it out. The file is told when it is its turn."""
-        self.gaps.add(seq)
-        self.restart(self.written, self.attempt + 1)
-
-    @property
-    def due_gap(self) -> int | None:
-        """The gap that the file has come to, None while there is another frame to write first."""
-        return self.written + 1 if self.written + 1 in self.gaps else None
-
-    def restart(self, written: int, attempt: int) -> None:
-        """Begin a new attempt behind what the file holds."""
-        first = self.log.first_seq
-        self.written = written if first is None else max(written, first - 1)
-        self.next_seq = self.written + 1
-        self.attempt = attempt
-        self.in_flight.clear()
-        self.moved_s = time.monotonic()
-
-    def on_cursor(self, written: int) -> None:
-        """The streamer has written so far."""
-        if written > self.written:
-            self.written = written
-            self.next_seq = max(self.next_seq, written + 1)
-            self.moved_s = time.monotonic()
-        while self.in_flight and self.in_flight[0][0] <= written:
-            self.in_flight.popleft()
+NOTE_S: Final = 1.0  # so long at least a person can read what was wrong
 
 
 def meta_bytes(info: StreamInfo) -> int:
@@ -115,8 +32,9 @@ def meta_bytes(info: StreamInfo) -> int:
 class Run:
     """One run of a stream, as the broker sees it. Used in the broker's loop alone."""
 
-    def __init__(self, info: StreamInfo, *, peer: bytes | None, record: RecordMode) -> None:
+    def __init__(self, info: StreamInfo, *, peer: bytes | None, record: RecordMode, film: FilmMode = "watched") -> None:
         self.info = info
+        self.film = film
         self.meta_bytes = meta_bytes(info)
         self.peer = peer
         self.record = record
@@ -132,15 +50,19 @@ class Run:
         self.forced: set[Rendition] = set()  # renditions that must start anew
         self.failures: dict[int, int] = {}  # seq -> how many jobs ended on it
         self.worker: bytes | None = None
-        self.live_in_flight = 0
+        self.live_in_flight = 0  # frames that a worker decodes for viewers
         self.live_since_ns = 0
+        self.live = LiveLatents() if info.kind == "live" else None
+        self.memory: tuple[bytes, int] | None = None  # which worker holds the temporal memory, before which index
+        self.items_out = 0  # given to its worker, and not answered yet
         self.kept: KeptRun | None = None
-        self.attempts = 0  # of its finished recordings: a later one's packets must not pass for theirs
+        self.attempts = 0  # of its film, and of its finished recordings: a later one's packets must not pass for theirs
         self.recorded_until = -1  # last seq of those recordings
         self.unacked_from: int | None = None  # oldest seq that the publisher still keeps for us
         self.end: End | None = None
         self.ended_unix: float | None = None
-        self.note: str | None = None
+        self.note: str | None = None  # what is wrong with its pictures
+        self._noted_s = 0.0
         self.told: tuple[Demand, RecordMode] | None = None
         self.faults = 0
 
@@ -166,10 +88,27 @@ class Run:
         quiet_s = (time.monotonic_ns() - self.newest_received_ns) / 1e9
         return quiet_s > max(10.0, 5 * self.interval_s)
 
-    def take(self, frame: LatentFrame, received_ns: int) -> None:
-        """A frame came in: it is the newest, unless it was sent again."""
+    @property
+    def frames_behind(self) -> int:
+        """How far its recording is behind the newest kept frame."""
+        return max(0, self.kept.logged - self.kept.written) if self.kept else 0
+
+    def say(self, note: str) -> None:
+        """Something is wrong with its pictures: the page shows it."""
+        self.note, self._noted_s = note, time.monotonic()
+
+    def clear_note(self) -> None:
+        """What was wrong with a frame is not wrong with the next."""
+        if self.note is not None and time.monotonic() - self._noted_s > NOTE_S:
+            self.note = None
+
+    def take(self, frame: LatentFrame, received_ns: int, *, is_watched: bool, share_bytes: int) -> int:
+        """A frame came in: it is the newest, unless it was sent again.
+
+        share_bytes: most that may wait of a `live` run. Returns: latents of it that were left out, for they were late.
+        """
         if self.newest is not None and frame.seq <= self.newest.seq:
-            return
+            return 0
         if self.newest is not None:
             interval_s = (received_ns - self.newest_received_ns) / 1e9
             self.interval_s = interval_s if self.interval_s is None else 0.8 * self.interval_s + 0.2 * interval_s
@@ -177,9 +116,15 @@ class Run:
         self.newest_received_ns = received_ns
         if not self.live_since_ns:
             self.live_since_ns = received_ns
+        if self.live is None:
+            return 0
+        self.live.add(frame, received_ns, waits=is_watched and not frame.kept)
+        return self.live.cut(received_ns, share_bytes)
 
     def candidates(self, wanted: dict[Rendition, int], room_bytes: int) -> list[Candidate]:
-        """What of this run could be decoded now. room_bytes: how much more may be on its way into files."""
+        """What of this run could be decoded now, in its order. room_bytes: how much more may be on its way to files."""
+        if self.live is not None:
+            return self._video_candidates(self.live, wanted, room_bytes)
         live = self._live_renditions(wanted)
         records = self._record_frames(room_bytes)
         if records and live and self.newest is not None and records[0].seq == self.newest.seq:
@@ -193,11 +138,56 @@ class Run:
         newest = self.newest
         if newest is None or self.live_in_flight >= MAX_LIVE_IN_FLIGHT or self.failures.get(newest.seq, 0) >= MAX_TRIES:
             return ()
-        return tuple(
+        due = tuple(
             rendition
             for rendition, viewers in wanted.items()
             if viewers and (rendition in self.forced or self.dispatched.get(rendition, -1) < newest.seq)
         )
+        return self._with_film(due, newest)
+
+    def _with_film(self, due: tuple[Rendition, ...], frame: LatentFrame) -> tuple[Rendition, ...]:
+        is_filmed = self.film == "watched" and self.record != "all" and self.kept is None
+        return (*due, "film") if due and is_filmed and self.dispatched.get("film", -1) < frame.seq else due
+
+    def _video_candidates(self, live: LiveLatents, wanted: dict[Rendition, int], room_bytes: int) -> list[Candidate]:
+        """Of a `live` run every frame, in order: what is kept once for file and viewers, else what waits."""
+        shown: tuple[Rendition, ...] = tuple(rendition for rendition, viewers in wanted.items() if viewers)
+        kept = self.kept
+        first_kept = kept.next_seq if kept is not None and kept.next_seq <= kept.logged else None
+        room = max(0, MAX_VIDEO_IN_FLIGHT - self.live_in_flight) if shown else 0
+        waiting = [one for one in live.waiting() if self.failures.get(one.seq, 0) < MAX_TRIES] if shown else []
+        early = waiting if first_kept is None else [one for one in waiting if one.seq < first_kept]
+        frames = [(frame, self._with_film(shown, frame)) for frame in early[:room]]
+        if len(early) <= room:
+            for frame in self._record_frames(room_bytes):
+                new = tuple(rendition for rendition in shown if self.dispatched.get(rendition, -1) < frame.seq)
+                frames.append((frame, (*new, "record")))
+        if frames or self.items_out or first_kept is not None:
+            return self._in_order(frames)
+        return self._newest_again(wanted)
+
+    def _newest_again(self, wanted: dict[Rendition, int]) -> list[Candidate]:
+        """Of a `live` run of which nothing waits the newest frame, for viewers that have not seen it."""
+        newest = self.newest
+        if newest is None or (newest.kept and self.kept is not None and newest.seq > self.kept.logged):
+            return []  # a kept one comes out of the log, soon
+        again = self._live_renditions(wanted)
+        is_shown = self.memory is not None and self.memory[1] == newest.index + latents_in(newest)
+        memory = self.memory[0] if self.memory is not None and is_shown else self._memory_at(newest)
+        return [self._candidate(newest, again, memory=memory, is_repeat=True)] if again else []
+
+    def _in_order(self, frames: Sequence[tuple[LatentFrame, tuple[Rendition, ...]]]) -> list[Candidate]:
+        """Candidates up to the first hole in the video, of which none is due before the one that it follows."""
+        found: list[Candidate] = []
+        memory = self._memory_at(frames[0][0]) if frames else None
+        due_ns, index = 0, frames[0][0].index if frames else 0
+        for frame, renditions in frames:
+            if frame.index != index:
+                break
+            one = self._candidate(frame, renditions, memory=memory, not_before_ns=due_ns)
+            due_ns, index = one.due_ns, index + latents_in(frame)
+            found.append(one)
+        return found
 
     def _record_frames(self, room_bytes: int) -> list[LatentFrame]:
         kept = self.kept
@@ -214,29 +204,88 @@ class Run:
             frames.append(frame)
         return frames
 
-    def _candidate(self, frame: LatentFrame, renditions: tuple[Rendition, ...]) -> Candidate:
+    def _candidate(
+        self,
+        frame: LatentFrame,
+        renditions: tuple[Rendition, ...],
+        *,
+        memory: bytes | None = None,
+        is_repeat: bool = False,
+        not_before_ns: int = 0,
+    ) -> Candidate:
+        is_record = "record" in renditions
         kept_since = int(self.kept.moved_s * 1e9) if self.kept else 0
+        since_ns = self.live_since_ns
+        if renditions == ("record",) or (is_record and self.live is not None):
+            since_ns = kept_since
+        elif self.live is not None:
+            since_ns = self.live.received_ns(frame.seq) or since_ns
         return Candidate(
             run=self.info.run,
             seq=frame.seq,
             group=(self.info.latent_format, frame.shape, frame.dtype),
             renditions=renditions,
             nbytes=frame.nbytes,
-            since_ns=kept_since if renditions == ("record",) else self.live_since_ns,
+            since_ns=max(since_ns, not_before_ns),
             worker=self.worker,
             is_suspect=frame.seq in self.failures,
+            attempt=self._attempt(is_record=is_record),
+            memory=memory,
+            history_bytes=self._history_bytes(frame),
+            is_repeat=is_repeat,
         )
+
+    def _attempt(self, *, is_record: bool) -> int:
+        if is_record and self.kept is not None:
+            return self.kept.attempt
+        return self.live.epoch if self.live is not None else 0
+
+    def is_late(self, candidate: Candidate) -> bool:
+        """Whether the order that it was part of has been given up since."""
+        return candidate.attempt != self._attempt(is_record=candidate.is_record)
+
+    def _memory_at(self, frame: LatentFrame) -> bytes | None:
+        return self.memory[0] if self.memory is not None and self.memory[1] == frame.index else None
+
+    def _history_bytes(self, frame: LatentFrame) -> int:
+        if self.live is None:
+            return 0
+        return min(frame.index, self.live.history) * latent_bytes(frame)
+
+    @property
+    def history(self) -> int:
+        """Latents that are needed before a frame; 0 of pictures."""
+        return self.live.history if self.live is not None else 0
+
+    def history_of(self, frame: LatentFrame) -> History:
+        """What a worker without the run's memory needs before a `live` frame: from the log, and from what came last."""
+        assert self.live is not None
+        return history_before(frame, self._frame_at, self.live.history)
+
+    def _frame_at(self, seq: int) -> LatentFrame | None:
+        found = self.live.get(seq) if self.live is not None else None
+        return found or (self.kept.log.read(seq) if self.kept is not None else None)
+
+    def received_ns(self, frame: LatentFrame) -> int:
+        """When a frame came in; 0 of one that has waited in the log."""
+        if self.live is not None:
+            return self.live.received_ns(frame.seq)
+        return self.newest_received_ns if self.newest is not None and self.newest.seq == frame.seq else 0
 
     def frame_of(self, candidate: Candidate) -> LatentFrame | None:
         """The frame that a candidate stands for, if it is still here."""
         if candidate.is_record and self.kept is not None:
             read = self.kept.ahead(0)  # no more than what the candidates were made of
             return next((frame for frame in read if frame.seq == candidate.seq), None)
+        found = self.live.get(candidate.seq) if self.live is not None else None
+        if found is not None:
+            return found
         return self.newest if self.newest is not None and self.newest.seq == candidate.seq else None
 
     def on_dispatched(self, candidate: Candidate, frame: LatentFrame, worker: bytes) -> None:
         """A worker has it now."""
         self.worker = worker
+        self.items_out += 1
         for rendition in candidate.renditions:
             if rendition != "record":
                 self.dispatched[rendition] = frame.seq
@@ -244,11 +293,39 @@ class Run:
             self.live_in_flight += 1
             self.forced -= set(candidate.renditions)
             self.live_since_ns = 0
+        if self.live is not None:
+            self.memory = (worker, frame.index + latents_in(frame))
+            if not candidate.is_record:
+                self.live.on_dispatched(frame.seq)
         if candidate.is_record and self.kept is not None:
             if not self.kept.in_flight:
                 self.kept.moved_s = time.monotonic()
             self.kept.in_flight.append((frame.seq, frame.nbytes))
             self.kept.next_seq = frame.seq + 1
+
+    def on_answered(self, candidate: Candidate) -> None:
+        """The worker is done with it, for better or worse."""
+        self.items_out = max(0, self.items_out - 1)
+        if candidate.renditions != ("record",):
+            self.live_in_flight = max(0, self.live_in_flight - 1)
+        if self.live is not None and not candidate.is_record and not self.is_late(candidate):
+            self.live.on_over(candidate.seq)
+
+    def on_memory_told(self, worker: bytes, next_index: int | None) -> None:
+        """A worker says where its memory of this `live` run goes on, None: nowhere. What is under way counts more."""
+        if self.items_out:
+            return
+        if next_index is not None and self.worker in (None, worker):
+            self.worker, self.memory = worker, (worker, next_index)
+        elif self.memory is not None and self.memory[0] == worker:
+            self.memory = None
+
+    def show_again(self, candidate: Candidate) -> None:
+        """A `live` frame gave no picture for want of its history: it goes again, with what follows it."""
+        self.memory = None
+        self.forced |= {rendition for rendition in candidate.renditions if rendition not in ("record", "film")}
+        if self.live is not None and not candidate.is_repeat and not candidate.is_record:
+            self.live.return_to(candidate.seq)
 
     def finish_keeping(self) -> RunLog:
         """Its recording is finished. Returns: the log, which has done its work."""
@@ -260,79 +337,19 @@ class Run:
 
     def demand(self, watchers: int) -> Demand:
         """How much of it is wanted now."""
-        if self.record == "all":
+        if self.record == "all" or (watchers and self.live is not None):
             return "every"
         return "watched" if watchers else "idle"
 
     def drop_worker(self) -> None:
         """Its worker is gone: what was in flight is done again by another."""
-        self.worker = None
-        self.live_in_flight = 0
+        self.worker = self.memory = None
+        self.live_in_flight = self.items_out = 0
         self.dispatched.clear()
+        if self.live is not None:
+            self.live.return_to_in_flight()
+        self.attempts += 1
         if self.kept is not None and (self.kept.in_flight or self.kept.next_seq > self.kept.written + 1):
             self.kept.restart(self.kept.written, self.kept.attempt + 1)
         elif self.kept is not None:
             self.kept.attempt += 1  # another encoder begins, with a keyframe
-
-    def to_state(self, wanted: dict[Rendition, int]) -> dict[str, Any]:
-        """The stream's row of STATE and of the HTTP interface."""
-        newest = self.newest
-        flags = [
-            flag
-            for flag, is_set in (
-                ("stalled", self.is_stalled),
-                ("degraded", self.note is not None),
-                ("stopping", self.stop_asked and self.end is None),
-            )
-            if is_set
-        ]
-        width, height = self._size_px()
-        return {
-            "name": self.info.stream,
-            "run": self.info.run,
-            "state": self.state,
-            "flags": flags,
-            "kind": self.info.kind,
-            "latent_format": self.info.latent_format,
-            "width": width,
-            "height": height,
-            "step": newest.step if newest else None,
-            "total_steps": newest.total_steps if newest else None,
-            "sigma": newest.sigma if newest else None,
-            "seq": newest.seq if newest else None,
-            "fps": round(1 / self.interval_s, 2) if self.interval_s and self.state == "live" else None,
-            "viewers": max(wanted.values(), default=0),
-            "record": self.record,
-            "stoppable": self.is_stoppable and self.end is None,
-            "meta": self.info.meta,
-            "started": self.started_unix,
-            "ended": self.ended_unix,
-            "end_text": self.end.text or None if self.end else None,
-            "note": self.note,
-            "faults": self.faults,
-        }
-
-    def _size_px(self) -> tuple[int | None, int | None]:
-        latent_format = LATENT_FORMATS.get(self.info.latent_format)
-        if self.newest is None or latent_format is None:
-            return None, None
-        _, _, rows, columns = latent_format.check_shape(self.info.kind, self.newest.shape)
-        height, width = latent_format.picture_size(rows, columns)
-        return width, height
-
-    def to_recording_state(self) -> dict[str, Any]:
-        """What the streamer must know of a kept run."""
-        kept = self.kept
-        assert kept is not None
-        return {
-            "stream": self.info.stream,
-            "meta": self.info.meta,
-            "kind": self.info.kind,
-            "latent_format": self.info.latent_format,
-            "started": self.started_unix,
-            "ended": kept.is_over and kept.queued == kept.logged,
-            "last_seq": kept.logged,
-            "kept_from": kept.log.first_seq,
-            "attempt": kept.attempt,
-            "blocked": kept.blocked,
-        }

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 from taesd_stream.config import Config
 from taesd_stream.errors import ConfigError
 from taesd_stream.folder_lock import FolderLock
-from taesd_stream_workers.addresses import require_loopback, require_tcp
+from taesd_stream_workers.addresses import require_tcp, web_address
+from taesd_stream_workers.web_token import load_token
 
 ROLES: Final = ("broker", "streamer", "worker")
 
@@ -22,7 +23,9 @@ ROLES: Final = ("broker", "streamer", "worker")
 def check_start(config: Config, roles: Sequence[str] = ROLES) -> None:
     """Check what these roles need. Raises: ConfigError naming the key, what came, and the way out."""
     if "streamer" in roles:
-        _check_free("web.bind", require_loopback("web.bind", config.web.bind))
+        web_address(config)
+        _check_free("web.bind", config.web.bind)
+        load_token(config)
         _check_folder(config.recording_folder, "recording.folder")
     if "broker" in roles:
         _check_free("broker.bind", require_tcp("broker.bind", config.broker.bind))

@@ -41,9 +41,11 @@ class Streamer:
         self._clock = ClockOffset()
         self._to_broker: deque[Any] = deque()
         self._latency = Latency()
-        self._hub = Hub(self._latency, self.tell_broker)
+        self._hub = Hub(self._latency, self.tell_broker, max_viewers=config.web.max_viewers)
         self._hub.clock_ns = self.now_ns
-        self._recorder = Recorder(config.recording_folder, self.tell_broker, self._hub.offer_recordings)
+        self._recorder = Recorder(
+            config, self.tell_broker, self._hub.offer_recordings, self._latency.recording_errors.inc
+        )
         self._web = WebServer(config, self._hub, self._recorder)
         self._bad = 0
 
@@ -74,7 +76,7 @@ class Streamer:
             self._life.on_stop(self._wake.wake)
             self._recorder.start()
             self._web.start()
-            self._life.ready(web=web_address, packets_bind=self._endpoint)
+            self._life.ready(web=web_address, web_port=self._web.port, packets_bind=self._endpoint)
             try:
                 self._loop()
             finally:
@@ -122,7 +124,7 @@ class Streamer:
                     logger.warning("packet_dropped error=%s (said once)", error)
                 continue
             self._latency.on_packet(packet, streamed_ns)
-            if packet.rendition == "record":
+            if packet.rendition in ("record", "film"):
                 self._recorder.put(packet)
             else:
                 self._hub.offer_packet(packet, streamed_ns)

@@ -86,8 +86,9 @@ class Supervisor:
         if not self._wait_ready():
             return None
         web, packets_bind = streamer.facts["web"], streamer.facts["packets_bind"]
+        web_host = self._config.web.bind.rpartition(":")[0]
         self._config = self._config.with_values(
-            web={"bind": web.removeprefix("http://")}, streamer={"packets_bind": packets_bind}
+            web={"bind": f"{web_host}:{streamer.facts['web_port']}"}, streamer={"packets_bind": packets_bind}
         )
         for role in self._roles.values():
             role.config = self._config

@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import hashlib
 import re
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import av
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Query, Response
 from fastapi.responses import FileResponse, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.background import BackgroundTask
 from starlette.routing import WebSocketRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from taesd_stream import __version__
 from taesd_stream.errors import TaesdStreamError
-from taesd_stream.frames import is_stream_name
+from taesd_stream.frames import Packet, is_stream_name
 from taesd_stream_workers.hub import Hub
 from taesd_stream_workers.library import first_pictures, thumbnail
 from taesd_stream_workers.recorder import Recorder
+from taesd_stream_workers.web import schema
+from taesd_stream_workers.web.docs import POLICY as DOCS_POLICY
+from taesd_stream_workers.web.docs import docs_page
 from taesd_stream_workers.web.errors import ERROR_RESPONSES, ApiError, answer_errors
+from taesd_stream_workers.web.films import add_films
+from taesd_stream_workers.web.health import add_health
 from taesd_stream_workers.web.players import MJPEG_TYPE, TS_TYPE, motion_jpeg, transport_stream
 from taesd_stream_workers.web.sockets import serve_page
 
 LATEST_WAIT_S: Final = 4.0
 THUMB_PX: Final = 256
+_Responses = dict[int | str, dict[str, Any]]
 _NO_STORE: Final = {"cache-control": "no-store"}
 _MEDIA_TYPES: Final = {
     ".html": "text/html; charset=utf-8",
@@ -43,39 +46,28 @@ _MEDIA_TYPES: Final = {
 }
 
 
+FrameCount = Annotated[int | None, Query(ge=1, le=(1 << 53) - 1)]
+
+
+def _says(model: type[BaseModel]) -> _Responses:
+    return {200: {"model": model}}
+
+
+def _content(media_type: str) -> _Responses:
+    return {200: {"content": {media_type: {}}}}
+
+
+def _endless(media_type: str) -> _Responses:
+    return {200: {"content": {media_type.partition(";")[0]: {}}, "description": "Without end"}}
+
+
+_JPEG: Final = _content("image/jpeg")
+
+
 class RecordRequest(BaseModel):
     """What to keep of a stream from now on."""
 
     mode: Literal["off", "last", "all"]
-
-
-class OnlyOurHost:
-    """Refuses requests under other host names or from other origins: a foreign page must not reach a local daemon."""
-
-    def __init__(self, app: ASGIApp, port: int) -> None:
-        self._app = app
-        self._hosts = {f"{host}:{port}" for host in ("127.0.0.1", "localhost", "[::1]")}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI entry."""
-        if scope["type"] in ("http", "websocket"):
-            headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
-            origin = headers.get(b"origin")
-            host = headers.get(b"host", "")
-            if host not in self._hosts or (origin and origin.partition("://")[2] not in self._hosts):
-                return await self._refuse(scope, send)
-        await self._app(scope, receive, send)
-        return None
-
-    @staticmethod
-    async def _refuse(scope: Scope, send: Send) -> None:
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008, "reason": "other host or origin"})
-            return
-        body = b'{"code":"forbidden","text":"Open this page by 127.0.0.1 or localhost."}'
-        headers = [(b"content-type", b"application/json")]
-        await send({"type": "http.response.start", "status": 403, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
 
 
 class Page:
@@ -99,27 +91,28 @@ class Page:
         )
 
 
-def make_app(hub: Hub, recorder: Recorder, port: int) -> FastAPI:
+def make_app(hub: Hub, recorder: Recorder) -> FastAPI:
     """The application, its routes bound to one hub and one recorder."""
-    app = FastAPI(title="taesd-stream", version=__version__, responses={**ERROR_RESPONSES})
-    app.add_middleware(OnlyOurHost, port=port)
-    answer_errors(app)
+    app = FastAPI(
+        title="taesd-stream", version=__version__, responses={**ERROR_RESPONSES}, docs_url=None, redoc_url=None
+    )
+    answer_errors(app, hub.latency.http_errors)
     page = Page()
     _add_page(app, page)
+    _add_docs(app)
     _add_streams(app, hub)
     _add_players(app, hub)
     _add_recordings(app, hub, recorder)
-    _add_health(app, hub)
+    add_films(app, hub, recorder)
+    add_health(app, hub)
     app.router.routes.append(WebSocketRoute("/ws", partial(serve_page, hub=hub, page_version=page.version)))
     return app
 
 
 def _add_page(app: FastAPI, page: Page) -> None:
-    common = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
-
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
-        headers = {"content-security-policy": page.policy, "cache-control": "no-cache", **common}
+        headers = {"content-security-policy": page.policy, "cache-control": "no-cache"}
         return Response(page.index, media_type="text/html; charset=utf-8", headers=headers)
 
     @app.get("/page/{name}", include_in_schema=False)
@@ -127,7 +120,14 @@ def _add_page(app: FastAPI, page: Page) -> None:
         if name not in page.files:
             raise ApiError(404, "not_found", f"There is no page file {name}.")
         media_type = _MEDIA_TYPES.get(Path(name).suffix, "application/octet-stream")
-        return Response(page.files[name], media_type=media_type, headers={"cache-control": "no-cache", **common})
+        return Response(page.files[name], media_type=media_type, headers={"cache-control": "no-cache"})
+
+
+def _add_docs(app: FastAPI) -> None:
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        headers = {"content-security-policy": DOCS_POLICY}
+        return Response(docs_page(app.openapi()), media_type="text/html; charset=utf-8", headers=headers)
 
 
 def _known(hub: Hub, name: str) -> dict[str, Any]:
@@ -140,12 +140,12 @@ def _known(hub: Hub, name: str) -> dict[str, Any]:
 def _add_streams(app: FastAPI, hub: Hub) -> None:
     known = partial(_known, hub)
 
-    @app.get("/api/v1/streams")
+    @app.get("/api/v1/streams", responses=_says(schema.Streams))
     async def streams() -> dict[str, Any]:
         """Every stream, its newest run."""
         return {"streams": hub.streams()}
 
-    @app.post("/api/v1/streams/{name:path}/record")
+    @app.post("/api/v1/streams/{name:path}/record", responses=_says(schema.Done))
     async def record(name: str, request: RecordRequest) -> dict[str, Any]:
         """Keep all of a stream from now on, or only its last frame, or no more. An unknown name means its next run."""
         if not is_stream_name(name):
@@ -153,7 +153,7 @@ def _add_streams(app: FastAPI, hub: Hub) -> None:
         hub.record(name, request.mode)
         return {}
 
-    @app.post("/api/v1/streams/{name:path}/stop")
+    @app.post("/api/v1/streams/{name:path}/stop", responses=_says(schema.Done))
     async def stop(name: str) -> dict[str, Any]:
         """Ask the sampler to stop."""
         if not known(name)["stoppable"]:
@@ -161,41 +161,70 @@ def _add_streams(app: FastAPI, hub: Hub) -> None:
         hub.stop(name)
         return {}
 
-    @app.get("/api/v1/workers")
+    @app.get("/api/v1/streams/{name:path}/snapshot", response_class=Response, responses=_JPEG)
+    async def snapshot(name: str) -> Response:
+        """The newest picture as a file to keep; waits up to 4 s for one."""
+        packet = await _latest(hub, name, "jpeg")
+        file = f"{name.replace('/', '-')}-{packet.run[:6]}-{packet.seq}.jpg"
+        headers = {**_NO_STORE, "content-disposition": f'attachment; filename="{file}"'}
+        return Response(bytes(packet.payload), media_type="image/jpeg", headers=headers)
+
+    @app.get("/api/v1/runs/{run}", responses=_says(schema.Run))
+    async def one_run(run: str) -> dict[str, Any]:
+        """A run by its id: how it stands, and its recordings."""
+        row = next((row for row in hub.streams() if row["run"] == run), None)
+        recordings = [one for one in hub.recordings if one["run"] == run]
+        if row is None and not recordings:
+            raise ApiError(404, "no_run", f"There is no run {run}.")
+        name = row["name"] if row else recordings[0]["stream"]
+        return {"run": run, "name": name, "stream": row, "recordings": recordings}
+
+    @app.get("/api/v1/workers", responses=_says(schema.Workers))
     async def workers() -> dict[str, Any]:
         """The decode workers, and how many the load needs."""
         state = hub.state
         return {"desired_workers": state.desired_workers if state else 1, "workers": state.workers if state else []}
 
 
+async def _latest(hub: Hub, name: str, rendition: Literal["jpeg", "thumb"]) -> Packet:
+    """The newest picture of a stream's newest run, made for whoever asks. Raises: ApiError 404, 503."""
+    row = _known(hub, name)
+    with hub.watching(name, rendition):
+        for _ in range(int(LATEST_WAIT_S / 0.05)):
+            if hub.is_closing:
+                raise ApiError(503, "stopping", "The daemon stops.")
+            packet = hub.picture(name, rendition)
+            least = row["seq"] or 0 if (run := _known(hub, name)["run"]) == row["run"] else 0
+            if packet is not None and packet.run == run and packet.seq >= least:
+                return packet
+            await asyncio.sleep(0.05)
+    raise ApiError(503, "no_picture", f"{name} gave no picture within {LATEST_WAIT_S:.0f} s.")
+
+
 def _add_players(app: FastAPI, hub: Hub) -> None:
     known = partial(_known, hub)
 
-    @app.get("/streams/{name:path}/latest.jpg")
+    @app.get("/streams/{name:path}/latest.jpg", response_class=Response, responses=_JPEG)
     async def latest(name: str, rendition: Literal["jpeg", "thumb"] = "jpeg") -> Response:
         """The newest picture, `thumb`: as small as a tile; waits up to 4 s for one."""
-        row = known(name)
-        with hub.watching(name, rendition):
-            for _ in range(int(LATEST_WAIT_S / 0.05)):
-                if hub.is_closing:
-                    raise ApiError(503, "stopping", "The daemon stops.")
-                packet = hub.picture(name, rendition)
-                least = row["seq"] or 0 if (run := known(name)["run"]) == row["run"] else 0
-                if packet is not None and packet.run == run and packet.seq >= least:
-                    return Response(bytes(packet.payload), media_type="image/jpeg", headers=_NO_STORE)
-                await asyncio.sleep(0.05)
-        raise ApiError(503, "no_picture", f"{name} gave no picture within {LATEST_WAIT_S:.0f} s.")
+        packet = await _latest(hub, name, rendition)
+        return Response(bytes(packet.payload), media_type="image/jpeg", headers=_NO_STORE)
 
-    @app.get("/streams/{name:path}/live.ts")
+    def admit(name: str) -> None:
+        known(name)
+        if hub.is_full:
+            raise ApiError(503, "too_many_viewers", "web.max_viewers watch already; try again later.")
+
+    @app.get("/streams/{name:path}/live.ts", response_class=Response, responses=_endless(TS_TYPE))
     async def live_ts(name: str) -> Response:
         """The stream for players, as MPEG-TS without end."""
-        known(name)
+        admit(name)
         return StreamingResponse(transport_stream(hub, name), media_type=TS_TYPE, headers=_NO_STORE)
 
-    @app.get("/streams/{name:path}/live.mjpeg")
+    @app.get("/streams/{name:path}/live.mjpeg", response_class=Response, responses=_endless(MJPEG_TYPE))
     async def live_mjpeg(name: str) -> Response:
         """The stream as JPEG pictures without end."""
-        known(name)
+        admit(name)
         return StreamingResponse(motion_jpeg(hub, name), media_type=MJPEG_TYPE, headers=_NO_STORE)
 
 
@@ -206,27 +235,27 @@ def _add_recordings(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
             raise ApiError(404, "no_recording", f"There is no recording {recording_id}.")
         return path
 
-    @app.get("/api/v1/recordings")
+    @app.get("/api/v1/recordings", responses=_says(schema.Recordings))
     async def recordings() -> dict[str, Any]:
         """Every recording, growing and finished."""
         return {"recordings": hub.recordings}
 
-    @app.get("/api/v1/recordings/{recording_id}/file", response_class=Response)
-    async def file(recording_id: str, frames: int | None = None, inline: bool = False) -> Response:
+    @app.get("/api/v1/recordings/{recording_id:path}/file", response_class=Response, responses=_content("video/mp4"))
+    async def file(recording_id: str, frames: FrameCount = None, inline: bool = False) -> Response:
         """The MP4; of its first `frames` pictures only, or of what is there now while it grows."""
         path = path_of(recording_id)
         kind: Literal["inline", "attachment"] = "inline" if inline else "attachment"
+        name = path.relative_to(recorder.folder).as_posix().replace("/", "-").removesuffix(".part")
         if frames is None and not recorder.is_growing(recording_id):
-            return FileResponse(path, media_type="video/mp4", filename=path.name, content_disposition_type=kind)
+            return FileResponse(path, media_type="video/mp4", filename=name, content_disposition_type=kind)
         try:
             copy = await asyncio.to_thread(first_pictures, path, frames)
         except (OSError, av.FFmpegError, TaesdStreamError) as error:
             raise ApiError(503, "not_readable", f"{recording_id}: {error}") from error
-        name = path.name.removesuffix(".part")
         done = BackgroundTask(partial(copy.unlink, missing_ok=True))
         return FileResponse(copy, media_type="video/mp4", filename=name, content_disposition_type=kind, background=done)
 
-    @app.get("/api/v1/recordings/{recording_id}/thumb", response_class=Response)
+    @app.get("/api/v1/recordings/{recording_id:path}/thumb", response_class=Response, responses=_JPEG)
     async def thumb(recording_id: str) -> Response:
         """The last picture, small."""
         try:
@@ -235,7 +264,7 @@ def _add_recordings(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
             raise ApiError(404, "no_picture", f"{recording_id}: {error}") from error
         return Response(picture, media_type="image/jpeg", headers={"cache-control": "max-age=3600"})
 
-    @app.delete("/api/v1/recordings/{recording_id}")
+    @app.delete("/api/v1/recordings/{recording_id:path}", responses=_says(schema.Done))
     async def delete(recording_id: str) -> dict[str, Any]:
         """Remove a finished recording for good."""
         if recorder.is_growing(recording_id):
@@ -243,26 +272,3 @@ def _add_recordings(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
         if not await asyncio.to_thread(recorder.library.delete, recording_id):
             raise ApiError(404, "no_recording", f"There is no recording {recording_id}.")
         return {}
-
-
-def _add_health(app: FastAPI, hub: Hub) -> None:
-    @app.get("/healthz", include_in_schema=False)
-    async def healthz() -> dict[str, Any]:
-        return {}
-
-    @app.get("/readyz", include_in_schema=False)
-    async def readyz() -> dict[str, Any]:
-        if not hub.is_ready:
-            raise ApiError(503, "not_ready", "; ".join(one["text"] for one in hub.alerts()) or "The broker is silent.")
-        return {}
-
-    @app.get("/metrics", include_in_schema=False)
-    async def metrics() -> Response:
-        with contextlib.suppress(KeyError):
-            counts: dict[str, int] = {}
-            for row in hub.streams():
-                counts[row["state"]] = counts.get(row["state"], 0) + 1
-            hub.latency.streams.clear()
-            for state, count in counts.items():
-                hub.latency.streams.labels(state).set(count)
-        return Response(generate_latest(hub.latency.registry), media_type=CONTENT_TYPE_LATEST)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from prometheus_client import Counter
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -31,26 +33,28 @@ _REFUSED: Final[dict[str, Any]] = {"model": ErrorAnswer, "description": "Refused
 ERROR_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {"4XX": _REFUSED, "5XX": _REFUSED}  # for /openapi.json
 
 
-def answer_errors(app: FastAPI) -> None:
-    """Make the application answer so."""
-    app.add_exception_handler(ApiError, _answer_ours)
-    app.add_exception_handler(HTTPException, _answer_http_error)
-    app.add_exception_handler(RequestValidationError, _answer_bad_request)
+def answer_errors(app: FastAPI, count: Counter) -> None:
+    """Make the application answer so. count: of such answers, by status and code."""
 
+    def answer(status: int, code: str, text: str, headers: Mapping[str, str] | None = None) -> Response:
+        count.labels(status, code).inc()
+        return JSONResponse({"code": code, "text": text}, status, headers)
 
-async def _answer_ours(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return JSONResponse({"code": error.code, "text": error.text}, error.status)
+    @app.exception_handler(ApiError)
+    async def ours(_request: Request, error: ApiError) -> Response:
+        return answer(error.status, error.code, error.text)
 
+    @app.exception_handler(HTTPException)
+    async def frameworks(_request: Request, error: HTTPException) -> Response:
+        """No such route, no such method."""
+        return answer(error.status_code, HTTPStatus(error.status_code).name.lower(), str(error.detail), error.headers)
 
-async def _answer_http_error(_request: Request, error: Exception) -> Response:
-    """The framework's own: no such route, no such method."""
-    assert isinstance(error, HTTPException)
-    code = HTTPStatus(error.status_code).name.lower()
-    return JSONResponse({"code": code, "text": str(error.detail)}, error.status_code, error.headers)
+    @app.exception_handler(RequestValidationError)
+    async def bad_request(_request: Request, error: RequestValidationError) -> Response:
+        faults = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        return answer(422, "bad_request", "; ".join(faults))
 
-
-async def _answer_bad_request(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    faults = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
-    return JSONResponse({"code": "bad_request", "text": "; ".join(faults)}, 422)
+    @app.exception_handler(Exception)
+    async def broken(_request: Request, error: Exception) -> Response:
+        """A fault of ours: the log has its traceback."""
+        return answer(500, "internal", f"{type(error).__name__}: this is a bug; the daemon's log has more.")

@@ -6,16 +6,18 @@ import asyncio
 import socket
 import threading
 from typing import Final
-from urllib.parse import urlsplit
 
 import uvicorn
 
 from taesd_stream.config import Config
 from taesd_stream.errors import ConfigError
-from taesd_stream_workers.addresses import require_loopback
+from taesd_stream_workers.addresses import web_address
 from taesd_stream_workers.hub import Hub
 from taesd_stream_workers.recorder import Recorder
 from taesd_stream_workers.web.api import make_app
+from taesd_stream_workers.web.guard import Guard
+from taesd_stream_workers.web.sockets import MAX_TEXT_BYTES
+from taesd_stream_workers.web_token import load_token
 
 # A reader that stalls is held back by the kernel's buffers too: kept small, they hold no seconds of stale video.
 SEND_BUFFER_BYTES: Final = 256 << 10
@@ -26,45 +28,56 @@ class WebServer:
     """The page and the HTTP interface, in a thread of their own."""
 
     def __init__(self, config: Config, hub: Hub, recorder: Recorder) -> None:
-        self._address = require_loopback("web.bind", config.web.bind)
+        self._host, self._asked_port = web_address(config)
+        self._config = config
         self._hub = hub
         self._recorder = recorder
         self._thread = threading.Thread(target=self._run, name="web")
         self._server: uvicorn.Server | None = None
 
     def bind(self) -> str:
-        """Take the address. Returns the page's URL. Raises: ConfigError when it is in use."""
-        parts = urlsplit(f"//{self._address}")
-        host, port = parts.hostname or "127.0.0.1", parts.port or 0
+        """Take the address. Returns the page's URL.
+
+        Raises: ConfigError when it is in use, or when its token's file cannot be used.
+        """
+        host, token = self._host, load_token(self._config)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         try:
-            self._socket.bind((host, port))
+            self._socket.bind((host, self._asked_port))
             self._socket.listen(128)
         except OSError as error:
             self._socket.close()
-            raise ConfigError(
-                f"web.bind = {self._address}: {error.strerror}; choose another with --set web.bind=127.0.0.1:PORT"
-            ) from error
-        port = self._socket.getsockname()[1]
-        shown = f"[{host}]" if ":" in host else host
-        self._url = f"http://{shown}:{port}"
-        app = make_app(self._hub, self._recorder, port)
+            text = f"web.bind = {self._config.web.bind}: {error.strerror}"
+            raise ConfigError(f"{text}; choose another with --set web.bind=127.0.0.1:PORT") from error
+        self.port: int = self._socket.getsockname()[1]
+        shown = reachable_host(host)
+        url = f"http://[{shown}]:{self.port}" if ":" in shown else f"http://{shown}:{self.port}"
+        own_names = [socket.gethostname(), f"{socket.gethostname()}.local"] if token else []
+        guarded = Guard(
+            make_app(self._hub, self._recorder),
+            host=host,
+            port=self.port,
+            names=[*self._config.web.hosts, *own_names],
+            token=token,
+            refused=self._hub.latency.refused,
+        )
         self._server = uvicorn.Server(
             uvicorn.Config(
-                app,
+                guarded,
                 log_config=None,
                 access_log=False,
                 ws="websockets-sansio",
                 ws_per_message_deflate=False,
+                ws_max_size=MAX_TEXT_BYTES,
                 lifespan="off",
                 timeout_graceful_shutdown=GRACE_S,
                 server_header=False,
             )
         )
-        return self._url
+        return url
 
     def start(self) -> None:
         """Start serving."""
@@ -84,3 +97,15 @@ class WebServer:
         assert self._server is not None
         self._hub.attach(asyncio.get_running_loop())
         await self._server.serve(sockets=[self._socket])
+
+
+def reachable_host(host: str) -> str:
+    """Where others reach what is bound to `host`: for every interface, the address of the one that leads outside."""
+    if host not in ("0.0.0.0", "::"):  # noqa: S104 nothing is bound here
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: only a route is chosen (RFC 5737: nobody's address)
+        except OSError:
+            return socket.gethostname()
+        return str(probe.getsockname()[0])

@@ -19,6 +19,7 @@ from taesd_stream_workers.viewer import Viewer, to_message
 STATE_S: Final = 0.25
 MAX_WATCHED: Final = 1000
 STALLED_S: Final = 10.0
+TRY_LATER: Final = 1013  # RFC 6455's registry: the page comes back by itself
 MAX_NUMBER: Final = (1 << 63) - 1  # of a page's counts and times
 MAX_TEXT_BYTES: Final = 256 << 10
 _RENDITIONS: Final[tuple[Rendition, ...]] = ("thumb", "live", "jpeg")
@@ -28,6 +29,9 @@ _DAEMON: Final = secrets.token_hex(8)  # one start of the daemon: a page sees th
 async def serve_page(socket: WebSocket, *, hub: Hub, page_version: str) -> None:
     """Serve one page until it goes."""
     await socket.accept()
+    if hub.is_full:
+        await socket.close(TRY_LATER, "too many viewers")
+        return
     viewer = Viewer(hub.latency)
     hub.join(viewer)
     hello = {"type": "hello", "version": __version__, "daemon": _DAEMON, "page": page_version}

@@ -1,0 +1,1 @@
+"""Previews for samplers that people have already: diffusers, k-diffusion, trainers."""

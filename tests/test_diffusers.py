@@ -1,0 +1,386 @@
+"""Previews of diffusers' own pipelines: what arrives at a broker is what the VAE gets, and nobody's picture changes."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from taesd_stream.frames import LatentFrame, StreamInfo
+from taesd_stream.integrations.diffusers import PreviewCallback, preview
+from taesd_stream.messages import End, StopRun
+from tests.broker_peer import BrokerPeer
+from tests.daemon import Daemon, wait_for
+from tests.diffusers_pipelines import (
+    GIVEN,
+    IMAGES,
+    STEPS,
+    VIDEOS,
+    Case,
+    call,
+    flux1,
+    hunyuan_video_1_5,
+    sd1,
+    sd3,
+    wan,
+    with_prompts,
+)
+
+D: Any = diffusers
+NOBODY: Final = "tcp://127.0.0.1:9"  # a port that nobody listens on
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*__array__ implementation:DeprecationWarning", "ignore:.*is deprecated:FutureWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_small() -> Iterator[None]:
+    """Tiny networks are fastest on one thread; weights are the same in each test."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(case: Case, **more: Any) -> tuple[Any, list[Tensor]]:
+    """A short run of the pipeline, pictures as tensors."""
+    case.pipe.set_progress_bar_config(disable=True)
+    return call(case, num_inference_steps=STEPS, output_type="pt", **more)
+
+
+def heard(peer: BrokerPeer, beside: ThreadPoolExecutor, work: Callable[[], Any]) -> tuple[Any, list[Any]]:
+    """Do something that publishes, beside a broker that keeps all. Returns its result and what the broker heard."""
+    doing = beside.submit(work)
+    info = peer.opened()
+    peer.demand(info.run, "every", record="all")
+    peer.finish()
+    return doing.result(60), peer.heard
+
+
+def latents_of(frame: LatentFrame) -> Tensor:
+    """A frame's latents; they came as float32."""
+    assert frame.dtype == "float32"
+    return torch.from_numpy(np.frombuffer(bytes(frame.payload), np.float32).reshape(frame.shape).copy())
+
+
+def pictures(output: Any) -> Tensor:
+    """What a pipeline made."""
+    made = output.images if hasattr(output, "images") else output.frames
+    return made if isinstance(made, Tensor) else torch.as_tensor(np.asarray(made))
+
+
+@pytest.mark.parametrize("make", [*IMAGES, *VIDEOS, *GIVEN], ids=lambda make: make.__name__)
+def test_what_arrives_is_what_the_vae_gets(
+    make: Callable[[], Case], peer: BrokerPeer, beside: ThreadPoolExecutor
+) -> None:
+    """Of every pipeline each step arrives, the last one equal to what its own VAE is given; no picture changes."""
+    case = make()
+    alone, _ = run(case)
+
+    def shown() -> Any:
+        with preview(case.pipe, peer.address, wire_dtype="float32"):
+            return run(case)
+
+    (output, given), messages = heard(peer, beside, shown)
+    assert torch.equal(pictures(output), pictures(alone))
+    info = next(one for one in messages if isinstance(one, StreamInfo))
+    assert (info.stream, info.latent_format) == (type(case.pipe).__name__, case.latent_format)
+    assert info.kind == ("clip" if "frames" in output else "steps")
+    assert {key: info.meta[key] for key in case.told} == case.told
+    assert (info.meta["seed"], info.meta["pipeline"]) == (7, type(case.pipe).__name__)
+    frames = {one.seq: one for one in messages if isinstance(one, LatentFrame)}
+    count = len(frames)  # from an image it is fewer than the steps that were asked for
+    assert count == STEPS or make in GIVEN
+    steps = [(frame.step, frame.total_steps) for _, frame in sorted(frames.items())]
+    assert steps == [(step, count) for step in range(count)]
+    last = frames[count - 1]
+    assert last.shape in (case.shape, case.shape[1:] if case.shape[0] == 1 else None)
+    expected = given[-1]
+    arrived = case.to_vae(latents_of(last))
+    assert arrived.shape == expected.shape
+    assert float((arrived - expected).abs().max()) <= 1e-3 * max(1.0, float(expected.abs().max()))
+
+
+SCHEDULERS: Final[dict[str, Callable[[], Any]]] = {
+    "ddim": lambda: D.DDIMScheduler(clip_sample=False, steps_offset=1, prediction_type="v_prediction"),
+    "ddim sample": lambda: D.DDIMScheduler(clip_sample=False, steps_offset=1, prediction_type="sample"),
+    "ddpm": lambda: D.DDPMScheduler(clip_sample=False, steps_offset=1),
+    "euler": lambda: D.EulerDiscreteScheduler(steps_offset=1),
+    "euler ancestral": lambda: D.EulerAncestralDiscreteScheduler(steps_offset=1, prediction_type="v_prediction"),
+    "heun": lambda: D.HeunDiscreteScheduler(steps_offset=1),
+    "dpm++ 2m": lambda: D.DPMSolverMultistepScheduler(steps_offset=1, final_sigmas_type="zero"),
+    "dpm++ 2m v": lambda: D.DPMSolverMultistepScheduler(steps_offset=1, prediction_type="v_prediction"),
+    "unipc": lambda: D.UniPCMultistepScheduler(steps_offset=1, final_sigmas_type="zero", prediction_type="sample"),
+    "lcm": lambda: D.LCMScheduler(steps_offset=1, timestep_scaling=1e6),
+    "flow heun": lambda: D.FlowMatchHeunDiscreteScheduler(shift=3.0),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_prediction_of_a_scheduler(name: str, peer: BrokerPeer, beside: ThreadPoolExecutor) -> None:
+    """Epsilon, v, sample and flow predictions end at what the VAE gets, by schedulers of every kind that end at 0."""
+    case = sd3(SCHEDULERS[name]()) if "flow" in name else sd1(SCHEDULERS[name]())
+
+    def shown() -> Any:
+        with preview(case.pipe, peer.address, wire_dtype="float32"):
+            return run(case)
+
+    (_, given), messages = heard(peer, beside, shown)
+    frames = [one for one in messages if isinstance(one, LatentFrame)]
+    assert frames[-1].total_steps == frames[-1].step + 1
+    arrived, expected = case.to_vae(latents_of(frames[-1])), given[-1]
+    assert float((arrived - expected).abs().max()) <= 1e-3 * max(1.0, float(expected.abs().max()))
+
+
+def test_each_step_shows_x0_and_not_the_noise(peer: BrokerPeer, beside: ThreadPoolExecutor) -> None:
+    """What is sent of a step is x_t without the noise that the model saw in it, at every step."""
+    case = sd3()
+    x_t = [torch.randn(1, 16, 8, 12, generator=torch.Generator().manual_seed(1))]
+
+    def note(_pipe: Any, _step: int, _t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        x_t.append(kwargs["latents"].clone())
+        return kwargs
+
+    def shown() -> Any:
+        with preview(case.pipe, peer.address, wire_dtype="float32"):
+            return run(case, latents=x_t[0], callback_on_step_end=note)
+
+    _, messages = heard(peer, beside, shown)
+    frames = [one for one in messages if isinstance(one, LatentFrame)]
+    sigmas = case.pipe.scheduler.sigmas.tolist()
+    for step, frame in enumerate(frames):
+        assert frame.sigma == pytest.approx(sigmas[step])
+        velocity = (x_t[step + 1] - x_t[step]) / (sigmas[step + 1] - sigmas[step])
+        expected = x_t[step] - sigmas[step] * velocity
+        torch.testing.assert_close(latents_of(frame), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_scheduler_is_as_it_was() -> None:
+    """Within the block step() is listened to, and looks as it did; after it, nothing of ours is left."""
+    case = sd1()
+    scheduler = case.pipe.scheduler
+    before = dict(vars(scheduler))
+    signature = inspect.signature(scheduler.step)
+    with preview(case.pipe, NOBODY):
+        assert "step" in vars(scheduler)
+        assert inspect.signature(scheduler.step) == signature
+    assert vars(scheduler) == before
+
+
+def test_after_an_exception_too(peer: BrokerPeer, beside: ThreadPoolExecutor) -> None:
+    """A run that fails gets its own exception, leaves the scheduler as it was, and ends as failed."""
+    case = sd1()
+
+    def fail(_pipe: Any, step: int, _t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            raise RuntimeError("out of luck")
+        return kwargs
+
+    def shown() -> None:
+        with preview(case.pipe, peer.address), pytest.raises(RuntimeError, match="out of luck"):
+            run(case, callback_on_step_end=fail)
+        with pytest.raises(RuntimeError, match="out of luck"), preview(case.pipe, peer.address):
+            run(case, callback_on_step_end=fail)
+
+    doing = beside.submit(shown)
+    ends = []
+    for _ in range(2):
+        info = peer.opened()
+        peer.demand(info.run)
+        ends.append(peer.finish())
+    doing.result(60)
+    assert [end.reason for end in ends] == ["done", "failed"]
+    assert "out of luck" in ends[1].text
+    assert "step" not in vars(case.pipe.scheduler)
+
+
+def test_the_callback_alone(peer: BrokerPeer, beside: ThreadPoolExecutor) -> None:
+    """PreviewCallback shows every step, the first too, and is gone from the scheduler after the last."""
+    case = flux1()
+
+    def shown() -> Any:
+        output = run(case, callback_on_step_end=PreviewCallback(case.pipe, peer.address, stream="by/callback"))
+        assert "step" not in vars(case.pipe.scheduler)
+        return output
+
+    _, messages = heard(peer, beside, shown)
+    assert next(one for one in messages if isinstance(one, StreamInfo)).stream == "by/callback"
+    assert [one.step for one in messages if isinstance(one, LatentFrame)] == [0, 1, 2]
+    assert next(one for one in messages if isinstance(one, End)).reason == "done"
+
+
+def test_a_callback_whose_call_fails() -> None:
+    """Where the call fails, the scheduler is as it was once the callback is dropped."""
+    case = sd1()
+    with pytest.raises(ValueError, match="height"):
+        run(case, height=63, callback_on_step_end=PreviewCallback(case.pipe, NOBODY))
+    gc.collect()
+    assert "step" not in vars(case.pipe.scheduler)
+
+
+def test_stop_interrupts_the_pipeline(peer: BrokerPeer, beside: ThreadPoolExecutor) -> None:
+    """Stop on the page ends the loop by the pipeline's own interrupt: no step after the one that heard it."""
+    case = sd1()
+    steps: list[int] = []
+
+    def shown() -> None:
+        with preview(case.pipe, peer.address) as view:
+
+            def wait_for_stop(_pipe: Any, step: int, _t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+                steps.append(step)
+                wait_for(lambda: view.publishers[0].stopped, of="STOP")
+                return kwargs
+
+            run(case, callback_on_step_end=wait_for_stop)
+
+    doing = beside.submit(shown)
+    info = peer.opened()
+    peer.demand(info.run)
+    peer.send(StopRun(run=info.run))
+    assert peer.finish().reason == "stopped"
+    doing.result(60)
+    assert steps == [0, 1]
+
+
+def test_every_call_is_a_run_of_its_own(peer: BrokerPeer, beside: ThreadPoolExecutor, tmp_path: Path) -> None:
+    """Each call in a block is a run of the stream, told what it paints; `prompt=False` leaves the prompt out."""
+    case = with_prompts(sd1(), tmp_path)
+
+    def shown() -> None:
+        with preview(case.pipe, peer.address, stream="often", meta={"note": "mine"}):
+            run(case, prompt="a red fox")
+            run(case, prompt=["a red fox", "a blue fox"])
+        with preview(case.pipe, peer.address, stream="often", prompt=False):
+            run(case, prompt="a red fox")
+
+    doing = beside.submit(shown)
+    infos = []
+    for _ in range(3):
+        info = peer.opened()
+        infos.append(info)
+        peer.demand(info.run)
+        peer.finish()
+    doing.result(60)
+    assert [info.stream for info in infos] == ["often"] * 3
+    assert len({info.run for info in infos}) == 3
+    assert [info.meta.get("prompt") for info in infos] == ["a red fox", "a red fox\na blue fox", None]
+    assert (infos[0].meta["note"], infos[0].meta["guidance"], infos[0].meta["steps"]) == ("mine", 3.0, STEPS)
+
+
+def test_videos_of_a_batch_are_streams(peer: BrokerPeer, beside: ThreadPoolExecutor) -> None:
+    """A batch of videos is a stream each, all its frames in it; fps is the model's."""
+    case = wan()
+
+    def shown() -> Any:
+        with preview(case.pipe, peer.address, stream="two"):
+            return run(case, num_videos_per_prompt=2)
+
+    doing = beside.submit(shown)
+    infos = []
+    for _ in range(2):
+        infos.append(peer.opened())
+        peer.demand(infos[-1].run)
+    for _ in range(2):
+        peer.finish()
+    doing.result(60)
+    assert sorted(info.stream for info in infos) == ["two/0", "two/1"]
+    assert [info.fps for info in infos] == [16.0, 16.0]
+    last = [one for one in peer.heard if isinstance(one, LatentFrame) and one.step == STEPS - 1]
+    assert {frame.run for frame in last} == {info.run for info in infos}
+    assert {frame.shape for frame in last} == {case.shape}
+    assert last[0].payload != last[1].payload
+
+
+def test_nobody_there_changes_nothing() -> None:
+    """Without a daemon the pictures are the same, bit for bit, and nothing is raised."""
+    case = flux1()
+    alone, _ = run(case)
+    with preview(case.pipe, NOBODY) as view:
+        shown, _ = run(case)
+    assert torch.equal(pictures(alone), pictures(shown))
+    assert view.error is None
+
+
+def test_a_broker_gone_midway_changes_nothing(peer: BrokerPeer) -> None:
+    """Pictures are the same, bit for bit, when the broker goes while the pipeline runs."""
+    case = flux1()
+    alone, _ = run(case)
+
+    def leave(_pipe: Any, step: int, _t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            peer.opened()
+            peer.close()
+        return kwargs
+
+    with preview(case.pipe, peer.address):
+        shown, _ = run(case, callback_on_step_end=leave)
+    assert torch.equal(pictures(alone), pictures(shown))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("make", [sd1, hunyuan_video_1_5], ids=lambda make: make.__name__)
+def test_a_daemon_killed_midway_changes_nothing(make: Callable[[], Case], tmp_path: Path) -> None:
+    """Pictures are the same, bit for bit, when the daemon is killed while the pipeline runs and everything is kept."""
+    case = make()
+    alone, _ = run(case)
+    killed: list[int] = []
+    daemon = Daemon(tmp_path)
+    daemon.start()
+
+    def kill(_module: Any, _arguments: Any) -> None:
+        if not killed and view.publishers and view.publishers[0].wait_until_acked(20):
+            killed.append(daemon.stop(signal.SIGKILL))
+
+    denoiser = case.pipe.unet if hasattr(case.pipe, "unet") else case.pipe.transformer
+    with preview(case.pipe, daemon.broker, record="all") as view:
+        handle = denoiser.register_forward_pre_hook(kill)
+        shown, _ = run(case)
+        handle.remove()
+    assert killed == [-signal.SIGKILL]
+    assert torch.equal(pictures(alone), pictures(shown))
+
+
+def test_a_scheduler_that_nobody_knows(caplog: pytest.LogCaptureFixture) -> None:
+    """A scheduler whose x0 is not known is said once, and the run goes on as it would."""
+
+    class Odd(D.DDIMScheduler):  # type: ignore[misc]
+        def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+            return super().step(model_output, timestep, sample, **kwargs)[:1]
+
+    case = sd1(Odd(clip_sample=False, steps_offset=1))
+    alone, _ = run(case)
+    with preview(case.pipe, NOBODY) as view:
+        shown, _ = run(case)
+    assert torch.equal(pictures(alone), pictures(shown))
+    assert "no x0 is known of Odd" in str(view.error)
+    assert caplog.text.count("preview_failed") == 1
+
+
+def test_the_format_can_be_said() -> None:
+    """A VAE that tells nothing is told by the pipeline's class; an unknown space is an error that says what to say."""
+    case = sd1()
+    case.pipe.vae = D.AutoencoderTiny()
+    assert preview(case.pipe)._format.name == "sd1"
+    case = sd3()
+    case.pipe.vae.register_to_config(scaling_factor=9.0)
+    assert preview(case.pipe)._format.name == "sd3"
+    pipe = D.AuraFlowPipeline(
+        tokenizer=None, text_encoder=None, vae=case.pipe.vae, transformer=None, scheduler=case.pipe.scheduler
+    )
+    with pytest.raises(ValueError, match=r"AuraFlowPipeline with VAE AutoencoderKL: .* say latent_format=, one of sd1"):
+        preview(pipe)
+    assert preview(pipe, latent_format="sdxl")._format.name == "sdxl"
+    with pytest.raises(ValueError, match="stream: expected"):
+        preview(case.pipe, stream="no spaces")

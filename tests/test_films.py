@@ -1,0 +1,279 @@
+"""Films: what somebody saw of a run that nobody recorded is there afterwards, step by step."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from taesd_stream import LatentPublisher
+from taesd_stream.config import RecordingConfig
+from taesd_stream.frames import Packet
+from taesd_stream.media.recording import Recording
+from taesd_stream.media.steps import StepPicture, pictures_around, steps_of
+from taesd_stream_workers.films import Films
+from tests.daemon import Daemon, wait_for
+from tests.page_socket import PageSocket
+from tests.pictures import PATCHES, sd1_latents_of
+from tests.test_recording import META, RUN, chain, clip, number_in
+
+COLOURS = list(PATCHES.values())
+
+
+def film(packet: Packet, **changes: Any) -> Packet:
+    return replace(packet, rendition="film", **changes)
+
+
+def numbers(pictures: list[StepPicture]) -> list[int]:
+    """What the pictures show, decoded one after the other as a page does."""
+    decoder = av.CodecContext.create("h264", "r")
+    frames = [frame for one in pictures for frame in decoder.decode(av.Packet(one.payload))]
+    return [number_in(frame) for frame in [*frames, *decoder.decode(None)]]
+
+
+def shot(folder: Path) -> Recording:
+    return Recording.open(folder, stream="demo/a", run=RUN, meta=META, is_film=True, name="{run}")
+
+
+# --- the files ---
+
+
+def test_a_film_may_leave_frames_out(tmp_path: Path) -> None:
+    """A chain of frames 0, 1, 4, 9 is in the film; a delta of another attempt is not, its next keyframe is."""
+    one = shot(tmp_path)
+    first = chain(0, 3)
+    for packet, seq in zip(first, (0, 1, 4, 9), strict=True):
+        assert one.write(film(packet, seq=seq))
+    key, delta = chain(12, 13, 2)
+    assert not one.write(film(delta))
+    assert one.write(film(key))
+    assert one.write(film(delta))
+    (path,) = one.paths
+    one.close()
+    assert [step.seq for step in steps_of(path)] == [0, 1, 4, 9, 12, 13]
+    assert numbers(pictures_around(path, 4)) == [0, 1, 2, 3]
+    assert numbers(pictures_around(path, 13)) == [12, 13]
+    assert pictures_around(path, 5) == []
+
+
+def test_a_kept_film_goes_on_without_holes(tmp_path: Path) -> None:
+    """A film with holes moves to the recordings; from kept_from on every frame is there, in the same file."""
+    one = shot(tmp_path / ".films")
+    for packet in chain(0, 5)[::5]:
+        one.write(film(packet, is_keyframe=True) if packet.seq == 0 else film(packet))
+    one.keep(tmp_path, "{run}")
+    one.begin_at(9)
+    assert not one.write(chain(10, 12)[0])
+    for packet in chain(9, 12):
+        assert one.write(packet)
+    (path,) = one.paths
+    assert path.parent == tmp_path
+    assert list((tmp_path / ".films").iterdir()) == []
+    (finished,) = one.finish()
+    assert [step.seq for step in steps_of(finished)] == [0, 5, 9, 10, 11, 12]
+    assert numbers(pictures_around(finished, 11)) == [9, 10, 11, 12]
+
+
+def test_a_kept_film_is_taken_up_again_after_a_death(tmp_path: Path) -> None:
+    """Kept, and then the process dies before the first kept frame: the next one goes on in the file, at kept_from."""
+    one = shot(tmp_path / ".films")
+    one.write(film(chain(0, 0)[0], attempt=7))
+    one.keep(tmp_path, "{run}")
+    one.close()
+    again = Recording.open(tmp_path, stream="demo/a", run=RUN, meta={})
+    assert (again.written, again.attempt) == (0, 7)
+    again.begin_at(5)
+    for packet in chain(5, 6, 8):
+        assert again.write(packet)
+    assert [step.seq for step in steps_of(again.paths[0])] == [0, 5, 6]
+    again.close()
+
+
+def test_steps_tell_what_the_sampler_said(tmp_path: Path) -> None:
+    """Step, total and sigma of each frame come back from a growing and from a finished file."""
+    one = Recording.open(tmp_path, stream="demo/a", run=RUN, meta=META)
+    for packet in chain(0, 2):
+        one.write(replace(packet, step=packet.seq * 2, total_steps=9, sigma=14.5 - packet.seq))
+    expected = [(0, 0, 9, 14.5, 0), (1, 2, 9, 13.5, 9000), (2, 4, 9, 12.5, 18000)]
+    growing = [(s.seq, s.step, s.of, s.sigma, s.pts) for s in steps_of(one.paths[0])]
+    (path,) = one.finish()
+    finished = [(s.seq, s.step, s.of, s.sigma, s.pts) for s in steps_of(path)]
+    assert growing == finished == expected
+
+
+def test_all_pictures_of_a_clip_are_around_its_step(tmp_path: Path) -> None:
+    """A step of a clip gives all its pictures, from a growing and from a finished file."""
+    one = Recording.open(tmp_path, stream="demo/a", run=RUN, meta=META)
+    for seq in range(3):
+        for packet in clip(seq, 4):
+            one.write(packet)
+    assert numbers(pictures_around(one.paths[0], 1)) == [10, 11, 12, 13]
+    (path,) = one.finish()
+    found = pictures_around(path, 1)
+    assert numbers(found) == [10, 11, 12, 13]
+    assert [(picture.seq, picture.index) for picture in found] == [(1, 0), (1, 1), (1, 2), (1, 3)]
+
+
+def test_a_lost_packet_ends_the_film_until_the_next_keyframe(tmp_path: Path) -> None:
+    """What leans on a packet that found no room is left out: no picture of rubbish is ever in a film."""
+    films = Films(tmp_path, RecordingConfig())
+    first, second, third = chain(0, 2)
+    assert films.write(film(first), META)
+    films.lose(film(second))
+    assert not films.write(film(third), META)
+    assert films.write(film(chain(5, 5)[0]), META)
+    assert [step.seq for step in steps_of(films.films[RUN].paths[0])] == [0, 5]
+    films.close()
+
+
+def test_the_oldest_films_go(tmp_path: Path) -> None:
+    """Over its bytes or its age a film goes, the one that has not grown for longest first; also after a restart."""
+    films = Films(tmp_path, RecordingConfig(film_max_age_s=1000.0))
+    runs = [f"{number:016x}" for number in range(3)]
+    for run in runs:
+        films.write(film(chain(0, 0)[0], run=run), META)
+    films.close()
+    paths = [films.films[run].paths[0] for run in runs]
+    nbytes = paths[0].stat().st_size
+    for path, age_s in zip(paths, (2000, 300, 0), strict=True):
+        os.utime(path, (time.time() - age_s,) * 2)
+    aged = Films(tmp_path, RecordingConfig(film_max_age_s=1000.0))
+    aged.load()
+    assert set(aged.films) == set(runs)
+    aged.tick([])
+    assert [path.exists() for path in paths] == [False, True, True]
+    config = RecordingConfig().model_copy(update={"film_max_bytes": nbytes + nbytes // 2})
+    crowded = Films(tmp_path, config)
+    crowded.load()
+    crowded.tick([])
+    assert [path.exists() for path in paths] == [False, False, True]
+
+
+# --- through a daemon ---
+
+
+def watched_run(daemon: Daemon, stream: str, colours: list[Any], record: Any = "off") -> str:
+    """A run of one step a colour, each seen by a page before the next. Returns the run."""
+    with (
+        PageSocket(daemon) as page,
+        LatentPublisher(daemon.broker, stream=stream, latent_format="sd1", record=record) as publisher,
+    ):
+        page.watch({stream: "thumb"})
+        for step, colour in enumerate(colours):
+            publisher.publish(sd1_latents_of(colour), step=step, total_steps=len(colours), sigma=9.0 - step)
+            while page.picture()[0]["seq"] != step:
+                pass
+        return str(publisher.run)
+
+
+def steps(daemon: Daemon, run: str) -> list[list[Any]]:
+    status, body = daemon.get(f"/api/v1/runs/{run}/film")
+    return json.loads(body)["steps"] if status == 200 else []
+
+
+def colour_of_step(daemon: Daemon, run: str, seq: int) -> tuple[int, ...]:
+    status, body = daemon.get(f"/api/v1/runs/{run}/film/{seq}.jpg")
+    assert status == 200, body
+    path = daemon.folder / "step.jpg"
+    path.write_bytes(body)
+    picture = np.asarray(Image.open(path).convert("RGB"))
+    return tuple(int(value) for value in picture[picture.shape[0] // 2, picture.shape[1] // 2])
+
+
+def near(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True)) <= 12
+
+
+def test_a_watched_run_leaves_a_film(daemon: Daemon) -> None:
+    """What a page saw of an unrecorded run can be walked through step by step, in its colours, and is no recording."""
+    run = watched_run(daemon, "film/one", COLOURS[:4])
+    wait_for(lambda: len(steps(daemon, run)) == 4, of="4 steps")
+    assert [row[:4] for row in steps(daemon, run)] == [[n, n, 4, 9.0 - n] for n in range(4)]
+    assert [near(colour_of_step(daemon, run, n), COLOURS[n]) for n in range(4)] == [True] * 4
+    status, body = daemon.get(f"/api/v1/runs/{run}/film/2")
+    assert status == 200
+    (length,) = struct.unpack_from(">I", body)
+    rows = json.loads(body[4 : 4 + length])["pictures"]
+    assert [(row["seq"], row["keyframe"]) for row in rows] == [(0, True), (1, False), (2, False), (3, False)]
+    assert len(body) == 4 + length + sum(row["bytes"] for row in rows)
+    assert all(row["run"] != run for row in daemon.json("/api/v1/recordings")["recordings"])
+    assert any(row["run"] == run for row in daemon.json("/api/v1/films")["films"])
+    wait_for(lambda: daemon.streams()["film/one"]["film"] == 3, of="the stream's last filmed frame")
+
+
+def test_a_film_is_kept_on_request(daemon: Daemon) -> None:
+    """Keep makes a recording of the film of a run that is over: its steps are there still, the film is not."""
+    run = watched_run(daemon, "film/kept", COLOURS[:3])
+    wait_for(lambda: len(steps(daemon, run)) == 3 and daemon.streams()["film/kept"]["ended"], of="3 steps, ended")
+    answer = daemon.json(f"/api/v1/runs/{run}/keep", method="POST")
+    assert daemon.recording(run)["id"] == answer["id"]
+    assert [row[0] for row in steps(daemon, run)] == [0, 1, 2]
+    assert near(colour_of_step(daemon, run, 1), COLOURS[1])
+    assert all(row["run"] != run for row in daemon.json("/api/v1/films")["films"])
+    status, _ = daemon.get(f"/api/v1/runs/{run}/keep", method="POST")
+    assert status == 404
+
+
+def test_record_goes_on_in_the_film(daemon: Daemon) -> None:
+    """Record in the middle of a watched run: one file has the steps seen before, and every one after."""
+    stream = "film/recorded"
+    with (
+        PageSocket(daemon) as page,
+        LatentPublisher(daemon.broker, stream=stream, latent_format="sd1", record="off") as publisher,
+    ):
+        page.watch({stream: "thumb"})
+        for step in range(3):
+            publisher.publish(sd1_latents_of(COLOURS[step]), step=step, total_steps=12)
+            while page.picture()[0]["seq"] != step:
+                pass
+        wait_for(lambda: len(steps(daemon, publisher.run)) == 3, of="3 steps")
+        daemon.json(f"/api/v1/streams/{stream}/record", method="POST", body={"mode": "all"})
+        wait_for(lambda: daemon.streams()[stream]["record"] == "all", of="the word")
+
+        last = 2
+
+        def recorded() -> bool:
+            nonlocal last
+            last += 1
+            publisher.publish(sd1_latents_of(COLOURS[4]), step=last, total_steps=12)
+            return any(row["run"] == publisher.run for row in daemon.json("/api/v1/recordings")["recordings"])
+
+        wait_for(recorded, of="a recording")
+    row = daemon.recording(publisher.run)
+    seqs = [step[0] for step in steps(daemon, publisher.run)]
+    assert seqs[:3] == [0, 1, 2]
+    assert seqs[-1] == row["last_seq"] == last
+    kept = [seq for seq in seqs if seq > 2]
+    assert kept == list(range(kept[0], last + 1))
+    assert near(colour_of_step(daemon, publisher.run, 1), COLOURS[1])
+    assert near(colour_of_step(daemon, publisher.run, last), COLOURS[4])
+    assert all(film["run"] != publisher.run for film in daemon.json("/api/v1/films")["films"])
+
+
+@pytest.mark.parametrize("path", ["runs/0123456789abcdef/film", "runs/0123456789abcdef/film/0.jpg"])
+def test_an_unknown_run_has_no_film(daemon: Daemon, path: str) -> None:
+    """A run that nobody saw is 404; what is no run at all is 422."""
+    assert daemon.get(f"/api/v1/{path}")[0] == 404
+    assert daemon.get(f"/api/v1/{path.replace('0123456789abcdef', '..%2Fsecret')}")[0] in (404, 422)
+
+
+@pytest.mark.slow
+def test_films_outlive_the_daemon_and_can_be_off(tmp_path: Path) -> None:
+    """A film is there after a restart of the daemon; with film "off" none is made."""
+    with Daemon(tmp_path) as daemon:
+        run = watched_run(daemon, "film/old", COLOURS[:3])
+        wait_for(lambda: len(steps(daemon, run)) == 3, of="3 steps")
+    with Daemon(tmp_path, "recording.film=off") as daemon:
+        assert near(colour_of_step(daemon, run, 2), COLOURS[2])
+        dark = watched_run(daemon, "film/dark", COLOURS[:2])
+        assert daemon.streams()["film/dark"]["film"] is None
+        assert steps(daemon, dark) == []

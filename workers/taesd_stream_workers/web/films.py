@@ -1,0 +1,122 @@
+"""Films by HTTP: which there are, the steps of one, the coded pictures around a step, and keeping it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar
+
+import av
+from fastapi import FastAPI, Response
+from fastapi import Path as PathParameter
+
+from taesd_stream.errors import TaesdStreamError
+from taesd_stream.frames import CLOCK_HZ
+from taesd_stream.media.fragments import read_head
+from taesd_stream.media.growing_file import PART_SUFFIX
+from taesd_stream.media.steps import StepPicture, pictures_around, steps_of
+from taesd_stream_workers.hub import Hub
+from taesd_stream_workers.library import picture_of_step
+from taesd_stream_workers.recorder import Recorder
+from taesd_stream_workers.web.errors import ApiError
+
+PICTURES_TYPE: Final = "application/octet-stream"
+MAX_SEQ: Final = (1 << 53) - 1
+_NO_STORE: Final = {"cache-control": "no-store"}
+
+T = TypeVar("T")
+RunId = Annotated[str, PathParameter(pattern="^[0-9a-f]{16}$")]
+Seq = Annotated[int, PathParameter(ge=0, le=MAX_SEQ)]
+
+
+def add_films(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
+    """Add the routes."""
+
+    @app.get("/api/v1/films")
+    async def films() -> dict[str, Any]:
+        """Every film: what was shown of runs that nobody recorded, newest first."""
+        known = sorted(recorder.films.films.values(), key=lambda film: film.started, reverse=True)
+        rows = [
+            {"run": one.run, "stream": one.stream, "started": one.started, "bytes": one.nbytes, "meta": one.meta}
+            for one in known
+        ]
+        return {"films": rows}
+
+    @app.get("/api/v1/runs/{run}/film")
+    async def film(run: RunId, after: int = -1) -> dict[str, Any]:
+        """The steps of a run that can be shown again, behind `after`: [seq, step, of, sigma, ms]."""
+        return await _read(lambda: _film(recorder.paths_of_run(run), after), f"run {run}")
+
+    @app.get("/api/v1/runs/{run}/film/{seq}.jpg", response_class=Response)
+    async def step_as_jpeg(run: RunId, seq: Seq) -> Response:
+        """The picture of one step."""
+        picture = await _read(lambda: picture_of_step(_around(recorder.paths_of_run(run), seq), seq), f"step {seq}")
+        return Response(picture, media_type="image/jpeg", headers=_NO_STORE)
+
+    @app.get("/api/v1/runs/{run}/film/{seq}", response_class=Response)
+    async def step(run: RunId, seq: Seq) -> Response:
+        """The H.264 pictures around a step, from one keyframe to the next.
+
+        uint32 length (big-endian), JSON {"pictures": [{seq, index, keyframe, pts, bytes}]}, then the pictures' bytes.
+        """
+        pictures = await _read(lambda: _around(recorder.paths_of_run(run), seq), f"step {seq}")
+        return Response(_packed(pictures), media_type=PICTURES_TYPE, headers=_NO_STORE)
+
+    @app.post("/api/v1/runs/{run}/keep")
+    async def keep(run: RunId) -> dict[str, Any]:
+        """Keep the film of a run that has ended as a recording; a run that goes on is recorded from now on."""
+        row = next((row for row in hub.streams() if row["run"] == run and row["ended"] is None), None)
+        if row is not None:
+            hub.record(row["name"], "all")
+            return {"id": None}
+        try:
+            return {"id": await asyncio.wrap_future(recorder.keep_film(run))}
+        except KeyError as error:
+            raise ApiError(404, "no_film", f"There is no film of run {run}.") from error
+        except TaesdStreamError as error:
+            raise ApiError(503, "not_kept", str(error)) from error
+
+
+async def _read(read: Callable[[], T], what: str) -> T:
+    """Read files beside the loop. A file may move while it is read: then once more. Raises: ApiError."""
+    for is_last in (False, True):
+        try:
+            found = await asyncio.to_thread(read)
+        except (OSError, av.FFmpegError, TaesdStreamError) as error:
+            if is_last:
+                raise ApiError(503, "not_readable", f"{what}: {error}") from error
+            continue
+        if found:
+            return found
+        break
+    raise ApiError(404, "no_film", f"No film has {what}.")
+
+
+def _film(paths: list[Path], after: int) -> dict[str, Any]:
+    if not paths:
+        return {}
+    steps = {one.seq: one for path in paths for one in steps_of(path)}
+    rows = [
+        [one.seq, one.step, one.of, one.sigma, round(one.pts * 1000 / CLOCK_HZ)]
+        for seq, one in sorted(steps.items())
+        if seq > after
+    ]
+    growing = [path for path in paths if path.name.endswith(PART_SUFFIX)]
+    head = read_head(growing[0]) if growing else {}
+    return {"stream": head.get("stream"), "started": head.get("started"), "meta": head.get("meta", {}), "steps": rows}
+
+
+def _around(paths: list[Path], seq: int) -> list[StepPicture]:
+    return next((found for path in reversed(paths) if (found := pictures_around(path, seq))), [])
+
+
+def _packed(pictures: list[StepPicture]) -> bytes:
+    rows = [
+        {"seq": one.seq, "index": one.index, "keyframe": one.is_keyframe, "pts": one.pts, "bytes": len(one.payload)}
+        for one in pictures
+    ]
+    head = json.dumps({"pictures": rows}, separators=(",", ":")).encode()
+    return b"".join([struct.pack(">I", len(head)), head, *(one.payload for one in pictures)])
