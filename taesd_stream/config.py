@@ -31,7 +31,7 @@ from taesd_stream.media.file_names import DEFAULT_NAME, check_template
 
 AUTO = "auto"
 ENV_PREFIX: Final = "TAESD_STREAM_"
-DecoderChoice = Literal["auto", "tiny", "linear"]
+DecoderChoice = Literal["auto", "tiny", "nano", "linear"]
 FilmMode = Literal["watched", "off"]
 
 
@@ -64,7 +64,8 @@ class DecoderConfig(_Section):
     device: str = "auto"
     """Device of the decoders: "auto", "cpu", "cuda", "cuda:1"…; auto leaves a busy GPU to its sampler."""
     choice: DecoderChoice = "auto"
-    """Decoder of live views: "auto" takes the tiny decoder where its weights are found, else the linear projection."""
+    """Decoder of live views: "tiny" is the format's own; "nano" and "linear" come with the package. "auto" takes the
+    first of tiny, nano, linear that there is, on the CPU nano first: it keeps up. Recordings: tiny, nano, linear."""
     max_batch_size: int = Field(default=16, ge=1, le=256)
     """Most frames in one batch. Higher: more throughput, more memory, longer waits."""
     max_job_s: float = Field(default=0.25, gt=0, le=10)

@@ -1,6 +1,6 @@
-"""Pictures for the training of nano decoders, rendered from code: what wallpapers lack (text, windows, line art, noise).
+"""Pictures for the training of nano decoders, rendered from code: text, windows, line art, noise, spheres.
 
-    python -m tools.rendered_pictures FOLDER --count 160
+python -m tools.rendered_pictures FOLDER --count 160
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 SIDE: Final = 1024
-WORDS: Final = (
+WORDS: Final = (  # noqa: SIM905 forty quotes would hide the words
     "latent decode sampler noise picture stream daemon frame gradient tensor colour light shadow river stone leaf "
     "window table morning quiet copper violet harbour engine paper 0123 4567 $89 {x} <y> == != ( ) ; # & @ ÄÖÜ éàç"
 ).split()
@@ -60,7 +60,7 @@ def clouds(random: np.random.Generator) -> Image.Image:
 
 def gradient(random: np.random.Generator) -> Image.Image:
     """A few smooth blobs of colour."""
-    y, x = np.mgrid[0:1 : SIDE * 1j, 0:1 : SIDE * 1j]
+    y, x = np.mgrid[0 : 1 : SIDE * 1j, 0 : 1 : SIDE * 1j]
     picture = np.zeros((SIDE, SIDE, 3)) + random.uniform(0, 1, 3)
     for _ in range(random.integers(1, 6)):
         at, width = random.uniform(-0.2, 1.2, 2), random.uniform(0.1, 0.9)

@@ -76,7 +76,7 @@ def default_layout(latent_channels: int, spatial_factor: int) -> NanoLayout:
     return NanoLayout(
         latent_channels=latent_channels,
         spatial_factor=spatial_factor,
-        width=128,
+        width=112,
         blocks=2,
         fine_width=64,
         fine_blocks=5,
@@ -94,7 +94,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, width, h, w) -> the same shape."""
-        return x + self.narrow(F.relu(self.widen(self.spatial(x))))
+        added: Tensor = self.narrow(F.relu(self.widen(self.spatial(x))))
+        return x + added
 
 
 class NanoDecoder(nn.Module):
@@ -165,6 +166,11 @@ def layout_of(state: StateDict) -> NanoLayout:
         raise WeightsError(f"these weights are no nano decoder: {error}") from error
 
 
+def is_nano(state: StateDict) -> bool:
+    """Whether weights look like a nano decoder's."""
+    return "film_in.weight" in state
+
+
 def _count(state: StateDict, pattern: str) -> int:
     return sum(re.fullmatch(pattern, key) is not None for key in state)
 
@@ -185,7 +191,9 @@ def nano_decoder(latent_format: LatentFormat) -> NanoDecoder:
     """The nano decoder that comes with the package. Raises: WeightsError if there is none for the format."""
     file = _packaged(latent_format)
     if not file.is_file():
-        raise WeightsError(f"the package has no nano decoder for {latent_format.name}; `taesd-stream distill` makes one")
+        raise WeightsError(
+            f"the package has no nano decoder for {latent_format.name}; `taesd-stream distill` makes one"
+        )
     return nano_from_weights(load(file.read_bytes()), f"nano {latent_format.name}")
 
 

@@ -217,9 +217,9 @@ class Distillation:
         gram += 1e-5 * gram.diagonal().mean() * torch.eye(channels + 1, dtype=torch.float64)
         solution = torch.linalg.solve(gram, moments).float()
         network.linear.weight.copy_(solution[:-1].T[:, :, None, None])
-        network.linear.bias.copy_(solution[-1])  # type: ignore[union-attr]
+        network.linear.bias.copy_(solution[-1])
         network.head.weight.mul_(0.1)
-        nn.init.zeros_(network.head.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(network.head.bias)
 
 
 def _schedule(step: int, settings: Settings) -> float:

@@ -19,7 +19,10 @@ def psnr_db(shown: Tensor, picture: Tensor) -> float:
 
 
 def ssim(shown: Tensor, picture: Tensor) -> float:
-    """Structural similarity of pictures (3, H, W) in [0, 1] (Wang et al. 2004): Gaussian window of 11, a channel each."""
+    """Structural similarity of pictures (3, H, W) in [0, 1], each channel for itself.
+
+    Wang et al. 2004: Gaussian window of 11 pixels, deviation 1.5; borders that the window does not fill are left out.
+    """
     offsets = torch.arange(_WINDOW, dtype=torch.float32, device=shown.device) - _WINDOW // 2
     line = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
     window = (line[:, None] * line / line.sum() ** 2)[None, None]

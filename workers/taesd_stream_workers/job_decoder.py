@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import queue
 import threading
@@ -14,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from taesd_stream.config import Config
+from taesd_stream.config import Config, DecoderChoice
 from taesd_stream.decoding.choice import NoDecoderError, open_engine
 from taesd_stream.decoding.engine import Engine, check_finite, latents_from_payload
 from taesd_stream.decoding.video_engine import VideoEngine
@@ -86,7 +87,7 @@ class JobDecoder:
         self.is_warm = False
         self.error: Exception | None = None
         self.busy_since_s = float("inf")
-        self._weights_folder, self._decoder = config.weights_folder, config.decoder
+        self._config, self._weights_folder, self._decoder = config, config.weights_folder, config.decoder
         self._device = device
         self._now_ns = now_ns
         self._pass_on = pass_on
@@ -208,8 +209,14 @@ class JobDecoder:
         if bad:
             text = "latents hold NaN or infinite values: no picture can be made of them"
             run.failed = Failed(job=job.job, items=bad, code="bad_frame", text=text, retry=False)
-        for for_record in (False, True):
-            self._decode_with(run, good, for_record)
+        choices = {self._choice_for(item.stream) for item, _ in good}
+        for for_record, choice in itertools.product((False, True), sorted(choices)):
+            items = [(item, latents) for item, latents in good if self._choice_for(item.stream) == choice]
+            self._decode_with(run, items, choice, for_record)
+
+    def _choice_for(self, stream: str) -> DecoderChoice:
+        """The decoder of a stream's live view, as rules and `decoder.choice` say."""
+        return self._config.rule_of(stream).decoder or self._config.decoder.choice
 
     def _repeat(self, run: JobRun, item: JobItem) -> bool:
         """Show a `live` frame once more from its last planes, where all of what is wanted is here."""
@@ -221,8 +228,10 @@ class JobDecoder:
             replace(shower, run=run, item=item).show_again(task)
         return True
 
-    def _decode_with(self, run: JobRun, items: list[tuple[JobItem, Tensor]], for_record: bool) -> None:
-        """Decode what one engine serves: live pictures by `decoder.choice`, recordings by the full decoder, exactly.
+    def _decode_with(
+        self, run: JobRun, items: list[tuple[JobItem, Tensor]], choice: DecoderChoice, for_record: bool
+    ) -> None:
+        """Decode what one engine serves: live pictures by `choice`, recordings by the full decoder, exactly.
 
         Where both are the same network, an item that is recorded is decoded once, exactly, for all its renditions.
         """
@@ -232,7 +241,7 @@ class JobDecoder:
         is_shown = any(item.renditions != ("record",) for item, _ in items)
         if not (for_record or is_shown):
             return
-        live = self._engine(latent_format, self._decoder.choice, is_fast=True) if is_shown else None
+        live = self._engine(latent_format, choice, is_fast=True) if is_shown else None
         engine = self._engine(latent_format, "auto", is_fast=False) if for_record or live is None else live
         mine: list[tuple[JobItem, Tensor, Any]] = []
         for item, latents in items:
