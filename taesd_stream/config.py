@@ -64,8 +64,7 @@ class DecoderConfig(_Section):
     device: str = "auto"
     """Device of the decoders: "auto", "cpu", "cuda", "cuda:1"…; auto leaves a busy GPU to its sampler."""
     choice: DecoderChoice = "auto"
-    """Decoder of live views: "tiny" is the format's own; "nano" and "linear" come with the package. "auto" takes the
-    first of tiny, nano, linear that there is, on the CPU nano first: it keeps up. Recordings: tiny, nano, linear."""
+    """Decoder of live views: "tiny", "nano" or "linear"; "auto": the best that keeps up, on the CPU nano first."""
     max_batch_size: int = Field(default=16, ge=1, le=256)
     """Most frames in one batch. Higher: more throughput, more memory, longer waits."""
     max_job_s: float = Field(default=0.25, gt=0, le=10)

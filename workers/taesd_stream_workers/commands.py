@@ -17,7 +17,7 @@ import typer
 
 from taesd_stream import __version__
 from taesd_stream.errors import ConfigError, StreamAbsentError, TaesdStreamError, UnreachableError
-from taesd_stream_workers import cli_client, cli_daemon, cli_files, cli_fit, cli_weights
+from taesd_stream_workers import cli_client, cli_daemon, cli_distill, cli_files, cli_fit, cli_weights
 from taesd_stream_workers.cli_options import INTERRUPTED, ConfigOption, QuietOption, SetOption, VerboseOption, say
 
 OK: Final = 0
@@ -40,6 +40,7 @@ cli_client.add_commands(app)
 cli_files.add_commands(app)
 cli_weights.add_commands(app)
 cli_fit.add_commands(app)
+cli_distill.add_commands(app)
 
 
 @app.callback(invoke_without_command=True)
