@@ -43,7 +43,7 @@ class BrokerConfig(_Section):
     """Where samplers connect, and what is kept for them."""
 
     bind: str = "tcp://127.0.0.1:5760"
-    """Where samplers connect. Port 0 takes a free one. Loopback only, for now."""
+    """Where samplers connect. Port 0 takes a free one. Past loopback, security.keys_folder guards it."""
     workers_bind: str = AUTO
     """Where decode workers and the streamer connect; "auto" is a socket file of this daemon's own."""
     idle_interval_s: float = Field(default=2.0, ge=0.01, le=60)
@@ -56,13 +56,15 @@ class BrokerConfig(_Section):
     """Folder of the latent log; "auto" is .latents in the recording folder."""
     log_max_bytes: int = Field(default=0, ge=0)
     """Most bytes of latents that wait to be recorded; 0 is half of what the disk has free at start."""
+    log_max_age_s: float = Field(default=0.0, ge=0)
+    """Latents of an ended run that were not recorded for so long are deleted; 0 keeps them until they are."""
 
 
 class DecoderConfig(_Section):
     """How latents become pictures."""
 
     device: str = "auto"
-    """Device of the decoders: "auto", "cpu", "cuda", "cuda:1"…; auto leaves a busy GPU to its sampler."""
+    """Devices, a decode worker each: "auto", "cpu", "cuda:0,cuda:1"…; auto leaves busy GPUs to their samplers."""
     choice: DecoderChoice = "auto"
     """Decoder of live views: "tiny", "nano" or "linear"; "auto": the best that keeps up, on the CPU nano first."""
     max_batch_size: int = Field(default=16, ge=1, le=256)
@@ -139,6 +141,15 @@ class RecordingConfig(_Section):
         return check_template(value)
 
 
+class SecurityConfig(_Section):
+    """Who may connect samplers, decode workers and streamers from other hosts."""
+
+    keys_folder: str = ""
+    """Folder of `taesd-stream keys new`: with it every tcp socket is encrypted, and asks each client for its key."""
+    insecure: bool = False
+    """Bind and dial other addresses than loopback without keys: whoever reaches them may watch, publish, decode."""
+
+
 class WeightsConfig(_Section):
     """Weights of the tiny decoders."""
 
@@ -163,6 +174,15 @@ class Rule(_Section):
     """As decoder.choice, for them."""
 
 
+class PushTo(_Section):
+    """A stream that goes to a media server, for as long as the daemon runs: RTSP or RTMP, H.264 as it is."""
+
+    stream: str = Field(min_length=1)
+    """The stream's name; it need not be there yet."""
+    url: str = Field(min_length=1)
+    """Where it goes: rtsp://host/name, rtmp://host/app/name or rtmps://…"""
+
+
 class Config(BaseSettings):
     """The whole configuration, resolved."""
 
@@ -174,7 +194,9 @@ class Config(BaseSettings):
     web: WebConfig = WebConfig()
     recording: RecordingConfig = RecordingConfig()
     weights: WeightsConfig = WeightsConfig()
+    security: SecurityConfig = SecurityConfig()
     rules: tuple[Rule, ...] = ()
+    pushes: tuple[PushTo, ...] = ()
 
     def rule_of(self, stream: str) -> Rule:
         """What all rules together say of a stream; a key that none sets is None. `~N` behind a name counts for none."""
@@ -204,6 +226,11 @@ class Config(BaseSettings):
         """`weights.folder`, None when none was given."""
         return Path(self.weights.folder).expanduser() if self.weights.folder else None
 
+    @property
+    def keys_folder(self) -> Path | None:
+        """`security.keys_folder`, None when none was given."""
+        return Path(self.security.keys_folder).expanduser() if self.security.keys_folder else None
+
     def with_values(self, **sections: Mapping[str, Any]) -> Config:
         """A copy with some keys replaced: with_values(broker={"bind": …})."""
         changed = {name: getattr(self, name).model_copy(update=dict(values)) for name, values in sections.items()}
@@ -219,6 +246,9 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     for name, field in Config.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
 }
+
+
+TABLES: Mapping[str, type[BaseModel]] = {"rules": Rule, "pushes": PushTo}  # of which there may be many
 
 
 def load_config(file: Path | None = None, sets: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
@@ -299,12 +329,12 @@ def _explain(item: Any) -> str:
     path = [str(part) for part in item["loc"]]
     key = ".".join(path)
     if item["type"] == "model_type":
-        head = f"[{key}]" if path[0] != "rules" else "[[rules]]"
+        head = f"[[{path[0]}]]" if path[0] in TABLES else f"[{key}]"
         return f"{key}: expected a section of keys, as {head} in a file, got {item['input']!r}"
     if item["type"] != "extra_forbidden":
         return f"{key}: {item['msg']}, got {item['input']!r}"
-    if path[0] == "rules":
-        known = [".".join([*path[:-1], name]) for name in Rule.model_fields]
+    if path[0] in TABLES:
+        known = [".".join([*path[:-1], name]) for name in TABLES[path[0]].model_fields]
     else:
         known = [*(".".join(pair) for pair in _keys()), *Config.model_fields]
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)

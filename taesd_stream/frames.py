@@ -48,6 +48,7 @@ class StreamInfo:
 
     record: None follows the daemon's `recording.default`. fps: pictures a second of `clip` and `live`.
     opened_ns: the publisher's time.monotonic_ns() at its opening: the origin of the run's picture times.
+    owner: name of the key that opened it, None where no keys are asked for; the broker's word, no publisher's.
     """
 
     stream: str
@@ -58,6 +59,7 @@ class StreamInfo:
     record: RecordMode | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     opened_ns: int = 0
+    owner: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,7 @@ class Packet:
     payload: `thumb` and `jpeg` a JPEG, the others an H.264 access unit (Annex B, SPS and PPS at each IDR).
     pts: ticks of 1/90000 s since the run's first frame.
     index, count: which of the pictures of its frame (a `clip` has many); `steps` 0 of 1.
+    parts, columns: how many pictures of a batch stand in this one, row by row, and how many in a row.
     attempt: number of the recording's or the film's try, given by the broker; 0 for other renditions.
     """
 
@@ -124,4 +127,7 @@ class Packet:
     total_steps: int | None
     sigma: float | None
     stamps: Stamps
+    kind: Kind = "steps"
+    parts: int = 1
+    columns: int = 1
     payload: bytes | memoryview

@@ -2,7 +2,7 @@
 
 One run is a chain of segments `RUN.NNNN.latents`. A record is `length, crc32, header length` (big-endian uint32), then
 the header and the payload just as they travel. Each segment begins with the run's OPEN, so that any one of them can be
-read, and published again, alone. A torn tail is cut when the file is opened next.
+read, and published again, alone. A torn tail is cut when the file is opened next; a damaged record costs itself alone.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ import contextlib
 import logging
 import os
 import re
-import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from taesd_stream import wire
-from taesd_stream.errors import TaesdStreamError, WireError
+from taesd_stream.errors import TaesdStreamError
 from taesd_stream.frames import LatentFrame, StreamInfo
+from taesd_stream.log_records import HEAD, Record, pack_record, read_record, walk
 from taesd_stream.messages import End, Part
 
 logger = logging.getLogger(__name__)
@@ -28,63 +27,21 @@ logger = logging.getLogger(__name__)
 SUFFIX: Final = ".latents"
 SEGMENT_BYTES: Final = 64 << 20
 
-_HEAD = struct.Struct(">III")
 _FILE = re.compile(r"([0-9a-f]{16})\.([0-9]{4,8})\.latents")
-_ALLOWED = (StreamInfo, LatentFrame, End)
 
 
 class LogError(TaesdStreamError):
     """The log could not take a record (disk full, say); the file ends at its last whole one."""
 
 
-def _record(message: StreamInfo | LatentFrame | End) -> list[Part]:
-    header, *payload = wire.pack(message)
-    body: Part = payload[0] if payload else b""
-    crc = zlib.crc32(body, zlib.crc32(header))
-    return [_HEAD.pack(len(header) + len(body), crc, len(header)), header, body]
-
-
-def _read_exactly(fd: int, count: int, offset: int) -> bytes:
-    data = os.pread(fd, count, offset) if hasattr(os, "pread") else _seek_and_read(fd, count, offset)
-    while len(data) < count:
-        more = os.pread(fd, count - len(data), offset + len(data)) if hasattr(os, "pread") else b""
-        if not more:
-            break
-        data += more
-    return data
-
-
-def _seek_and_read(fd: int, count: int, offset: int) -> bytes:  # Windows has no pread
-    os.lseek(fd, offset, os.SEEK_SET)
-    return os.read(fd, count)
-
-
-def _read_record(fd: int, offset: int) -> tuple[Any, int] | None:
-    """The message at `offset` and the offset behind it; None at the end, at a torn or at a damaged record."""
-    head = _read_exactly(fd, _HEAD.size, offset)
-    if len(head) < _HEAD.size:
-        return None
-    length, crc, header_bytes = _HEAD.unpack(head)
-    if length > wire.MAX_MESSAGE_BYTES or header_bytes > length:
-        return None
-    body = _read_exactly(fd, length, offset + _HEAD.size)
-    if len(body) < length or zlib.crc32(body) != crc:
-        return None
-    parts = [body[:header_bytes]] + ([memoryview(body)[header_bytes:]] if header_bytes < length else [])
-    try:
-        return wire.unpack(parts, _ALLOWED), offset + _HEAD.size + length
-    except WireError:
-        return None
-
-
 def read_messages(path: Path) -> Iterator[StreamInfo | LatentFrame | End]:
-    """Every whole record of one segment file, in order; stops at a torn or damaged one."""
+    """Every whole record of one segment file, in order; torn and damaged ones are passed over."""
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
-        offset = 0
-        while (found := _read_record(fd, offset)) is not None:
-            message, offset = found
-            yield message
+        for record in walk(fd, os.fstat(fd).st_size):
+            message = read_record(fd, record.offset)
+            if message is not None:
+                yield message
     finally:
         os.close(fd)
 
@@ -95,8 +52,11 @@ class _Segment:
     path: Path
     fd: int
     first_seq: int | None = None
-    offsets: list[int] = field(default_factory=list)  # of frame first_seq + i
+    offsets: list[int] = field(default_factory=list)  # of frame first_seq + i; -1: it is damaged
     end: int = 0  # behind the last whole record
+    info: StreamInfo | None = None
+    ended: End | None = None
+    damaged: int = 0  # records that are lost, as far as can be told
 
 
 class RunLog:
@@ -106,6 +66,7 @@ class RunLog:
         """Begin an empty log; no file is made before the first append."""
         self.info = info
         self.ended: End | None = None
+        self.damaged = 0  # records that were found damaged when it was reopened
         self._folder = folder
         self._segment_bytes = segment_bytes
         self._segments: list[_Segment] = []
@@ -113,17 +74,22 @@ class RunLog:
 
     @classmethod
     def reopen(cls, folder: Path, run: str, *, segment_bytes: int = SEGMENT_BYTES) -> RunLog | None:
-        """The log that a former process left; torn tails are cut. None when no segment holds its OPEN."""
-        log: RunLog | None = None
-        for number, path in _segments_of(folder, run):
-            segment = _Segment(number, path, os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0)))
-            info, end = _scan(segment)
-            if info is None:
+        """The log that a former process left; torn tails are cut. None when no segment holds its OPEN.
+
+        A damaged record is passed over: `read` of its seq gives None, and what is behind it stays.
+        """
+        segments = [_scan(number, path) for number, path in _segments_of(folder, run)]
+        info = next((one.info for one in reversed(segments) if one.info is not None), None)
+        log = None if info is None else cls(folder, info, segment_bytes=segment_bytes)
+        for segment in segments:
+            if log is None or (segment.info is None and not segment.offsets):
                 os.close(segment.fd)
-                _put_away(path)
+                _put_away(segment.path)
                 continue
-            log = log or cls(folder, info, segment_bytes=segment_bytes)
-            log.info, log.ended = info, end
+            if segment.end < os.fstat(segment.fd).st_size:  # else its time of change, which is its age, would be new
+                os.ftruncate(segment.fd, segment.end)
+            log.ended = segment.ended or log.ended
+            log.damaged += segment.damaged
             log._segments.append(segment)
             log._next_number = segment.number + 1
         return log
@@ -147,6 +113,11 @@ class RunLog:
         return sum(segment.end for segment in self._segments)
 
     @property
+    def changed_unix(self) -> float:
+        """When it was last written to; 0 while it has no file."""
+        return max((path.stat().st_mtime for path in self.paths if path.exists()), default=0.0)
+
+    @property
     def paths(self) -> list[Path]:
         """The segment files, oldest first."""
         return [segment.path for segment in self._segments]
@@ -162,14 +133,14 @@ class RunLog:
         if expected is not None and skips and not (may_skip and frame.seq > expected):
             raise ValueError(f"run {frame.run}: expected seq {expected}, got {frame.seq}")
         segment = self._segment(is_new=skips)
-        offset = self._write(segment, _record(frame))
+        offset = self._write(segment, pack_record(frame))
         if segment.first_seq is None:
             segment.first_seq = frame.seq
         segment.offsets.append(offset)
 
     def end(self, end: End) -> None:
         """Append the END of the run."""
-        self._write(self._segment(), _record(end))
+        self._write(self._segment(), pack_record(end))
         self.ended = end
 
     def read(self, seq: int) -> LatentFrame | None:
@@ -177,8 +148,9 @@ class RunLog:
         for segment in self._segments:
             first = segment.first_seq
             if first is not None and first <= seq < first + len(segment.offsets):
-                found = _read_record(segment.fd, segment.offsets[seq - first])
-                return found[0] if found else None
+                offset = segment.offsets[seq - first]
+                found = read_record(segment.fd, offset) if offset >= 0 else None
+                return found if isinstance(found, LatentFrame) and found.seq == seq else None
         return None
 
     def size_of(self, seq: int) -> int:
@@ -186,9 +158,9 @@ class RunLog:
         for segment in self._segments:
             first = segment.first_seq
             if first is not None and first <= seq < first + len(segment.offsets):
-                place = seq - first
-                behind = segment.offsets[place + 1] if place + 1 < len(segment.offsets) else segment.end
-                return behind - segment.offsets[place]
+                offset = segment.offsets[seq - first]
+                behind = (later for later in segment.offsets[seq - first + 1 :] if later >= 0)
+                return next(behind, segment.end) - offset if offset >= 0 else 0
         return 0
 
     def release(self, before_seq: int) -> None:
@@ -233,7 +205,7 @@ class RunLog:
         except OSError as error:
             raise LogError(f"{path}: {error.strerror}") from error
         try:
-            self._write(segment, _record(self.info))
+            self._write(segment, pack_record(self.info))
         except LogError:
             os.close(segment.fd)
             path.unlink(missing_ok=True)
@@ -266,33 +238,52 @@ def _segments_of(folder: Path, run: str) -> list[tuple[int, Path]]:
 
 def _put_away(path: Path) -> None:
     """A segment whose OPEN is not whole: torn while it was made it holds nothing; else frames may lie behind it."""
-    if path.stat().st_size <= _HEAD.size + wire.MAX_HEADER_BYTES:
+    if path.stat().st_size <= HEAD.size + wire.MAX_HEADER_BYTES:
         path.unlink()
         return
     path.replace(path.with_suffix(".damaged"))
     logger.error("log_segment_damaged set_aside=%s", path.with_suffix(".damaged"))
 
 
-def _scan(segment: _Segment) -> tuple[StreamInfo | None, End | None]:
-    """Index the segment's frames and cut its torn tail."""
-    info: StreamInfo | None = None
-    end: End | None = None
-    offset = 0
-    while (found := _read_record(segment.fd, offset)) is not None:
-        message, behind = found
-        if isinstance(message, StreamInfo):
-            info = message
-        elif isinstance(message, End):
-            end = message
+def _scan(number: int, path: Path) -> _Segment:
+    """A segment file and what is in it, by the records' headers; its last record must be right in every byte."""
+    segment = _Segment(number, path, os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0)))
+    size = os.fstat(segment.fd).st_size
+    records = list(walk(segment.fd, size))
+    if records and read_record(segment.fd, records[-1].offset) is None:
+        del records[-1]  # a crash may have left its length without its bytes
+    behind = 0
+    for record in records:
+        segment.damaged += record.offset > behind
+        behind = record.end
+        if record.seq is None:
+            _take_word(segment, record)
         else:
-            if segment.first_seq is None:
-                segment.first_seq = message.seq
-            segment.offsets.append(offset)
-        offset = behind
-    segment.end = offset
-    if info is not None:
-        os.ftruncate(segment.fd, offset)
-    return info, end
+            _index(segment, record, record.seq)
+    segment.end = behind
+    return segment
+
+
+def _take_word(segment: _Segment, record: Record) -> None:
+    message = read_record(segment.fd, record.offset)
+    if isinstance(message, StreamInfo):
+        segment.info = message
+    elif isinstance(message, End):
+        segment.ended = message
+    else:
+        segment.damaged += 1
+
+
+def _index(segment: _Segment, record: Record, seq: int) -> None:
+    """Note where a frame is. Frames that should be before it, and were not found, are damaged."""
+    expected = seq if segment.first_seq is None else segment.first_seq + len(segment.offsets)
+    if seq != expected and (seq < expected or read_record(segment.fd, record.offset) is None):
+        segment.damaged += 1
+        return
+    if segment.first_seq is None:
+        segment.first_seq = seq
+    segment.offsets += [-1] * (seq - expected)
+    segment.offsets.append(record.offset)
 
 
 def runs_in(folder: Path) -> list[str]:

@@ -72,13 +72,21 @@ class StopRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """broker -> publisher: this run is not taken. Codes: taken (`use` is free), unknown_run, format, limit."""
+    """broker -> publisher: this run is not taken. Codes: taken (`use` is free), unknown_run, format, limit, key."""
 
     stream: str
     run: str
     code: str
     text: str
     use: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusedPeer:
+    """broker -> worker, streamer: nothing is taken from you any more. Codes: key (it was revoked)."""
+
+    code: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,11 +102,13 @@ class WorkerHello:
     """worker -> broker, each second. engines: latent format -> {decoder, reason, history}; memories: run -> next index.
 
     history: latents that a `live` frame needs before it where the run's memory is not there; 0 for pictures.
+    draining: it wants to go: no more jobs, its streams move, and DRAIN is the answer once it holds none.
     """
 
     ROLE: ClassVar[str] = "worker"
     device: str
     credits: int
+    draining: bool = False
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
     memories: dict[str, int] = field(default_factory=dict)
     echo_ns: int = 0
@@ -214,7 +224,7 @@ class Forget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drain:
-    """broker -> worker: no more jobs come; finish and exit."""
+    """broker -> worker, the answer to HELLO with `draining`: no more jobs come; send what is done, and exit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

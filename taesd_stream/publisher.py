@@ -13,10 +13,10 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, SupportsFloat
 
 from taesd_stream import wire
-from taesd_stream.errors import WireError
+from taesd_stream.errors import ConfigError, WireError
 from taesd_stream.frames import (
     DTYPE_BYTES,
     END_REASONS,
@@ -30,6 +30,7 @@ from taesd_stream.frames import (
     WireDtype,
     is_stream_name,
 )
+from taesd_stream.keys import KEYS_VARIABLE, Keys, load_keys
 from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
 from taesd_stream.latent_snapshot import MAX_SIGMA, Snapshot, is_on_device, snapshot_of
 from taesd_stream.outbox import Outbox, count_of
@@ -72,7 +73,8 @@ class LatentPublisher:
     record: "off", "last" (only the final frame), "all"; None follows the daemon's `recording.default`.
     meta: what people want to read beside the picture: prompt, seed, sampler, guidance.
     wire_dtype: None sends float16 (bfloat16 stays); "float32" exact, "uint8" smallest.
-    Raises: ValueError for a bad address, name, kind, mode; nothing after that.
+    keys_folder: what `taesd-stream keys new` made for this host, else $TAESD_STREAM_KEYS_FOLDER; None: no keys.
+    Raises: ValueError for a bad address, name, kind, mode, key file; nothing after that.
     """
 
     def __init__(
@@ -86,10 +88,12 @@ class LatentPublisher:
         record: RecordMode | None = None,
         meta: Mapping[str, Any] | None = None,
         wire_dtype: WireDtype | None = None,
+        keys_folder: str | os.PathLike[str] | None = None,
     ) -> None:
         info = _checked_info(stream, latent_format, kind, fps, record, dict(meta or {}))
         if wire_dtype is not None and wire_dtype not in DTYPE_BYTES:
             raise ValueError(f"wire_dtype: expected one of {', '.join(DTYPE_BYTES)}, got {wire_dtype!r}")
+        keys = _checked_keys(keys_folder)
         self.address = address or default_address()
         self._wire_dtype = wire_dtype
         self._format = LATENT_FORMATS.get(latent_format)
@@ -100,7 +104,7 @@ class LatentPublisher:
         self._fault: str | None = None  # the last publish's
         self._is_closed = False
         self._outbox = Outbox(info, ring_bytes=RING_BYTES, log_folder=own_log_folder())
-        self._link = PublisherLink(self.address, info, self._outbox)
+        self._link = PublisherLink(self.address, info, self._outbox, keys)
         self._wake = self._link.wakes.wake
         self._link.start()
         end_at_exit(self._link)
@@ -134,12 +138,14 @@ class LatentPublisher:
         """Why nothing is shown or kept: the broker's or the last publish's complaint; None while all is well."""
         return self._link.error or self._outbox.error or self._fault
 
-    def publish(self, latents: Any, *, step: int, total_steps: int | None = None, sigma: float | None = None) -> None:
+    def publish(
+        self, latents: Any, *, step: int, total_steps: int | None = None, sigma: SupportsFloat | None = None
+    ) -> None:
         """Show these latents. Never raises, never waits for a device or a socket.
 
         latents: numpy array or torch tensor (CPU or CUDA) of floats, z as the scheduler holds it, spatial:
             `steps` (C,h,w) or (N,C,h,w); `clip` (T,C,h,w); `live` (C,h,w) or (t,C,h,w).
-        step: 0-based. sigma: the noise level that the model saw at this step.
+        step: 0-based. sigma: the noise level that the model saw at this step; a tensor on a GPU is read later.
         """
         # Every line here is paid for by the sampler, in cold caches: what can wait is the side thread's.
         try:
@@ -219,6 +225,19 @@ class LatentPublisher:
         self._fault = f"publish: {error}"
         if self._faults == 1:
             logger.warning("publish_failed stream=%s error=%s (said once; the run goes on)", self.stream, error)
+
+
+def keys_in(folder: str | os.PathLike[str] | None) -> Keys | None:
+    """The keys in a folder, else in $TAESD_STREAM_KEYS_FOLDER, else none. Raises: ConfigError for bad files."""
+    folder = folder or os.environ.get(KEYS_VARIABLE)
+    return load_keys(Path(folder).expanduser()) if folder else None
+
+
+def _checked_keys(folder: str | os.PathLike[str] | None) -> Keys | None:
+    try:
+        return keys_in(folder)
+    except ConfigError as error:
+        raise ValueError(f"keys_folder: {error}") from error
 
 
 def _checked_info(

@@ -14,32 +14,38 @@ import zmq
 from taesd_stream import wire
 from taesd_stream.errors import WireError
 from taesd_stream.frames import EndReason, StreamInfo
+from taesd_stream.keys import Keys
 from taesd_stream.latent_log import LogError
+from taesd_stream.line import Line
 from taesd_stream.messages import Ack, DemandUpdate, Echo, End, PublisherHello, Refused, RunHello, StopRun
 from taesd_stream.outbox import Outbox, is_final
 from taesd_stream.pace import Pace
 from taesd_stream.send_window import SendWindow
-from taesd_stream.sockets import ClockOffset, WakePipe, connect_dealer
+from taesd_stream.sockets import ClockOffset, WakePipe
 
 logger = logging.getLogger(__name__)
 
 HELLO_S: Final = 1.0
 RETRY_S: Final = 0.1  # the socket took nothing: it says itself when it does, this is for the rest
 REFUSED_RETRY_S: Final = 10.0
+KNOCK_S: Final = 0.5  # how often a line that is not let in is looked after
 FIRST_ANSWER_S: Final = 0.5  # a daemon that is there has been reached by then
+SILENT_S: Final = 2.0  # a broker that leaves HELLO unanswered so long hangs, or is behind a hole: it gets no frames
+MAX_UNHEARD_BYTES: Final = 64 << 20  # of frames sent since it was heard last, all of which may lie in our memory
 JOIN_SPARE_S: Final = 5.0  # for a last write to disk
 
 
 class PublisherLink:
     """One run's talk with the broker. Everything but the marked entry points runs in the side thread."""
 
-    def __init__(self, address: str, info: StreamInfo, outbox: Outbox) -> None:
+    def __init__(self, address: str, info: StreamInfo, outbox: Outbox, keys: Keys | None = None) -> None:
         self.info = info
         self.error: str | None = None
         self.is_stopped = False
         self.is_stoppable = False
         self.is_over = False  # the thread has ended
         self._address = address
+        self._keys = keys
         self._address_fault: zmq.ZMQError | None = None
         self._is_connecting = threading.Event()
         self._outbox = outbox
@@ -48,7 +54,10 @@ class PublisherLink:
         self._is_open = False  # OPEN went out, and nobody denied it
         self._opens = 0
         self._is_refused = False
+        self._not_let_in: str | None = None  # why nobody takes our key
         self._blocked_since_s: float | None = None  # when the socket took nothing for the first time
+        self._asked_s: float | None = None  # when the oldest HELLO went that is not answered
+        self._unheard_bytes = 0
         self._window = SendWindow(outbox.kept)
         self._pace = Pace()
         self._next_hello_s = 0.0
@@ -100,29 +109,31 @@ class PublisherLink:
     def _run(self) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         context.linger = 0
-        socket: zmq.Socket[bytes] | None = None
+        line: Line | None = None
         try:
-            socket = connect_dealer(context, self._address)
+            line = Line(context, zmq.DEALER, self._address, keys=self._keys)
             self._is_connecting.set()
-            self._loop(socket)
+            self._loop(line)
         except Exception as error:  # the outermost loop: the sampler goes on
-            if socket is None and isinstance(error, zmq.ZMQError):
+            if line is None and isinstance(error, zmq.ZMQError):
                 self._address_fault = error
             else:
                 self.error = "the publisher failed: see its log"
                 logger.exception("publisher_failed stream=%s (the run goes on, unseen)", self.info.stream)
         finally:
             self._finish()
-            if socket is not None:
-                socket.close(linger=0)
+            if line is not None:
+                line.close()
             context.term()
             self.wakes.close()
             self._is_connecting.set()
 
-    def _loop(self, socket: zmq.Socket[bytes]) -> None:
+    def _loop(self, line: Line) -> None:
         poller = zmq.Poller()
         poller.register(self.wakes.fileno(), zmq.POLLIN)
         while not self._is_finished():
+            self._watch(line, poller)
+            socket = line.socket
             end = self._end  # before collect(): what was published before close() is said before END
             self._outbox.collect()
             self._outbox.spill_if_full(self.info)
@@ -134,6 +145,19 @@ class PublisherLink:
             self._receive_all(socket)
             self._rest()
 
+    def _watch(self, line: Line, poller: zmq.Poller) -> None:
+        """Where the socket takes nothing, learn why."""
+        if self._blocked_since_s is None and line.error is None:
+            return
+        before, old = line.error, line.socket
+        if line.look():
+            poller.unregister(old)
+        self._not_let_in = line.error
+        if line.error is not None and line.error != before:
+            self._on_refused(Refused(stream=self.info.stream, run=self.info.run, code="key", text=line.error))
+        elif line.error is None and before is not None:
+            self._next_hello_s = 0.0  # it is open now
+
     def _is_finished(self) -> bool:
         if self._end is None:
             return False
@@ -144,19 +168,22 @@ class PublisherLink:
         """Whether waiting is in vain: the end of a run must not wait for a broker that is not there."""
         if self._is_refused and self._next_hello_s >= self._give_up_s:
             return True
-        if self._blocked_since_s is None or now - self._blocked_since_s < FIRST_ANSWER_S:
+        is_gone = self._blocked_since_s is not None and now - self._blocked_since_s >= FIRST_ANSWER_S
+        if not is_gone and not self._is_silent(now):
             return False
-        return not self._outbox.kept.count and self._outbox.kept_from is None
+        return not self._outbox.pending and not self._outbox.kept.count and self._outbox.kept_from is None
 
     def _timeout_ms(self) -> int:
         now = time.monotonic()
         until = min(self._next_hello_s, self._give_up_s, self._outbox.ask_device_s)
-        if self._blocked_since_s is None and not self._is_refused:
+        if self._blocked_since_s is None and not self._is_refused and not self._is_silent(now):
             if self._outbox.slot or not self._outbox.wanted:
                 until = min(until, self._pace.next_s)
             until = min(until, self._window.resend_s)
         if self._end is not None:
             until = min(until, now + RETRY_S)
+        if self._not_let_in is not None:
+            until = min(until, now + KNOCK_S)
         return max(0, math.ceil((until - now) * 1000))
 
     def _send_all(self, socket: zmq.Socket[bytes], end: End | None) -> None:
@@ -164,14 +191,15 @@ class PublisherLink:
         now = time.monotonic()
         if self._is_refused and now < self._next_hello_s:
             return
-        if end is not None and self._outbox.keep_last():
+        if end is not None and not self._outbox.pending and self._outbox.keep_last():
             self._next_hello_s = now  # say kept_from before it is sent
         try:
             self._send_open(socket)
             self._send_hello(socket, now)
-            self._send_slot(socket, now, is_ending=end is not None)
-            self._send_kept(socket, now)
-            self._send_end(socket, end)
+            if not self._is_silent(now):
+                self._send_slot(socket, now, is_ending=end is not None)
+                self._send_kept(socket, now)
+                self._send_end(socket, end)
             self._blocked_since_s = None
         except zmq.Again:
             self._next_hello_s = max(self._next_hello_s, now + RETRY_S)
@@ -198,12 +226,18 @@ class PublisherLink:
         row = RunHello(next_seq=outbox.next_seq, kept_from=kept_from, stoppable=self.is_stoppable)
         _send(socket, PublisherHello(runs={self.info.run: row}, echo_ns=time.monotonic_ns(), offset_ns=offset_ns))
         self._next_hello_s = now + HELLO_S
+        self._asked_s = self._asked_s or now
+
+    def _is_silent(self, now: float) -> bool:
+        """Whether the broker does not read what it gets: what were sent would grow old in our memory."""
+        is_late = self._asked_s is not None and now - self._asked_s > SILENT_S
+        return is_late or self._unheard_bytes > MAX_UNHEARD_BYTES
 
     def _send_slot(self, socket: zmq.Socket[bytes], now: float, *, is_ending: bool) -> None:
         slot = self._outbox.slot
-        while slot and (now >= self._pace.next_s or is_final(slot[0]) or is_ending):
+        while slot and (now >= self._pace.next_s or is_final(slot[0]) or is_ending) and not self._is_silent(now):
             _send(socket, slot[0])
-            slot.popleft()
+            self._unheard_bytes += slot.popleft().nbytes
             self._pace.sent(now)
             self._rest()
 
@@ -232,6 +266,7 @@ class PublisherLink:
                 parts = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            self._asked_s, self._unheard_bytes = None, 0
             try:
                 self._handle(wire.unpack(parts, wire.TO_PUBLISHER))
             except WireError as error:

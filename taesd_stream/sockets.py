@@ -15,6 +15,7 @@ from typing import Final, cast
 
 import zmq
 
+from taesd_stream.keys import Keys
 from taesd_stream.messages import Part
 from taesd_stream.wire import MAX_MESSAGE_BYTES
 
@@ -35,42 +36,84 @@ def prepare(socket: zmq.Socket[bytes], *, hwm: int) -> None:
     socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
 
 
-def connect_dealer(
-    context: zmq.Context[zmq.Socket[bytes]], address: str, *, hwm: int = 64, identity: bytes | None = None
+def dial(
+    context: zmq.Context[zmq.Socket[bytes]],
+    kind: int,
+    address: str,
+    *,
+    hwm: int = 64,
+    identity: bytes | None = None,
+    keys: Keys | None = None,
+    watched_events: int = 0,
 ) -> zmq.Socket[bytes]:
-    """A DEALER that takes messages only while connected, so that nothing stale waits for a broker to come.
+    """A DEALER or PUSH that takes messages only while connected, so that nothing stale waits for a broker to come.
 
+    keys: asked of tcp alone; a socket file is guarded by its folder.
+    watched_events: what its get_monitor_socket() tells, from the first connection on.
     Raises: zmq.ZMQError for an address that is none.
     """
-    socket = context.socket(zmq.DEALER)
+    socket = context.socket(kind)
     prepare(socket, hwm=hwm)
     socket.setsockopt(zmq.IMMEDIATE, 1)
     if identity is not None:
         socket.setsockopt(zmq.IDENTITY, identity)
+    if keys is not None and is_tcp(address):
+        keys.put_on_client(socket)
+    if watched_events:
+        socket.get_monitor_socket(watched_events)
     try:
         socket.connect(address)
     except zmq.ZMQError:
-        socket.close()
+        close(socket)
         raise
     return socket
 
 
-def bind_router(context: zmq.Context[zmq.Socket[bytes]], address: str, *, hwm: int = 1000) -> zmq.Socket[bytes]:
-    """A ROUTER that says when a peer is gone or full, and lets a peer that came back take its id again.
+def bind(
+    context: zmq.Context[zmq.Socket[bytes]],
+    kind: int,
+    address: str,
+    *,
+    hwm: int = 1000,
+    keys: Keys | None = None,
+    domain: str = "",
+    watched_events: int = 0,
+) -> zmq.Socket[bytes]:
+    """A ROUTER that says when a peer is gone or full, and lets a peer that came back take its id again; or a PULL.
 
     Without MANDATORY 270 of 300 messages were dropped in silence; without HANDOVER a peer that dropped stays deaf.
+    keys, watched_events: as in `dial`. domain: see Keys.put_on_server.
     Raises: zmq.ZMQError when the address is in use or none.
     """
-    socket = context.socket(zmq.ROUTER)
+    socket = context.socket(kind)
     prepare(socket, hwm=hwm)
-    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    if kind == zmq.ROUTER:
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    if keys is not None and is_tcp(address):
+        keys.put_on_server(socket, domain)
+    if watched_events:
+        socket.get_monitor_socket(watched_events)
     try:
         socket.bind(address)
     except zmq.ZMQError:
-        socket.close()
+        close(socket)
         raise
     return socket
+
+
+def close(socket: zmq.Socket[bytes], linger_ms: int = 0) -> None:
+    """Close a socket and the one that tells of its events, which would keep the context from its end."""
+    monitor = socket._monitor_socket
+    if monitor is not None:
+        socket.disable_monitor()  # pyzmq's own forgets the other end, unclosed
+        monitor.close(linger=0)
+    socket.close(linger=linger_ms)
+
+
+def is_tcp(address: str) -> bool:
+    """Whether others than this host's users could speak there."""
+    return address.startswith("tcp://")
 
 
 class WakePipe:

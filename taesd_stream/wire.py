@@ -64,6 +64,7 @@ from taesd_stream.messages import (
     PublisherHello,
     Record,
     Refused,
+    RefusedPeer,
     RunHello,
     State,
     Stats,
@@ -129,6 +130,7 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
         "record": optional(_MODE),
         "meta": Check(f"{_META.says}, at most {MAX_META_BYTES} bytes", _meta),
         "opened_ns": _PEER_NS,
+        "owner": optional(text(64)),
     },
     LatentFrame: {
         "run": RUN,
@@ -149,10 +151,12 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
     Ack: {"run": RUN, "seq": _SEQ_OR_NONE_YET, "ended": BOOLEAN},
     StopRun: {"run": RUN},
     Refused: {"stream": STREAM, "run": RUN, "code": _CODE, "text": _TEXT, "use": optional(STREAM)},
+    RefusedPeer: {"code": _CODE, "text": _TEXT},
     Echo: {"echo_ns": _NS, "now_ns": _NS},
     WorkerHello: {
         "device": text(200),
         "credits": integer(0, 64),
+        "draining": BOOLEAN,
         "engines": mapping(text(64), mapping(text(64), ANY, 16), 256),
         "memories": mapping(RUN, _SEQ, 4096),
         "echo_ns": _NS,
@@ -233,6 +237,9 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
         "total_steps": _STEPS,
         "sigma": _SIGMA,
         "stamps": _nested(Stamps),
+        "kind": choice(KINDS),
+        "parts": integer(1, 1 << 20),
+        "columns": integer(1, 1 << 20),
     },
 }
 
@@ -243,6 +250,7 @@ _NAMES: Final[dict[type, str]] = {
     WorkerHello: "HELLO",
     StreamerHello: "HELLO",
     DemandUpdate: "DEMAND",
+    RefusedPeer: "REFUSED",
     StopRun: "STOP",
     StopStream: "STOP",
 }
@@ -263,8 +271,8 @@ FROM_INSIDE: Final = (
     Cursor,
     Stats,
 )
-TO_WORKER: Final = (Job, Forget, Drain, Echo)
-TO_STREAMER: Final = (State, Gap, Echo)
+TO_WORKER: Final = (Job, Forget, Drain, Echo, RefusedPeer)
+TO_STREAMER: Final = (State, Gap, Echo, RefusedPeer)
 FROM_WORKER_TO_STREAMER: Final = (Packet,)
 
 _DEFAULTED: Final[dict[type, frozenset[str]]] = {
@@ -277,6 +285,9 @@ _DEFAULTED: Final[dict[type, frozenset[str]]] = {
 }
 
 
+_SCALARS: Final = frozenset((bool, int, float, str, bytes, type(None)))
+
+
 def type_name(cls: type) -> str:
     """The word that stands for a message class on the wire."""
     return _NAMES.get(cls, cls.__name__.upper())
@@ -284,8 +295,11 @@ def type_name(cls: type) -> str:
 
 def _plain(value: Any) -> Any:
     """Dataclasses inside a message as maps; everything else as it is."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: _plain(getattr(value, name)) for name in FIELDS[type(value)]}
+    kind = type(value)
+    if kind in _SCALARS:  # most values are: pictures by the thousand pass here
+        return value
+    if kind in FIELDS:
+        return {name: _plain(getattr(value, name)) for name in FIELDS[kind]}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
@@ -323,9 +337,12 @@ def _checked(cls: type, name: str, value: Any) -> Any:
 
 def _build(cls: type[M], header: Mapping[str, Any], **extra: Any) -> M:
     values: dict[str, Any] = extra
-    for name in FIELDS[cls]:
+    for name, take in FIELDS[cls].items():
         if name in header:
-            values[name] = _checked(cls, name, header[name])
+            try:
+                values[name] = take(header[name])
+            except WireError as error:
+                raise WireError(f"{type_name(cls)} {name}: {error}") from None
         elif name not in _DEFAULTED[cls]:
             raise WireError(f"{type_name(cls)}: {name} is missing")
     return cls(**values)

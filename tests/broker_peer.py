@@ -12,7 +12,7 @@ import zmq
 from taesd_stream import wire
 from taesd_stream.frames import Demand, LatentFrame, RecordMode, StreamInfo
 from taesd_stream.messages import Ack, DemandUpdate, Echo, End, PublisherHello, Refused
-from taesd_stream.sockets import bind_router
+from taesd_stream.sockets import bind
 
 M = TypeVar("M")
 
@@ -27,7 +27,7 @@ class BrokerPeer:
 
     def __init__(self, address: str = "tcp://127.0.0.1:0") -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = bind_router(self._context, address)
+        self._socket = bind(self._context, zmq.ROUTER, address)
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self.heard: list[Any] = []  # every message so far
         self.sender = b""  # who said the last one

@@ -40,7 +40,7 @@ from taesd_stream.messages import (
     Watch,
     WorkerHello,
 )
-from taesd_stream.sockets import connect_dealer
+from taesd_stream.sockets import dial
 from tests.daemon import COMMAND, START_S, clean_environment
 
 M = TypeVar("M")
@@ -123,7 +123,7 @@ class BrokerRole:
     def peer(self, address: str, allowed: Sequence[type], identity: str = "") -> Iterator[Peer]:
         """A socket that the test speaks for."""
         identity = identity or f"peer-{secrets.token_hex(4)}"
-        socket = connect_dealer(self._context, address, hwm=1000, identity=identity.encode())
+        socket = dial(self._context, zmq.DEALER, address, hwm=1000, identity=identity.encode())
         try:
             yield Peer(socket, allowed, self)
         finally:

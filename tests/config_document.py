@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from pydantic.fields import FieldInfo
 
-from taesd_stream.config import SECTIONS, Rule
+from taesd_stream.config import SECTIONS, TABLES
 
 DEFAULT_TOML: Final = Path(__file__).parent.parent / "configs" / "default.toml"
 _HEAD: Final = """\
@@ -17,7 +17,10 @@ Every setting of the daemon, at its default. A copy needs to hold only what is c
     taesd-stream up --config my.toml
 Order: defaults < file < environment (TAESD_STREAM_WEB__BIND=127.0.0.1:9000) < --set web.bind=127.0.0.1:9000
 Relative folders are taken from where the daemon is started; ~ is your home."""
-_RULE: Final = {"stream": "comfy/*", "record": "all", "film": "off", "decoder": "linear"}
+_EXAMPLES: Final[dict[str, dict[str, Any]]] = {
+    "rules": {"stream": "comfy/*", "record": "all", "film": "off", "decoder": "linear"},
+    "pushes": {"stream": "my-run", "url": "rtsp://127.0.0.1:8554/my-run"},
+}
 _LIMITS: Final = {"ge": "at least", "gt": "over", "le": "at most", "lt": "under"}
 
 
@@ -27,17 +30,17 @@ def document() -> str:
     for name, section in SECTIONS.items():
         parts.append(f"\n\n{_comment(section.__doc__ or '')}\n[{name}]")
         parts += [f"\n{_comment(_meaning(field))}\n{key} = {_toml(field.default)}" for key, field in section_keys(name)]
-    parts.append(
-        f"\n\n{_comment(Rule.__doc__ or '')}\n# There is none by itself; this would be one:\n{rule_example('#')}"
-    )
+    for name, table in TABLES.items():
+        told = f"{_comment(table.__doc__ or '')}\n# There is none by itself; this would be one:"
+        parts.append(f"\n\n{told}\n{table_example(name, '#')}")
     return "\n".join(parts) + "\n"
 
 
-def rule_example(prefix: str) -> str:
-    """A rule with every key, each explained behind it; prefix: what each line begins with."""
-    lines = [f"{prefix}[[rules]]"]
-    for key, field in Rule.model_fields.items():
-        lines += [_comment(field.description or ""), f"{prefix}{key} = {_toml(_RULE[key])}"]
+def table_example(name: str, prefix: str) -> str:
+    """A rule, say, with every key, each explained before it; prefix: what each line begins with."""
+    lines = [f"{prefix}[[{name}]]"]
+    for key, field in TABLES[name].model_fields.items():
+        lines += [_comment(field.description or ""), f"{prefix}{key} = {_toml(_EXAMPLES[name][key])}"]
     return "\n".join(lines)
 
 

@@ -118,6 +118,7 @@ GOLDEN: Final[dict[str, tuple[Any, Table]]] = {
         wire.TO_PUBLISHER,
     ),
     "echo": (messages.Echo(echo_ns=5, now_ns=9_000_000_000), wire.TO_PUBLISHER),
+    "refused_worker": (messages.RefusedPeer(code="key", text="this key was revoked"), wire.TO_WORKER),
     "hello_worker": (
         messages.WorkerHello(
             device="cuda:0 NVIDIA H100",

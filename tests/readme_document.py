@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Final
 
@@ -16,12 +17,14 @@ FOLDERS: Final = {
     "workers/taesd_stream_workers": "the processes and the command line",
     "workers/taesd_stream_workers/web/page": "the page: no build step, nothing from elsewhere",
     "configs": "settings",
+    "deploy": "the daemon as a service, in containers, on clusters",
     "docs": "documents",
     "tools": "what makes the shipped data; not installed",
     "tests": "tests, and what they share",
 }
 WITHOUT_WORDS: Final = {  # files that cannot say what they are, and those whose first line is a title
     "configs/default.toml": "Every setting of the daemon at its default, explained.",
+    "deploy/Dockerfile.dockerignore": "What the image is not made of.",
     "docs/running.md": "How to run it day by day: roles, folders, ports, exit codes, logs, a full disk.",
     "docs/wire.md": "The protocol, for other languages.",
     "taesd_stream/data/README.md": "Where the data files come from, and their licences.",
@@ -71,8 +74,9 @@ def said_by(path: Path) -> str:
     if path.suffix == ".py":
         said = ast.get_docstring(ast.parse(text)) or ""
     else:
-        said = " ".join(line.removeprefix("//").strip() for line in text.partition("\n\n")[0].splitlines())
-    sentence = re.match(r"(.+?[.!?])(?=\s+[A-Z`]|\s*$)", " ".join(said.partition("\n\n")[0].split()))
+        lines = [re.sub(r"^(//|#!.*|#)", "", line).strip() for line in text.splitlines()]
+        said = " ".join(takewhile(bool, dropwhile(lambda line: not line, lines)))
+    sentence = re.match(r"(.+?[.!?])(?=\s+[A-Z`[]|\s*$)", " ".join(said.partition("\n\n")[0].split()))
     if not sentence:
         raise ValueError(f"{path}: begins without a sentence that says what it is")
     return sentence[1]

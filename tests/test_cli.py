@@ -38,6 +38,7 @@ COMMANDS = (
     "decode",
     "weights",
     "fit",
+    "distill",
     "broker",
     "worker",
     "streamer",

@@ -16,7 +16,7 @@ import pytest
 from taesd_stream import LatentPublisher
 from taesd_stream.config import SECTIONS, load_config
 from taesd_stream.errors import ConfigError
-from tests.config_document import DEFAULT_TOML, document, rule_example, section_keys
+from tests.config_document import DEFAULT_TOML, document, section_keys, table_example
 from tests.daemon import Daemon, clean_environment, wait_for
 
 KEYS = [(section, key) for section in SECTIONS for key, _ in section_keys(section)]
@@ -50,13 +50,13 @@ def test_default_toml_is_what_the_models_say() -> None:
 def test_default_toml_has_every_key_at_its_default() -> None:
     """configs/default.toml, read by a TOML parser, has each section and key with the value that none would give."""
     values = tomllib.loads(DEFAULT_TOML.read_text(encoding="utf-8"))
-    assert values | {"rules": ()} == load_config().model_dump()
+    assert values | {"rules": (), "pushes": ()} == load_config().model_dump()
 
 
 def test_the_rule_that_default_toml_shows_is_one(tmp_path: Path) -> None:
     """The rule in configs/default.toml has every key of a rule; without its `#` it is read as what it says."""
-    assert rule_example("#") in DEFAULT_TOML.read_text(encoding="utf-8")
-    config = load_config(write(tmp_path, rule_example("")))
+    assert table_example("rules", "#") in DEFAULT_TOML.read_text(encoding="utf-8")
+    config = load_config(write(tmp_path, table_example("rules", "")))
     assert [rule.model_dump() for rule in config.rules] == [
         {"stream": "comfy/*", "record": "all", "film": "off", "decoder": "linear"}
     ]

@@ -10,14 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
+import av
 import diffusers
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from taesd_stream import LatentPublisher
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.integrations.diffusers import PreviewCallback, preview
+from taesd_stream.media.finished import read_summary
 from taesd_stream.messages import End, StopRun
 from tests.broker_peer import BrokerPeer
 from tests.daemon import Daemon, wait_for
@@ -32,6 +35,7 @@ from tests.diffusers_pipelines import (
     hunyuan_video_1_5,
     sd1,
     sd3,
+    sdxl,
     wan,
     with_prompts,
 )
@@ -240,7 +244,7 @@ def test_stop_interrupts_the_pipeline(peer: BrokerPeer, beside: ThreadPoolExecut
 
             def wait_for_stop(_pipe: Any, step: int, _t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
                 steps.append(step)
-                wait_for(lambda: view.publishers[0].stopped, of="STOP")
+                wait_for(lambda: view.sinks[0].stopped, of="STOP")
                 return kwargs
 
             run(case, callback_on_step_end=wait_for_stop)
@@ -340,7 +344,9 @@ def test_a_daemon_killed_midway_changes_nothing(make: Callable[[], Case], tmp_pa
     daemon.start()
 
     def kill(_module: Any, _arguments: Any) -> None:
-        if not killed and view.publishers and view.publishers[0].wait_until_acked(20):
+        if not killed and view.sinks:
+            assert isinstance(view.sinks[0], LatentPublisher)
+            assert view.sinks[0].wait_until_acked(20)
             killed.append(daemon.stop(signal.SIGKILL))
 
     denoiser = case.pipe.unet if hasattr(case.pipe, "unet") else case.pipe.transformer
@@ -384,3 +390,42 @@ def test_the_format_can_be_said() -> None:
     assert preview(pipe, latent_format="sdxl")._format.name == "sdxl"
     with pytest.raises(ValueError, match="stream: expected"):
         preview(case.pipe, stream="no spaces")
+
+
+# without a video decoder's weights a clip has a picture a latent, for as long as its frames would last
+@pytest.mark.parametrize(("make", "count"), [(sdxl, STEPS), (wan, STEPS * 3)], ids=["pictures", "clips"])
+def test_saved_without_a_daemon(make: Callable[[], Case], count: int, tmp_path: Path) -> None:
+    """`save=` writes every step into an MP4 that says what was painted, without a daemon, and changes no picture."""
+    case = make()
+    alone, _ = run(case)
+    path = tmp_path / "run.mp4"
+    with preview(case.pipe, save=path) as view:
+        shown, _ = run(case)
+        run(case)
+    assert view.error is None
+    assert torch.equal(pictures(alone), pictures(shown))
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["run-2.mp4", "run.mp4"]
+    with av.open(path) as container:
+        times_s = [frame.time for frame in container.decode(video=0)]
+    assert len(times_s) == count
+    if make is wan:
+        assert times_s == pytest.approx([place * 4 / 16 for place in range(count)], abs=0.001)
+    summary = read_summary(path)
+    assert summary is not None
+    assert (summary["frames"], summary["meta"]["seed"], summary["missing"]) == (STEPS, 7, [])
+
+
+def test_a_saved_run_by_the_callback(tmp_path: Path) -> None:
+    """A callback that saves has its file once the call is over and the callback dropped."""
+    case = sd1()
+    path = tmp_path / "one.mp4"
+    run(case, callback_on_step_end=PreviewCallback(case.pipe, save=path))
+    gc.collect()
+    wait_for(lambda: read_summary(path), of="the file")
+
+
+@pytest.mark.parametrize("name", ["run.mkv", "nowhere/run.mp4"])
+def test_a_path_that_cannot_be(name: str, tmp_path: Path) -> None:
+    """Another suffix or a folder that is not there is an error before the run."""
+    with pytest.raises(ValueError, match=r"save: expected a name that ends in \.mp4, in a folder that exists"):
+        preview(sd1().pipe, save=tmp_path / name)

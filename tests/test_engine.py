@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from taesd_stream.decoding.choice import Choice, NoDecoderError, open_engine
-from taesd_stream.decoding.engine import Engine, check_finite, latents_from_payload
+from taesd_stream.decoding.colour import video_planes
+from taesd_stream.decoding.engine import Engine
 from taesd_stream.decoding.live_bytes import LiveBytes
+from taesd_stream.decoding.payloads import check_finite, latents_from_payload, rows_not_finite
 from taesd_stream.decoding.video_engine import LivePart, VideoEngine
 from taesd_stream.errors import WeightsError
 from taesd_stream.frames import WireDtype
@@ -132,6 +134,20 @@ def test_a_batch_in_slices_is_the_batch_at_once(weights: Path) -> None:
     torch.testing.assert_close(decoded(engine, latents, budget_bytes), decoded(engine, latents), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("frames_in_budget", [10.0, 2.0, 0.25])
+def test_planes_are_those_of_the_pictures(weights: Path, frames_in_budget: float) -> None:
+    """decode_planes gives the planes of decode's pictures, for a whole batch, in slices and in tiles."""
+    engine = open_engine("sd1", weights_folder=weights)
+    latents = torch.randn(3, 4, 24, 20)
+    budget_bytes = int(frames_in_budget * 24 * 20 * engine.bytes_per_latent_px)
+    parts = list(engine.decode_planes(latents, budget_bytes=budget_bytes))
+    planes = torch.cat([planes for _, planes in parts])
+    assert [part for part, _ in parts] == [part for part, _ in engine.decode(latents, budget_bytes=budget_bytes)]
+    height, width = engine.picture_size(latents)
+    assert planes.shape == (3, height * 3 // 2, width)
+    assert torch.equal(planes, video_planes(decoded(engine, latents, budget_bytes)))
+
+
 @pytest.mark.parametrize(("name", "channels"), [("sd1", 4), ("flux2", 32)])
 def test_a_frame_over_the_budget_is_decoded_in_tiles(weights: Path, name: str, channels: int) -> None:
     """Frames that alone need more than the budget keep to it in tiles, and have the pictures of a larger budget."""
@@ -201,6 +217,22 @@ def test_frames_without_a_picture_are_counted_out() -> None:
     latents = torch.zeros(4, 4, 2, 2)
     latents[1, 0, 0, 0], latents[3, 3, 1, 1] = float("nan"), float("-inf")
     assert check_finite(latents) == [1, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_words_without_a_picture_are_counted_out(dtype: torch.dtype) -> None:
+    """Looked at as bits, NaN and both infinities are found in every dtype, and the largest finite values are not."""
+    latents = torch.zeros(5, 4, 2, 2, dtype=dtype)
+    largest = torch.finfo(dtype).max
+    latents[0], latents[1, 0, 0, 0], latents[2, 3, 1, 1], latents[4, 1, 0, 1] = (
+        -largest,
+        float("nan"),
+        largest,
+        -torch.inf,
+    )
+    latents[3, 2, 1, 0] = torch.inf
+    assert rows_not_finite(latents) == check_finite(latents) == [1, 3, 4]
+    assert rows_not_finite(torch.full((2, 4), 255, dtype=torch.uint8)) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

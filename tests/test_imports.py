@@ -43,10 +43,25 @@ def loaded_by(module: str, folder: Path) -> set[str]:
 
 
 def test_a_sampler_pays_for_nothing_of_the_daemon(tmp_path: Path) -> None:
-    """`import taesd_stream` imports neither torch nor av nor anything else of the daemon's extra."""
-    loaded = loaded_by("taesd_stream", tmp_path)
+    """Neither the package nor its LatentPublisher imports torch, av or anything else of the daemon's extra."""
+    code = "import json, sys\nfrom taesd_stream import LatentPublisher\nassert LatentPublisher.__name__\n"
+    names = "sorted({name.partition('.')[0] for name in sys.modules})"
+    loaded = set(run(f"{code}print(json.dumps({names}))", tmp_path))
     assert loaded & {*HEAVY, "taesd_stream_workers"} == set()
     assert {"taesd_stream", "numpy", "zmq", "msgpack"} <= loaded
+    assert loaded_by("taesd_stream", tmp_path) & {*HEAVY, "taesd_stream_workers"} == set()
+
+
+def test_an_integration_adds_little_to_its_framework(tmp_path: Path) -> None:
+    """Where torch is loaded, importing the integration for diffusers loads a few modules of ours, and nobody else's."""
+    names = "[name for name in sys.modules if name not in before]"
+    code = "import json, sys, torch, numpy\nbefore = set(sys.modules)\nimport taesd_stream.integrations.diffusers\n"
+    added = run(f"{code}print(json.dumps({names}))", tmp_path)
+    ours = {name for name in added if name.partition(".")[0] == "taesd_stream"}
+    standard = {name for name in added if name.partition(".")[0] in sys.stdlib_module_names}
+    assert set(added) - ours - standard == set()
+    assert not ours & {"taesd_stream.publisher", "taesd_stream.wire", "taesd_stream.messages"}
+    assert len(ours) <= 15
 
 
 @pytest.mark.parametrize("name", ["frames", "wire", "publisher", "prediction", "latent_log", "latent_formats"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from taesd_stream.kept_frames import KeptFrames
 from taesd_stream.latent_log import LogError, read_messages
 from taesd_stream.latent_snapshot import snapshot_of
 from taesd_stream.messages import End
-from taesd_stream.outbox import MAX_FINALS, Outbox, Said
+from taesd_stream.outbox import MAX_ASK_S, MAX_FINALS, Outbox, Said
 from taesd_stream.send_window import MAX_UNACKED_BYTES, RESEND_S, SendWindow
 from tests.golden_messages import FRAME, OPEN, RUN
 
@@ -389,6 +391,57 @@ def test_what_is_being_collected_is_not_acked(tmp_path: Path) -> None:
     assert seen == [False]
     box.kept.ack(0)
     assert box.is_all_acked
+
+
+def test_a_count_that_comes_late_is_a_hole_and_no_end(tmp_path: Path) -> None:
+    """A thread that was held up between its test and its count, while keeping began: both parts are kept, in order."""
+    box = outbox(tmp_path, "all")
+    offer(box, 2)
+    skip(box)
+    offer(box, 2)
+    box.collect()
+    assert kept_seqs(box.kept) == [0, 1, 3, 4]
+    box.kept.ack(1)
+    assert box.kept.first_seq == 3  # what HELLO then names as kept_from
+
+
+def test_frames_behind_a_busy_device_keep_their_order(tmp_path: Path) -> None:
+    """While a device holds a kept frame nothing behind it is taken, nothing counts as acked, and it is asked again."""
+    box = outbox(tmp_path, "all")
+    device = Device(lambda: payload_of(0), is_done=False)
+    box.said.append(device.said())
+    box.place()
+    offer(box, 2)
+    box.collect()
+    assert kept_seqs(box.kept) == []
+    assert not box.is_all_acked
+    assert 0 < box.ask_device_s - time.monotonic() <= MAX_ASK_S
+    device.is_done = True
+    box.collect()
+    assert kept_seqs(box.kept) == [0, 1, 2]
+    assert box.ask_device_s == math.inf
+
+
+def test_the_newest_wins_while_a_device_is_busy(tmp_path: Path) -> None:
+    """Of frames that nobody keeps one lies on the device, however long it takes."""
+    box = outbox(tmp_path, "off")
+    devices = [Device(lambda: payload_of(0), is_done=False) for _ in range(5)]
+    for device in devices:
+        box.said.append(device.said())
+        box.collect()
+    assert [one.seq for one in box.pending] == [4]
+    devices[-1].is_done = True
+    box.collect()
+    assert [one.seq for one in box.slot] == [4]
+
+
+def test_stopping_waits_for_the_device(tmp_path: Path) -> None:
+    """A kept frame that a device still holds at the end of the run is in the log."""
+    box = outbox(tmp_path, "all")
+    box.said.append(Device(lambda: payload_of(0), is_done=False).said())
+    box.collect()
+    (path,) = box.stop(info("all"), END, is_end_sent=False)
+    assert [message.seq for message in read_messages(path) if isinstance(message, LatentFrame)] == [0]
 
 
 def test_a_device_that_fails_ends_keeping_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

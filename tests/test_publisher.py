@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from taesd_stream import LatentPublisher
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.messages import PublisherHello, StopRun
+from taesd_stream.publisher_link import MAX_UNHEARD_BYTES
 from tests.broker_peer import BrokerPeer
 from tests.daemon import wait_for
 
@@ -226,6 +231,60 @@ def test_threads_share_one_run(peer: BrokerPeer, open_run: Any, beside: ThreadPo
         thread.join()
     closed(publisher, beside, peer)
     assert peer.seqs() == list(range(200))
+
+
+def test_a_live_stream_counts_latents_in_video_time(peer: BrokerPeer, open_run: Any) -> None:
+    """`live`: index is the place of a publish's first latent, also behind publishes that were only counted."""
+    publisher = open_run(kind="live", fps=16.0)
+    peer.opened()
+    publisher.publish(np.zeros((3, 4, 8, 8), np.float16), step=0)
+    assert peer.frame(0).index == 0
+    peer.demand(publisher.run, "idle", max_fps=0.001)
+    wait_for(lambda: not publisher._outbox.wanted, of="the publisher's rest")
+    publisher.publish(np.zeros((5, 4, 8, 8), np.float16), step=1)
+    publisher.publish(LATENTS, step=2)
+    peer.demand(publisher.run, "every")
+    wait_for(lambda: publisher._outbox.wanted, of="the publisher's waking")
+    publisher.publish(np.zeros((2, 4, 8, 8), np.float16), step=3)
+    frame = peer.frame(3)
+    assert (frame.index, frame.shape) == (9, (2, 4, 8, 8))
+
+
+def test_a_clip_is_one_frame(peer: BrokerPeer, open_run: Any) -> None:
+    """`clip`: a whole video a publish, its index the seq; a single picture is none, and `error` says so."""
+    publisher = open_run(kind="clip", fps=16.0)
+    publisher.publish(LATENTS, step=0)
+    assert "clip latents are (T, C, h, w)" in (publisher.error or "")
+    publisher.publish(np.zeros((9, 4, 8, 8), np.float16), step=0)
+    frame = peer.frame(0)
+    assert (frame.index, frame.shape) == (0, (9, 4, 8, 8))
+
+
+def test_latents_may_change_their_form(peer: BrokerPeer, open_run: Any) -> None:
+    """Size, precision and library may be others at each publish: what is sent is always what was given."""
+    publisher = open_run(record="all")
+    forms: list[Any] = [LATENTS, LATENTS.astype(np.float32), np.ones((4, 4, 6), np.float16), torch.from_numpy(LATENTS)]
+    for step, latents in enumerate([*forms, *reversed(forms)]):
+        publisher.publish(latents, step=step)
+    for step, latents in enumerate([*forms, *reversed(forms)]):
+        frame = peer.frame(step)
+        assert (frame.shape, bytes(frame.payload)) == (tuple(latents.shape), np.float16(latents).tobytes())
+
+
+@pytest.mark.parametrize("system", ["macos", "windows"])
+def test_without_eventfd_frames_are_sent_at_once_too(
+    peer: BrokerPeer, open_run: Any, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    """Where there is no eventfd, and on Windows no write() for sockets, a publish still wakes the side thread."""
+    monkeypatch.delattr(os, "eventfd", raising=False)
+    if system == "windows":
+        monkeypatch.setattr("taesd_stream.sockets._write_holding_gil", lambda: None)
+    publisher = open_run(record="off")
+    peer.next(PublisherHello, lambda hello: hello.offset_ns != 0)
+    for step in range(20):  # far more than there are seconds, in which HELLO would wake it
+        publish(publisher, 1, first=step)
+        peer.frame(step)
+    assert sum(isinstance(message, PublisherHello) for message in peer.heard) < 20
 
 
 # --- demand ---
@@ -546,6 +605,26 @@ def test_a_broker_that_comes_late_is_found(tmp_path: Path) -> None:
             assert peer.seqs() == [0, 1, 2]
 
 
+def test_what_the_ring_cannot_hold_waits_on_disk_and_is_sent_from_there(
+    tmp_path: Path, own_state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No broker, a full ring: frames go to the publisher's own log; a broker that comes gets all, and the log goes."""
+    monkeypatch.setattr("taesd_stream.publisher.RING_BYTES", 5 * LATENTS.nbytes)
+    address = f"ipc://{tmp_path}/late"
+    with LatentPublisher(address, stream="a", latent_format="sd1", record="all") as publisher:
+        for step in range(60):
+            publish(publisher, 1, first=step)
+            wait_for(lambda step=step: publisher._outbox.kept.count > step, of="the frame")  # type: ignore[misc]
+        wait_for(lambda: [*own_state.rglob("*.latents")], of="the log")
+        with BrokerPeer(address) as peer, ThreadPoolExecutor(1) as beside:
+            closed(publisher, beside, peer)
+            frames = [message for message in peer.heard if isinstance(message, LatentFrame)]
+    assert [frame.seq for frame in frames] == list(range(60))
+    assert [frame.payload[:2] for frame in frames] == [np.float16(step).tobytes() for step in range(60)]
+    assert publisher.error is None
+    assert [*own_state.rglob("*.latents")] == []
+
+
 def test_a_broker_that_died_and_came_back_gets_the_rest(tmp_path: Path) -> None:
     """What was not acked before the broker's death, and what came meanwhile, goes to the next one."""
     address = f"ipc://{tmp_path}/again"
@@ -583,6 +662,28 @@ def test_garbage_from_a_broker_harms_nothing(peer: BrokerPeer, open_run: Any, ca
     peer.frame(0)
     peer.next(PublisherHello)
     assert sum("broker_message_bad" in record.message for record in caplog.records) == 1
+
+
+def test_a_broker_that_hangs_fills_no_memory(peer: BrokerPeer, open_run: Any) -> None:
+    """To a broker that reads nothing no more than 64 MiB are sent; when it reads again the newest frame comes."""
+    publisher = open_run(record="off", wire_dtype="float32")
+    peer.next(PublisherHello)
+    big = np.zeros((4, 512, 512), np.float32)
+
+    steps = itertools.count()
+
+    def fill() -> int:
+        step = next(steps)
+        big[:] = step
+        publisher.publish(big, step=step)
+        return step
+
+    wait_for(lambda: fill() and publisher._link._is_silent(time.monotonic()), 60.0, of="the publisher's patience")
+    newest = max(fill() for _ in range(20))
+    last = peer.next(LatentFrame, lambda frame: frame.step == newest)
+    assert np.unique(np.frombuffer(last.payload, np.float32)).tolist() == [newest]
+    held = [message for message in peer.heard if isinstance(message, LatentFrame)]
+    assert sum(frame.nbytes for frame in held[:-1]) <= MAX_UNHEARD_BYTES + big.nbytes
 
 
 # --- opening ---

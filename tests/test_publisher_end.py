@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -15,10 +16,10 @@ import pytest
 import zmq
 
 from taesd_stream import LatentPublisher, wire
-from taesd_stream.frames import LatentFrame, RecordMode
+from taesd_stream.frames import LatentFrame, RecordMode, StreamInfo
 from taesd_stream.latent_log import read_messages
 from taesd_stream.messages import Ack, End, PublisherHello, RunHello, StopRun
-from taesd_stream.sockets import connect_dealer
+from taesd_stream.sockets import dial
 from tests.broker_peer import BrokerPeer
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.golden_messages import FRAME
@@ -261,6 +262,90 @@ def test_a_forked_child_is_told_to_open_its_own(peer: BrokerPeer, tmp_path: Path
     assert exit_code == 0, stderr
 
 
+def test_a_forked_child_may_open_its_own(peer: BrokerPeer, tmp_path: Path) -> None:
+    """A forked child that forgets the parent's publisher and opens one of its own says nothing of the parent's run."""
+    code = (
+        "import gc, os\n"
+        "p = LatentPublisher(stream='parent', latent_format='sd1', record='all')\n"
+        "p.publish(LATENTS, step=0)\n"
+        "assert p.wait_until_acked(20)\n"
+        "parent = p.run\n"
+        "if os.fork() == 0:\n"
+        "    del p; gc.collect()\n"
+        "    p = LatentPublisher(stream='child', latent_format='sd1', record='all')\n"
+        "    p.publish(LATENTS, step=0)\n"
+        "    raise SystemExit(0)\n"
+        "assert os.wait()[1] == 0\n"
+        "assert p.run == parent and not p.error\n"
+        "p.publish(LATENTS, step=1)\n"
+    )
+    process = started(peer, tmp_path, code)
+    ends = [peer.finish(), peer.finish()]
+    names = {one.run: one.stream for one in peer.heard if isinstance(one, StreamInfo)}
+    assert [(names[end.run], end.last_seq) for end in ends] == [("child", 0), ("parent", 1)]
+    exit_code, stderr = code_of(process)
+    assert exit_code == 0, stderr
+
+
+def publish_in_a_child(address: str) -> None:
+    """What a spawned process runs."""
+    with LatentPublisher(address, stream="spawned", latent_format="sd1", record="all") as publisher:
+        publisher.publish(LATENTS, step=0)
+
+
+def test_a_spawned_child_publishes(peer: BrokerPeer) -> None:
+    """A process that multiprocessing spawns opens a publisher as any other program does."""
+    child = multiprocessing.get_context("spawn").Process(target=publish_in_a_child, args=(peer.address,))
+    child.start()
+    assert peer.finish().last_seq == 0
+    child.join(20)
+    assert child.exitcode == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code"),
+    [
+        ("import sys; sys.exit(3)", 3),
+        ("import atexit; atexit.register(lambda: p.publish(LATENTS, step=1))", 0),
+        (
+            "import threading\n"
+            "threading.Thread(target=lambda: [p.publish(LATENTS, step=0) for _ in range(200)]).start()",
+            0,
+        ),
+        (
+            "import threading\n"
+            "def forever():\n"
+            "    while True: p.publish(LATENTS, step=1)\n"
+            "threading.Thread(target=forever, daemon=True).start()",
+            0,
+        ),
+        ("import threading; threading.Thread(target=p.close, daemon=True).start()", 0),
+        ("p.cycle = p; del p", 0),
+    ],
+    ids=["sys.exit", "atexit", "thread", "daemon thread", "closing daemon thread", "cycle"],
+)
+def test_however_a_program_ends_it_ends(peer: BrokerPeer, tmp_path: Path, code: str, exit_code: int) -> None:
+    """sys.exit, atexit handlers, threads that still publish: END is said, and the exit code is the program's own."""
+    process = started(peer, tmp_path, "p = LatentPublisher(stream='a', latent_format='sd1', record='off')\n" + code)
+    assert peer.finish().run
+    found, stderr = code_of(process)
+    assert found == exit_code
+    assert "Traceback" not in stderr, stderr
+
+
+def test_a_publisher_that_atexit_opens_does_not_hang(peer: BrokerPeer, tmp_path: Path) -> None:
+    """Opened when the interpreter is ending already: the program still ends, as soon as the run has."""
+    code = (
+        "import atexit\n"
+        "def late():\n"
+        "    with LatentPublisher(stream='late', latent_format='sd1', record='all') as p: p.publish(LATENTS, step=0)\n"
+        "atexit.register(late)"
+    )
+    process = started(peer, tmp_path, code)
+    assert peer.finish().last_seq == 0
+    assert code_of(process)[0] == 0
+
+
 # --- the real broker ---
 
 
@@ -294,6 +379,11 @@ class BrokerProcess:
         assert self._process is not None
         self._process.kill()
         self._process.wait(20)
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        assert self._process is not None
+        self._process.send_signal(number)
 
     def frames(self, run: str) -> list[int]:
         """What its log has of a run."""
@@ -359,7 +449,7 @@ def test_a_recording_never_begins_behind_a_frame_that_did_not_come(tmp_path: Pat
     run = "00000000000000aa"
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with BrokerProcess(tmp_path) as broker:
-        socket = connect_dealer(context, broker.address)
+        socket = dial(context, zmq.DEALER, broker.address)
         try:
             assert socket.poll(30_000, zmq.POLLOUT)
 

@@ -103,7 +103,7 @@ def test_limits(row: list[str]) -> None:
 @pytest.mark.parametrize("text", [TEXT, RUNNING], ids=["README", "running"])
 def test_keys_exist(text: str) -> None:
     """Every key of the configuration that is named exists."""
-    keys = set(re.findall(rf"(?<![\w.])((?:{'|'.join(SECTIONS)})\.[a-z_]+)\b(?!\()", text))
+    keys = set(re.findall(rf"(?<![\w.-])((?:{'|'.join(SECTIONS)})\.[a-z_]+)\b(?!\()", text))
     known = {f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields}
     files = {key for key in keys if key.rpartition(".")[2] in ("py", "md", "toml", "js", "css", "html", "json")}
     assert keys - files - known == set()
@@ -140,19 +140,53 @@ def test_links_lead_somewhere(text: str) -> None:
         assert (base / target).resolve().is_file(), target
 
 
+SAMPLER: Final = """
+import numpy as np
+sigmas, i, x, model = np.linspace(1, 0, 11), 9, np.zeros((16, 64, 64)), lambda x, sigma: x
+latents, blocks = np.zeros((4, 64, 64)), np.zeros((3, 2, 16, 8, 8))
+"""
+# What stands before an example because its reader has it anyway, by a word of the example.
+GIVEN: Final = {
+    "pipe(": """
+from pathlib import Path
+from tests.diffusers_pipelines import sd1, with_prompts
+pipe = with_prompts(sd1(), Path()).pipe
+pipe.set_progress_bar_config(disable=True)
+""",
+    "sample_euler(": """
+import torch
+from tests.test_k_diffusion import denoise as model, sample_euler
+sigmas, x = torch.tensor([10.0, 1.0, 0.0]), torch.zeros(4, 8, 8)
+""",
+    "writer.add_text(": """
+global_step = 500
+class writer:
+    add_text = staticmethod(lambda tag, text, step: None)
+""",
+}
+
+
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_code_runs(number: int, daemon: Daemon, tmp_path: Path) -> None:
-    """README's Python, as it stands, gives a stream; only what a sampler has anyway stands before it."""
+    """README's Python, as it stands, gives its streams; only what a sampler has anyway stands before it."""
     code = blocks("python")[number]
-    given = "import numpy as np\nsigmas, i, latents = np.linspace(1, 0, 11), 9, np.zeros((4, 64, 64))\n"
-    environment = {**clean_environment(tmp_path), "TAESD_STREAM_ADDRESS": daemon.broker}
+    given = SAMPLER + "".join(text for word, text in GIVEN.items() if word in code)
+    environment = {
+        **clean_environment(tmp_path),
+        "TAESD_STREAM_ADDRESS": daemon.broker,
+        "OMP_NUM_THREADS": "1",  # the networks are tiny
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "TRANSFORMERS_VERBOSITY": "error",  # it says on stderr that torchvision is not there
+    }
     done = subprocess.run(
         [sys.executable, "-c", given + code], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    stream = re.search(r'stream="([^"]+)"', code)
-    assert stream
-    row = wait_for(lambda: daemon.streams().get(stream[1]), of=stream[1])
-    wait_for(lambda: daemon.streams()[stream[1]]["state"] == "done", of="its end")
+    streams = re.findall(r'stream="([^"]+)"', code)
+    assert streams
+    wait_for(lambda: set(streams) <= set(daemon.streams()), of=str(streams))
+    wait_for(lambda: all(daemon.streams()[name]["state"] == "done" for name in streams), of="their ends")
     if 'record="all"' in code:
-        assert daemon.recording(row["run"])["frames"] == 20
+        assert daemon.recording(daemon.streams()[streams[0]]["run"])["frames"] == 20
+    for path in re.findall(r'save="([^"]+)"', code):
+        assert (tmp_path / path).is_file()

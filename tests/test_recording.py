@@ -14,6 +14,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import av
 import numpy as np
@@ -49,8 +50,8 @@ def number_in(frame: av.VideoFrame) -> int:
 
 def packet(seq: int, payload: bytes, *, is_keyframe: bool, pts: int, attempt: int = 1, **changes: int) -> Packet:
     """A packet of the recording's rendition."""
-    size = {"width": changes.pop("width", 96), "height": changes.pop("height", 64)}
-    place = {"index": changes.pop("index", 0), "count": changes.pop("count", 1)}
+    size: dict[str, Any] = {"width": changes.pop("width", 96), "height": changes.pop("height", 64)}
+    place: dict[str, Any] = {"index": changes.pop("index", 0), "count": changes.pop("count", 1)}
     assert not changes
     return Packet(
         stream="demo/a", run=RUN, seq=seq, rendition="record", attempt=attempt, is_keyframe=is_keyframe, pts=pts,

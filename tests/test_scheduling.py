@@ -16,6 +16,8 @@ from taesd_stream.scheduling import (
     Group,
     WorkerLimits,
     desired_workers,
+    first_due,
+    history_due,
     next_job,
 )
 
@@ -212,3 +214,57 @@ def test_one_frame_over_every_limit_is_taken_alone() -> None:
 def test_desired_workers_follow_the_load(loads: list[float], wanted: int) -> None:
     """The shares of a worker that all streams need, with a third to spare, and never none."""
     assert desired_workers(loads) == wanted
+
+
+@given(candidates, any_limits)
+@settings(max_examples=400)
+def test_every_run_has_its_first_before_any_has_its_second(offered: list[Candidate], worker: WorkerLimits) -> None:
+    """Fair shares: a run is left out of a full job only where no run of the job's group has more than one in it."""
+    job = next_job(offered, worker)
+    if not job or job[0].is_suspect:
+        return
+    counts = {run: sum(one.run == run for one in job) for run in {one.run for one in job}}
+    if max(counts.values()) == 1:
+        return
+    mine = [one for one in offered if one.worker in (None, worker.worker)]
+    firsts = [min((one for one in mine if one.run == run), key=lambda one: (one.due_ns, one.seq)) for run in runs(mine)]
+    left_out = [one for one in firsts if one.run not in counts]
+    assert all(one.group != job[0].group or one.is_suspect for one in left_out)
+
+
+def runs(offered: list[Candidate]) -> set[str]:
+    """All that offer something."""
+    return {one.run for one in offered}
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=10), st.sampled_from([None, *WORKERS]))
+def test_history_goes_along_where_a_worker_is_new_to_a_run(order: list[str], memory: bytes | None) -> None:
+    """Of each `live` run's items in a job exactly the first has history, and only where its memory is elsewhere."""
+    job = [candidate(run, seq, memory=memory, history_bytes=100) for seq, run in enumerate(order)]
+    due = history_due(job, WORKERS[0])
+    for place, run in enumerate(order):
+        assert due[place] == (memory != WORKERS[0] and run not in order[:place])
+
+
+def test_history_counts_in_a_jobs_bytes() -> None:
+    """A job with history is as large as both: what does not fit with it waits."""
+    half = MAX_JOB_BYTES // 2
+    new = candidate("new", nbytes=half, history_bytes=half)
+    other = candidate("other", nbytes=half, since_ns=1)
+    assert next_job([new, other], limits()) == (new,)
+    known = dataclasses.replace(new, memory=WORKERS[0])
+    assert next_job([known, other], limits()) == (known, other)
+
+
+@given(candidates, any_limits, st.integers(1, 5))
+def test_a_job_fits_the_workers_memory(offered: list[Candidate], worker: WorkerLimits, frames: int) -> None:
+    """No job has more frames than the worker can hold at once."""
+    assert len(next_job(offered, dataclasses.replace(worker, memory_frames=frames))) <= max(1, frames)
+
+
+@given(candidates, any_limits)
+def test_a_job_begins_with_the_one_that_is_due_first(offered: list[Candidate], worker: WorkerLimits) -> None:
+    """first_due() names the frame that next_job() begins with, so that its group's limits can be asked for."""
+    first = first_due(offered, worker.worker)
+    job = next_job(offered, worker)
+    assert (first.due_ns if first else None) == (job[0].due_ns if job else None)

@@ -14,7 +14,7 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taesd_stream.sockets import ClockOffset, WakePipe, bind_router, connect_dealer, receive_parts
+from taesd_stream.sockets import ClockOffset, WakePipe, bind, dial, receive_parts
 from taesd_stream.wire import MAX_MESSAGE_BYTES
 from tests.daemon import wait_for
 
@@ -30,12 +30,12 @@ class Sockets:
 
     def router(self, address: str = "tcp://127.0.0.1:0", *, hwm: int = 1000) -> zmq.Socket[bytes]:
         """Ours, bound."""
-        self._made.append(bind_router(self.context, address, hwm=hwm))
+        self._made.append(bind(self.context, zmq.ROUTER, address, hwm=hwm))
         return self._made[-1]
 
     def dealer(self, address: str, *, hwm: int = 64, identity: bytes | None = None) -> zmq.Socket[bytes]:
         """Ours, connected."""
-        self._made.append(connect_dealer(self.context, address, hwm=hwm, identity=identity))
+        self._made.append(dial(self.context, zmq.DEALER, address, hwm=hwm, identity=identity))
         return self._made[-1]
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from websockets.sync.client import ClientConnection, connect
 from taesd_stream import wire
 from taesd_stream.frames import Packet, Stamps
 from taesd_stream.messages import Echo, Keyframe, Record, State, StopStream, StreamerHello
-from taesd_stream.sockets import bind_router, prepare
+from taesd_stream.sockets import bind, prepare
 from taesd_stream_workers.broken_chains import ASK_AGAIN_S
 from taesd_stream_workers.hub import Hub
 from taesd_stream_workers.inbox import INBOX_BYTES, Inbox
@@ -253,7 +253,7 @@ class LoneStreamer(Daemon):
 
     def come(self) -> None:
         """Be its broker."""
-        self._broker = bind_router(self._context, self._address)
+        self._broker = bind(self._context, zmq.ROUTER, self._address)
 
     def go(self) -> None:
         """Be away, as a killed broker is."""

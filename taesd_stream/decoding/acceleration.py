@@ -55,7 +55,7 @@ class AcceleratedDecoder:
         self._use(self._stock, "cuDNN's fused calls")
         lacks = lacks_for_kernels(torch.cuda.get_device_capability(device))
         if lacks is None:
-            self._cubin = _compile_behind(cache)
+            self._cubin = compile_behind(cache)
             self.reason += " until our own kernels are compiled"
         else:
             self.reason += f": {lacks}"
@@ -138,7 +138,7 @@ def accelerated(
     return decoder, decoder.reason
 
 
-def _compile_behind(cache: Path | None) -> Future[bytes]:
+def compile_behind(cache: Path | None) -> Future[bytes]:
     """Compile in a thread that a process which ends does not wait for: a compilation cannot be broken off."""
     future: Future[bytes] = Future()
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -12,21 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from taesd_stream.decoding.acceleration import accelerated
+from taesd_stream.decoding.colour import video_planes
 from taesd_stream.decoding.cpu_choice import cpu_choice
 from taesd_stream.decoding.folding import fold_upsampling
 from taesd_stream.decoding.nano_tiles import decode_in_strips
+from taesd_stream.decoding.payloads import check_finite
 from taesd_stream.decoding.slicing import bytes_per_latent_px, slices
 from taesd_stream.decoding.tiling import BudgetError, decode_tiled, is_tileable
-from taesd_stream.frames import WireDtype
 from taesd_stream.latent_formats import LatentFormat
 from taesd_stream.models.nano import NanoDecoder
 
-_TORCH_DTYPES: Final[dict[WireDtype, torch.dtype]] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "uint8": torch.uint8,
-}
 # Latents are about [-3, 3]. Larger ones mean nothing, and squared up they would overflow half precision.
 _LARGEST_LATENT: Final = 1e4
 
@@ -75,47 +69,81 @@ class Engine:
         """What runs the network on its device now, and why; kernels take over some seconds after the start."""
         return self._plain_reason if self._fast is None else self._fast.reason
 
-    def decode(self, latents: NDArray[Any] | Tensor, *, budget_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+    def decode(
+        self, latents: NDArray[Any] | Tensor, *, budget_bytes: int, are_finite: bool = False
+    ) -> Iterator[tuple[slice, Tensor]]:
         """Decode a batch, slice by slice, in order; each slice is decoded when it is asked for.
 
         latents: (N, C, h, w), floating point, any device; z as the scheduler holds it, FLUX.2 also patchified.
         budget_bytes: memory for one slice; a frame that alone needs more is decoded in tiles (`tiling`), and one that
         even so needs more in the smallest. A network without exact tiles (linear, RGBA) decodes it whole.
+        are_finite: the caller knows that they hold no NaN; to find out, a GPU would have to be waited for.
         Returns: (which of the N, (n, 3, H, W) float32 in [0, 1] on the engine's device, NCHW contiguous).
         Raises: ValueError, before anything is decoded, for a wrong shape, dtype or budget, or NaN (`check_finite`).
         """
-        tensor = torch.as_tensor(latents)
-        self._check(tensor)
-        count, _, height, width = self._format.check_shape("steps", tensor.shape)
-        frame_bytes = self.bytes_per_latent_px * height * width
-        pieces = list(slices(count, frame_bytes, budget_bytes))
-        if frame_bytes > budget_bytes and (isinstance(self._network, NanoDecoder) or is_tileable(self._network)):
-            return self._decode_tiled(self._format.unfold(tensor), budget_bytes)
-        return self._decode_slices(self._format.unfold(tensor), pieces)
+        return self._decode(latents, budget_bytes, self._rgb, _plain, are_finite=are_finite)
+
+    def decode_planes(
+        self, latents: NDArray[Any] | Tensor, *, budget_bytes: int, are_finite: bool = False
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """As `decode`, but I420 planes for video, (n, H*3//2, W) uint8 as `colour.video_planes`; no RGB on a GPU."""
+        return self._decode(latents, budget_bytes, self._planes, video_planes, are_finite=are_finite)
+
+    def picture_size(self, latents: Tensor) -> tuple[int, int]:
+        """Height and width, pixels, of the pictures that latents (..., h, w) give."""
+        return self._format.picture_size(*latents.shape[-2:])
 
     def forget(self, run: str) -> None:
         """Drop what is remembered of a live run: of pictures nothing. Any thread."""
 
-    def _check(self, latents: Tensor) -> None:
+    def _check(self, latents: Tensor, *, are_finite: bool = False) -> None:
         if latents.ndim != 4 or not latents.is_floating_point():
             given = f"{tuple(latents.shape)} {latents.dtype}"
             raise ValueError(f"{self.latent_format}: expected latents (N, C, h, w) in floating point, got {given}")
-        bad = check_finite(latents)
+        bad = [] if are_finite else check_finite(latents)
         if bad:
             raise ValueError(f"{self.latent_format}: latents hold NaN or infinity in frames {bad}")
 
-    @torch.inference_mode()
-    def _decode_slices(self, latents: Tensor, pieces: Sequence[slice]) -> Iterator[tuple[slice, Tensor]]:
-        for piece in pieces:
-            part = self._prepared(latents[piece])
-            rgb = self._network(part) if self._fast is None else self._fast.rgb(part)
-            yield piece, rgb.float().clamp_(0, 1).contiguous()
+    def _decode(
+        self,
+        latents: NDArray[Any] | Tensor,
+        budget_bytes: int,
+        whole: Callable[[Tensor], Tensor],
+        of_tiles: Callable[[Tensor], Tensor],
+        *,
+        are_finite: bool,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """whole: how a slice becomes what is wanted; of_tiles: how RGB does, which is all that tiles give."""
+        tensor = torch.as_tensor(latents)
+        self._check(tensor, are_finite=are_finite)
+        count, _, height, width = self._format.check_shape("steps", tensor.shape)
+        frame_bytes = self.bytes_per_latent_px * height * width
+        pieces = list(slices(count, frame_bytes, budget_bytes))
+        if frame_bytes > budget_bytes and (isinstance(self._network, NanoDecoder) or is_tileable(self._network)):
+            return self._decode_tiled(self._format.unfold(tensor), budget_bytes, of_tiles)
+        return self._decode_slices(self._format.unfold(tensor), pieces, whole)
 
     @torch.inference_mode()
-    def _decode_tiled(self, latents: Tensor, budget_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+    def _decode_slices(
+        self, latents: Tensor, pieces: Sequence[slice], finish: Callable[[Tensor], Tensor]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        for piece in pieces:
+            yield piece, finish(self._prepared(latents[piece]))
+
+    def _rgb(self, latents: Tensor) -> Tensor:
+        rgb = self._network(latents) if self._fast is None else self._fast.rgb(latents)
+        return rgb.float().clamp_(0, 1).contiguous()
+
+    def _planes(self, latents: Tensor) -> Tensor:
+        return video_planes(self._network(latents)) if self._fast is None else self._fast.planes(latents)
+
+    @torch.inference_mode()
+    def _decode_tiled(
+        self, latents: Tensor, budget_bytes: int, finish: Callable[[Tensor], Tensor]
+    ) -> Iterator[tuple[slice, Tensor]]:
         for index in range(len(latents)):
             piece = slice(index, index + 1)
-            yield piece, self._tiled(self._prepared(latents[piece]), budget_bytes)
+            yield piece, finish(self._tiled(self._prepared(latents[piece]), budget_bytes))
 
     def _tiled(self, frame: Tensor, budget_bytes: int) -> Tensor:
         if isinstance(self._network, NanoDecoder):
@@ -130,12 +158,16 @@ class Engine:
 
     def _prepared(self, latents: Tensor) -> Tensor:
         """As the network wants them."""
-        part = self._scaled(latents.float()).clamp(-_LARGEST_LATENT, _LARGEST_LATENT)
-        return part.to(device=self._device, dtype=self.dtype, memory_format=self._memory_format)
+        part = self._scaled(latents.to(self._device).float()).clamp(-_LARGEST_LATENT, _LARGEST_LATENT)
+        return part.to(dtype=self.dtype, memory_format=self._memory_format)
 
     def _scaled(self, latents: Tensor) -> Tensor:
         """z as the format's own decoder wants it: CogVideoX's alone wants the full VAE's scale taken off."""
         return latents if self._scale is None else latents / self._scale
+
+
+def _plain(rgb: Tensor) -> Tensor:
+    return rgb
 
 
 _measured = functools.cache(cpu_choice)  # a processor does not change under a process
@@ -149,26 +181,3 @@ def _arithmetic(device: torch.device, *, is_deep: bool, is_fast: bool) -> tuple[
     # The published weights are half precision, and a GPU is twice as fast in it, in channels_last. The projection is
     # quick in any form.
     return (torch.float16 if is_deep and device.type == "cuda" else torch.float32), torch.channels_last
-
-
-def check_finite(latents: Tensor) -> list[int]:
-    """Which of the N frames of latents (N, ...) hold NaN or infinity: those have no picture."""
-    finite = torch.isfinite(latents).flatten(1).all(dim=1)
-    return [index for index, is_finite in enumerate(finite.tolist()) if not is_finite]
-
-
-def latents_from_payload(
-    payload: bytes | memoryview, dtype: WireDtype, shape: Sequence[int], magnitude: float = 3.0
-) -> Tensor:
-    """A frame's payload as float32 latents of `shape`; a copy.
-
-    payload: C order, little-endian; bfloat16 is its raw 2-byte words; uint8 is clamp(z / (2 magnitude) + 0.5) * 255.
-    Raises: ValueError if the bytes are not as many as the shape and dtype say.
-    """
-    element = _TORCH_DTYPES[dtype]
-    expected, given = math.prod(shape) * element.itemsize, memoryview(payload).nbytes
-    if given != expected or expected == 0:
-        raise ValueError(f"payload: expected {expected} bytes for {tuple(shape)} {dtype}, got {given}")
-    # A copy first: torch would hand out the peer's buffer as writable memory.
-    values = torch.frombuffer(bytearray(payload), dtype=element).reshape(tuple(shape)).float()
-    return (values / 255 - 0.5) * (2 * magnitude) if dtype == "uint8" else values

@@ -36,15 +36,22 @@ def _can_fold(upsampling: nn.Module, convolution: nn.Module) -> bool:
 def _folded(convolution: nn.Conv2d) -> nn.ConvTranspose2d:
     """The transposed convolution that equals nearest upsampling by 2 before `convolution`."""
     weight = convolution.weight.detach()
-    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))  # half precision is rounded once, at the end
-    kernel = _doubled(_doubled(exact, dim=2), dim=3).transpose(0, 1)
     with torch.device("meta"):  # no memory, no random weights: they are replaced
         folded = nn.ConvTranspose2d(
             convolution.in_channels, convolution.out_channels, 4, stride=2, padding=1, bias=False
         )
-    folded.weight = nn.Parameter(kernel.to(weight.dtype), requires_grad=False)
+    folded.weight = nn.Parameter(folded_weight(weight).to(weight.dtype), requires_grad=False)
     folded.bias = convolution.bias
     return folded
+
+
+def folded_weight(weight: Tensor) -> Tensor:
+    """Weights of a 3x3 convolution (out, in, 3, 3) behind nearest upsampling by 2 -> (in, out, 4, 4) of the folded one.
+
+    Transposed, stride 2, padding 1. Half precision becomes float32, for it to be rounded once, by the caller.
+    """
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return _doubled(_doubled(exact, dim=2), dim=3).transpose(0, 1)
 
 
 def _doubled(weight: Tensor, dim: int) -> Tensor:

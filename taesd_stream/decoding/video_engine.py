@@ -14,6 +14,7 @@ from taesd_stream.decoding.engine import Engine
 from taesd_stream.decoding.live_bytes import LiveBytes
 from taesd_stream.decoding.slicing import slices
 from taesd_stream.decoding.stream_memories import StreamMemories, StreamMemory
+from taesd_stream.decoding.video_acceleration import AcceleratedVideo, accelerated_video
 from taesd_stream.latent_formats import LatentFormat
 from taesd_stream.models.tiny_video import Memory, VideoDecoder
 
@@ -73,9 +74,15 @@ class VideoEngine(Engine):
             latent_format, network, decoder=decoder, reason=reason, is_full=is_full, device=device, is_fast=is_fast
         )
         self._video = network  # moved to its device by now
+        self._fast_video, self._plain_reason = accelerated_video(network, self._device)
         self.history = network.history
         self.memories = StreamMemories(memory_budget_bytes)
         self.bytes_per_step_px = _bytes_per_step_px(network)
+
+    @property
+    def speed_reason(self) -> str:
+        """As Engine's, of live streams; clips and pictures take the network as it is."""
+        return self._plain_reason if self._fast_video is None else self._fast_video.reason
 
     def frames_of_clip(self, length: int) -> int:
         """How many frames a clip of so many latents gives."""
@@ -140,8 +147,11 @@ class VideoEngine(Engine):
     ) -> Iterator[list[LiveFrames]]:
         for places in rounds:
             streams = [self._stream_before(parts[place]) for place in places]
-            memory = _stack([stream.memory for stream in streams])
             latents = torch.stack([parts[place].latents for place in places])
+            if self._fast_video is not None and latents.shape[1] == 1:
+                yield self._step_fast(self._fast_video, parts, places, streams, latents)
+                continue
+            memory = _stack([stream.memory for stream in streams])
             shown: list[list[Tensor]] = [[] for _ in places]
             for step in steps if len(places) == 1 else [slice(None)]:
                 frames, memory = self._video.step(self._ready(latents[:, step]), memory)
@@ -155,6 +165,27 @@ class VideoEngine(Engine):
                 frames_of_part = torch.cat(shown[row]).contiguous()
                 results.append(LiveFrames(place, frames_of_part, is_approximate=part.index < stream.exact_from))
             yield results
+
+    def _step_fast(
+        self,
+        video: AcceleratedVideo,
+        parts: Sequence[LivePart],
+        places: Sequence[int],
+        streams: Sequence[StreamMemory],
+        latents: Tensor,
+    ) -> list[LiveFrames]:
+        """One latent of each of the streams."""
+        frames, after = video.step(self._ready(latents[:, 0]), [stream.memory[1:] for stream in streams])
+        results = []
+        for place, stream, mine, memory in zip(places, streams, frames.float(), after, strict=True):
+            part = parts[place]
+            position = stream.memory[0]
+            kept = StreamMemory((position + 1, *memory), part.index + 1, stream.exact_from, stream.size)
+            self._keep(part, kept)
+            hidden = self._video.family.hidden_frames(int(position), len(mine))
+            is_approximate = part.index < stream.exact_from
+            results.append(LiveFrames(place, mine[hidden:], is_approximate=is_approximate))
+        return results
 
     def _keep(self, part: LivePart, stream: StreamMemory) -> None:
         """Keep what a part leaves behind, unless it was an old one, shown again, and the run is as far already."""

@@ -24,6 +24,7 @@ Planes: TypeAlias = NDArray[np.uint8]
 VideoRendition: TypeAlias = Literal["live", "record", "film"]
 JpegRendition: TypeAlias = Literal["thumb", "jpeg"]
 
+VIDEO_RENDITIONS: Final[tuple[VideoRendition, ...]] = ("live", "record", "film")
 TIME_BASE: Final = Fraction(1, CLOCK_HZ)
 
 # zerolatency: one packet out for each picture in, no B frames, so dts = pts. scenecut=0: keyframes only where asked.

@@ -28,7 +28,7 @@ def finish_file(part: Path) -> Path:
     Raises: OSError, FragmentError, av.FFmpegError; the part is there still.
     """
     index = read_index(part)
-    summary = _summary(index)
+    summary = summary_of(index)
     name = part.name.removesuffix(PART_SUFFIX)
     target = part.with_name(name + FINISHED_SUFFIX)
     if json.dumps(read_summary(target)) != json.dumps(summary):
@@ -56,7 +56,7 @@ def copy_pictures(source: Path, target: Path, summary: Mapping[str, Any], *, max
     with av.open(source) as reader, av.open(target, "w", format="mp4", options=_MP4) as writer:
         stream = reader.streams.video[0]
         copy = writer.add_stream_from_template(stream)
-        writer.metadata.update(_tags(summary))
+        writer.metadata.update(tags_of(summary))
         time, before = 0, None
         for number, packet in enumerate(reader.demux(stream)):
             if packet.pts is None or number == max_pictures:
@@ -98,7 +98,8 @@ def _append_table(path: Path, index: FileIndex) -> None:
         _force_to_disk(path)
 
 
-def _summary(index: FileIndex) -> dict[str, Any]:
+def summary_of(index: FileIndex) -> dict[str, Any]:
+    """What the head of a growing file says, and which frames are in it."""
     seqs = [entry.seq for entry in index.entries if entry.tfdt is not None]
     gaps = [entry.seq for entry in index.entries if entry.tfdt is None]
     told = {key: value for key, value in index.head.items() if key not in ("sps", "pps")}
@@ -110,8 +111,11 @@ def _summary(index: FileIndex) -> dict[str, Any]:
     }
 
 
-def _tags(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Texts for the file; ours win over what a publisher called alike."""
+def tags_of(summary: Mapping[str, Any]) -> dict[str, str]:
+    """A file's tags: each key of `meta` by itself, ours, which win over what a publisher called alike, and all as JSON.
+
+    summary: stream, run, started, meta, and more.
+    """
     meta = summary["meta"]
     tags = {key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()}
     tags |= {"title": summary["stream"], "stream": summary["stream"], "run": summary["run"]}

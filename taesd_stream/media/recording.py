@@ -16,6 +16,7 @@ from typing import Any
 
 import av
 
+from taesd_stream import __version__
 from taesd_stream.errors import TaesdStreamError
 from taesd_stream.frames import Packet, is_run_id, is_stream_name
 from taesd_stream.media.clock import ForwardPts
@@ -315,6 +316,8 @@ class Recording:
             "segment": len(self._files) + 1,
             "started": self.started,
             "meta": self.meta,
+            "decoder": packets[0].decoder,
+            "made_by": f"taesd-stream {__version__}",
             "missing": [] if self._files else self._early_gaps,
             "sps": sets[0].hex(),
             "pps": sets[1].hex(),

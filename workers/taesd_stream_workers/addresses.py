@@ -14,6 +14,8 @@ import zmq
 from taesd_stream.config import AUTO, Config
 from taesd_stream.errors import ConfigError
 
+LOOPBACK = "127.0.0.1"
+EVERY_INTERFACE = ("0.0.0.0", "*", "::")  # noqa: S104 as others bind it
 MAX_IPC_PATH_BYTES = 100  # a Unix socket's path may have 107; libzmq adds to it
 
 
@@ -41,38 +43,44 @@ def packets_address(config: Config) -> str:
     return _inner(config, "streamer.packets_bind", config.streamer.packets_bind, "packets", 5762)
 
 
+def check_inner_addresses(config: Config) -> None:
+    """Check the inner sockets that were given. Raises: ConfigError."""
+    inner = {"broker.workers_bind": config.broker.workers_bind, "streamer.packets_bind": config.streamer.packets_bind}
+    for key, address in inner.items():
+        if address != AUTO:
+            _checked(config, key, address)
+
+
 def _inner(config: Config, key: str, address: str, name: str, port: int) -> str:
     if address != AUTO:
-        return _checked(key, address)
+        return _checked(config, key, address)
     if sys.platform == "win32":
-        return f"tcp://127.0.0.1:{port}"
+        return f"tcp://{LOOPBACK}:{port}"
     return f"ipc://{runtime_folder(config) / name}"
 
 
-def _checked(key: str, address: str) -> str:
-    if address.startswith("ipc://"):
-        path = address.removeprefix("ipc://")
-        if len(path.encode()) > MAX_IPC_PATH_BYTES:
-            raise ConfigError(f"{key} = {address}: too long for a socket file; at most {MAX_IPC_PATH_BYTES} bytes")
-        return address
-    return require_tcp(key, address)
+def _checked(config: Config, key: str, address: str) -> str:
+    if address.startswith("ipc://") and len(address.removeprefix("ipc://").encode()) > MAX_IPC_PATH_BYTES:
+        raise ConfigError(f"{key} = {address}: too long for a socket file; at most {MAX_IPC_PATH_BYTES} bytes")
+    return require_guarded(config, key, address)
 
 
-def require_tcp(key: str, address: str) -> str:
-    """Return `address` if it is one that ZeroMQ can bind and only this host can reach. Raises: ConfigError else."""
+def require_guarded(config: Config, key: str, address: str) -> str:
+    """Return `address` if ZeroMQ knows such, and keys guard it where others than this host can reach it.
+
+    Raises: ConfigError else, with the way out.
+    """
     if not address.startswith(("tcp://", "ipc://")):
         raise ConfigError(f"{key} = {address}: expected tcp://host:port, as in tcp://127.0.0.1:5760")
-    return require_loopback(key, address)
-
-
-def require_loopback(key: str, address: str) -> str:
-    """Return `address` if only this host can reach it. Raises: ConfigError else: there are no keys yet to guard it."""
     if address.startswith("ipc://"):
         return address
     host, _ = _host_and_port(key, address, "tcp://127.0.0.1:5760")
-    if not is_loopback(host):
-        raise ConfigError(f"{key} = {address}: only loopback addresses may be bound; reach it from elsewhere by ssh -L")
-    return address
+    if is_loopback(host) or config.keys_folder is not None or config.security.insecure:
+        return address
+    raise ConfigError(
+        f"{key} = {address}: other hosts can reach it, and no keys guard it: make some by `taesd-stream keys new NAME` "
+        "and give --set security.keys_folder=DIR; or say --insecure"
+    )
 
 
 def web_address(config: Config) -> tuple[str, int]:
@@ -86,6 +94,23 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def dialled(address: str, beside: str = "") -> str:
+    """Where to reach a socket that is bound at `address`.
+
+    One that is bound on every interface is reached on the host of `beside`, another socket of its daemon; without
+    one, on this host.
+    """
+    parts = urlsplit(address)
+    if parts.scheme != "tcp" or parts.hostname not in EVERY_INTERFACE:
+        return address
+    host = urlsplit(beside).hostname if beside.startswith("tcp://") else None
+    return f"tcp://{LOOPBACK if host is None or host in EVERY_INTERFACE else _bracketed(host)}:{parts.port}"
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _host_and_port(key: str, address: str, example: str) -> tuple[str, int]:

@@ -25,6 +25,7 @@ from taesd_stream.messages import (
     Keyframe,
     Progress,
     Record,
+    RefusedPeer,
     State,
     Stats,
     StopStream,
@@ -35,6 +36,7 @@ from taesd_stream.messages import (
 from taesd_stream.sockets import WakePipe
 from taesd_stream_workers.addresses import bound_address, workers_address
 from taesd_stream_workers.dispatcher import Dispatcher, StreamerLink
+from taesd_stream_workers.gate import KEY_REVOKED, Door, Gate
 from taesd_stream_workers.intake import Intake
 from taesd_stream_workers.lifecycle import Lifecycle
 from taesd_stream_workers.links import Context, Links
@@ -50,6 +52,7 @@ TICK_S: Final = 0.5
 MAX_FAULTS_LOGGED: Final = 1000
 
 Handler = Callable[[bytes, Any], None]
+Taker = Callable[[bytes, str, Any], None]
 
 
 class Broker:
@@ -59,6 +62,7 @@ class Broker:
         self._config = config
         self._life = lifecycle
         self._wake = WakePipe()
+        self._gate = Gate(config)
         self._links = Links()
         self._registry = Registry(config)
         self._streamer = StreamerLink()
@@ -90,12 +94,13 @@ class Broker:
         context: Context = zmq.Context()
         context.linger = 0
         with FolderLock(self._registry.log_folder):
-            self._registry.load_logs()
+            self._registry.load_logs(self._life.tick)
             self._intake.open()
-            self._links.bind(context, self._config.broker.bind, workers_address(self._config))
+            self._links.bind(self._gate, context, self._config.broker.bind, workers_address(self._config))
             self._life.on_stop(self._wake.wake)
             self._writer.start()
-            self._life.ready(bind=bound_address(self._links.front), workers_bind=bound_address(self._links.inner))
+            front, inner = self._links.front.socket, self._links.inner.socket
+            self._life.ready(bind=bound_address(front), workers_bind=bound_address(inner))
             try:
                 self._loop()
             finally:
@@ -106,14 +111,15 @@ class Broker:
 
     def _loop(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._links.front, zmq.POLLIN)
-        poller.register(self._links.inner, zmq.POLLIN)
+        for waited in (self._links.front.socket, self._links.inner.socket, *self._gate.waited_for()):
+            poller.register(waited, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
         while not self._life.stop.is_set():
             poller.poll(100)
             self._wake.drain()
-            self._drain(self._links.inner, wire.FROM_INSIDE, lambda peer, one: self._inside[type(one)](peer, one))
-            self._drain(self._links.front, wire.FROM_PUBLISHER, self._intake.take)
+            self._gate.attend()
+            self._drain(self._links.inner, wire.FROM_INSIDE, self._take_inside, self._refuse_inside)
+            self._drain(self._links.front, wire.FROM_PUBLISHER, self._intake.take, self._intake.refuse_key)
             if self._writer.error is not None:
                 raise self._writer.error
             self._intake.ack_written()
@@ -122,20 +128,35 @@ class Broker:
             self._tick()
             self._life.tick()
 
-    def _drain(self, socket: zmq.Socket[bytes], allowed: tuple[type, ...], handle: Handler) -> None:
+    def _drain(self, door: Door, allowed: tuple[type, ...], take: Taker, refuse: Handler) -> None:
+        socket = door.socket
         for _ in range(MAX_DRAIN):
             try:
                 # id and header as bytes, the payload as a Frame that is forwarded uncopied
-                peer = socket.recv(zmq.NOBLOCK)
+                head = socket.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
+            peer, client = head.bytes, door.client_of(head)
             parts: list[Any] = []
             while socket.getsockopt(zmq.RCVMORE):
                 parts.append(socket.recv() if not parts else socket.recv(copy=False).buffer)
             try:
-                handle(peer, wire.unpack(parts, allowed))
+                message = wire.unpack(parts, allowed)
             except WireError as error:
                 self._count_bad(peer, str(error))
+                continue
+            if client is None:
+                refuse(peer, message)
+            else:
+                take(peer, client, message)
+
+    def _take_inside(self, peer: bytes, _client: str, message: Any) -> None:
+        self._inside[type(message)](peer, message)
+
+    def _refuse_inside(self, peer: bytes, message: Any) -> None:
+        """The key was revoked: nothing more is taken, and whoever says HELLO is told."""
+        if isinstance(message, WorkerHello | StreamerHello):
+            self._links.to_inside(peer, RefusedPeer(code="key", text=KEY_REVOKED))
 
     def _count_bad(self, peer: bytes, text: str) -> None:
         self._links.counts["bad_messages"] += 1
@@ -164,6 +185,7 @@ class Broker:
                 attempt = max(run.kept.attempt, cursor.attempt if cursor else 0) + 1
                 run.kept.told = cursor.written if cursor else -1
                 run.kept.restart(run.kept.told, attempt)
+        self._registry.touch_all()
         self._links.is_changed = True
 
     def _on_watch(self, _peer: bytes, watch: Watch) -> None:
@@ -171,6 +193,7 @@ class Broker:
         run = self._registry.by_name.get(watch.stream)
         if run is not None:
             run.live_since_ns = run.live_since_ns or time.monotonic_ns()
+            self._registry.touch(run)
             self._intake.tell(run)
             self._links.is_changed = True
 
@@ -178,12 +201,14 @@ class Broker:
         run = self._registry.by_name.get(keyframe.stream)
         if run is not None:
             run.forced.add(keyframe.rendition)
+            self._registry.touch(run)
             run.live_since_ns = run.live_since_ns or time.monotonic_ns()
 
     def _on_record(self, _peer: bytes, record: Record) -> None:
         run = self._registry.ask_record(record.stream, record.mode)
         if run is not None:
             run.record = record.mode
+            self._registry.touch(run)
             self._intake.tell(run, always=True)
             self._links.is_changed = True
 
@@ -202,6 +227,7 @@ class Broker:
             self._dispatcher.forget(run)
             return
         run.kept.told = cursor.written
+        self._registry.touch(run)
         if cursor.attempt < run.kept.attempt:
             return  # of an attempt that the newer one cuts back
         run.kept.on_cursor(cursor.written)
@@ -222,8 +248,8 @@ class Broker:
             streams=[stream_row(run, registry.wanted(run)) for run in registry.by_name.values()],
             runs={run_id: recording_row(run) for run_id, run in registry.by_run.items() if run.kept},
             workers=self._dispatcher.workers_state(),
-            stats={"counts": dict(links.counts), "alerts": dict(links.alerts), "pid": os.getpid()},
-            desired_workers=self._dispatcher.desired_workers(),
+            stats={"counts": dict(links.counts + self._gate.counts), "alerts": dict(links.alerts), "pid": os.getpid()},
+            desired_workers=self._dispatcher.desired_workers,
             now_ns=time.monotonic_ns(),
         )
         links.to_inside(peer, state)
@@ -234,6 +260,7 @@ class Broker:
             return
         self._next_tick_s = now + TICK_S
         self._intake.tick()
+        self._registry.touch_all()  # what waits for a time, or for room that others had
         self._dispatcher.tick()
         for run in self._registry.forget_old():
             self._dispatcher.forget(run)

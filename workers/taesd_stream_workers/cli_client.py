@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -22,6 +22,9 @@ from taesd_stream_workers.cli_options import (
 )
 from taesd_stream_workers.daemon_client import DaemonClient, DaemonError
 
+if TYPE_CHECKING:
+    from taesd_stream.config import Config
+
 POLL_S: Final = 0.2
 OVER: Final = ("finished", "finishing")
 
@@ -30,6 +33,7 @@ def add_commands(app: typer.Typer) -> None:
     """Put the commands on the application."""
     app.command(rich_help_panel="Watch and record")(streams)
     app.command(rich_help_panel="Watch and record")(record)
+    app.command(rich_help_panel="Watch and record")(push)
     app.command(rich_help_panel="Daemon")(health)
 
 
@@ -148,6 +152,28 @@ def _download(client: DaemonClient, recording: dict[str, Any], output: Path, fra
         part.unlink(missing_ok=True)
 
 
+def push(
+    name: Annotated[str, typer.Argument(help="The stream, running already or not yet.")],
+    url: Annotated[str, typer.Argument(help="rtsp://host/name, rtmp://host/app/name or rtmps://…")],
+    connect: WebOption = DEFAULT_WEB,
+) -> None:
+    """Send a stream to a media server, until Ctrl-C; it connects again whatever breaks.
+
+    Example: taesd-stream push my-run rtsp://127.0.0.1:8554/my-run
+    """
+    import threading
+
+    from taesd_stream_workers.push import Push, source_of
+
+    if not is_stream_name(name):
+        raise ConfigError(f"{name}: {NAME_RULE}")
+    client = DaemonClient(connect)
+    one = Push(source_of(client.address, name), url, token=client.token, say=say)
+    if name not in {row["name"] for row in client.streams()}:
+        say(f"waiting for {name}")
+    one.run(threading.Event())
+
+
 def health(
     connect: WebOption = DEFAULT_WEB,
     role: Annotated[str, typer.Option(help="broker, worker, streamer, or all.")] = "all",
@@ -164,9 +190,9 @@ def health(
 
     if role not in ("all", "broker", "worker", "streamer"):
         raise ConfigError(f"--role {role}: expected broker, worker, streamer or all")
-    workers_bind = load_config(config, sets).broker.workers_bind
-    if role in ("broker", "worker") and workers_bind != AUTO:
-        _ask_broker(workers_bind, role)
+    loaded = load_config(config, sets)
+    if role in ("broker", "worker") and loaded.broker.workers_bind != AUTO:
+        _ask_broker(loaded, role)
     elif role == "streamer":
         DaemonClient(connect).streams()
     else:
@@ -176,9 +202,12 @@ def health(
             raise UnreachableError(f"not ready: {error}") from error
 
 
-def _ask_broker(workers_bind: str, role: str) -> None:
+def _ask_broker(config: Config, role: str) -> None:
+    from taesd_stream.keys import load_keys
+    from taesd_stream_workers.addresses import dialled, workers_address
     from taesd_stream_workers.broker_probe import broker_state
 
-    workers = broker_state(workers_bind).workers
+    where = dialled(workers_address(config))
+    workers = broker_state(where, load_keys(config.keys_folder) if config.keys_folder else None).workers
     if role == "worker" and not workers:
-        raise UnreachableError(f"the broker at {workers_bind} has no decode worker")
+        raise UnreachableError(f"the broker at {where} has no decode worker")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from taesd_stream_workers.cli_options import ConfigOption, SetOption, VerboseOption, say
+from taesd_stream_workers.cli_options import ConfigOption, InsecureOption, SetOption, VerboseOption, said_insecure, say
 
 if TYPE_CHECKING:
     from taesd_stream.config import Config
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the bound addresses as one line of JSON.")]
-Samplers = Callable[["Addresses", str], "DemoSamplers"]  # where the daemon is, and the link to its page
+Samplers = Callable[["Addresses", str, "Config"], "DemoSamplers"]  # where the daemon is, the link to its page
 PUBLISH_LINE: Final = "LatentPublisher({!r}, stream='my-run', latent_format='flux2')"
 
 
@@ -37,12 +37,13 @@ def up(
     sets: SetOption = [],  # noqa: B006 typer copies it
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
+    insecure: InsecureOption = False,
 ) -> None:
     """Run the whole daemon: broker, decode worker and streamer, until Ctrl-C.
 
     Example: taesd-stream up --set weights.folder=~/ComfyUI/models/vae_approx --set recording.default=all
     """
-    _run_daemon(config, sets, as_json=as_json, verbose=verbose, start_samplers=None)
+    _run_daemon(config, said_insecure(sets, insecure), as_json=as_json, verbose=verbose, start_samplers=None)
 
 
 def demo(
@@ -58,10 +59,11 @@ def demo(
     Example: taesd-stream demo --step-s 0.1
     """
 
-    def start_samplers(addresses: Addresses, link: str) -> DemoSamplers:
+    def start_samplers(addresses: Addresses, link: str, config: Config) -> DemoSamplers:
+        from taesd_stream_workers.addresses import dialled
         from taesd_stream_workers.demo import DemoSamplers, open_browser
 
-        samplers = DemoSamplers(addresses.broker, step_s)
+        samplers = DemoSamplers(dialled(addresses.broker), step_s, config.keys_folder)
         if open_page:
             open_browser(link)
         return samplers
@@ -97,7 +99,7 @@ def _run_daemon(
             sys.stdout.flush()
         else:
             _greet(addresses, link, supervisor, config, is_demo=start_samplers is not None)
-        _watch_over(supervisor, start_samplers(addresses, link) if start_samplers else None)
+        _watch_over(supervisor, start_samplers(addresses, link, config) if start_samplers else None)
 
 
 def _watch_over(supervisor: Supervisor, samplers: DemoSamplers | None) -> None:
@@ -123,11 +125,11 @@ def _greet(addresses: Addresses, link: str, supervisor: Supervisor, config: Conf
     """Who is ready, and last, where to look."""
     from rich.console import Console
 
-    decoder = next((row for row in supervisor.status() if "device" in row), {})
+    decoders = [f"{row['device']}: {row['reason']}" for row in supervisor.status() if "device" in row]
     lines = {
         "Broker": f"ready at {addresses.broker}",
         "Streamer": f"ready, recordings in {config.recording_folder}",
-        "Decoder": f"ready on {decoder.get('device')}: {decoder.get('reason')}",
+        "Decoder": f"ready on {'; '.join(decoders)}",
         "Publish": "" if is_demo else PUBLISH_LINE.format(addresses.broker),
         "Stop": "Ctrl-C; files are closed properly",
     }

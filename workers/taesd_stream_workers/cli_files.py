@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import typer
 
 from taesd_stream.errors import ConfigError, UnreachableError
-from taesd_stream_workers.cli_options import NAME_RULE, SetOption, check_output, say
+from taesd_stream_workers.cli_options import NAME_RULE, KeysOption, SetOption, check_output, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +50,7 @@ def publish(
     loop: Annotated[bool, typer.Option("--loop", help="Begin again at the end, until Ctrl-C.")] = False,
     batch: Annotated[bool, typer.Option("--batch", help="The first axis is a grid of pictures, not time.")] = False,
     connect: Annotated[str | None, typer.Option(metavar="ADDRESS", help="The broker's address.")] = None,
+    keys: KeysOption = None,
 ) -> None:
     """Publish latents from a file as a sampler would, and wait until what is kept is safe.
 
@@ -58,7 +59,7 @@ def publish(
     Example: taesd-stream publish latents.safetensors --latent-format flux2 --record all --fps 8
     """
     from taesd_stream.frames import is_stream_name
-    from taesd_stream.publisher import LatentPublisher, default_address
+    from taesd_stream.publisher import LatentPublisher, default_address, keys_in
     from taesd_stream_workers.broker_probe import greet_broker
     from taesd_stream_workers.latent_files import info_of_log
 
@@ -72,7 +73,8 @@ def publish(
     rows = _rows(file, name, word, info, is_batch=batch)
     if stream is not None and not is_stream_name(stream):
         raise ConfigError(f"--stream {stream}: {NAME_RULE}")
-    greet_broker(connect or default_address())
+    own_keys = keys_in(keys)
+    greet_broker(connect or default_address(), own_keys)
     try:
         publisher = LatentPublisher(
             connect,
@@ -82,6 +84,7 @@ def publish(
             fps=fps or (info.fps if info else None),
             record=record,
             meta={**(info.meta if info else {}), "file": file.name},
+            keys_folder=keys,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -175,7 +178,7 @@ def decode(
     config = load_config(sets=sets)
     latents = load_latents(file, format_of(latent_format, config.weights_folder))
     try:
-        engine = _open_engine(latent_format, config)
+        engine = open_best_engine(latent_format, config)
         count = _decode_to_file(latents, engine, output, fps, config.decoder.memory_bytes)
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from error
@@ -184,7 +187,8 @@ def decode(
         say(engine.reason)
 
 
-def _open_engine(latent_format: str, config: Config) -> Engine:
+def open_best_engine(latent_format: str, config: Config) -> Engine:
+    """The decoder that the configuration chooses for a format, in full precision. Raises: ConfigError for none."""
     from taesd_stream.decoding.choice import NoDecoderError, open_engine
     from taesd_stream_workers.devices import choose_device
     from taesd_stream_workers.start_checks import check_start

@@ -21,12 +21,23 @@ SetOption = Annotated[
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Log messages too.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Log warnings and errors only.")]
+InsecureOption = Annotated[
+    bool, typer.Option("--insecure", help="Bind or dial other addresses than loopback though no keys guard them.")
+]
+KeysOption = Annotated[
+    Path | None, typer.Option("--keys", metavar="DIR", help="This client's folder of `taesd-stream keys new`.")
+]
 WebOption = Annotated[
     str,
     typer.Option(
         "--connect", metavar="URL", envvar="TAESD_STREAM_CONNECT", help="The daemon's web address, or link with token."
     ),
 ]
+
+
+def said_insecure(sets: list[str], insecure: bool) -> list[str]:
+    """What --insecure stands for, as a --set of its own."""
+    return [*sets, "security.insecure=true"] if insecure else sets
 
 
 def check_output(file: Path) -> None:

@@ -17,8 +17,27 @@ import typer
 
 from taesd_stream import __version__
 from taesd_stream.errors import ConfigError, StreamAbsentError, TaesdStreamError, UnreachableError
-from taesd_stream_workers import cli_client, cli_daemon, cli_distill, cli_files, cli_fit, cli_weights
-from taesd_stream_workers.cli_options import INTERRUPTED, ConfigOption, QuietOption, SetOption, VerboseOption, say
+from taesd_stream_workers import (
+    cli_client,
+    cli_daemon,
+    cli_distill,
+    cli_files,
+    cli_fit,
+    cli_keys,
+    cli_ray,
+    cli_recordings,
+    cli_weights,
+)
+from taesd_stream_workers.cli_options import (
+    INTERRUPTED,
+    ConfigOption,
+    InsecureOption,
+    QuietOption,
+    SetOption,
+    VerboseOption,
+    said_insecure,
+    say,
+)
 
 OK: Final = 0
 USAGE: Final = 2
@@ -41,6 +60,9 @@ cli_files.add_commands(app)
 cli_weights.add_commands(app)
 cli_fit.add_commands(app)
 cli_distill.add_commands(app)
+cli_recordings.add_commands(app)
+cli_keys.add_commands(app)
+cli_ray.add_commands(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -109,12 +131,13 @@ def broker(
     sets: SetOption = [],  # noqa: B006 typer copies it
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
+    insecure: InsecureOption = False,
 ) -> None:
     """Take latents in, keep them, give workers their jobs.
 
     Example: taesd-stream broker --set broker.workers_bind=tcp://127.0.0.1:5761
     """
-    _run_role("broker", config, sets, verbose, quiet)
+    _run_role("broker", config, said_insecure(sets, insecure), verbose, quiet)
 
 
 @app.command(rich_help_panel="Roles, each alone")
@@ -123,12 +146,13 @@ def worker(
     sets: SetOption = [],  # noqa: B006
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
+    insecure: InsecureOption = False,
 ) -> None:
     """Decode latents and encode pictures, on one device.
 
     Example: taesd-stream worker --set decoder.device=cuda:0 --set broker.workers_bind=tcp://127.0.0.1:5761
     """
-    _run_role("worker", config, sets, verbose, quiet)
+    _run_role("worker", config, said_insecure(sets, insecure), verbose, quiet)
 
 
 @app.command(rich_help_panel="Roles, each alone")
@@ -137,12 +161,13 @@ def streamer(
     sets: SetOption = [],  # noqa: B006
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
+    insecure: InsecureOption = False,
 ) -> None:
     """Serve the page, viewers and recordings.
 
     Example: taesd-stream streamer --set web.bind=127.0.0.1:9000
     """
-    _run_role("streamer", config, sets, verbose, quiet)
+    _run_role("streamer", config, said_insecure(sets, insecure), verbose, quiet)
 
 
 def run() -> None:

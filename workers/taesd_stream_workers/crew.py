@@ -40,7 +40,7 @@ class Worker:
     @property
     def credits(self) -> int:
         """How many jobs it takes now."""
-        return self.hello.credits - len(self.jobs) - len(self.overdue)
+        return 0 if self.hello.draining else self.hello.credits - len(self.jobs) - len(self.overdue)
 
     def limits(self, group: Group, max_batch_size: int, max_job_s: float) -> WorkerLimits:
         """What the scheduler must know for a job of that group."""
@@ -58,6 +58,7 @@ class Worker:
             "id": self.id.decode("ascii", "replace"),
             "device": self.hello.device,
             "engines": self.hello.engines,
+            "draining": self.hello.draining,
             "jobs": len(self.jobs),
             "frames": self.frames,
         }

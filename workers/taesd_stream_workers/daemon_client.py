@@ -33,8 +33,8 @@ class DaemonClient:
         self.address = self.address.rstrip("/")
         if "://" not in self.address:
             self.address = f"http://{self.address}"
-        token = dict(urllib.parse.parse_qsl(query)).get("token")
-        self._headers = {"authorization": f"Bearer {token}"} if token else {}
+        self.token = dict(urllib.parse.parse_qsl(query)).get("token")
+        self._headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
         parts = urllib.parse.urlsplit(self.address)
         try:
             is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -56,6 +56,13 @@ class DaemonClient:
     def workers(self) -> list[dict[str, Any]]:
         """The workers of GET /api/v1/workers."""
         return self._rows("/api/v1/workers", "workers")
+
+    def desired_workers(self) -> int:
+        """How many decode workers the offered load needs, of GET /api/v1/workers."""
+        desired = self._json("GET", "/api/v1/workers").get("desired_workers")
+        if not isinstance(desired, int):
+            raise self._other_server()
+        return desired
 
     def record(self, stream: str, mode: str) -> None:
         """Keep a stream from now on, or the next run of its name."""

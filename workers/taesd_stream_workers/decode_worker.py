@@ -16,20 +16,26 @@ import zmq
 from taesd_stream import wire
 from taesd_stream.config import Config
 from taesd_stream.errors import UnreachableError, WeightsError, WireError
-from taesd_stream.messages import Done, Drain, Echo, Forget, Job, Keyframe, WorkerHello
-from taesd_stream.sockets import ClockOffset, WakePipe, connect_dealer, receive_parts
-from taesd_stream_workers.addresses import workers_address
+from taesd_stream.keys import load_keys
+from taesd_stream.messages import Done, Drain, Echo, Forget, Job, Keyframe, RefusedPeer, WorkerHello
+from taesd_stream.sockets import ClockOffset, WakePipe, receive_parts
+from taesd_stream_workers.addresses import dialled, workers_address
 from taesd_stream_workers.devices import choose_device
-from taesd_stream_workers.job_decoder import JobDecoder, JobRun
+from taesd_stream_workers.gpus import stay_near
+from taesd_stream_workers.job_decoder import JobDecoder
+from taesd_stream_workers.job_run import JobRun
 from taesd_stream_workers.lifecycle import HUNG_S, Lifecycle
 from taesd_stream_workers.outgoing import Outgoing
+from taesd_stream_workers.role_line import RoleLine
 
 logger = logging.getLogger(__name__)
 
 CREDITS: Final = 2  # one job computes, the next waits beside it
 HELLO_S: Final = 1.0
 UNREACHABLE_S: Final = 10.0
-MAX_ENCODE_THREADS: Final = 8
+DEAF_S: Final = 3.0  # a broker that answers no HELLO for so long is not there
+DRAIN_S: Final = 30.0
+MAX_ENCODE_THREADS: Final = 16
 
 
 class DecodeWorker:
@@ -43,9 +49,13 @@ class DecodeWorker:
         self._ready: deque[Any] = deque()  # from the decoder: see JobDecoder.pass_on
         self._held: list[JobRun] = []  # done, but their credit waits for room
         self._device, self._device_reason = choose_device(config.decoder.device, config.decoder.min_free_bytes)
-        threads = max(2, min(MAX_ENCODE_THREADS, os.cpu_count() or 2))
+        self._near = stay_near(self._device.index or 0) if self._device.type == "cuda" else None
+        threads = max(2, min(MAX_ENCODE_THREADS, _processors()))
         self._decoder = JobDecoder(config, self._device, self._now_ns, self._pass, threads=threads)
-        self._is_draining = False
+        self._drains_since_s: float | None = None  # told to go; the broker moves its streams first
+        self._is_let_go = False
+        self._has_news = False  # for the next HELLO, at once
+        self._heard_s = time.monotonic()
         self._open_jobs = 0
 
     def run(self) -> None:
@@ -56,12 +66,18 @@ class DecodeWorker:
         if self._config.decoder.threads:
             torch.set_num_threads(self._config.decoder.threads)
         logger.info("decoder_device device=%s reason=%s", self._device, self._device_reason)
+        if self._near is not None:
+            logger.info("decoder_processors %s", self._near)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         context.linger = 0
         name = f"{os_socket.gethostname()}:{self._device}:{os.getpid()}:{secrets.token_hex(4)}"
-        self._broker = connect_dealer(context, workers_address(self._config), identity=name.encode()[:200])
-        self._outgoing = Outgoing(context, lambda stream: self._say(Keyframe(stream=stream, rendition="live")))
+        where = dialled(workers_address(self._config))
+        folder = self._config.keys_folder
+        keys = load_keys(folder) if folder is not None else None
+        self._line = RoleLine(context, zmq.DEALER, where, keys=keys, identity=name.encode()[:200])
+        self._outgoing = Outgoing(context, lambda stream: self._say(Keyframe(stream=stream, rendition="live")), keys)
         self._life.on_stop(self._wake.wake)
+        self._life.on_drain(self._drain)
         self._decoder.start()
         try:
             self._loop()
@@ -75,12 +91,14 @@ class DecodeWorker:
 
     def _loop(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._broker, zmq.POLLIN)
+        poller.register(self._line.socket, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
         started_s, next_hello_s, is_ready = time.monotonic(), 0.0, False
-        while not self._life.stop.is_set() and not (self._is_draining and not self._open_jobs):
+        while not self._life.stop.is_set() and not self._is_drained():
             now = time.monotonic()
-            if now >= next_hello_s:
+            self._line.attend(poller)
+            if now >= next_hello_s or self._has_news:
+                self._has_news = False
                 self._say(self._hello())
                 next_hello_s = now + HELLO_S
             poller.poll(50 if self._outgoing.held_bytes else 200)
@@ -92,18 +110,33 @@ class DecodeWorker:
                 raise self._decoder.error
             if self._clock.offset_ns is None:
                 if now - started_s > UNREACHABLE_S:
-                    where = workers_address(self._config)
-                    raise UnreachableError(f"no broker answers at {where}: start one with `taesd-stream broker`")
+                    silent = f"no broker answers at {self._line.address}: start one with `taesd-stream broker`"
+                    raise UnreachableError(self._line.error or silent)
             elif self._decoder.is_warm and not is_ready:
                 is_ready = True
                 self._life.ready(device=str(self._device), reason=self._device_reason)
             if time.monotonic() - self._decoder.busy_since_s < HUNG_S:  # a hung device thread must not look alive
                 self._life.tick()
 
+    def _drain(self) -> None:
+        """SIGTERM: take no more, send what is done, then go. In the main thread, between two of its instructions."""
+        self._drains_since_s, self._has_news = time.monotonic(), True
+        self._wake.wake()
+
+    def _is_drained(self) -> bool:
+        """Whether it may go: nothing is left to do, and the broker knows, or is not there; or it waited too long."""
+        if self._drains_since_s is None:
+            return False
+        now = time.monotonic()
+        is_idle = not self._open_jobs and not self._outgoing.held_bytes
+        is_free = self._is_let_go or now - self._heard_s > DEAF_S
+        return (is_idle and is_free) or now - self._drains_since_s > DRAIN_S
+
     def _hello(self) -> WorkerHello:
         return WorkerHello(
             device=f"{self._device} ({self._device_reason})",
-            credits=0 if self._is_draining else CREDITS,
+            credits=CREDITS,
+            draining=self._drains_since_s is not None,
             engines=self._decoder.engines(),
             memories=self._decoder.memories(),
             echo_ns=time.monotonic_ns(),
@@ -113,9 +146,10 @@ class DecodeWorker:
     def _receive(self) -> None:
         while True:
             try:
-                parts = receive_parts(self._broker)
+                parts = receive_parts(self._line.socket)
             except zmq.Again:
                 return
+            self._heard_s = time.monotonic()
             try:
                 self._handle(wire.unpack(parts, wire.TO_WORKER))
             except WireError as error:
@@ -130,7 +164,9 @@ class DecodeWorker:
         elif isinstance(message, Forget):
             self._decoder.forget(message.run)
         elif isinstance(message, Drain):
-            self._is_draining = True
+            self._is_let_go = True
+        elif isinstance(message, RefusedPeer):
+            self._line.refused(message.text)
 
     def _forward(self) -> None:
         """Pass on what the other threads made; packets before the DONE that follows them."""
@@ -139,7 +175,8 @@ class DecodeWorker:
             if isinstance(item, JobRun):
                 self._held.append(item)
             elif isinstance(item, tuple):
-                self._outgoing.put(*item)
+                endpoint, packet = item
+                self._outgoing.put(dialled(endpoint, beside=self._line.address), packet)
             else:
                 self._say(item)
         while self._held and not self._outgoing.is_full:
@@ -151,7 +188,7 @@ class DecodeWorker:
 
     def _say(self, message: Any) -> None:
         try:
-            self._broker.send_multipart(wire.pack(message), zmq.NOBLOCK)
+            self._line.socket.send_multipart(wire.pack(message), zmq.NOBLOCK)
         except zmq.Again:  # the broker is away: it learns all from the next HELLO
             logger.debug("broker_away message=%s", type(message).__name__)
 
@@ -162,6 +199,11 @@ class DecodeWorker:
     def _now_ns(self) -> int:
         """This moment on the broker's clock. Any thread."""
         return time.monotonic_ns() + (self._clock.offset_ns or 0)
+
+
+def _processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_worker(config: Config, lifecycle: Lifecycle) -> None:

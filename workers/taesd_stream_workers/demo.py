@@ -8,6 +8,8 @@ import threading
 import time
 import webbrowser
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Final
 
 from taesd_stream.demo_sampler import CLIP, CLIP_FPS, LATENT_FORMAT, DemoScene, load_clip, load_scenes, x0_predictions
@@ -39,8 +41,8 @@ _PLANS: Final = (
 class DemoSamplers:
     """Samplers that run until `close`: pictures that are painted step by step, and one video that just plays."""
 
-    def __init__(self, broker: str, step_s: float) -> None:
-        self._broker = broker
+    def __init__(self, broker: str, step_s: float, keys_folder: Path | None = None) -> None:
+        self._publisher = partial(LatentPublisher, broker, latent_format=LATENT_FORMAT, keys_folder=keys_folder)
         self._step_s = step_s
         self._stop = threading.Event()
         self._scenes = load_scenes()
@@ -67,7 +69,7 @@ class DemoSamplers:
 
     def _paint_one(self, plan: _Plan, scene: DemoScene, seed: int) -> None:
         meta = {"prompt": scene.prompt, "seed": seed, "sampler": "euler, rectified flow", "guidance": plan.guidance}
-        publisher = LatentPublisher(self._broker, stream=plan.name, latent_format=LATENT_FORMAT, meta=meta)
+        publisher = self._publisher(stream=plan.name, meta=meta)
         reason: EndReason = "done"
         for step, sigma, denoised in x0_predictions(scene, steps=plan.steps, seed=seed):
             publisher.publish(denoised, step=step, total_steps=plan.steps, sigma=sigma)
@@ -83,9 +85,7 @@ class DemoSamplers:
 
     def _play_until_stopped(self, scene: DemoScene) -> None:
         meta = {"prompt": scene.prompt}
-        publisher = LatentPublisher(
-            self._broker, stream=CLIP, latent_format=LATENT_FORMAT, kind="live", fps=CLIP_FPS, meta=meta
-        )
+        publisher = self._publisher(stream=CLIP, kind="live", fps=CLIP_FPS, meta=meta)
         number = 0
         while not (self._stop.wait(1 / CLIP_FPS) or publisher.stopped):
             publisher.publish(scene.latents[number % len(scene.latents)], step=number)

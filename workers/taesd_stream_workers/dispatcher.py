@@ -12,6 +12,7 @@ from taesd_stream.media.clock import picture_ticks, steps_pts
 from taesd_stream.messages import (
     Degraded,
     Done,
+    Drain,
     Echo,
     Failed,
     Forget,
@@ -23,11 +24,13 @@ from taesd_stream.messages import (
     Progress,
     WorkerHello,
 )
-from taesd_stream.scheduling import Candidate, desired_workers, first_due, history_due, next_job
+from taesd_stream.scaling import Scaling
+from taesd_stream.scheduling import Candidate, first_due, history_due, next_job
 from taesd_stream_workers.crew import Crew, Worker
 from taesd_stream_workers.kept_run import KeptRun
 from taesd_stream_workers.links import Links
 from taesd_stream_workers.live_latents import LiveLatents
+from taesd_stream_workers.placer import Placer
 from taesd_stream_workers.registry import Registry
 from taesd_stream_workers.runs import MAX_TRIES, RECORD_STUCK_S, Run
 
@@ -62,12 +65,19 @@ class Dispatcher:
         self._streamer = streamer
         self._links = links
         self._crew = Crew(config.decoder.job_deadline_s)
+        self._placer = Placer(registry, self._crew, links)
+        self._scaling = Scaling()
+        self._offers: dict[str, list[Candidate]] = {}  # by run: what could be decoded now
 
     # --- what workers say ---
 
     def on_hello(self, peer: bytes, hello: WorkerHello) -> None:
         """A worker is there; a new one may have the decoder that a recording waits for."""
+        if hello.draining and self._drain(peer, hello):
+            return
         if self._crew.hello(peer, hello):
+            self._placer.took(peer)
+            self._registry.touch_all()
             logger.info("worker_came worker=%s device=%s", _shown(peer), hello.device)
             for run in self._registry.by_run.values():
                 if run.kept is not None:
@@ -77,6 +87,25 @@ class Dispatcher:
             if run.live is not None:
                 run.on_memory_told(peer, hello.memories.get(run.info.run))
         self._links.to_inside(peer, Echo(echo_ns=hello.echo_ns, now_ns=time.monotonic_ns()))
+
+    def _drain(self, peer: bytes, hello: WorkerHello) -> bool:
+        """A worker wants to go: no more jobs. Returns whether it holds none any more, and so is let go."""
+        worker = self._crew.workers.get(peer)
+        if worker is not None:
+            worker.hello, worker.heard_s = hello, time.monotonic()
+            self._placer.lost(peer)
+            self._registry.touch_all()  # its streams move
+        mine = [run for run in self._registry.by_run.values() if run.worker == peer]
+        if worker is not None and (worker.jobs or any(run.kept and run.kept.in_flight for run in mine)):
+            return False
+        self._links.to_inside(peer, Echo(echo_ns=hello.echo_ns, now_ns=time.monotonic_ns()))
+        self._links.to_inside(peer, Drain())
+        if self._crew.remove(peer) is not None:
+            logger.info("worker_drained worker=%s", _shown(peer))
+            for run in mine:
+                run.drop_worker()
+            self._links.is_changed = True
+        return True
 
     def on_progress(self, peer: bytes, progress: Progress) -> None:
         """A slice of its job is done: the deadline counts from here."""
@@ -120,6 +149,7 @@ class Dispatcher:
         run = self._registry.by_run.get(item.run)
         if run is not None:
             run.on_answered(item)
+            self._registry.touch(run)
         return run
 
     def _item_failed(self, run: Run, item: Candidate, failed: Failed) -> None:
@@ -186,6 +216,9 @@ class Dispatcher:
         """Twice a second: workers that are gone, recordings that stand still."""
         for peer in self._crew.gone():
             self._worker_gone(peer)
+        self._placer.tick()
+        wait_s = self._placer.oldest_wait_s([one for offer in self._offers.values() for one in offer])
+        self._scaling.update(time.monotonic(), self._placer.loads(), wait_s, len(self._crew.workers))
         for run in self._registry.by_run.values():
             kept = run.kept
             if kept is None:
@@ -201,6 +234,8 @@ class Dispatcher:
         worker = self._crew.remove(peer)
         if worker is None:
             return
+        self._placer.lost(peer)
+        self._registry.touch_all()
         logger.warning("worker_gone worker=%s jobs=%d", _shown(peer), len(worker.jobs))
         self._links.counts["workers_gone"] += 1
         for run in self._registry.by_run.values():
@@ -226,18 +261,25 @@ class Dispatcher:
             free = [worker for worker in given if worker.credits > 0]
 
     def _candidates(self) -> list[Candidate]:
-        runs = self._registry.by_run.values()
-        room = self._window_bytes - sum(run.kept.in_flight_bytes for run in runs if run.kept)
-        found: list[Candidate] = []
-        for run in runs:
-            if run.worker is not None and run.worker not in self._crew.workers:
-                run.drop_worker()
-            if run.live is not None:
-                self._find_memory(run, run.live)
-            mine = run.candidates(self._registry.wanted(run), room)
-            room -= sum(one.nbytes for one in mine if one.is_record)
-            found += mine
-        return found
+        """What could be decoded now; only of runs that were touched it is found out anew."""
+        runs = self._registry.by_run
+        touched, self._registry.touched = self._registry.touched, {}
+        room = self._window_bytes - sum(run.kept.in_flight_bytes for run in runs.values() if run.kept) if touched else 0
+        for run_id, run in touched.items():
+            offer = self._offer(run, room) if run_id in runs else []
+            room -= sum(one.nbytes for one in offer if one.is_record)
+            if offer:
+                self._offers[run_id] = offer
+            else:
+                self._offers.pop(run_id, None)
+        return [one for offer in self._offers.values() for one in offer]
+
+    def _offer(self, run: Run, room: int) -> list[Candidate]:
+        if run.live is not None:
+            self._find_memory(run, run.live)
+        if not self._placer.settle(run):
+            return []
+        return run.candidates(self._registry.wanted(run), room)
 
     def _find_memory(self, run: Run, live: LiveLatents) -> None:
         """Of a run that this broker has given to nobody yet, a worker may know from the time of a former one."""
@@ -254,6 +296,7 @@ class Dispatcher:
         items = next_job(candidates, limits)
         taken = [(item, run, frame) for item in items for run, frame in self._look_up(item)]
         if not taken:
+            self._registry.touch_all()
             return False
         job_items, payloads = _job_items(taken, worker.id)
         number = self._crew.assign(worker, tuple(item for item, _, _ in taken))
@@ -266,6 +309,7 @@ class Dispatcher:
         )
         for item, run, frame in taken:
             run.on_dispatched(item, frame, worker.id)
+            self._registry.touch(run)
         given = {item.run for item in items}
         candidates[:] = [one for one in candidates if one.run not in given]
         if not self._links.to_inside(worker.id, message):
@@ -285,15 +329,10 @@ class Dispatcher:
         """The workers' rows of STATE."""
         return [worker.to_state() for worker in self._crew.workers.values()]
 
+    @property
     def desired_workers(self) -> int:
         """How many workers the offered load needs."""
-        return desired_workers(
-            [
-                self._crew.slowest_s_per_frame(run.info.latent_format, run.newest.nbytes) / run.interval_s
-                for run in self._registry.by_run.values()
-                if run.newest is not None and run.interval_s and run.state == "live"
-            ]
-        )
+        return self._scaling.desired
 
 
 def _job_items(

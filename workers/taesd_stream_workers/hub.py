@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from taesd_stream.frames import END_REASONS, Packet, Rendition
-from taesd_stream.messages import Keyframe, Record, State, StopStream, Watch
+from taesd_stream.messages import Keyframe, State, StopStream, Watch
 from taesd_stream_workers.inbox import Inbox
 from taesd_stream_workers.latency import Latency
+from taesd_stream_workers.record_wishes import RecordWishes
 from taesd_stream_workers.viewer import Viewer
 
 SIGNAL_AGE_S: Final = 2.0
@@ -74,10 +75,11 @@ class Hub:
         self._tell_broker = tell_broker
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox = Inbox(self.keyframe, lambda packet: latency.dropped.labels(packet.rendition).inc())
-        self._pictures: dict[tuple[str, Rendition], Packet] = {}  # newest whole picture, for late viewers
+        self._pictures: dict[tuple[str, Rendition], list[Packet]] = {}  # of the newest frame, for late viewers
         self._newest: dict[str, Packet] = {}  # newest packet of any rendition, by run
         self._latency_ms: dict[str, float] = {}
         self._counts: defaultdict[tuple[str, Rendition], int] = defaultdict(int)
+        self._wishes = RecordWishes(tell_broker)
         self._stops: dict[str, str] = {}  # by stream: the run that a person wants stopped
         self.rate = Rate(clock_s)
 
@@ -137,7 +139,10 @@ class Hub:
             self._latency_ms[packet.run] = max(0, streamed_ns - packet.stamps.sent_ns) / 1e6
             self.rate.add()
             if packet.rendition != "live":
-                self._pictures[packet.stream, packet.rendition] = packet
+                frame = self._pictures.setdefault((packet.stream, packet.rendition), [])
+                if frame and (packet.index == 0 or (frame[0].run, frame[0].seq) != (packet.run, packet.seq)):
+                    frame.clear()
+                frame.append(packet)
             for viewer in self._viewers:
                 viewer.offer(packet, streamed_ns)
 
@@ -151,6 +156,7 @@ class Hub:
         for key in [key for key in self._pictures if key[0] not in names]:
             del self._pictures[key]
         self._stop_again(state)
+        self._wishes.on_state(state)
         self.latency.desired_workers.set(state.desired_workers)
         for name, count in state.stats.get("counts", {}).items():
             self.latency.broker.labels(name).set(count)
@@ -190,6 +196,8 @@ class Hub:
             last_seqs[recording["run"]] = max(last_seqs.get(recording["run"], -1), recording["last_seq"])
         for row in self.state.streams if self.state else []:
             packet = self._newest.get(row["run"])
+            if row["width"] is None and packet is not None:  # of a format that the broker does not know
+                row = {**row, "width": packet.width, "height": packet.height}
             latency_ms = self._latency_ms.get(row["run"])
             extra = {
                 "decoder": packet.decoder if packet else self._engine_of(row["latent_format"]),
@@ -234,7 +242,8 @@ class Hub:
 
     def picture(self, stream: str, rendition: Rendition) -> Packet | None:
         """The newest whole picture of a stream, if one was made."""
-        return self._pictures.get((stream, rendition))
+        frame = self._pictures.get((stream, rendition))
+        return frame[-1] if frame else None
 
     def watch(self, viewer: Viewer, before: dict[str, Rendition], after: dict[str, Rendition]) -> None:
         """A viewer wants other streams than before."""
@@ -247,8 +256,9 @@ class Hub:
             self._change(stream, rendition, +1)
             if rendition == "live":
                 self.keyframe(stream)
-            elif (packet := self._pictures.get((stream, rendition))) is not None and self._is_newest_run(packet):
-                viewer.offer(packet, self.clock_ns())
+            for packet in self._pictures.get((stream, rendition), []) if rendition != "live" else ():
+                if self._is_newest_run(packet):
+                    viewer.offer(packet, self.clock_ns())
 
     def _is_newest_run(self, packet: Packet) -> bool:
         """Whether a name still means the run of this picture: a late viewer must not see a former one's."""
@@ -283,8 +293,8 @@ class Hub:
         self._tell_broker(Keyframe(stream=stream, rendition="live"))
 
     def record(self, stream: str, mode: Any) -> None:
-        """Keep a stream, or not any more."""
-        self._tell_broker(Record(stream=stream, mode=mode))
+        """Keep a stream, or not any more; said again to a broker that was killed before it could."""
+        self._wishes.add(stream, mode, self.state)
 
     def stop(self, stream: str) -> None:
         """Ask a sampler to stop; said again until the broker says that it is asked."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 import time
 from typing import Any, Final
 
 from taesd_stream.config import Config
-from taesd_stream.frames import LatentFrame, StreamInfo
+from taesd_stream.frames import Kind, LatentFrame, StreamInfo
 from taesd_stream.latent_formats import LATENT_FORMATS
 from taesd_stream.messages import Ack, DemandUpdate, Echo, End, PublisherHello, Refused, RunHello, StopRun
+from taesd_stream_workers.gate import KEY_REVOKED
 from taesd_stream_workers.kept_run import KeptRun
 from taesd_stream_workers.links import Links
 from taesd_stream_workers.log_writer import LogWriter
@@ -20,6 +22,7 @@ from taesd_stream_workers.runs import Run, meta_bytes
 logger = logging.getLogger(__name__)
 
 LOG_ROOM_AGAIN: Final = 0.9  # of the log's bytes: under it, the alert goes
+RANKS: Final[dict[Kind, tuple[int, ...]]] = {"steps": (3, 4), "clip": (4,), "live": (3, 4)}  # axes of a frame
 MAX_REFUSALS_LOGGED: Final = 100  # of one kind
 MAX_META_BYTES: Final = 6 << 20  # of all runs: STATE tells it to the streamer, twice where a run is kept
 
@@ -33,29 +36,39 @@ class Intake:
         self._writer = writer
         self._links = links
         self._log_max_bytes = config.broker.log_max_bytes
+        self._log_bytes = 0  # counted anew at each tick
 
     def open(self) -> None:
         """Find out how much the log may hold."""
         if not self._log_max_bytes:
             self._log_max_bytes = shutil.disk_usage(self._registry.log_folder).free // 2
 
-    def take(self, peer: bytes, message: Any) -> None:
-        """One message of a publisher."""
+    def take(self, peer: bytes, client: str, message: Any) -> None:
+        """One message of a publisher. client: whose it is, as Door.client_of says."""
+        owner = client if self._links.front.has_keys else None
         if isinstance(message, LatentFrame):
-            self.route(peer, message)
+            self.route(peer, owner, message)
         elif isinstance(message, PublisherHello):
-            self._on_hello(peer, message)
+            self._on_hello(peer, owner, message)
         elif isinstance(message, StreamInfo):
-            self._on_open(peer, message)
+            self._on_open(peer, dataclasses.replace(message, owner=owner))
         elif isinstance(message, End):
-            self._on_end(peer, message)
+            self._on_end(peer, owner, message)
 
-    def route(self, peer: bytes, frame: LatentFrame) -> None:
+    def refuse_key(self, peer: bytes, message: Any) -> None:
+        """A message of a key that was revoked: nothing of it is taken; what opens or says HELLO is told."""
+        runs = list(message.runs) if isinstance(message, PublisherHello) else []
+        for run_id in [message.run] if isinstance(message, StreamInfo) else runs:
+            self._links.to_publisher(peer, Refused(stream="unknown", run=run_id, code="key", text=KEY_REVOKED))
+
+    def route(self, peer: bytes, owner: str | None, frame: LatentFrame) -> None:
         """FRAME: the newest of its stream, and, where it is kept, into the log. When full: kept ones get no ack."""
         received_ns = time.monotonic_ns()
         run = self._registry.by_run.get(frame.run)
         if run is None or run.end is not None:
             return self._unknown_run(peer, frame.run)
+        if self._is_foreign(run, owner):
+            return None
         run.heard_s = time.monotonic()
         run.peer = peer
         if not self._is_shape_right(run, frame):
@@ -63,6 +76,7 @@ class Intake:
         if frame.kept:
             self._keep(run, frame)
         self._show(run, frame, received_ns)
+        self._registry.touch(run)
         self._links.is_changed = True
         return None
 
@@ -109,10 +123,12 @@ class Intake:
                 if done.message.seq != kept.logged + 1:
                     continue  # it only followed one that failed, which was sent again since
                 kept.queued = kept.logged
+                self._links.counts["log_errors"] += 1
                 self._links.alert("log_error", f"The latent log cannot be written: {done.error}")
                 continue
             self._links.resolve("log_error")
             kept.logged = done.message.seq
+            self._registry.touch(run)
             if run.peer is not None:
                 self._links.to_publisher(run.peer, Ack(run=run.info.run, seq=kept.logged))
 
@@ -123,19 +139,39 @@ class Intake:
             is_silent = run.end is None and now - run.heard_s > self._config.recording.lost_after_s
             if run.kept is not None and is_silent:
                 run.kept.is_over = True
-        if self._log_bytes() < LOG_ROOM_AGAIN * self._log_max_bytes:
+        self._drop_old_logs()
+        self._log_bytes = sum(run.kept.log.nbytes for run in self._registry.by_run.values() if run.kept)
+        if self._log_bytes < LOG_ROOM_AGAIN * self._log_max_bytes:
             self._links.resolve("log_full")
+
+    def _drop_old_logs(self) -> None:
+        """What nobody could record for `broker.log_max_age_s` goes; never without that key."""
+        max_age_s = self._config.broker.log_max_age_s
+        if not max_age_s:
+            return
+        for run in self._registry.by_run.values():
+            if run.kept is None or not run.kept.is_over or time.time() - run.kept.log.changed_unix < max_age_s:
+                continue
+            logger.error("log_expired stream=%s run=%s frames=%d", run.info.stream, run.info.run, run.frames_behind)
+            self._links.counts["logs_expired"] += 1
+            self._writer.delete(run.finish_keeping())
+            self._registry.touch(run)
 
     # --- opening and ending ---
 
     def _on_open(self, peer: bytes, info: StreamInfo) -> None:
         known = self._registry.by_run.get(info.run)
         if known is not None:
+            if self._is_foreign(known, info.owner):
+                return self._refuse_foreign(peer, known)
             known.peer, known.heard_s = peer, time.monotonic()
+            if known.is_reopened:  # the last word on keeping was said to a former broker
+                known.is_reopened = False
+                known.record = info.record or self._config.recording.default
             return self.tell(known, always=True)
         holder = self._registry.by_name.get(info.stream)
-        if holder is not None and holder.is_alive and self._is_peer_there(holder):
-            use = self._registry.free_name(info.stream)
+        if holder is not None and self._holds_name(holder, info.owner):
+            use = self._registry.free_name(info.stream, lambda run: self._holds_name(run, info.owner))
             text = f"{info.stream}: another run of that name lives; {use} is free"
             return self._refuse(peer, info, "taken", text, use=use)
         if self._registry.meta_bytes + meta_bytes(info) > MAX_META_BYTES:
@@ -153,15 +189,36 @@ class Intake:
         self._links.is_changed = True
         return self.tell(run, always=True)
 
+    def _holds_name(self, run: Run, owner: str | None) -> bool:
+        """Whether a run keeps its name from a new one: from other keys also while its publisher is lost."""
+        if run.info.owner not in (None, owner):
+            return run.end is None and time.monotonic() - run.heard_s <= self._config.recording.lost_after_s
+        return run.is_alive and self._is_peer_there(run)
+
+    def _is_foreign(self, run: Run, owner: str | None) -> bool:
+        """Whether a run was opened by another key: nobody takes over a run by knowing its id."""
+        if owner is None or run.info.owner == owner:
+            return False
+        if run.info.owner is None:  # it was opened before keys were asked for
+            run.info = dataclasses.replace(run.info, owner=owner)
+            return False
+        self._links.counts["refused_foreign"] += 1
+        return True
+
+    def _refuse_foreign(self, peer: bytes, run: Run) -> None:
+        self._refuse(peer, run.info, "key", f"{run.info.stream}: this run was opened by another key")
+
     def _is_peer_there(self, run: Run) -> bool:
         """Whether the publisher's connection still stands: one that was killed is found out by sending to it."""
         ack = Ack(run=run.info.run, seq=_logged(run))
         return run.peer is not None and self._links.to_publisher(run.peer, ack)
 
-    def _on_end(self, peer: bytes, end: End) -> None:
+    def _on_end(self, peer: bytes, owner: str | None, end: End) -> None:
         run = self._registry.by_run.get(end.run)
         if run is None:
             return self._unknown_run(peer, end.run)
+        if self._is_foreign(run, owner):
+            return None
         run.peer = peer
         if run.end is None:
             run.end, run.ended_unix = end, time.time()
@@ -173,14 +230,20 @@ class Intake:
         self._links.to_publisher(peer, Ack(run=end.run, seq=_logged(run), ended=True))
         return None
 
-    def _on_hello(self, peer: bytes, hello: PublisherHello) -> None:
+    def _on_hello(self, peer: bytes, owner: str | None, hello: PublisherHello) -> None:
         self._links.to_publisher(peer, Echo(echo_ns=hello.echo_ns, now_ns=time.monotonic_ns()))
         for run_id, row in hello.runs.items():
             run = self._registry.by_run.get(run_id)
             if run is None:
                 self._unknown_run(peer, run_id)
                 continue
+            if self._is_foreign(run, owner):
+                self._refuse_foreign(peer, run)
+                continue
             run.peer, run.heard_s, run.offset_ns = peer, time.monotonic(), hello.offset_ns
+            if run.is_reopened:  # its log does not tell what a person said last: OPEN does
+                self._unknown_run(peer, run_id)
+                continue
             run.unacked_from = row.kept_from
             if run.is_stoppable != row.stoppable:
                 run.is_stoppable, self._links.is_changed = row.stoppable, True
@@ -210,6 +273,9 @@ class Intake:
         try:
             if latent_format is not None:
                 latent_format.check_shape(run.info.kind, frame.shape)
+            elif len(frame.shape) not in RANKS[run.info.kind]:  # a format of a user's own: the worker knows it
+                expected = " or ".join(str(rank) for rank in RANKS[run.info.kind])
+                raise ValueError(f"{run.info.kind}: expected latents of {expected} axes, got {frame.shape}")
         except ValueError as error:
             self._links.counts["bad_shapes"] += 1
             run.faults += 1
@@ -227,11 +293,12 @@ class Intake:
             kept = self._begin_keeping(run, frame)
         if kept.is_over or frame.seq != kept.queued + 1:
             return  # its recording is being finished, or it is there already, or one was lost: it is sent again
-        if self._log_bytes() > self._log_max_bytes:
+        if self._log_bytes > self._log_max_bytes:
             text = "The latent log is full: recordings wait. Free space or raise broker.log_max_bytes."
             self._links.alert("log_full", text)
         elif self._writer.submit(kept.log, frame):
             kept.queued = frame.seq
+            self._log_bytes += frame.nbytes
 
     def _begin_keeping(self, run: Run, frame: LatentFrame) -> KeptRun:
         """Keep from this frame on, or from the newest one we hold if it is the one before (PROTOCOL 2)."""
@@ -243,9 +310,6 @@ class Intake:
         if self._writer.submit(kept.log, newest):
             kept.queued = newest.seq
         return kept
-
-    def _log_bytes(self) -> int:
-        return sum(run.kept.log.nbytes for run in self._registry.by_run.values() if run.kept)
 
 
 def _ends_keeping(run: Run, kept: KeptRun, row: RunHello) -> bool:

@@ -9,7 +9,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -17,17 +16,27 @@ from torch import Tensor
 
 from taesd_stream.config import Config, DecoderChoice
 from taesd_stream.decoding.choice import NoDecoderError, open_engine
-from taesd_stream.decoding.engine import Engine, check_finite, latents_from_payload
+from taesd_stream.decoding.engine import Engine
+from taesd_stream.decoding.host_copies import HostCopies
+from taesd_stream.decoding.payloads import (
+    copy_payloads,
+    latents_from_payload,
+    latents_from_words,
+    rows_not_finite,
+    torch_dtype,
+)
 from taesd_stream.decoding.video_engine import VideoEngine
-from taesd_stream.frames import RENDITIONS, Packet, Rendition, Stamps
+from taesd_stream.frames import RENDITIONS
 from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
 from taesd_stream.latent_formats import latent_format as format_named
-from taesd_stream.media.encoder import EncodedPicture
-from taesd_stream.messages import Degraded, Failed, Job, JobItem, Progress
+from taesd_stream.media.encoder import VIDEO_RENDITIONS
+from taesd_stream.messages import Failed, JobItem, Progress
 from taesd_stream_workers.encode_pool import EncodePool, EncodeTask
-from taesd_stream_workers.job_pictures import Picture, pictures_of
+from taesd_stream_workers.job_pictures import Entry, can_be_planes, pictures_of, planes_of
+from taesd_stream_workers.job_run import JobRun
 from taesd_stream_workers.live_items import begin_anew, lacks_memory
 from taesd_stream_workers.rendering import Sizes, as_pictures, render
+from taesd_stream_workers.shower import Outlet, Shower
 
 logger = logging.getLogger(__name__)
 
@@ -35,44 +44,11 @@ MAX_MEMORIES: Final = 4096  # that one HELLO holds
 WARM_UP_FORMAT: Final = "sd1"  # any one with rgb factors
 
 
-class JobRun:
-    """A job in work: how many pictures are still to be encoded, and what went wrong. Any thread."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.started_s = time.monotonic()
-        self.failed: Failed | None = None
-        self.degraded: dict[tuple[str, str], Degraded] = {}
-        self.histories: dict[str, Tensor] = {}  # by run: the latents (k,C,h,w) before its first item here
-        self._waiting = 1  # one for the decoding itself
-        self._lock = threading.Lock()
-
-    def add(self) -> None:
-        """One picture more goes to the encoders."""
-        with self._lock:
-            self._waiting += 1
-
-    def is_last(self) -> bool:
-        """One of the pictures, or the decoding, is over. Returns whether it was the last: the credit may go back."""
-        with self._lock:
-            self._waiting -= 1
-            return self._waiting == 0
-
-    def degrade(self, run: str, code: str, text: str) -> None:
-        """A run's pictures are worse than they could be; the next job tries the better way again."""
-        self.degraded[run, code] = Degraded(run=run, code=code, text=text)
-
-    def fail(self, code: str, error: Exception, *, retry: bool) -> None:
-        """Nothing of the job counts."""
-        text = str(error)[:500] or type(error).__name__
-        self.failed = Failed(job=self.job.job, items=[], code=code, text=text, retry=retry)
-
-
 class JobDecoder:
     """A device and its thread; an EncodePool takes what it decodes.
 
     pass_on: called in any thread with PROGRESS, with (endpoint, packet), and with a JobRun that is over.
-    busy_since_s: when the slice at hand began; a hung device shows here. error: why it could not even begin.
+    error: why it could not even begin.
     """
 
     def __init__(
@@ -86,21 +62,26 @@ class JobDecoder:
     ) -> None:
         self.is_warm = False
         self.error: Exception | None = None
-        self.busy_since_s = float("inf")
         self._config, self._weights_folder, self._decoder = config, config.weights_folder, config.decoder
         self._device = device
-        self._now_ns = now_ns
-        self._pass_on = pass_on
-        self._sizes = Sizes(config.streamer.live_max_px, config.streamer.thumb_max_px)
+        sizes = Sizes(config.streamer.live_max_px, config.streamer.thumb_max_px)
+        self._outlet = Outlet(sizes, HostCopies(device), EncodePool(threads), now_ns, pass_on)
+        self._slice_since_s = float("inf")
         self._jobs: queue.SimpleQueue[JobRun | None] = queue.SimpleQueue()
-        self._pool = EncodePool(threads)
         self._engines: dict[tuple[str, str, bool], Engine] = {}
-        self._last: dict[tuple[str, Rendition], tuple[_Shower, EncodeTask]] = {}  # of `live` runs, for late viewers
         self._thread = threading.Thread(target=self._run, name="device")
+
+    @property
+    def busy_since_s(self) -> float:
+        """When the slice at hand began, or, later, to come to the host; a hung device shows here. Any one thread.
+
+        Raises: RuntimeError when the device failed: nothing in this process can use it any more.
+        """
+        return min(self._slice_since_s, self._outlet.copies.waiting_since_s)
 
     def start(self) -> None:
         """Start the threads."""
-        self._pool.start()
+        self._outlet.pool.start()
         self._thread.start()
 
     def submit(self, run: JobRun) -> None:
@@ -109,11 +90,11 @@ class JobDecoder:
 
     def forget(self, run: str) -> None:
         """Drop the encoders and memories of a run."""
-        self._pool.forget(run)
+        self._outlet.pool.forget(run)
         for engine in list(self._engines.values()):
             engine.forget(run)
         for rendition in RENDITIONS:
-            self._last.pop((run, rendition), None)
+            self._outlet.last.pop((run, rendition), None)
 
     def close(self) -> None:
         """Finish the job at hand and its pictures, then join the threads; what is queued is for another worker."""
@@ -122,7 +103,7 @@ class JobDecoder:
                 self._jobs.get_nowait()
         self._jobs.put(None)
         self._thread.join()
-        self._pool.close()
+        self._outlet.pool.close()
 
     def engines(self) -> dict[str, dict[str, Any]]:
         """What decodes each latent format, and why: the live view's engine, else the recordings'. Any thread."""
@@ -156,7 +137,7 @@ class JobDecoder:
             self.error = error
             return
         while (run := self._jobs.get()) is not None:
-            self.busy_since_s = run.started_s = time.monotonic()
+            self._slice_since_s = run.started_s = time.monotonic()
             try:
                 self._decode(run)
             except NoDecoderError as error:
@@ -166,49 +147,55 @@ class JobDecoder:
             except Exception as error:  # the worker's outermost loop: this job is lost, the next may do
                 logger.exception("job_failed job=%d", run.job.job)
                 run.fail("internal", error, retry=True)
-            self.busy_since_s = float("inf")
-            self._part_done(run)
+            self._slice_since_s = float("inf")
+            self._outlet.part_done(run)
 
     def _warm_up(self) -> None:
         """Make every kind of picture once: what torch and FFmpeg load at first use would hold up the first stream."""
         engine = open_engine(WARM_UP_FORMAT, weights_folder=None, choice="linear", device=str(self._device))
         latents = torch.zeros(1, format_named(WARM_UP_FORMAT).channels, 8, 8)
         for _, rgb in engine.decode(latents, budget_bytes=self._decoder.memory_bytes):
-            for rendition, planes, size in render(rgb[0], RENDITIONS, self._sizes):
-                task = EncodeTask(
-                    run="",
-                    rendition=rendition,
-                    attempt=0,
-                    keyframe=True,
-                    pts=0,
-                    planes=planes,
-                    size=size,
-                    on_done=lambda _: None,
-                )
-                self._pool.submit(task)
-        self._pool.forget("")
+            self._outlet.pool.submit(
+                [
+                    EncodeTask(
+                        run="",
+                        rendition=one.rendition,
+                        attempt=0,
+                        keyframe=True,
+                        pts=0,
+                        planes=one.planes,
+                        size=one.size,
+                        copy=one.copy,
+                        on_done=lambda _: None,
+                    )
+                    for one in render([rgb[0]], [RENDITIONS], self._outlet.sizes, self._outlet.copies)
+                ]
+            )
+        self._outlet.pool.forget("")
         self.is_warm = True
 
     def _decode(self, run: JobRun) -> None:
         job = run.job
-        bad: list[int] = []
-        good: list[tuple[JobItem, Tensor]] = []
-        known = LATENT_FORMATS.get(job.latent_format)
-        magnitude = known.magnitude if known else DEFAULT_MAGNITUDE
-        for place, (item, payload, history) in enumerate(job.parts()):
-            latents = as_pictures(latents_from_payload(payload, item.dtype, item.shape, magnitude))
-            if check_finite(latents):
-                bad.append(place)
-                continue
-            if history is not None:
-                shape = (item.history, *item.shape[-3:])
-                before = latents_from_payload(history, item.dtype, shape, magnitude)
-                run.histories[item.run] = torch.nan_to_num(before)  # what was left out for NaN leaves no trace here
-            if not (item.is_repeat and self._repeat(run, item)):
-                good.append((item, latents))
+        parts = list(job.parts())
+        first = job.items[0]
+        words = self._outlet.copies.staging((len(parts), *first.shape), torch_dtype(first.dtype))
+        copy_payloads([payload for _, payload, _ in parts], words)
+        bad = rows_not_finite(words)
         if bad:
             text = "latents hold NaN or infinite values: no picture can be made of them"
             run.failed = Failed(job=job.job, items=bad, code="bad_frame", text=text, retry=False)
+        known = LATENT_FORMATS.get(job.latent_format)
+        magnitude = known.magnitude if known else DEFAULT_MAGNITUDE
+        latents = latents_from_words(self._outlet.copies.upload(words), magnitude)
+        good: list[tuple[JobItem, Tensor]] = []
+        for place, (item, _, history) in enumerate(parts):
+            if place in bad:
+                continue
+            if history is not None:
+                before = latents_from_payload(history, item.dtype, (item.history, *item.shape[-3:]), magnitude)
+                run.histories[item.run] = torch.nan_to_num(before)  # what was left out for NaN leaves no trace here
+            if not (item.is_repeat and self._repeat(run, item)):
+                good.append((item, as_pictures(latents[place])))
         choices = {self._choice_for(item.stream) for item, _ in good}
         for for_record, choice in itertools.product((False, True), sorted(choices)):
             items = [(item, latents) for item, latents in good if self._choice_for(item.stream) == choice]
@@ -220,12 +207,12 @@ class JobDecoder:
 
     def _repeat(self, run: JobRun, item: JobItem) -> bool:
         """Show a `live` frame once more from its last planes, where all of what is wanted is here."""
-        last = [self._last.get((item.run, rendition)) for rendition in item.renditions]
-        found = [one for one in last if one is not None and one[0].item.seq == item.seq]
+        last = [self._outlet.last.get((item.run, rendition)) for rendition in item.renditions]
+        found = [one for one in last if one is not None and one.seq == item.seq]
         if len(found) < len(last):
             return False
-        for shower, task in found:
-            replace(shower, run=run, item=item).show_again(task)
+        for one in found:
+            Shower(self._outlet, run, one.decoder, [(item, item.renditions)]).show_again(one)
         return True
 
     def _decode_with(
@@ -250,7 +237,7 @@ class JobDecoder:
                 rendition
                 for rendition in item.renditions
                 if for_record == (is_recorded and (rendition == "record" or self._records_as_it_shows(live)))
-                and not (rendition == "film" and self._pool.is_busy(item.run))
+                and not (rendition == "film" and self._outlet.pool.is_busy)
             )
             if wanted:
                 mine.append((item, latents, wanted))
@@ -262,6 +249,7 @@ class JobDecoder:
         return live is not None and self._engine(live.latent_format, "auto", is_fast=False).decoder == live.decoder
 
     def _decode_batch(self, run: JobRun, engine: Engine, mine: list[tuple[JobItem, Tensor, Any]]) -> None:
+        """Decode for the renditions that are wanted of each; what is video in full size alone, straight to planes."""
         lacking = lacks_memory(engine, [item for item, _, _ in mine])
         if lacking:
             places = [run.job.items.index(mine[place][0]) for place in lacking]
@@ -270,18 +258,31 @@ class JobDecoder:
             run.failed = Failed(job=run.job.job, items=[*bad, *places], code="no_memory", text=text, retry=True)
             mine = [one for place, one in enumerate(mine) if place not in lacking]
         begin_anew(engine, [item for item, _, _ in mine])
-        started_ns = self._now_ns()
-        entries = [(place, item, latents) for place, (item, latents, _) in enumerate(mine)]
         histories = {place: run.histories[item.run] for place, (item, _, _) in enumerate(mine) if item.history}
-        for pictures in pictures_of(engine, entries, self._decoder.memory_bytes, histories):
-            decoded_ns = self._now_ns()
-            for picture in pictures:
-                item, _, wanted = mine[picture.place]
+        straight: list[Entry] = []
+        others: list[Entry] = []
+        for place, (item, latents, wanted) in enumerate(mine):
+            (straight if self._is_straight(engine, item, latents, wanted) else others).append((place, item, latents))
+        budget_bytes = self._decoder.memory_bytes
+        ways = [
+            planes_of(engine, straight, budget_bytes) if straight else iter(()),
+            pictures_of(engine, others, budget_bytes, histories) if others else iter(()),
+        ]
+        shower = Shower(self._outlet, run, engine.decoder, [(item, wanted) for item, _, wanted in mine])
+        for shown in itertools.chain.from_iterable(ways):
+            for picture in shown.pictures:
                 if picture.is_approximate:
-                    run.degrade(item.run, "approximate", "Colours approximate.")
-                _Shower(self, run, item, engine.decoder, wanted, started_ns, decoded_ns).show(picture)
-            self.busy_since_s = time.monotonic()
-            self._pass_on(Progress(job=run.job.job))
+                    run.degrade(mine[picture.place][0].run, "approximate", "Colours approximate.")
+            shower.show(shown)
+            self._slice_since_s = time.monotonic()
+            self._outlet.pass_on(Progress(job=run.job.job))
+
+    def _is_straight(self, engine: Engine, item: JobItem, latents: Tensor, wanted: Any) -> bool:
+        height, width = engine.picture_size(latents)
+        return can_be_planes(engine, item, latents) and all(
+            rendition in VIDEO_RENDITIONS and not self._outlet.sizes.limit(rendition, height, width)
+            for rendition in wanted
+        )
 
     def _engine(self, latent_format: str, choice: Any, *, is_fast: bool) -> Engine:
         key = (latent_format, choice, is_fast)
@@ -299,92 +300,6 @@ class JobDecoder:
                 what = f"format={latent_format} decoder={engine.decoder} dtype={engine.dtype}"
                 logger.info("engine_opened %s %s", what, engine.reason)
         return self._engines[key]
-
-    def _part_done(self, run: JobRun) -> None:
-        if run.is_last():
-            self._pass_on(run)
-
-
-@dataclass(frozen=True, slots=True)
-class _Shower:
-    """Brings one decoded picture of an item into its renditions, and their packets on their way."""
-
-    decoder: JobDecoder
-    run: JobRun
-    item: JobItem
-    decoder_name: str
-    renditions: tuple[Any, ...]
-    started_ns: int
-    decoded_ns: int
-
-    def show(self, picture: Picture) -> None:
-        """Queue it for every rendition that is wanted."""
-        item = self.item
-        for rendition, planes, size in render(picture.rgb, self.renditions, self.decoder._sizes):
-            task = EncodeTask(
-                run=item.run,
-                rendition=rendition,
-                attempt=self._attempt(rendition),
-                keyframe=rendition == "live" and picture.index == 0 and (item.keyframe or item.kind == "clip"),
-                pts=picture.pts,
-                planes=planes,
-                size=size,
-                on_done=self._sender(rendition, picture.index, picture.count, picture.pts),
-            )
-            self.run.add()
-            self.decoder._pool.submit(task)
-            if item.kind == "live" and picture.index == picture.count - 1:
-                self.decoder._last[item.run, rendition] = (self, task)
-
-    def show_again(self, task: EncodeTask) -> None:
-        """Queue the planes of an earlier job once more, as a keyframe."""
-        self.run.add()
-        on_done = self._sender(task.rendition, 0, 1, task.pts)
-        self.decoder._pool.submit(replace(task, keyframe=True, on_done=on_done))
-
-    def _attempt(self, rendition: Rendition) -> int:
-        return self.item.attempt if rendition in ("record", "film") else 0
-
-    def _sender(
-        self, rendition: Rendition, index: int, count: int, pts: int
-    ) -> Callable[[EncodedPicture | None], None]:
-        def send(picture: EncodedPicture | None) -> None:
-            if picture is not None:
-                packet = self._packet(picture, rendition, index, count, pts)
-                self.decoder._pass_on((self.run.job.packets_to, packet))
-            elif rendition == "record":
-                self.run.fail("internal", RuntimeError("encoding failed"), retry=True)
-            self.decoder._part_done(self.run)
-
-        return send
-
-    def _packet(self, picture: EncodedPicture, rendition: Rendition, index: int, count: int, pts: int) -> Packet:
-        item = self.item
-        return Packet(
-            stream=item.stream,
-            run=item.run,
-            seq=item.seq,
-            index=index,
-            count=count,
-            rendition=rendition,
-            attempt=self._attempt(rendition),
-            is_keyframe=picture.is_keyframe,
-            pts=pts,
-            width=picture.width,
-            height=picture.height,
-            decoder=self.decoder_name,
-            step=item.step,
-            total_steps=item.total_steps,
-            sigma=item.sigma,
-            stamps=Stamps(
-                sent_ns=item.sent_ns,
-                received_ns=item.received_ns,
-                started_ns=self.started_ns,
-                decoded_ns=self.decoded_ns,
-                encoded_ns=self.decoder._now_ns(),
-            ),
-            payload=picture.payload,
-        )
 
 
 def _is_same(one: Engine, other: Engine) -> bool:

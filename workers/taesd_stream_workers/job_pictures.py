@@ -10,34 +10,61 @@ import torch
 from torch import Tensor
 
 from taesd_stream.decoding.engine import Engine
+from taesd_stream.decoding.sheet import grid
 from taesd_stream.decoding.video_engine import LivePart, VideoEngine
 from taesd_stream.messages import JobItem
-from taesd_stream_workers.rendering import grid
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture of a frame. place: which item of the job; rgb: (3,H,W) in [0, 1]; index of count; pts: 1/90000 s.
+    """One picture of a frame. place: which item of the job; index of count; pts: 1/90000 s.
 
     is_approximate: of a `live` run whose memory was lost, and its history too: the colours are not yet right.
     """
 
     place: int
-    rgb: Tensor
     index: int
     count: int
     pts: int
     is_approximate: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What one slice shows: RGB, (3,H,W) in [0, 1] a picture; or, all of one size, their planes for video at once.
+
+    planes: (n, H*3//2, W) uint8 I420 on the engine's device; size: width and height as shown.
+    """
+
+    pictures: Sequence[Picture]
+    rgb: Sequence[Tensor] = ()
+    planes: Tensor | None = None
+    size: tuple[int, int] = (0, 0)
+
+
 NO_HISTORIES: Final[Mapping[int, Tensor]] = {}
-Entry: TypeAlias = tuple[int, JobItem, Tensor]  # place in the job, item, latents (n,C,h,w)
+Entry: TypeAlias = tuple[int, JobItem, Tensor]  # place in the job, item, latents (n,C,h,w) without NaN
+
+
+def can_be_planes(engine: Engine, item: JobItem, latents: Tensor) -> bool:
+    """Whether each latent of an item is a picture by itself, which `planes_of` can decode."""
+    is_sheet = item.kind == "steps" and len(latents) > 1
+    return not is_sheet and (item.kind == "steps" or not isinstance(engine, VideoEngine))
+
+
+def planes_of(engine: Engine, entries: Sequence[Entry], budget_bytes: int) -> Iterator[Shown]:
+    """Decode entries that `can_be_planes`, all of one shape, straight to planes for video in full size."""
+    pictures = [picture for entry in entries for picture in _pictures_of_stills(engine, entry)]
+    latents = torch.cat([latents for _, _, latents in entries])
+    height, width = engine.picture_size(latents)
+    for part, planes in engine.decode_planes(latents, budget_bytes=budget_bytes, are_finite=True):
+        yield Shown(pictures[part], planes=planes, size=(width, height))
 
 
 def pictures_of(
     engine: Engine, entries: Sequence[Entry], budget_bytes: int, histories: Mapping[int, Tensor] = NO_HISTORIES
-) -> Iterator[list[Picture]]:
-    """Decode entries, all of one latent format and shape; a list for each slice, the pictures of an item in order.
+) -> Iterator[Shown]:
+    """Decode entries, all of one latent format and shape; one answer a slice, the pictures of an item in order.
 
     histories: by place, the latents (k,C,h,w) before those of a `live` item, where they came along.
     """
@@ -53,61 +80,62 @@ def pictures_of(
     yield from _live(engine, [entry for entry in entries if entry[1].kind == "live"], budget_bytes, histories)
 
 
-def _stills(engine: Engine, entries: Sequence[Entry], budget_bytes: int) -> Iterator[list[Picture]]:
-    """One picture a latent; of `steps` those of a batch become one sheet."""
-    owners = [(number, index) for number, (_, _, latents) in enumerate(entries) for index in range(len(latents))]
+def _pictures_of_stills(engine: Engine, entry: Entry) -> list[Picture]:
+    """One picture a latent."""
+    place, item, latents = entry
+    if item.kind == "steps":
+        return [Picture(place, 0, 1, item.pts) for _ in latents]
     # a picture of a video format stands for all frames of its latent
-    stretch = engine.temporal_factor or 1
+    ticks = item.picture_ticks * (engine.temporal_factor or 1)
+    first = item.index * (item.kind == "live")
+    return [Picture(place, index, len(latents), (first + index) * ticks) for index in range(len(latents))]
+
+
+def _stills(engine: Engine, entries: Sequence[Entry], budget_bytes: int) -> Iterator[Shown]:
+    """One picture a latent; of `steps` those of a batch become one sheet."""
+    owners = [
+        (number, picture) for number, entry in enumerate(entries) for picture in _pictures_of_stills(engine, entry)
+    ]
+    latents = torch.cat([latents for _, _, latents in entries])
     sheets: dict[int, list[Tensor]] = {}
-    for part, rgb in engine.decode(torch.cat([latents for _, _, latents in entries]), budget_bytes=budget_bytes):
-        shown: list[Picture] = []
-        for (number, index), picture in zip(owners[part], rgb, strict=True):
-            place, item, latents = entries[number]
-            if item.kind != "steps":
-                pts = (item.index * (item.kind == "live") + index) * item.picture_ticks * stretch
-                shown.append(Picture(place, picture, index, len(latents), pts))
-            elif len(latents) == 1:
-                shown.append(Picture(place, picture, 0, 1, item.pts))
-            else:
-                sheet = sheets.setdefault(number, [])
-                sheet.append(picture)
-                if len(sheet) == len(latents):
-                    shown.append(Picture(place, grid(torch.stack(sheets.pop(number))), 0, 1, item.pts))
-        yield shown
+    for part, rgb in engine.decode(latents, budget_bytes=budget_bytes, are_finite=True):
+        shown: list[tuple[Picture, Tensor]] = []
+        for (number, picture), one in zip(owners[part], rgb, strict=True):
+            _, item, mine = entries[number]
+            if item.kind != "steps" or len(mine) == 1:
+                shown.append((picture, one))
+                continue
+            sheet = sheets.setdefault(number, [])
+            sheet.append(one)
+            if len(sheet) == len(mine):
+                shown.append((picture, grid(torch.stack(sheets.pop(number)))))
+        yield Shown([picture for picture, _ in shown], rgb=[one for _, one in shown])
 
 
-def _clip(engine: VideoEngine, entry: Entry, budget_bytes: int) -> Iterator[list[Picture]]:
+def _clip(engine: VideoEngine, entry: Entry, budget_bytes: int) -> Iterator[Shown]:
     place, item, latents = entry
     count, index = engine.frames_of_clip(len(latents)), 0
     for frames in engine.decode_clip(latents, budget_bytes=budget_bytes):
-        yield [
-            Picture(place, frame, index + number, count, (index + number) * item.picture_ticks)
-            for number, frame in enumerate(frames)
-        ]
+        places = range(index, index + len(frames))
+        yield Shown([Picture(place, one, count, one * item.picture_ticks) for one in places], rgb=list(frames))
         index += len(frames)
 
 
 def _live(
     engine: VideoEngine, entries: Sequence[Entry], budget_bytes: int, histories: Mapping[int, Tensor]
-) -> Iterator[list[Picture]]:
+) -> Iterator[Shown]:
     parts = [
         LivePart(run=item.run, index=item.index, latents=latents, history=histories.get(place))
         for place, item, latents in entries
     ]
     for results in engine.decode_live(parts, budget_bytes=budget_bytes):
-        shown: list[Picture] = []
+        pictures: list[Picture] = []
         for result in results:
             place, item, _ = entries[result.place]
             first = engine.frames_of_clip(item.index) if item.index else 0
-            shown += [
-                Picture(
-                    place,
-                    frame,
-                    index,
-                    len(result.frames),
-                    (first + index) * item.picture_ticks,
-                    is_approximate=result.is_approximate,
-                )
-                for index, frame in enumerate(result.frames)
+            count, approximate = len(result.frames), result.is_approximate
+            pictures += [
+                Picture(place, index, count, (first + index) * item.picture_ticks, is_approximate=approximate)
+                for index in range(count)
             ]
-        yield shown
+        yield Shown(pictures, rgb=[frame for result in results for frame in result.frames])

@@ -25,6 +25,7 @@ class KeptRun:
     written: int  # last seq in the file
     attempt: int = 1
     in_flight: deque[tuple[int, int]] = field(default_factory=deque)  # (seq, bytes) on their way into the file
+    in_flight_bytes: int = 0  # of latents
     is_over: bool = False  # nothing more will be kept
     moved_s: float = 0.0  # when the cursor last moved, or the first frame behind it was sent
     not_before_s: float = 0.0  # when the next frame may be tried
@@ -33,10 +34,13 @@ class KeptRun:
     gaps: set[int] = field(default_factory=set)  # seqs that give no picture: the cursor passes them
     _ahead: deque[LatentFrame] = field(default_factory=deque)
 
-    @property
-    def in_flight_bytes(self) -> int:
-        """Bytes of latents that are on their way into the file."""
-        return sum(nbytes for _, nbytes in self.in_flight)
+    def send(self, frame: LatentFrame) -> None:
+        """A worker has this frame now: it is on its way into the file."""
+        if not self.in_flight:
+            self.moved_s = time.monotonic()
+        self.in_flight.append((frame.seq, frame.nbytes))
+        self.in_flight_bytes += frame.nbytes
+        self.next_seq = frame.seq + 1
 
     @property
     def is_damaged(self) -> bool:
@@ -79,6 +83,7 @@ class KeptRun:
         self.next_seq = self.written + 1
         self.attempt = attempt
         self.in_flight.clear()
+        self.in_flight_bytes = 0
         self.moved_s = time.monotonic()
 
     def on_cursor(self, written: int) -> None:
@@ -88,4 +93,4 @@ class KeptRun:
             self.next_seq = max(self.next_seq, written + 1)
             self.moved_s = time.monotonic()
         while self.in_flight and self.in_flight[0][0] <= written:
-            self.in_flight.popleft()
+            self.in_flight_bytes -= self.in_flight.popleft()[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -47,6 +48,7 @@ class Latency:
         )
         self.viewers = Gauge("taesd_stream_viewers", "Open pages", registry=self.registry)
         self.broker = Gauge("taesd_stream_broker", "The broker's counters", ["count"], registry=self.registry)
+        self._gate = Gauge("taesd_stream_gate", "Clients that the streamer refused", ["count"], registry=self.registry)
         self.streams = Gauge("taesd_stream_streams", "Streams by state", ["state"], registry=self.registry)
         self.recordings = Gauge(
             "taesd_stream_recordings", "Recordings by state; failed: now", ["state"], registry=self.registry
@@ -81,6 +83,11 @@ class Latency:
         total_s = max(0, streamed_ns - stamps.sent_ns) / 1e9
         self._total.observe(total_s)
         self._recent.append(total_s)
+
+    def take_gate(self, counts: Mapping[str, int]) -> None:
+        """The streamer's own counters of refused clients; the broker's come with its STATE."""
+        for name, count in counts.items():
+            self._gate.labels(name).set(count)
 
     def on_shown(self, sent_ns: int, shown_ns: int) -> None:
         """A page drew a picture."""

@@ -90,7 +90,7 @@ def info_of_log(path: Path) -> StreamInfo | None:
 
 def rows_of_log(path: Path) -> Iterator[Row]:
     """The frames of a .latents file as they were published, one read at a time."""
-    from taesd_stream.decoding.engine import latents_from_payload
+    from taesd_stream.decoding.payloads import latents_from_payload
 
     for message in read_messages(path):
         if isinstance(message, LatentFrame):
@@ -174,7 +174,7 @@ def _time_first(tensor: Tensor, known: LatentFormat, path: Path) -> Tensor:
 
 
 def _check_finite(tensor: Tensor, path: Path) -> None:
-    from taesd_stream.decoding.engine import check_finite
+    from taesd_stream.decoding.payloads import check_finite
 
     bad = check_finite(tensor)
     if bad:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Final
 
+from taesd_stream_workers.service_manager import ServiceManager
+
 TICK_S: Final = 1.0
 STILL_S: Final = 15.0  # a loop that has not ticked for so long prints its stacks and exits
 HUNG_S: Final = 30.0  # work beside the loop that makes no progress for so long is hung
@@ -24,7 +26,8 @@ CLOSE_S: Final = 20.0
 class Lifecycle:
     """One role process. Supervised: config came on stdin, so that pipe's end is the word to stop; stdout is the report.
 
-    `stop` is set from a signal (started alone) or from the end of stdin (supervised).
+    `stop` is set from a signal (started alone) or from the end of stdin (supervised). A role that can drain first does
+    so at SIGTERM; a second one ends it.
     """
 
     def __init__(self, role: str, *, is_supervised: bool) -> None:
@@ -32,8 +35,10 @@ class Lifecycle:
         self.stop = threading.Event()
         self._is_supervised = is_supervised
         self._on_stop: list[Callable[[], None]] = []
+        self._drain: Callable[[], None] | None = None
         self._next_tick_s = 0.0
         self._output = threading.Lock()
+        self._manager = ServiceManager.from_environment()
 
     def start(self) -> None:
         """Watch for the word to stop; call in the main thread."""
@@ -51,9 +56,14 @@ class Lifecycle:
         if self.stop.is_set():
             wake()
 
+    def on_drain(self, drain: Callable[[], None]) -> None:
+        """At the first SIGTERM call this instead; the role then ends by itself."""
+        self._drain = drain
+
     def ready(self, **facts: object) -> None:
         """The sockets are bound, the model is warm: say so, with the addresses that were taken."""
         self._report({"ready": self.role, **facts})
+        self._manager.ready(" ".join(f"{key}={value}" for key, value in facts.items()))
 
     def tick(self) -> None:
         """The loop made progress. Only the loop that does the work may call this."""
@@ -62,12 +72,14 @@ class Lifecycle:
             return
         self._next_tick_s = now + TICK_S
         _exit_after(STILL_S)
+        self._manager.progress()
         if self._is_supervised:
             self._report({"tick": self.role})
 
     def end(self) -> None:
         """The loop is over. Closing too must come to an end, or a role would outlive a supervisor that was killed."""
         _exit_after(CLOSE_S)
+        self._manager.stopping()
 
     def _report(self, line: dict[str, object]) -> None:
         with self._output, contextlib.suppress(OSError, ValueError):
@@ -80,8 +92,12 @@ class Lifecycle:
                 pass
         self._set_stop()
 
-    def _handle_signal(self, _number: int, _frame: FrameType | None) -> None:
-        self._set_stop()
+    def _handle_signal(self, number: int, _frame: FrameType | None) -> None:
+        drain, self._drain = self._drain, None
+        if number == signal.SIGTERM and drain is not None:
+            drain()
+        else:
+            self._set_stop()
 
     def _set_stop(self) -> None:
         self.stop.set()

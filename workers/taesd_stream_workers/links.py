@@ -2,41 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Final
 
 import zmq
 
 from taesd_stream import wire
 from taesd_stream.errors import ConfigError
-from taesd_stream.sockets import bind_router
+from taesd_stream_workers.gate import Door, Gate
 
 logger = logging.getLogger(__name__)
+
+FRONT_HWM: Final = 64  # messages of one connection that wait, each up to 64 MiB; past them its TCP stands still
+INNER_HWM: Final = 1000
 
 Context = zmq.Context[zmq.Socket[bytes]]
 
 
 class Links:
-    """Used in the broker's loop alone. is_changed: STATE has something new to tell."""
+    """Used in the broker's loop alone. front: to the samplers; inner: to workers and the streamer.
+
+    is_changed: STATE has something new to tell.
+    """
+
+    front: Door
+    inner: Door
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.alerts: dict[str, str] = {}
         self.is_changed = True
 
-    def bind(self, context: Context, publishers: str, inside: str) -> None:
+    def bind(self, gate: Gate, context: Context, publishers: str, inside: str) -> None:
         """Bind both sockets. Raises: ConfigError for an address that is in use, or none."""
-        self.front = _bind(context, "broker.bind", publishers)
-        self.inner = _bind(context, "broker.workers_bind", inside)
+        gate.open(context)
+        with _named("broker.bind", publishers):
+            self.front = gate.bind(context, zmq.ROUTER, publishers, "samplers", hwm=FRONT_HWM)
+        with _named("broker.workers_bind", inside):
+            self.inner = gate.bind(context, zmq.ROUTER, inside, "workers", hwm=INNER_HWM)
 
     def to_publisher(self, peer: bytes, message: Any) -> bool:
         """Send to a publisher; False when it is gone or takes no more."""
-        return _send(self.front, peer, message)
+        return _send(self.front.socket, peer, message)
 
     def to_inside(self, peer: bytes, message: Any) -> bool:
         """Send to a worker or the streamer; False when it is gone or takes no more."""
-        return _send(self.inner, peer, message)
+        return _send(self.inner.socket, peer, message)
 
     def alert(self, code: str, text: str) -> None:
         """Something that a person must mend: on every page until `resolve`, logged once."""
@@ -61,9 +75,10 @@ def _send(socket: zmq.Socket[bytes], peer: bytes, message: Any) -> bool:
     return True
 
 
-def _bind(context: Context, key: str, address: str) -> zmq.Socket[bytes]:
+@contextlib.contextmanager
+def _named(key: str, address: str) -> Iterator[None]:
     try:
-        return bind_router(context, address)
+        yield
     except zmq.ZMQError as error:
         in_use = error.errno == zmq.EADDRINUSE
         way_out = "another daemon may be running; choose another with --set" if in_use else "check"

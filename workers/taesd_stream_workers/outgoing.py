@@ -12,8 +12,9 @@ import zmq
 
 from taesd_stream import wire
 from taesd_stream.frames import Packet
-from taesd_stream.sockets import prepare
+from taesd_stream.keys import Keys
 from taesd_stream_workers.broken_chains import BrokenChains
+from taesd_stream_workers.role_line import RoleLine
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +29,17 @@ class Outgoing:
     ask_keyframe: called with a stream whose `live` chain has lost a packet.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], ask_keyframe: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        ask_keyframe: Callable[[str], None],
+        keys: Keys | None = None,
+    ) -> None:
         self._context = context
+        self._keys = keys
         self._queue: deque[Packet] = deque()
         self._endpoint = ""
-        self._socket: zmq.Socket[bytes] | None = None
+        self._line: RoleLine | None = None
         self._left: dict[str, float] = {}  # endpoints of former streamers -> until when their packets are late ones
         self._broken = BrokenChains(ask_keyframe)
         self.held_bytes = 0
@@ -67,6 +74,8 @@ class Outgoing:
             try:
                 self._connected().send_multipart(wire.pack(packet), zmq.NOBLOCK, copy=False)
             except zmq.Again:
+                if self._line is not None:
+                    self._line.attend()
                 return False
             self._queue.popleft()
             self.held_bytes -= len(packet.payload)
@@ -74,8 +83,8 @@ class Outgoing:
 
     def close(self) -> None:
         """Close the socket; what was sent has two seconds to leave."""
-        if self._socket is not None:
-            self._socket.close(linger=2000)
+        if self._line is not None:
+            self._line.close(linger_ms=2000)
 
     def _turn_to(self, endpoint: str) -> None:
         """A daemon has one streamer: another endpoint is a new one, and what waits for the old one would block it."""
@@ -87,18 +96,15 @@ class Outgoing:
             self._broken.lose(packet)
         self._queue.clear()
         self.held_bytes = 0
-        if self._socket is not None:
-            self._socket.close(linger=0)
-            self._socket = None
+        if self._line is not None:
+            self._line.close()
+            self._line = None
         self._endpoint = endpoint
 
     def _connected(self) -> zmq.Socket[bytes]:
-        if self._socket is None:
-            self._socket = self._context.socket(zmq.PUSH)
-            prepare(self._socket, hwm=64)
-            self._socket.setsockopt(zmq.IMMEDIATE, 1)
-            self._socket.connect(self._endpoint)
-        return self._socket
+        if self._line is None:
+            self._line = RoleLine(self._context, zmq.PUSH, self._endpoint, keys=self._keys)
+        return self._line.socket
 
     def _drop(self) -> None:
         kept: deque[Packet] = deque()

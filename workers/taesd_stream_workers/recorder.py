@@ -101,6 +101,16 @@ class Recorder:
         paths = [path for row in finished if (path := self.library.path_of(row["id"])) is not None]
         return [*paths, *(growing.paths if growing else []), *(film.paths if film else ())]
 
+    def about_run(self, run: str) -> dict[str, Any] | None:
+        """Stream, start and meta of a run that has frames in files; `film`: whether nobody keeps it; any thread."""
+        growing, film = self._open.get(run), self.films.films.get(run)
+        if growing is not None or film is not None:
+            known = growing or film
+            assert known is not None
+            return {"stream": known.stream, "started": known.started, "meta": known.meta, "film": growing is None}
+        row = next((row for row in self.library.rows() if row["run"] == run), None)
+        return row and {"stream": row["stream"], "started": row["started"], "meta": row["meta"], "film": False}
+
     def cursors(self) -> tuple[Cursor, ...]:
         """How far every file is; any thread."""
         return tuple(

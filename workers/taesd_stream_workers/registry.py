@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Final
 
 from taesd_stream.config import Config
@@ -27,17 +28,22 @@ class Registry:
         self.by_run: dict[str, Run] = {}
         self.by_name: dict[str, Run] = {}
         self.viewers: dict[str, dict[Rendition, int]] = {}
+        self.touched: dict[str, Run] = {}  # what of them could be decoded may have changed
         self._pending_record: dict[str, tuple[RecordMode, float]] = {}
         self._config = config
         self.log_folder = config.log_folder
 
-    def load_logs(self) -> None:
-        """Know again the kept runs that a former broker left."""
+    def load_logs(self, goes_on: Callable[[], None]) -> None:
+        """Know again the kept runs that a former broker left. goes_on: called after each."""
         for run_id in runs_in(self.log_folder):
             log = RunLog.reopen(self.log_folder, run_id)
+            goes_on()
             if log is None:
                 continue
             run = Run(log.info, peer=None, record="all")
+            run.is_reopened = True
+            if log.damaged:
+                logger.error("log_damaged stream=%s run=%s records=%d", log.info.stream, run_id, log.damaged)
             last = (log.next_seq or 0) - 1
             first = log.first_seq if log.first_seq is not None else 0
             run.kept = KeptRun(
@@ -54,7 +60,16 @@ class Registry:
     def add(self, run: Run) -> None:
         """Know a run; it becomes what its name means."""
         self.by_run[run.info.run] = run
+        self.touch(run)
         self.by_name[run.info.stream] = run
+
+    def touch(self, run: Run) -> None:
+        """What of it could be decoded may have changed."""
+        self.touched[run.info.run] = run
+
+    def touch_all(self) -> None:
+        """It may have of every run."""
+        self.touched.update(self.by_run)
 
     def record_mode(self, info: StreamInfo) -> RecordMode:
         """What is kept of a new run: a waiting RECORD for its name, then a rule, then its own word, then the default.
@@ -90,11 +105,11 @@ class Registry:
         """Bytes of what all runs say of themselves."""
         return sum(run.meta_bytes for run in self.by_run.values())
 
-    def free_name(self, stream: str) -> str:
-        """A name like `stream` whose newest run is over."""
+    def free_name(self, stream: str, is_held: Callable[[Run], bool]) -> str:
+        """A name like `stream` that no run holds."""
         base = stream.partition("~")[0]
         number = 2
-        while (taken := self.by_name.get(f"{base}~{number}")) is not None and taken.is_alive:
+        while (taken := self.by_name.get(f"{base}~{number}")) is not None and is_held(taken):
             number += 1
         return f"{base}~{number}"
 

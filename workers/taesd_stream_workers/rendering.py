@@ -1,19 +1,24 @@
-"""Decoded pictures of a job -> planes for each rendition that is wanted of them."""
+"""Decoded pictures of a job -> planes in host memory, for each rendition that is wanted of them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
+import torch
 from torch import Tensor
 
 from taesd_stream.decoding.colour import fit_within, jpeg_planes, video_planes
+from taesd_stream.decoding.host_copies import HostCopies, HostCopy
 from taesd_stream.frames import Rendition
-from taesd_stream.media.encoder import Planes
+from taesd_stream.media.encoder import VIDEO_RENDITIONS, Planes
 
-GRID_GAP_PX: Final = 4
+BATCH_PX: Final = 1 << 22  # of pictures that are converted together: a GPU's calls cost more than their work
+
+# Pictures that become planes in one go: their shape, the long side of what comes out (0: as it is), and which planes.
+_Group: TypeAlias = tuple[torch.Size, int, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,40 +28,69 @@ class Sizes:
     live_max_px: int
     thumb_max_px: int
 
+    def limit(self, rendition: Rendition, height: int, width: int) -> int:
+        """The long side that a picture of that size is shrunk to for a rendition, 0 where it stays as it is."""
+        limit = {"record": 0, "film": 0, "thumb": self.thumb_max_px}.get(rendition, self.live_max_px)
+        return limit if limit and max(height, width) > limit else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Planes of one picture. number: which of those given; size: width and height as shown.
+
+    planes: (H'*3//2, W') uint8 I420 within copy's memory: right once `copy.wait()` has returned.
+    """
+
+    number: int
+    rendition: Rendition
+    planes: Planes
+    size: tuple[int, int]
+    copy: HostCopy
+
 
 def render(
-    rgb: Tensor, renditions: tuple[Rendition, ...], sizes: Sizes
-) -> Iterator[tuple[Rendition, Planes, tuple[int, int]]]:
-    """Planes of one picture for each of its renditions.
+    pictures: Sequence[Tensor], renditions: Sequence[tuple[Rendition, ...]], sizes: Sizes, copies: HostCopies
+) -> Iterator[Rendered]:
+    """Planes of pictures for each of their renditions; those of one rendition and shape in the order of the pictures.
 
-    rgb: (3,H,W) float in [0, 1]. Yields: (rendition, (H'*3//2, W') uint8 I420, (width, height) as shown).
+    pictures: (3,H,W) float in [0, 1] each. renditions: what is wanted of each.
     """
-    whole = rgb.unsqueeze(0)
-    scaled: dict[int, Tensor] = {}
-    for rendition in renditions:
-        limit = {"record": 0, "film": 0, "thumb": sizes.thumb_max_px}.get(rendition, sizes.live_max_px)
-        if limit and limit not in scaled:
-            scaled[limit] = fit_within(whole, limit)
-        picture = scaled[limit] if limit else whole
-        to_planes = jpeg_planes if rendition in ("thumb", "jpeg") else video_planes
-        height, width = int(picture.shape[-2]), int(picture.shape[-1])
-        yield rendition, to_planes(picture)[0].cpu().numpy(), (width, height)
+    groups: defaultdict[_Group, list[int]] = defaultdict(list)
+    for number, picture in enumerate(pictures):
+        for rendition in renditions[number]:
+            members = groups[_group(picture, rendition, sizes)]
+            if not members or members[-1] != number:
+                members.append(number)
+    for group, members in groups.items():
+        _, height, width = group[0]
+        step = max(1, BATCH_PX // (height * width))
+        for first in range(0, len(members), step):
+            part = members[first : first + step]
+            batch = torch.stack([pictures[number] for number in part]) if len(part) > 1 else pictures[part[0]][None]
+            yield from _convert(batch, group, part, renditions, sizes, copies)
 
 
-def grid(pictures: Tensor) -> Tensor:
-    """A batch as one picture: (N,3,H,W) -> (3,H',W'), row by row, as near a square as N allows; black gaps of 4 px."""
-    count, _, height, width = pictures.shape
-    columns = math.ceil(math.sqrt(count * height / width)) if count > 1 else 1
-    columns = min(max(1, columns), count)
-    rows = math.ceil(count / columns)
-    sheet = pictures.new_zeros(
-        3, rows * height + (rows - 1) * GRID_GAP_PX, columns * width + (columns - 1) * GRID_GAP_PX
-    )
-    for place in range(count):
-        row, column = divmod(place, columns)
-        top, left = row * (height + GRID_GAP_PX), column * (width + GRID_GAP_PX)
-        sheet[:, top : top + height, left : left + width] = pictures[place]
-    return sheet
+def _group(picture: Tensor, rendition: Rendition, sizes: Sizes) -> _Group:
+    height, width = picture.shape[-2:]
+    return picture.shape, sizes.limit(rendition, height, width), rendition in VIDEO_RENDITIONS
+
+
+def _convert(
+    batch: Tensor,
+    group: _Group,
+    numbers: Sequence[int],
+    renditions: Sequence[tuple[Rendition, ...]],
+    sizes: Sizes,
+    copies: HostCopies,
+) -> Iterator[Rendered]:
+    _, limit, is_video = group
+    small = fit_within(batch, limit) if limit else batch
+    copy = copies.download((video_planes if is_video else jpeg_planes)(small))
+    size = int(small.shape[-1]), int(small.shape[-2])
+    for picture, planes, number in zip(batch, copy.array, numbers, strict=True):
+        for rendition in renditions[number]:
+            if _group(picture, rendition, sizes) == group:
+                yield Rendered(number, rendition, planes, size, copy)
 
 
 def as_pictures(latents: Tensor) -> Tensor:

@@ -25,12 +25,14 @@ Reports: TypeAlias = "queue.SimpleQueue[tuple[Role, int, dict[str, Any]]]"  # wh
 class Role:
     """A child by name: "broker", "worker 0", "streamer". All but the listening runs in the supervisor's thread.
 
-    facts: what it said when it was ready, its bound addresses among them. deaths: in a row, each soon after a start.
+    device: of a decode worker, its own. facts: what it said when it was ready, its bound addresses among them.
+    deaths: in a row, each soon after a start.
     """
 
     name: str
     command: str
     config: Config
+    device: str = ""
     process: subprocess.Popen[bytes] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     is_ready: bool = False

@@ -41,6 +41,7 @@ class Run:
         self.started_unix = time.time()
         self.heard_s = time.monotonic() if peer is not None else float("-inf")
         self.is_stoppable = False
+        self.is_reopened = False  # from a former broker's log; its publisher has not said OPEN since
         self.stop_asked = False
         self.offset_ns = 0  # broker clock minus publisher clock
         self.newest: LatentFrame | None = None
@@ -50,6 +51,8 @@ class Run:
         self.forced: set[Rendition] = set()  # renditions that must start anew
         self.failures: dict[int, int] = {}  # seq -> how many jobs ended on it
         self.worker: bytes | None = None
+        self.moves_to: bytes | None = None  # another worker, once nothing is under way at this one
+        self.moved_s = float("-inf")
         self.live_in_flight = 0  # frames that a worker decodes for viewers
         self.live_since_ns = 0
         self.live = LiveLatents() if info.kind == "live" else None
@@ -298,10 +301,7 @@ class Run:
             if not candidate.is_record:
                 self.live.on_dispatched(frame.seq)
         if candidate.is_record and self.kept is not None:
-            if not self.kept.in_flight:
-                self.kept.moved_s = time.monotonic()
-            self.kept.in_flight.append((frame.seq, frame.nbytes))
-            self.kept.next_seq = frame.seq + 1
+            self.kept.send(frame)
 
     def on_answered(self, candidate: Candidate) -> None:
         """The worker is done with it, for better or worse."""
@@ -341,9 +341,16 @@ class Run:
             return "every"
         return "watched" if watchers else "idle"
 
+    def move(self) -> None:
+        """Go on with the worker that it moves to: another encoder begins, with a keyframe; nothing is done again."""
+        self.worker, self.moves_to, self.moved_s = self.moves_to, None, time.monotonic()
+        self.attempts += 1
+        if self.kept is not None:
+            self.kept.attempt += 1
+
     def drop_worker(self) -> None:
         """Its worker is gone: what was in flight is done again by another."""
-        self.worker = self.memory = None
+        self.worker = self.moves_to = self.memory = None
         self.live_in_flight = self.items_out = 0
         self.dispatched.clear()
         if self.live is not None:

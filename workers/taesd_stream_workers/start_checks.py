@@ -14,7 +14,10 @@ from urllib.parse import urlsplit
 from taesd_stream.config import Config
 from taesd_stream.errors import ConfigError
 from taesd_stream.folder_lock import FolderLock
-from taesd_stream_workers.addresses import require_tcp, web_address
+from taesd_stream.keys import load_keys
+from taesd_stream_workers.addresses import check_inner_addresses, require_guarded, web_address
+from taesd_stream_workers.key_files import AllowList
+from taesd_stream_workers.push import format_of
 from taesd_stream_workers.web_token import load_token
 
 ROLES: Final = ("broker", "streamer", "worker")
@@ -22,14 +25,19 @@ ROLES: Final = ("broker", "streamer", "worker")
 
 def check_start(config: Config, roles: Sequence[str] = ROLES) -> None:
     """Check what these roles need. Raises: ConfigError naming the key, what came, and the way out."""
+    if config.keys_folder is not None:
+        _check_keys(config.keys_folder, roles)
     if "streamer" in roles:
         web_address(config)
         _check_free("web.bind", config.web.bind)
         load_token(config)
+        for push in config.pushes:
+            format_of(push.url)
         _check_folder(config.recording_folder, "recording.folder")
     if "broker" in roles:
-        _check_free("broker.bind", require_tcp("broker.bind", config.broker.bind))
+        _check_free("broker.bind", require_guarded(config, "broker.bind", config.broker.bind))
         _check_folder(config.log_folder, "broker.log_folder")
+    check_inner_addresses(config)
     if "worker" in roles:
         _check_weights(config)
 
@@ -55,6 +63,19 @@ def _check_free(key: str, address: str) -> None:
 def _check_folder(folder: Path, key: str) -> None:
     with FolderLock(folder, key):
         pass
+
+
+def _check_keys(folder: Path, roles: Sequence[str]) -> None:
+    """A role that binds has the daemon's own pair; one that only dials may have a client's."""
+    keys = load_keys(folder)
+    binds = [role for role in roles if role != "worker"]
+    if binds and not keys.is_server:
+        raise ConfigError(
+            f"security.keys_folder = {folder}: a client's keys; the {binds[0]} needs the daemon's, the folder where "
+            "`taesd-stream keys new` was run"
+        )
+    if keys.is_server:
+        AllowList(folder)
 
 
 def _check_weights(config: Config) -> None:

@@ -15,13 +15,16 @@ from taesd_stream.config import Config
 from taesd_stream.errors import ConfigError, WireError
 from taesd_stream.folder_lock import FolderLock
 from taesd_stream.frames import Packet
-from taesd_stream.messages import Echo, Gap, Record, State, StreamerHello
-from taesd_stream.sockets import ClockOffset, WakePipe, connect_dealer, prepare, receive_parts
-from taesd_stream_workers.addresses import bound_address, packets_address, workers_address
+from taesd_stream.messages import Echo, Gap, Record, RefusedPeer, State, StreamerHello
+from taesd_stream.sockets import ClockOffset, WakePipe
+from taesd_stream_workers.addresses import bound_address, dialled, packets_address, workers_address
+from taesd_stream_workers.gate import Door, Gate
 from taesd_stream_workers.hub import Hub
 from taesd_stream_workers.latency import Latency
 from taesd_stream_workers.lifecycle import Lifecycle
+from taesd_stream_workers.push import Pushes
 from taesd_stream_workers.recorder import Recorder
+from taesd_stream_workers.role_line import RoleLine
 from taesd_stream_workers.web.server import WebServer
 
 logger = logging.getLogger(__name__)
@@ -41,12 +44,14 @@ class Streamer:
         self._clock = ClockOffset()
         self._to_broker: deque[Any] = deque()
         self._latency = Latency()
+        self._gate = Gate(config)
         self._hub = Hub(self._latency, self.tell_broker, max_viewers=config.web.max_viewers)
         self._hub.clock_ns = self.now_ns
         self._recorder = Recorder(
             config, self.tell_broker, self._hub.offer_recordings, self._latency.recording_errors.inc
         )
         self._web = WebServer(config, self._hub, self._recorder)
+        self._pushes = Pushes(config)
         self._bad = 0
 
     def now_ns(self) -> int:
@@ -68,36 +73,41 @@ class Streamer:
         self._config.recording_folder.mkdir(parents=True, exist_ok=True)
         with FolderLock(self._config.recording_folder):
             web_address = self._web.bind()
-            self._packets = _bind_pull(context, packets_address(self._config))
-            self._broker = connect_dealer(
-                context, workers_address(self._config), identity=f"streamer-{secrets.token_hex(8)}".encode()
-            )
-            self._endpoint = bound_address(self._packets)
+            self._gate.open(context)
+            self._packets = _bind_pull(self._gate, context, packets_address(self._config))
+            where, name = dialled(workers_address(self._config)), f"streamer-{secrets.token_hex(8)}"
+            self._line = RoleLine(context, zmq.DEALER, where, keys=self._gate.keys, identity=name.encode())
+            self._endpoint = bound_address(self._packets.socket)
             self._life.on_stop(self._wake.wake)
             self._recorder.start()
             self._web.start()
+            self._pushes.start(web_address)
             self._life.ready(web=web_address, web_port=self._web.port, packets_bind=self._endpoint)
             try:
                 self._loop()
             finally:
                 self._life.end()
                 self._web.stop()
+                self._pushes.close()
                 self._receive_packets()  # what workers have sent goes into the files
                 self._recorder.close()
                 context.destroy()
 
     def _loop(self) -> None:
         poller = zmq.Poller()
-        for waited in (self._packets, self._broker):
+        for waited in (self._packets.socket, self._line.socket, *self._gate.waited_for()):
             poller.register(waited, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
         next_hello_s = 0.0
         while not self._life.stop.is_set():
+            self._line.attend(poller)
             if time.monotonic() >= next_hello_s:
                 self._hello()
                 next_hello_s = time.monotonic() + HELLO_S
             poller.poll(200)
             self._wake.drain()
+            self._gate.attend()
+            self._latency.take_gate(self._gate.counts)
             self._receive_packets()
             self._receive_broker()
             self._send_queued()
@@ -112,9 +122,12 @@ class Streamer:
     def _receive_packets(self) -> None:
         for _ in range(MAX_DRAIN):
             try:
-                parts = receive_parts(self._packets)
+                head, *payloads = self._packets.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
+            if self._packets.client_of(head) is None:
+                continue  # its key was revoked
+            parts: list[Any] = [head.bytes, *(payload.buffer for payload in payloads)]
             streamed_ns = self.now_ns()
             try:
                 packet: Packet = wire.unpack(parts, wire.FROM_WORKER_TO_STREAMER)
@@ -132,7 +145,7 @@ class Streamer:
     def _receive_broker(self) -> None:
         for _ in range(MAX_DRAIN):
             try:
-                parts = self._broker.recv_multipart(zmq.NOBLOCK)
+                parts = self._line.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             try:
@@ -147,6 +160,8 @@ class Streamer:
                 self._recorder.put(message)
             elif isinstance(message, Gap):
                 self._recorder.put(message)
+            elif isinstance(message, RefusedPeer):
+                self._line.refused(message.text)
 
     def _send_queued(self) -> None:
         while self._to_broker:
@@ -168,23 +183,19 @@ class Streamer:
 
     def _send(self, message: Any) -> bool:
         try:
-            self._broker.send_multipart(wire.pack(message), zmq.NOBLOCK)
+            self._line.socket.send_multipart(wire.pack(message), zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True
 
 
-def _bind_pull(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
-    socket = context.socket(zmq.PULL)
-    prepare(socket, hwm=256)
+def _bind_pull(gate: Gate, context: zmq.Context[zmq.Socket[bytes]], address: str) -> Door:
     try:
-        socket.bind(address)
+        return gate.bind(context, zmq.PULL, address, "workers", hwm=256)
     except zmq.ZMQError as error:
-        socket.close()
         raise ConfigError(
             f"streamer.packets_bind = {address}: {error.strerror}; choose another with --set streamer.packets_bind=…"
         ) from error
-    return socket
 
 
 def run_streamer(config: Config, lifecycle: Lifecycle) -> None:

@@ -19,7 +19,9 @@ from typing import Any, Final
 from taesd_stream.config import AUTO, Config
 from taesd_stream.errors import ConfigError, TaesdStreamError
 from taesd_stream_workers.addresses import MAX_IPC_PATH_BYTES
+from taesd_stream_workers.gpus import devices
 from taesd_stream_workers.role_process import Reports, Role
+from taesd_stream_workers.service_manager import ServiceManager
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +54,15 @@ class Addresses:
 class Supervisor:
     """Broker, decode workers and streamer of one host. `with` stops them at its end; `run` watches over them."""
 
-    def __init__(self, config: Config, *, workers: int = 1, options: Sequence[str] = ()) -> None:
+    def __init__(self, config: Config, *, options: Sequence[str] = ()) -> None:
         """options: words that every role's command gets, as --verbose."""
-        self._workers = workers
         self._options = options
         self._folder = tempfile.TemporaryDirectory(prefix="taesd-stream-", ignore_cleanup_errors=True)
         self._config = _with_inner_sockets(config, Path(self._folder.name))
         self._roles: dict[str, Role] = {}
         self._reports: Reports = queue.SimpleQueue()
         self._stop = threading.Event()
+        self._manager = ServiceManager.from_environment()
 
     def __enter__(self) -> Supervisor:
         return self
@@ -81,8 +83,8 @@ class Supervisor:
         bind, workers_bind = broker.facts["bind"], broker.facts["workers_bind"]
         self._config = self._config.with_values(broker={"bind": bind, "workers_bind": workers_bind})
         streamer = self._start_role("streamer", "streamer")
-        for number in range(self._workers):
-            self._start_role(f"worker {number}", "worker")
+        for number, device in enumerate(devices(self._config.decoder.device, self._config.decoder.min_free_bytes)):
+            self._start_role(f"worker {number}", "worker", device)
         if not self._wait_ready():
             return None
         web, packets_bind = streamer.facts["web"], streamer.facts["packets_bind"]
@@ -91,7 +93,8 @@ class Supervisor:
             web={"bind": f"{web_host}:{streamer.facts['web_port']}"}, streamer={"packets_bind": packets_bind}
         )
         for role in self._roles.values():
-            role.config = self._config
+            role.config = self._config_of(role)
+        self._manager.ready(f"page at {web}, samplers at {bind}")
         return Addresses(web, bind, workers_bind, packets_bind)
 
     def run(self) -> None:
@@ -104,6 +107,7 @@ class Supervisor:
                 for role in self._roles.values():
                     role.heard_s = now
             looked_s = now
+            self._manager.progress()
             for role in self._roles.values():
                 self._look_after(role, now)
 
@@ -113,6 +117,7 @@ class Supervisor:
 
     def close(self) -> None:
         """Stop the roles in data order."""
+        self._manager.stopping()
         begun_s = time.monotonic()
         for command, by_s in STOP_BY_S.items():
             mine = [role for role in self._roles.values() if role.command == command]
@@ -130,10 +135,14 @@ class Supervisor:
             for role in self._roles.values()
         ]
 
-    def _start_role(self, name: str, command: str) -> Role:
-        role = self._roles[name] = Role(name, command, self._config)
+    def _start_role(self, name: str, command: str, device: str = "") -> Role:
+        role = self._roles[name] = Role(name, command, self._config, device=device)
+        role.config = self._config_of(role)
         role.spawn(self._options, self._reports)
         return role
+
+    def _config_of(self, role: Role) -> Config:
+        return self._config.with_values(decoder={"device": role.device}) if role.device else self._config
 
     def _take_reports(self, timeout_s: float) -> None:
         """Wait for a report, then take all that are there."""

@@ -17,6 +17,7 @@ from taesd_stream_workers.latency import Latency
 
 LIVE_BYTES: Final = 2 << 20  # of one stream's chain waiting for one viewer; past it, drop to the next keyframe
 LIVE_PACKETS: Final = 30
+CLIP_BYTES: Final = 16 << 20  # a clip is shown whole or not at all
 
 
 class _Chain:
@@ -43,12 +44,24 @@ class _Chain:
             return 1
         self.packets.append((packet, streamed_ns))
         self._held_bytes += len(packet.payload)
-        if self._held_bytes <= LIVE_BYTES and len(self.packets) <= LIVE_PACKETS:
-            return 0
-        dropped = len(self.packets)
-        self.clear()
-        self._is_starved = True
-        return dropped
+        return self._drop_older() if self._is_over() else 0
+
+    def _is_over(self) -> bool:
+        newest = self.packets[-1][0]
+        frames = len(self.packets) - newest.index  # the pictures of the frame at hand count as one
+        return frames > LIVE_PACKETS or self._held_bytes > (CLIP_BYTES if newest.kind == "clip" else LIVE_BYTES)
+
+    def _drop_older(self) -> int:
+        """Drop all in front of the last keyframe; where there is none behind the first, all of it."""
+        keys = [place for place, (packet, _) in enumerate(self.packets) if packet.is_keyframe and packet.index == 0]
+        if not keys or not keys[-1]:
+            dropped = len(self.packets)
+            self.clear()
+            self._is_starved = True
+            return dropped
+        for _ in range(keys[-1]):
+            self.take()
+        return keys[-1]
 
     def asks(self, now_s: float) -> bool:
         """Whether to ask for a keyframe now: it may be lost on its way, so again while packets are dropped."""
@@ -81,7 +94,8 @@ class Viewer:
         self._clock_s = clock_s
         self._something = asyncio.Event()
         self._chains: dict[str, _Chain] = {}
-        self._pictures: dict[str, tuple[Packet, int]] = {}  # whole pictures: only the newest waits
+        self._pictures: dict[str, list[tuple[Packet, int]]] = {}  # whole pictures: only those of the newest frame wait
+        self._on_way: dict[str, tuple[str, int]] = {}  # run and seq that the credit was given for: all of its pictures
         self._credits: dict[str, int] = {}
         self._sent: dict[tuple[str, str, int], int] = {}  # (stream, run, seq) -> sent_ns, to know what `shown` means
 
@@ -93,6 +107,7 @@ class Viewer:
                 self._chains.pop(stream, None)
                 self._pictures.pop(stream, None)
                 self._credits.pop(stream, None)
+                self._on_way.pop(stream, None)
         for stream, rendition in streams.items():
             if rendition == "live" and stream not in self._chains:
                 self._chains[stream] = _Chain(self._clock_s())
@@ -106,8 +121,10 @@ class Viewer:
         if packet.rendition == "live":
             dropped = self._chains[packet.stream].offer(packet, streamed_ns)
         else:
-            dropped = int(packet.stream in self._pictures)
-            self._pictures[packet.stream] = (packet, streamed_ns)
+            waiting = self._pictures.get(packet.stream, [])
+            is_same = bool(waiting) and _frame_of(waiting[0][0]) == _frame_of(packet) and packet.index > 0
+            dropped = 0 if is_same else len(waiting)
+            self._pictures[packet.stream] = [*(waiting if is_same else ()), (packet, streamed_ns)]
         if dropped:
             self._latency.dropped.labels(packet.rendition).inc(dropped)
         self._something.set()
@@ -149,14 +166,22 @@ class Viewer:
     def take(self) -> list[tuple[Packet, int]]:
         """The pictures to send now, each with the time it came to the streamer."""
         taken = [chain.take() for chain in self._chains.values() for _ in range(len(chain.packets))]
-        for stream in [stream for stream in self._pictures if self._credits.get(stream, 0) > 0]:
-            self._credits[stream] = 0
-            taken.append(self._pictures.pop(stream))
+        for stream, waiting in list(self._pictures.items()):
+            frame = _frame_of(waiting[0][0])
+            if frame != self._on_way.get(stream):
+                if self._credits.get(stream, 0) < 1:
+                    continue
+                self._credits[stream], self._on_way[stream] = 0, frame
+            taken += self._pictures.pop(stream)
         for packet, _ in taken:
             self._sent[packet.stream, packet.run, packet.seq] = packet.stamps.sent_ns
         while len(self._sent) > 4096:
             del self._sent[next(iter(self._sent))]
         return taken
+
+
+def _frame_of(packet: Packet) -> tuple[str, int]:
+    return packet.run, packet.seq
 
 
 def to_message(packet: Packet, streamed_ns: int) -> bytes:
@@ -172,6 +197,9 @@ def to_message(packet: Packet, streamed_ns: int) -> bytes:
         "total_steps": packet.total_steps,
         "sigma": packet.sigma,
         "rendition": packet.rendition,
+        "kind": packet.kind,
+        "parts": packet.parts,
+        "columns": packet.columns,
         "keyframe": packet.is_keyframe,
         "pts": packet.pts,
         "width": packet.width,

@@ -1,10 +1,11 @@
-"""A pipeline's run, shown: the scheduler's steps become publishes of x0, a call a run."""
+"""`preview` and `PreviewCallback`: a pipeline's runs, shown step by step."""
 
 from __future__ import annotations
 
 import logging
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,17 +15,15 @@ from taesd_stream.frames import EndReason, Kind, RecordMode, WireDtype, is_strea
 from taesd_stream.integrations.diffusers.calls import told, variables_of_call
 from taesd_stream.integrations.diffusers.formats import format_of, fps_of
 from taesd_stream.integrations.diffusers.geometry import Geometry
-from taesd_stream.integrations.diffusers.schedulers import Schedule
+from taesd_stream.integrations.diffusers.runs import PipelineRun, Sink
 from taesd_stream.integrations.diffusers.step_hook import StepHook
 from taesd_stream.latent_formats import latent_format as format_named
-from taesd_stream.publisher import LatentPublisher
-from taesd_stream.publisher_exit import reason_of
 
 logger = logging.getLogger(__name__)
 
 
 class Preview:
-    """`with Preview(pipe):` shows what the pipeline paints in there; see `preview`."""
+    """`with Preview(pipe):` shows what the pipeline paints in the block, a run a call; options as of `preview`."""
 
     def __init__(
         self,
@@ -32,6 +31,7 @@ class Preview:
         address: str | None = None,
         *,
         stream: str | None = None,
+        save: str | Path | None = None,
         prompt: bool = True,
         latent_format: str | None = None,
         record: RecordMode | None = None,
@@ -45,16 +45,20 @@ class Preview:
         if not is_stream_name(self._stream):
             raise ValueError(f"stream: expected up to 4 names joined by '/', got {self._stream!r}")
         self._format = format_named(latent_format or format_of(pipe))
+        self._save = None if save is None else _checked_path(Path(save))
+        self._saved = 0
+        self._is_published = save is None or address is not None
         self._with_prompt = prompt
         self._record, self._fps, self._wire_dtype, self._meta = record, fps, wire_dtype, dict(meta or {})
         self._hook = StepHook(pipe.scheduler, on_begin=self._on_begin, on_step=self._on_step)
-        self._run: _Run | None = None
+        self._run: PipelineRun | None = None
         self._fault: str | None = None
+        _load(is_saved=save is not None)
 
     @property
-    def publishers(self) -> list[LatentPublisher]:
-        """Those of the newest run, one a video of a batch, else one; none before the first step."""
-        return self._run.publishers if self._run else []
+    def sinks(self) -> list[Sink]:
+        """Publishers of the newest run, one a video of a batch, else one; and its files. None before the first step."""
+        return self._run.sinks if self._run else []
 
     @property
     def is_complete(self) -> bool:
@@ -64,7 +68,7 @@ class Preview:
     @property
     def error(self) -> str | None:
         """Why nothing is shown; None while all is well."""
-        return self._fault or next((one.error for one in self.publishers if one.error), None)
+        return self._fault or next((one.error for one in self.sinks if one.error), None)
 
     def attach(self) -> None:
         """Listen to the pipeline's scheduler from now on."""
@@ -78,8 +82,8 @@ class Preview:
     def close(self, reason: EndReason = "done", text: str = "") -> None:
         """Listen no more, and end the run: waits for what is kept, as LatentPublisher.close does."""
         self._hook.detach()
-        for publisher in self.publishers:
-            publisher.close(reason=reason, text=text)
+        for sink in self.sinks:
+            sink.close(reason=reason, text=text)
 
     def __enter__(self) -> Preview:
         self.attach()
@@ -88,10 +92,12 @@ class Preview:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        from taesd_stream.publisher_exit import reason_of
+
         self.close(*reason_of(error))
 
     def _on_begin(self) -> None:
-        """Another call of the pipeline: the next step opens a run of its own. A publisher that is dropped ends."""
+        """Another call of the pipeline: the next step opens a run of its own. A sink that is dropped ends by itself."""
         self._run, self._fault = None, None
 
     def _on_step(self, arguments: dict[str, Any], result: Any) -> None:
@@ -104,92 +110,69 @@ class Preview:
             self._fault = f"preview: {error}"
             logger.warning("preview_failed stream=%s error=%s (the run goes on, unseen)", self._stream, error)
 
-    def _open(self, sample: Tensor) -> _Run:
-        pipe, known = self._pipe, self._format
-        variables = variables_of_call(pipe)
-        geometry = Geometry(pipe, known, variables, sample)
-        is_video = known.temporal_factor is not None
+    def _open(self, sample: Tensor) -> PipelineRun:
+        variables = variables_of_call(self._pipe)
+        geometry = Geometry(self._pipe, self._format, variables, sample)
+        is_video = self._format.temporal_factor is not None
         count = geometry.spatial(sample.detach()).shape[0] if is_video else 1
         names = [f"{self._stream}/{place}" for place in range(count)] if count > 1 else [self._stream]
+        fps = self._fps
+        if is_video and fps is None:
+            fps = variables.get("frame_rate") or fps_of(self._format.name)
         meta = {
-            "pipeline": type(pipe).__name__,
-            "scheduler": type(pipe.scheduler).__name__,
+            "pipeline": type(self._pipe).__name__,
+            "scheduler": type(self._pipe.scheduler).__name__,
             **told(variables, with_prompt=self._with_prompt),
             **self._meta,
         }
-        kind: Kind = "clip" if is_video else "steps"
-        fps = (self._fps or variables.get("frame_rate") or fps_of(known.name)) if is_video else self._fps
-        publishers = [
-            LatentPublisher(
+        sinks = [self._sinks(name, "clip" if is_video else "steps", fps, meta) for name in names]
+        return PipelineRun(self._pipe, geometry, sinks, is_video=is_video, timesteps=variables.get("timesteps"))
+
+    def _sinks(self, stream: str, kind: Kind, fps: float | None, meta: dict[str, Any]) -> list[Sink]:
+        sinks: list[Sink] = []
+        if self._is_published:
+            from taesd_stream.publisher import LatentPublisher
+
+            publisher = LatentPublisher(
                 self._address,
-                stream=name,
-                latent_format=known.name,
+                stream=stream,
+                latent_format=self._format.name,
                 kind=kind,
                 fps=fps,
                 record=self._record,
                 meta=meta,
                 wire_dtype=self._wire_dtype,
             )
-            for name in names
-        ]
-        return _Run(pipe, geometry, publishers, is_video=is_video, timesteps=variables.get("timesteps"))
+            sinks.append(publisher)
+        if self._save is not None:
+            from taesd_stream.integrations.saved_run import SavedRun
 
-
-class _Run:
-    """One call of a pipeline, from its first step on."""
-
-    def __init__(
-        self, pipe: Any, geometry: Geometry, publishers: list[LatentPublisher], *, is_video: bool, timesteps: Any
-    ) -> None:
-        self.publishers = publishers
-        self._pipe = pipe
-        self._scheduler = pipe.scheduler
-        self._schedule = Schedule(pipe.scheduler)
-        self._geometry = geometry
-        self._is_video = is_video
-        self._total = self._schedule.steps if timesteps is None else len(timesteps)
-        self._step = 0
-        self._can_stop = hasattr(type(pipe), "interrupt")
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the last step was made."""
-        return self._step >= self._total
-
-    def show(self, arguments: dict[str, Any], result: Any) -> None:
-        """Publish x0 of a step, where anybody wants it."""
-        step, self._step = self._step, self._step + 1
-        if any(one.wanted for one in self.publishers) or self.is_complete:
-            index = self._index(step)
-            x0 = self._schedule.x0(
-                index,
-                output=arguments["model_output"],
-                sample=arguments["sample"],
-                result=result,
-                token_timesteps=arguments.get("per_token_timesteps"),
-            )
-            spatial = self._geometry.spatial(x0)
-            for publisher, latents in zip(self.publishers, spatial if self._is_video else [spatial], strict=True):
-                publisher.publish(latents, step=step, total_steps=self._total, sigma=self._schedule.sigma(index))
-        stops = [one.stopped for one in self.publishers] if self._can_stop else []  # each is asked: asking shows Stop
-        if any(stops):
-            self._pipe._interrupt = True
-
-    def _index(self, step: int) -> int:
-        """The step's place in the scheduler's own schedule: image to image begins later in it."""
-        behind = getattr(self._scheduler, "step_index", None)
-        return self._schedule.steps - self._total + step if behind is None else int(behind) - 1
+            self._saved += 1
+            path = self._save if self._saved == 1 else self._save.with_stem(f"{self._save.stem}-{self._saved}")
+            sinks.append(SavedRun(path, stream=stream, known=self._format, kind=kind, fps=fps, meta=meta))
+        return sinks
 
 
 def preview(pipe: Any, address: str | None = None, **options: Any) -> Preview:
-    """`with preview(pipe):` shows every run of a diffusers pipeline in the block, at every step, as x0."""
+    """`with preview(pipe):` shows every call of a diffusers pipeline in the block: at each step x0, after guidance.
+
+    The pipeline's results are the same bit for bit, whether anybody watches, nobody does, or the daemon dies.
+    address: the broker's, as LatentPublisher takes it. stream: by default the pipeline's class; with /0, /1 for the
+    videos of a batch. prompt: whether prompts are told.
+    save: an MP4 of every step, without a daemon: it is decoded in a thread of this process, which takes processor (or
+    GPU) time from the sampler; needs the extra `daemon`. Further calls write NAME-2.mp4. Then `address` must be given
+    for the run to be published too.
+    latent_format: where neither VAE nor class tell it. record, fps, wire_dtype, meta: as LatentPublisher takes them.
+    Raises: ValueError for a pipeline whose latent format is not known, a bad name or path; nothing after that.
+    """
     return Preview(pipe, address, **options)
 
 
 class PreviewCallback:
-    """`pipe(…, callback_on_step_end=PreviewCallback(pipe))`: the preview of one call. Options as `preview` has them.
+    """`pipe(…, callback_on_step_end=PreviewCallback(pipe))`: the preview of that one call; options as of `preview`.
 
-    The scheduler is listened to from here to the last step, or until this object is dropped where the call fails.
+    A callback alone never sees the model's output: the scheduler is listened to from here to the last step, or until
+    this object is dropped where the call fails.
     """
 
     def __init__(self, pipe: Any, address: str | None = None, **options: Any) -> None:
@@ -203,3 +186,27 @@ class PreviewCallback:
         if self.preview.is_complete:
             self._end()
         return callback_kwargs
+
+
+def _checked_path(path: Path) -> Path:
+    if path.suffix != ".mp4" or not path.parent.is_dir():
+        raise ValueError(f"save: expected a name that ends in .mp4, in a folder that exists, got {str(path)!r}")
+    return path
+
+
+def _load(*, is_saved: bool) -> None:
+    """Import what the first step will need: who only imports this package does not pay for it, nor does the step.
+
+    Raises: ModuleNotFoundError that says what to install.
+    """
+    import taesd_stream.publisher
+
+    if not is_saved:
+        return
+    try:
+        import taesd_stream.integrations.saved_run  # noqa: F401
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("taesd_stream"):
+            raise
+        hint = 'save= decodes in this process: pip install "taesd-stream[daemon]"'
+        raise ModuleNotFoundError(f"{error}; {hint}", name=error.name) from error

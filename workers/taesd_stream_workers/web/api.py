@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import hashlib
 import re
 from functools import partial
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import av
-from fastapi import FastAPI, Query, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel
 from starlette.background import BackgroundTask
@@ -80,6 +81,7 @@ class Page:
         for name in sorted(self.files):
             digest.update(name.encode() + self.files[name])
         self.version = digest.hexdigest()[:12]
+        self.packed = {name: gzip.compress(data, mtime=0) for name, data in self.files.items()}
         self.index = self.files["index.html"].replace(b"__PAGE_VERSION__", self.version.encode())
         scripts = re.findall(rb"<script>(.*?)</script>", self.index, re.S)
         hashes = " ".join(
@@ -116,11 +118,14 @@ def _add_page(app: FastAPI, page: Page) -> None:
         return Response(page.index, media_type="text/html; charset=utf-8", headers=headers)
 
     @app.get("/page/{name}", include_in_schema=False)
-    async def file(name: str) -> Response:
+    async def file(name: str, request: Request) -> Response:
         if name not in page.files:
             raise ApiError(404, "not_found", f"There is no page file {name}.")
         media_type = _MEDIA_TYPES.get(Path(name).suffix, "application/octet-stream")
-        return Response(page.files[name], media_type=media_type, headers={"cache-control": "no-cache"})
+        headers = {"cache-control": "no-cache", "vary": "accept-encoding"}
+        if "gzip" not in request.headers.get("accept-encoding", ""):
+            return Response(page.files[name], media_type=media_type, headers=headers)
+        return Response(page.packed[name], media_type=media_type, headers={**headers, "content-encoding": "gzip"})
 
 
 def _add_docs(app: FastAPI) -> None:

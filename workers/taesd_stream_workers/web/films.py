@@ -15,8 +15,6 @@ from fastapi import Path as PathParameter
 
 from taesd_stream.errors import TaesdStreamError
 from taesd_stream.frames import CLOCK_HZ
-from taesd_stream.media.fragments import read_head
-from taesd_stream.media.growing_file import PART_SUFFIX
 from taesd_stream.media.steps import StepPicture, pictures_around, steps_of
 from taesd_stream_workers.hub import Hub
 from taesd_stream_workers.library import picture_of_step
@@ -48,7 +46,7 @@ def add_films(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
     @app.get("/api/v1/runs/{run}/film")
     async def film(run: RunId, after: int = -1) -> dict[str, Any]:
         """The steps of a run that can be shown again, behind `after`: [seq, step, of, sigma, ms]."""
-        return await _read(lambda: _film(recorder.paths_of_run(run), after), f"run {run}")
+        return await _read(lambda: _film(recorder, run, after), f"run {run}")
 
     @app.get("/api/v1/runs/{run}/film/{seq}.jpg", response_class=Response)
     async def step_as_jpeg(run: RunId, seq: Seq) -> Response:
@@ -95,18 +93,17 @@ async def _read(read: Callable[[], T], what: str) -> T:
     raise ApiError(404, "no_film", f"No film has {what}.")
 
 
-def _film(paths: list[Path], after: int) -> dict[str, Any]:
-    if not paths:
+def _film(recorder: Recorder, run: str, after: int) -> dict[str, Any]:
+    about = recorder.about_run(run)
+    if about is None:
         return {}
-    steps = {one.seq: one for path in paths for one in steps_of(path)}
+    steps = {one.seq: one for path in recorder.paths_of_run(run) for one in steps_of(path)}
     rows = [
         [one.seq, one.step, one.of, one.sigma, round(one.pts * 1000 / CLOCK_HZ)]
         for seq, one in sorted(steps.items())
         if seq > after
     ]
-    growing = [path for path in paths if path.name.endswith(PART_SUFFIX)]
-    head = read_head(growing[0]) if growing else {}
-    return {"stream": head.get("stream"), "started": head.get("started"), "meta": head.get("meta", {}), "steps": rows}
+    return {**about, "steps": rows}
 
 
 def _around(paths: list[Path], seq: int) -> list[StepPicture]:

@@ -38,6 +38,17 @@ export class Actions {
     this.changed()
   }
 
+  /** Keep the film of a run that is over. */
+  async keep(run, name) {
+    try {
+      await call("POST", `runs/${run}/keep`)
+      this.notices.toast(`${name} is kept under Recordings.`)
+    } catch (error) {
+      this.notices.fail(`Could not keep ${name}: ${error.message}`)
+    }
+    this.changed()
+  }
+
   stop(item, at_once = false) {
     if (item.ended || !item.data.stoppable || item.stop_sent) return
     const held = this.held.find((act) => act.item === item)

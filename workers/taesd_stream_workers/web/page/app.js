@@ -23,7 +23,7 @@ const streams = new Streams()
 const notices = new Notices()
 const actions = new Actions(notices, () => changed())
 const line = { first: true, daemon: null, version: "", lost_ms: null, lost_at: null, retry_at_ms: 0, old_page: false }
-const view = { kind: "wall", name: null, id: null, scroll: 0, depth: 0 }
+const view = { kind: "wall", name: null, id: null, run: null, seq: null, scroll: 0, depth: 0 }
 let daemon = { recordings: [], alerts: [], stats: null }
 const dismissed = new Set()
 let paused = false
@@ -37,11 +37,7 @@ const wall = new Wall(streams, {
   watch: () => watch(),
   act,
 })
-const stage = new Stage({
-  canvas: (canvas) => tell({ do: "stage", canvas }),
-  open: (stream) => tell({ do: "open", stream }),
-  act,
-})
+const stage = new Stage({ tell, act, moved })
 const list = new RecordingList((id) => actions.remove(recordings().find((recording) => recording.id === id)))
 
 const recordings = () => daemon.recordings.filter(({ id }) => !actions.removed.has(id))
@@ -50,6 +46,8 @@ function act(kind, subject, at_once = false) {
   if (kind === "record") actions.record(subject)
   if (kind === "stop") actions.stop(subject, at_once)
   if (kind === "undo") actions.undo(subject)
+  if (kind === "keep") actions.keep(subject.data?.run ?? subject.run, subject.name)
+  if (kind === "toast") notices.toast(subject)
   if (kind === "say") notices.say(spokenState(subject))
   if (kind === "link") copyText(location.href).then((done) => notices.toast(done ? "Link copied" : `Copy this address: ${location.href}`))
   if (kind !== "delete") return
@@ -65,6 +63,7 @@ function take(message) {
     case "state": return takeState(message)
     case "closed": return takeClosed(message)
     case "picture": return stage.picture(message)
+    case "step": return stage.stepped(message)
     case "drawn": return message.list.forEach(({ header, pictures }) => wall.drawn(header, pictures))
     case "error": return notices.fail(message.text)
     case "no-live":
@@ -107,7 +106,7 @@ function changed() {
   tellTools()
   tellCounts()
   list.update(recordings())
-  if (view.kind === "stage" && !stage.item && streams.has(view.name)) openStream()
+  if (view.kind === "stage" && !stage.item && found()) openStream()
   if (view.kind === "playing" && !stage.recording) openRecording()
   look()
 }
@@ -137,7 +136,7 @@ function tellTools() {
 function tellCounts() {
   const live = streams.count(SHOWS.live)
   const { stats } = daemon
-  const measured = !paused && (view.kind === "wall" || view.name) && live > 0 && stats?.latency_ms != null
+  const measured = !paused && (view.kind === "wall" || stage.item) && live > 0 && stats?.latency_ms != null
   put($("#tab-live .count"), { text: line.first ? "" : live })
   put($("#tab-recordings .count"), { text: line.first ? "" : recordings().length })
   put($("#empty"), { hidden: line.first || streams.size > 0 })
@@ -209,6 +208,8 @@ function setPaused(on) {
 
 function parse(hash) {
   const path = decodeURIComponent(hash.replace(/^#\/?/, ""))
+  const [, run, seq] = path.match(/^s\/([0-9a-f]{16})(?:\/(\d+))?$/) ?? []
+  if (run) return { kind: "stage", name: null, id: null, run, seq: seq ? Number(seq) : null }
   if (path.startsWith("s/")) return { kind: "stage", name: path.slice(2), id: null }
   if (path.startsWith("r/")) return { kind: "playing", name: null, id: path.slice(2) }
   return { kind: path === "recordings" ? "recordings" : "wall", name: null, id: null }
@@ -217,7 +218,7 @@ function parse(hash) {
 function route() {
   const from = { ...view }
   if (from.kind === "wall") view.scroll = scrollY
-  Object.assign(view, parse(location.hash))
+  Object.assign(view, { run: null, seq: null }, parse(location.hash))
   const opened = view.kind === "stage" || view.kind === "playing"
   const kept = view.kind === "recordings" || view.kind === "playing"
   document.body.dataset.view = opened ? "stage" : view.kind
@@ -230,23 +231,34 @@ function route() {
   if (view.kind === "stage") openStream()
   if (view.kind === "playing") openRecording()
   if (view.kind !== "wall") setKiosk(false)
-  document.title = [view.name ?? stage.recording?.stream ?? (kept && "Recordings"), "taesd-stream"].filter(Boolean).join(" · ")
-  if (from.kind !== view.kind || from.name !== view.name || from.id !== view.id) placeFocus(from)
+  document.title = [stage.item?.name ?? view.name ?? stage.recording?.stream ?? (kept && "Recordings"), "taesd-stream"].filter(Boolean).join(" · ")
+  if (["kind", "name", "run", "id"].some((key) => from[key] !== view[key])) placeFocus(from)
   watch()
 }
 
 function placeFocus(from) {
   scrollTo(0, view.kind === "wall" ? view.scroll : 0)
-  if (view.kind === "wall") wall.tiles.get(from.name)?.link.focus({ preventScroll: true })
+  if (view.kind === "wall") wall.tiles.get(from.name ?? streams.ofRun(from.run)?.name)?.link.focus({ preventScroll: true })
   else if (view.kind === "recordings") (list.rows.get(from.id)?.querySelector(".rec-open") ?? $("#view-recordings h1")).focus()
   else $("#view-stage h1").focus()
 }
 
+/** The stream that the address means, by its name or by a run of it. */
+const found = () => (view.run ? streams.ofRun(view.run) : streams.get(view.name))
+
 function openStream() {
-  const item = streams.get(view.name)
-  if (item) stage.openStream(item, rendition)
+  const item = found()
+  if (item) stage.openStream(item, rendition, view.seq)
+  else if (view.run) stage.openRun(view.run, view.seq)
   else if (!line.first) stage.openUnknown(view.name)
   watch()
+}
+
+/** The address follows the playhead when it is let go; seq null: live, or the end. */
+function moved(run, seq) {
+  const live = stage.item ? stage.item.name : run
+  history.replaceState(null, "", `#/s/${seq === null ? live : `${run}/${seq}`}`)
+  Object.assign(view, parse(location.hash))
 }
 
 function openRecording() {
@@ -269,7 +281,7 @@ function back() {
 
 function openNeighbour(step) {
   const names = wall.shown.map((tile) => tile.item.name)
-  const to = names[names.indexOf(view.name) + step]
+  const to = names[names.indexOf(stage.item?.name) + step]
   if (to) location.replace(`#/s/${to}`)
 }
 
@@ -368,8 +380,21 @@ listenToKeys({
   undo: () => actions.undo(),
   back,
   neighbour: openNeighbour,
+  walk: (how, by) => stage.scrubber[how](by),
   act,
 })
+/** What is there already, by ordinary requests: the wall stands before its socket does, also where time stands still. */
+async function begin() {
+  try {
+    const answers = await Promise.all(["streams", "recordings"].map((what) => fetch(`/api/v1/${what}`)))
+    const [{ streams }, { recordings }] = await Promise.all(answers.map((answer) => answer.json()))
+    if (line.first && streams && recordings) takeState({ ...daemon, streams, recordings })
+  } catch {
+    // Nobody answers: the socket says so, and tries again.
+  }
+}
+
 fillEmpty({ host, loopback, say: (text) => notices.say(text) })
 route()
 listen(take)
+begin()

@@ -19,6 +19,7 @@ export class LiveDecoder {
   /** on: {picture(frame, header), keyframe(), failed(reason)}. A picture's frame belongs to the callee, who closes it. */
   constructor(on) {
     Object.assign(this, { on, decoder: null, codec: null, waiting: true, count: 0, headers: new Map() })
+    this.patient = false // what is fed is paced already
     this.software = false
     this.fed_ms = 0 // when the oldest picture without an answer went in; 0: none
     this.asked_ms = -ASK_MS
@@ -26,8 +27,13 @@ export class LiveDecoder {
     this.watchdog = setInterval(() => this.check(), SILENT_MS / 4)
   }
 
+  get queued() {
+    return this.decoder?.decodeQueueSize ?? 0
+  }
+
+  /** header.silent: decoded for those behind it, and not shown. */
   feed(header, bytes) {
-    if (!header.keyframe && (this.waiting || this.decoder?.decodeQueueSize > QUEUE_MAX)) return this.skip()
+    if (!header.keyframe && (this.waiting || (!this.patient && this.queued > QUEUE_MAX))) return this.skip()
     if (header.keyframe && !this.configure(bytes)) return
     this.waiting = false
     const timestamp = ++this.count * 1000 // our own: pts may repeat, when a picture is sent again
@@ -70,7 +76,7 @@ export class LiveDecoder {
     this.errors = 0
     const header = this.headers.get(frame.timestamp)
     for (const timestamp of this.headers.keys()) if (timestamp <= frame.timestamp) this.headers.delete(timestamp)
-    if (header) this.on.picture(frame, header)
+    if (header && !header.silent) this.on.picture(frame, header)
     else frame.close()
   }
 

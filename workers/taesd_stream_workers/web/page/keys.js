@@ -21,12 +21,23 @@ export function listenToKeys(on) {
     x: (item, event) => on.act("stop", item, event.shiftKey),
     s: (item) => on.act("say", item),
   }
-  const opened = { "[": () => on.neighbour(-1), "]": () => on.neighbour(1), y: () => on.act("link") }
+  const by = (event) => (event.shiftKey ? 5 : 1)
+  const walk = {
+    ArrowLeft: (_, event) => on.walk("step", -by(event)),
+    ArrowRight: (_, event) => on.walk("step", by(event)),
+    Home: () => on.walk("first"),
+    End: () => on.walk("follow"),
+    l: () => on.walk("follow"),
+    " ": () => on.walk("play"),
+    y: () => on.act("link"),
+  }
+  const opened = { ...walk, "[": () => on.neighbour(-1), "]": () => on.neighbour(1) }
 
   document.addEventListener("keydown", (event) => {
     const { target, key } = event
     if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || $("#help").open) return
-    if (target.matches("input, textarea, video")) {
+    if (key === " " && target.matches("button, a")) return
+    if (target.matches("input:not([type=range]), textarea, video")) {
       if (key === "Escape" && target.id === "filter") leaveFilter(target)
       return
     }

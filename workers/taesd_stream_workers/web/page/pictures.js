@@ -2,7 +2,8 @@
 // where canvases cannot be given away (no OffscreenCanvas), the same class runs on the page's own thread.
 
 import { DaemonClock } from "./clock.js"
-import { LiveDecoder } from "./decoder.js"
+import { ClipLoop } from "./playback.js"
+import { Screen, Sink, Strip } from "./screen.js"
 import { Socket } from "./socket.js"
 
 const BATCH_MS = 100 // how long changes of what is watched, and news of what was drawn, are gathered
@@ -11,33 +12,13 @@ const REDUCED_MS = 500 // two pictures a second for who asked for less motion
 const LAN_MS = 250 // four a second over a network, until it proves to be fast
 const FAST_US = 60_000
 
-/** One canvas and what it shows. A tile keeps its last JPEG, so that an opened stream starts with it. */
-class Sink {
-  constructor(canvas) {
-    Object.assign(this, { canvas, context: canvas.getContext("2d", { alpha: false }), pictures: 0, drawn_ms: 0 })
-    this.busy = false
-    this.next = null // the newest picture that came while one was being decoded
-    this.last = null // Blob
-  }
-
-  draw(image, width, height) {
-    if (this.canvas.width !== width || this.canvas.height !== height) {
-      this.canvas.width = width
-      this.canvas.height = height
-    }
-    this.context.drawImage(image, 0, 0, width, height)
-  }
-}
-
 export class Pictures {
   /** tell(message): to the page. settings: {url, loopback, reduced}. */
   constructor(tell, { url, loopback, reduced }) {
     Object.assign(this, { tell, reduced, pace_ms: loopback ? 0 : LAN_MS })
     this.clock = new DaemonClock()
     this.tiles = new Map() // stream -> Sink
-    this.stage = null // Sink
-    this.opened = null // the stream on the stage
-    this.live = null // LiveDecoder
+    this.screens = new Map() // "stage", "a", "b" -> Screen
     this.wanted = {} // what the page wants
     this.watched = {} // what the daemon was told
     this.watch_timer = 0
@@ -58,15 +39,48 @@ export class Pictures {
 
   /** One message of the page. */
   take(message) {
+    const screen = this.screens.get(message.screen)
     switch (message.do) {
       case "tile": return this.tiles.set(message.stream, new Sink(message.canvas))
-      case "drop": return this.tiles.delete(message.stream)
-      case "stage": return (this.stage = new Sink(message.canvas))
-      case "open": return this.open(message.stream)
+      case "drop": return this.drop(message.stream)
+      case "screen": return this.screens.set(message.screen, this.screen(message.screen, message.canvas))
+      case "strip": return (screen.strips = new Strip(message.canvas))
+      case "open": return this.open(screen, message.stream)
+      case "replay": return screen.replay(message.run, message.seq)
+      case "cells": return this.lay(screen, message)
+      case "crop": return screen.crop(message.part)
       case "watch": return this.watch(message.streams)
-      case "reduced": return (this.reduced = message.on)
+      case "reduced": return this.still(message.on)
       case "retry": return this.socket.retry()
     }
+  }
+
+  screen(id, canvas) {
+    const screen = new Screen(canvas, {
+      shown: (header) => this.shown(screen, header),
+      step: (run, seq) => this.tell({ type: "step", screen: id, run, seq }),
+      keyframe: (stream) => this.socket.send({ type: "keyframe", stream }),
+      failed: (reason) => this.tell({ type: "no-live", reason }),
+    })
+    screen.loop.still = this.reduced
+    return Object.assign(screen, { id })
+  }
+
+  drop(stream) {
+    this.tiles.get(stream)?.close()
+    this.tiles.delete(stream)
+  }
+
+  still(on) {
+    this.reduced = on
+    for (const sink of [...this.tiles.values(), ...this.screens.values()]) {
+      for (const loop of [sink.images, sink.loop]) if (loop) loop.still = on
+    }
+  }
+
+  lay(screen, { run, cells, width, height }) {
+    screen.strips.lay(run, cells, width, height)
+    screen.filmOf(run).strip(cells.map(({ seq }) => seq))
   }
 
   // --- what is watched ---
@@ -86,21 +100,16 @@ export class Pictures {
     this.socket.send({ type: "watch", streams: this.watched })
   }
 
-  /** Put a stream on the stage (null: clear it), with its tile's last picture until a better one comes. */
-  open(stream) {
-    this.live?.close()
-    this.live = null
-    this.opened = stream
-    if (!this.stage) return
-    Object.assign(this.stage, { pictures: 0, next: null })
-    this.stage.canvas.width = this.stage.canvas.height = 2 // clears it
+  /** Put a stream on a screen (null: clear it), with its tile's last picture until a better one comes. */
+  open(screen, stream) {
+    screen.open(stream)
     const tile = this.tiles.get(stream)
-    if (tile?.last) this.placeholder(stream, tile)
+    if (tile?.last) this.placeholder(screen, stream, tile)
   }
 
-  async placeholder(stream, tile) {
+  async placeholder(screen, stream, tile) {
     const image = await createImageBitmap(tile.last)
-    if (this.opened === stream && !this.stage.pictures) this.stage.draw(image, image.width, image.height)
+    if (screen.stream === stream && !screen.pictures && !screen.replaying) screen.draw(image, image.width, image.height)
     image.close()
   }
 
@@ -116,21 +125,34 @@ export class Pictures {
     const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)))
     const bytes = new Uint8Array(buffer, 4 + length)
     if (this.watched[header.stream] !== header.rendition) return // on its way when the page changed its mind
-    if (header.rendition === "live") return this.feed(header, bytes)
-    const sink = header.rendition === "thumb" ? this.tiles.get(header.stream) : this.opened === header.stream && this.stage
+    const screen = [...this.screens.values()].find(({ stream }) => stream === header.stream)
+    if (header.rendition === "live") return screen?.feed(header, bytes)
+    const sink = header.rendition === "thumb" ? this.tiles.get(header.stream) : screen
     if (!sink) this.credit(header) // its canvas is just going, or coming
-    else if (sink.busy) sink.next = [header, bytes]
-    else this.show_jpeg(sink, header, bytes)
+    else if (header.kind === "clip" && header.count > 1) this.loop(sink, header, bytes)
+    else {
+      sink.images?.close()
+      if (sink.busy) sink.next = [header, bytes]
+      else this.show_jpeg(sink, header, bytes)
+    }
   }
 
-  async show_jpeg(sink, header, bytes) {
+  /** A picture of a clip: all of them come for one credit. */
+  loop(sink, header, bytes) {
+    sink.images ??= Object.assign(new ClipLoop(({ header, bytes }) => !sink.busy && void this.show_jpeg(sink, header, bytes, true)), { still: this.reduced })
+    sink.images.take({ header, bytes })
+    if (sink.credited !== header.seq) this.credit(header)
+    sink.credited = header.seq
+  }
+
+  async show_jpeg(sink, header, bytes, looped = false) {
     sink.busy = true
     const blob = new Blob([bytes], { type: "image/jpeg" })
     try {
       const image = await createImageBitmap(blob)
-      if (sink !== this.stage || this.opened === header.stream) {
-        sink.draw(image, image.width, image.height)
-        sink.last = sink === this.stage ? null : blob
+      sink.last = blob
+      if (header.rendition === "thumb" || (sink.stream === header.stream && !sink.replaying)) {
+        sink.draw(image, image.width, image.height, header)
         this.shown(sink, header)
       }
       image.close()
@@ -138,7 +160,7 @@ export class Pictures {
       // A damaged picture: the next one is whole, so its credit must go back all the same.
     }
     sink.busy = false
-    this.credit(header, sink.drawn_ms)
+    if (!looped) this.credit(header, sink.drawn_ms)
     const next = sink.next
     sink.next = null
     if (next) this.show_jpeg(sink, ...next)
@@ -157,23 +179,6 @@ export class Pictures {
     this.pace_ms = Math.max(20, Math.min(LAN_MS, this.pace_ms * (fast ? 0.9 : 1.5)))
   }
 
-  feed(header, bytes) {
-    if (header.stream !== this.opened || !this.stage) return
-    const stream = header.stream
-    this.live ??= new LiveDecoder({
-      picture: (frame, header) => {
-        if (this.opened === stream) {
-          this.stage.draw(frame, frame.displayWidth, frame.displayHeight)
-          this.shown(this.stage, header)
-        }
-        frame.close() // at once: decoders have few frames to give
-      },
-      keyframe: () => this.socket.send({ type: "keyframe", stream }),
-      failed: (reason) => this.tell({ type: "no-live", reason }),
-    })
-    this.live.feed(header, bytes)
-  }
-
   // --- what was shown ---
 
   shown(sink, header) {
@@ -181,7 +186,7 @@ export class Pictures {
     const now_us = this.clock.now_us()
     sink.drawn_ms = performance.now()
     const pictures = ++sink.pictures
-    if (sink === this.stage) this.tell({ type: "picture", header, shown_us: now_us, pictures })
+    if (sink instanceof Screen) this.tell({ type: "picture", screen: sink.id, header, shown_us: now_us, pictures })
     else this.drawn.set(stream, { header, pictures })
     if (pictures === 1) this.flush() // the page shows no canvas before
     if (now_us === null || sink.drawn_ms - (this.reported.get(stream) ?? -SHOWN_MS) < SHOWN_MS) return

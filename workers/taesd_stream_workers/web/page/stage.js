@@ -1,13 +1,16 @@
 // One opened stream, or one recording, on the stage; its numbers beside it.
 
-import { $, copyText, icon, make, put } from "./dom.js"
+import { $, copyText, icon, make, put, stamp } from "./dom.js"
 import { bytesText, clockText, fpsText, msText, plural, sigmaText, spanText, whenText } from "./format.js"
 import { Latency, STAGES } from "./latency.js"
+import { Scrubber } from "./scrubber.js"
 import { putBadge, putBar, putButtons, putSay, stateOf, stepText } from "./states.js"
 
 const FACT_NAMES = { latent_format: "Latents", cfg: "Guidance", guidance_scale: "Guidance", cfg_scale: "Guidance", negative_prompt: "Negative" }
 const TOLD_APART = ["prompt", "kind", "sampler", "scheduler", "pid", "host"]
 const FACTS_MAX = 24
+const DRAG_PX = 12
+const GRID_GAP_PX = 4 // as the daemon lays out a batch
 
 export const fileOf = (id) => `/api/v1/recordings/${encodeURIComponent(id)}/file`
 
@@ -76,29 +79,55 @@ function latencySection() {
 
 export class Stage {
   item = null // the opened stream's Item, or
-  recording = null // the opened recording
-  last = null // header of the picture on the stage
+  recording = null // the opened recording, or
+  run = null // the opened run that is no stream's any more
+  last = null // header of the live picture on the stage
+  row = null // of the film: the step that is shown instead
 
-  /** on: {canvas(canvas), open(name or null), act(kind, item or recording)} */
+  /** on: {tell(message), act(kind, item or recording or {run, name}), moved(run, seq or null)} */
   constructor(on) {
     const part = (selector) => $(`#view-stage ${selector}`)
     const act = (kind) => part(`.actions [data-act=${kind}]`)
     Object.assign(this, { on, root: $("#view-stage"), canvas: $("#stage-canvas"), video: $("#stage-video") })
     this.parts = {
       title: part("h1"), back: part(".back"), state: part(".state"), dot: part(".state .dot"), note: part(".stage-note"), badge: part(".badge"),
-      plate: part(".plate"), under: part(".under-stage"), bar: part(".bar"), step: part("[data-part=step]"), left: part("[data-part=left]"), inspector: part(".inspector"),
+      plate: part(".plate"), pill: part(".pill"), grid: part(".parts"), under: part(".under-stage"), bar: part(".bar"), step: part("[data-part=step]"), left: part("[data-part=left]"), inspector: part(".inspector"),
     }
-    this.acts = { record: act("record"), stop: act("stop"), download: act("download"), delete: act("delete") }
+    this.acts = { record: act("record"), keep: act("keep"), stop: act("stop"), download: act("download"), delete: act("delete") }
     this.root.addEventListener("click", ({ target }) => {
       const button = target.closest("button[data-act]")
-      if (button && !button.matches("[aria-disabled=true]")) on.act(button.dataset.act, this.item ?? this.recording)
+      if (button && !button.matches("[aria-disabled=true]")) on.act(button.dataset.act, this.item ?? this.recording ?? { run: this.run, name: this.parts.title.textContent })
     })
     this.video.onerror = () => {
       if (!this.recording) return
       put(this.video, { hidden: true })
       this.note("This file cannot be played here. Download it instead.")
     }
-    on.canvas(this.canvas)
+    const screen = "stage"
+    on.tell({ do: "screen", screen, canvas: this.canvas })
+    const scrubber = stamp("#scrubber")
+    this.parts.under.prepend(scrubber)
+    this.scrubber = new Scrubber(scrubber, {
+      strip: (_, canvas) => on.tell({ do: "strip", screen, canvas }),
+      cells: (_, cells) => on.tell({ do: "cells", screen, ...cells }),
+      show: (rows, released) => this.replay(rows?.[0] ?? null, released),
+    })
+    this.parts.pill.lastElementChild.onclick = () => this.scrubber.follow()
+    this.parts.grid.onclick = ({ target }) => target.matches("button") && this.choosePart([...this.parts.grid.children].indexOf(target))
+    this.listenForDrags($(".stage", this.root))
+  }
+
+  /** A finger that moves sideways over the picture walks through the steps. */
+  listenForDrags(stage) {
+    let from = null
+    stage.addEventListener("pointerdown", ({ pointerType, clientX }) => (from = pointerType === "touch" ? clientX : null))
+    stage.addEventListener("pointermove", ({ clientX }) => {
+      const steps = from === null ? 0 : Math.trunc((clientX - from) / DRAG_PX)
+      if (!steps) return
+      from += steps * DRAG_PX
+      this.scrubber.step(steps)
+    })
+    for (const kind of ["pointerup", "pointercancel"]) stage.addEventListener(kind, () => (from = null))
   }
 
   note(text) {
@@ -120,25 +149,161 @@ export class Stage {
   }
 
   close() {
-    if (this.item) this.on.open(null)
-    Object.assign(this, { item: null, recording: null, last: null, figures: null })
+    if (this.item || this.run) this.on.tell({ do: "open", screen: "stage", stream: null })
+    Object.assign(this, { item: null, recording: null, run: null, last: null, row: null, sought: null, part: null, built_parts: "", figures: null })
+    this.scrubber.open([])
     this.note("")
     put(this.video, { src: null, hidden: true })
     this.video.load()
     put(this.root, { "data-look": "" })
     for (const element of [this.canvas, this.parts.under]) put(element, { hidden: true })
-    for (const element of [this.parts.state, this.parts.badge, this.parts.plate, ...Object.values(this.acts)]) put(element, { hidden: true })
+    for (const element of [this.parts.state, this.parts.badge, this.parts.plate, this.parts.pill, this.parts.grid, ...Object.values(this.acts)]) put(element, { hidden: true })
   }
 
   // --- streams ---
 
-  openStream(item, rendition) {
+  /** seq: of a step of its film to begin with, else null. */
+  openStream(item, rendition, seq) {
     this.open(item.name, "Live", "#/")
-    Object.assign(this, { item, latency: new Latency(), built: "" })
+    Object.assign(this, { item, latency: new Latency(), built: "", sought: seq })
     Object.assign(this.canvas.dataset, { stream: item.name, rendition, seq: "", pictures: "0" })
     put(this.canvas, { "aria-label": `Picture of ${item.name}` })
-    this.on.open(item.name)
+    this.on.tell({ do: "open", screen: "stage", stream: item.name })
+    this.scrubber.open([item.data.run])
     this.update()
+  }
+
+  /** A run that only its film remembers. */
+  openRun(run, seq) {
+    this.open("", "Live", "#/")
+    Object.assign(this, { run, sought: seq })
+    put(this.canvas, { "aria-label": `Picture of run ${run}` })
+    this.parts.inspector.replaceChildren()
+    this.scrubber.open([run])
+    this.update()
+  }
+
+  // --- steps ---
+
+  /** Look for steps that the daemon has and we have not. */
+  async refreshSteps() {
+    const { scrubber, item } = this
+    const lead = scrubber.lead
+    if (!lead) return
+    if (item && this.row === null && lead.run !== item.data.run) return scrubber.open([item.data.run])
+    if (lead.rows.length && (!item || lead.run !== item.data.run || (item.data.film ?? -1) <= lead.last.seq)) return
+    if (!lead.rows.length && item && item.data.film == null) return
+    await scrubber.refresh()
+    if (lead !== scrubber.lead) return
+    if (this.run && !lead.busy) this.tellRun(lead)
+    if (scrubber.ready && this.sought !== null) this.seek()
+  }
+
+  /** Go to the step that the address asks for, or the nearest one that is there. */
+  seek() {
+    const { lead } = this.scrubber
+    const seq = this.sought
+    this.sought = null
+    const row = lead.nearest((one) => one.seq, seq)
+    this.scrubber.go(row, false, false)
+    if (row.seq !== seq) this.on.act("toast", `Step ${seq + 1} is no longer kept. Showing ${lead.number(row)}, the nearest.`)
+  }
+
+  /** row: of the film, null: what is live again. released: the hand is off. */
+  replay(row, released) {
+    const { lead } = this.scrubber
+    if (this.run) row ??= this.scrubber.end
+    if (row !== this.row) this.on.tell({ do: "replay", screen: "stage", run: lead.run, seq: row?.seq ?? null })
+    this.row = row
+    if (released) this.on.moved(lead.run, row?.seq ?? null)
+    if (this.item) this.update()
+    else if (this.run) this.tellStep()
+  }
+
+  /** The worker has drawn a step. */
+  stepped({ seq }) {
+    put(this.canvas, { hidden: false })
+    Object.assign(this.canvas.dataset, { rendition: "film", seq, pictures: Number(this.canvas.dataset.pictures ?? 0) + 1 })
+  }
+
+  tellPill() {
+    const { item, row, scrubber } = this
+    put(this.parts.pill, { hidden: !row })
+    if (row) put(this.parts.pill.firstElementChild, { text: `${stepText(item, this.numbers)}. ${item.ended ? "The last is" : "Live is at"} ${scrubber.lead.number(scrubber.end)}` })
+  }
+
+  get numbers() {
+    const { row, scrubber, item } = this
+    if (row) return { number: scrubber.lead.number(row), total: row.of, sigma: row.sigma }
+    return item.numbers(this.last ?? item.drawn)
+  }
+
+  /** Seconds that the shown step took: from the one before it, else as the stream goes. */
+  get step_s() {
+    const { rows } = this.scrubber.lead ?? { rows: [] }
+    const at = this.row ? rows.indexOf(this.row) : -1
+    if (at > 0) return (rows[at].ms - rows[at - 1].ms) / 1000 / Math.max(1, rows[at].seq - rows[at - 1].seq)
+    return !this.row && this.item?.data.fps ? 1 / this.item.data.fps : null
+  }
+
+  // --- batches ---
+
+  /** Over each picture of a batch lies a button that shows it alone; over that one, a button back. */
+  tellParts() {
+    const { grid } = this.parts
+    const { parts = 1, columns = 1, width, height } = this.last ?? {}
+    const alone = this.part !== null
+    const shown = alone ? { count: 1, aspect: 0 } : { count: parts, aspect: width / height }
+    put(grid, { hidden: parts < 2 })
+    if (parts < 2) return
+    const { clientWidth, clientHeight } = grid.parentElement
+    const box = shown.aspect ? Math.min(clientWidth, clientHeight * shown.aspect) : clientWidth
+    Object.assign(grid.style, { width: `${box}px`, height: `${shown.aspect ? box / shown.aspect : clientHeight}px`, gridTemplateColumns: `repeat(${alone ? 1 : columns}, 1fr)` })
+    if (this.built_parts === `${alone} ${parts}`) return
+    this.built_parts = `${alone} ${parts}`
+    const labels = alone ? [`Show all ${parts} pictures`] : Array.from({ length: parts }, (_, at) => `Show picture ${at + 1} of ${parts} alone`)
+    const had_focus = grid.contains(document.activeElement)
+    grid.replaceChildren(...labels.map((label) => make("button", { "aria-label": label, title: label })))
+    if (had_focus) grid.firstElementChild.focus()
+  }
+
+  choosePart(at) {
+    const { parts, columns } = this.last
+    this.part = this.part === null ? at : null
+    const full_width = this.item.data.width * columns + GRID_GAP_PX * (columns - 1)
+    const part = this.part === null ? null : { at, columns, rows: Math.ceil(parts / columns), full_width }
+    this.on.tell({ do: "crop", screen: "stage", part })
+    this.tellParts()
+  }
+
+  // --- a run that is no stream's ---
+
+  /** A run without a stream: what its film says of it. */
+  tellRun(lead) {
+    const { head } = lead
+    if (!head) return this.note("This run is no longer kept.")
+    const { stream, meta, started } = head
+    put(this.parts.title, { text: stream ?? this.run })
+    put(this.canvas, { "aria-label": `Picture of ${stream ?? this.run}` })
+    putSay(this.parts.state, "state", {}, started ? whenText(started) : "")
+    put(this.parts.state, { hidden: false })
+    put(this.parts.dot, { hidden: true })
+    put(this.acts.keep, { hidden: !head.film })
+    this.figures = figures(["Step", "Sigma", "Step time", "Steps"])
+    const parts = [this.figures.root, meta.prompt && promptSection(`${meta.prompt}`), section("Run", pairs("facts", factsOf(meta)))]
+    this.parts.inspector.replaceChildren(...parts.filter(Boolean))
+    this.tellStep()
+  }
+
+  tellStep() {
+    const { numbers, step_s } = this
+    if (!this.figures || !this.row) return
+    this.figures.tell({
+      Step: [numbers.number, numbers.total ? `/ ${numbers.total}` : ""],
+      Sigma: [numbers.sigma === null ? "–" : sigmaText(numbers.sigma)],
+      "Step time": [step_s === null ? "–" : spanText(step_s, 2)],
+      Steps: [this.scrubber.lead.rows.length],
+    })
   }
 
   /** A name that the daemon does not know (yet): a link may be older than the stream. */
@@ -160,6 +325,7 @@ export class Stage {
 
   update() {
     const { item, parts, acts } = this
+    this.refreshSteps()
     if (!item) return
     const state = stateOf(item)
     const fine = state.look === "live" && !state.level
@@ -167,13 +333,16 @@ export class Stage {
     putSay(parts.state, "state", state, state.state ?? state.left)
     put(parts.state, { hidden: false })
     put(parts.dot, { hidden: !fine })
-    const seen = this.last ?? item.drawn
+    const seen = this.row ?? this.last ?? item.drawn
     put(this.canvas, { hidden: !seen })
     this.note(seen && !state.missing ? "" : (state.note ?? ""))
     putBadge(parts.badge, item)
     put(parts.plate, { hidden: !item.stopping })
     putButtons(acts.record, acts.stop, item)
+    put(acts.keep, { hidden: !item.ended || item.data.film == null || item.data.files.length > 0 })
     put(acts.record.lastElementChild, { text: item.recording ? "Recording" : "Record" })
+    this.tellParts()
+    this.tellPill()
     this.inspect(item, state)
     this.tellNumbers(state)
     this.latencyPart.tell(this.latency.summary())
@@ -183,18 +352,19 @@ export class Stage {
   tellNumbers(state) {
     const { item, parts } = this
     const { width, height, fps } = item.data
-    const numbers = item.numbers(this.last ?? item.drawn)
+    const { numbers, step_s } = this
     const { number, total, sigma } = numbers
     putBar(parts.bar, item, state, numbers)
     put(parts.step, { text: stepText(item, numbers) })
     const moving = !item.ended && fps > 0
-    const left_s = moving && state.look === "live" && total && number ? Math.ceil((total - number) / fps) : 0
+    const at = item.numbers(this.last ?? item.drawn).number
+    const left_s = moving && state.look === "live" && total && at ? Math.ceil((total - at) / fps) : 0
     put(parts.left, { text: left_s ? `about ${spanText(left_s, 0)} left` : "" })
-    put(parts.under, { hidden: !total }) // without an end there is no progress, and the number stands beside
+    put(parts.under, { hidden: !total && !this.scrubber.ready }) // without an end there is no progress, and the number stands beside
     this.shape(width, height)
     this.figures.tell({
       [this.counted]: [number ?? "–", total ? `/ ${total}` : ""],
-      ...(this.counted === "Step" && { Sigma: [sigma === null ? "–" : sigmaText(sigma)] }),
+      ...(this.counted === "Step" && { Sigma: [sigma === null ? "–" : sigmaText(sigma)], "Step time": [step_s === null ? "–" : spanText(step_s, 2)] }),
       Pictures: moving ? [fpsText(fps), "/s"] : ["–"],
       Size: width ? [width, `× ${height}`] : ["–"],
     })
@@ -207,7 +377,7 @@ export class Stage {
     const built = JSON.stringify([run, kind, meta, apart, end_text, decoder, files, viewers, latent_format])
     if (built === this.built) return
     this.counted = kind === "live" ? "Frame" : "Step"
-    this.figures = figures(kind === "live" ? ["Frame", "Pictures", "Size"] : ["Step", "Sigma", "Pictures", "Size"])
+    this.figures = figures(kind === "live" ? ["Frame", "Pictures", "Size"] : ["Step", "Sigma", "Step time", "Pictures", "Size"])
     this.latencyPart = latencySection()
     this.built = built
     const recorded = files.map((id) => make("a", { href: `#/r/${id}` }, icon("play"), "Play the recording"))
@@ -246,7 +416,7 @@ export class Stage {
     big.tell({ Frames: [frames], Length: [duration_s ? clockText(duration_s) : "–"], Size: width ? [width, `× ${height}`] : ["–"], File: [bytesText(bytes)] })
     const missing = gaps?.length ? [["Missing", plural(gaps.length, "frame")]] : []
     const facts = [...factsOf(meta), ...missing, ["Started", new Date(started * 1000).toLocaleString()], ["Name", name]]
-    const parts = [error && notice("danger", error), big.root, meta.prompt && promptSection(`${meta.prompt}`), section("Run", pairs("facts", facts))]
+    const parts = [error && notice("danger", error), big.root, section("Step by step", make("div", { class: "files" }, make("a", { href: `#/s/${recording.run}/${recording.first_seq}` }, icon("play"), "Walk through the steps"))), meta.prompt && promptSection(`${meta.prompt}`), section("Run", pairs("facts", facts))]
     this.parts.inspector.replaceChildren(...parts.filter(Boolean))
   }
 }

@@ -88,6 +88,10 @@ export class Streams extends Map {
     return news
   }
 
+  ofRun(run) {
+    return [...this.values()].find((item) => item.data.run === run)
+  }
+
   clearEnded() {
     for (const item of [...this.values()].filter(SHOWS.ended)) {
       this.cleared.add(item.data.run)

@@ -1,0 +1,95 @@
+"""Copies between the host and a GPU that nobody waits for: pinned memory, and a stream of its own each way.
+
+So the next job's latents come in, and the last one's pictures go out, while the GPU computes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class HostCopy:
+    """A tensor on its way to the host. `array` is its memory there, right once `wait` has returned. Any thread."""
+
+    def __init__(self, array: NDArray[np.uint8], event: Any = None) -> None:
+        self.array = array
+        self._event = event  # None: it is there
+        self._here_ns = time.monotonic_ns() if event is None else 0
+
+    @property
+    def is_here(self) -> bool:
+        """Whether `wait` would return at once. Raises: RuntimeError when the device failed."""
+        return self._event is None or bool(self._event.query())
+
+    def wait(self) -> int:
+        """Wait for the device, without the GIL. Returns: when it was first seen here, time.monotonic_ns().
+
+        Raises: RuntimeError when the device failed.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        self._here_ns = self._here_ns or time.monotonic_ns()
+        return self._here_ns
+
+
+class HostCopies:
+    """Used by the thread that owns the device. On a processor nothing is copied."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._under_way: deque[tuple[HostCopy, float]] = deque()
+        self._in: Any = None
+        self._out: Any = None
+        if device.type == "cuda":
+            self._in = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._out = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Host memory to fill and then to `upload`; pinned where that helps."""
+        return torch.empty(shape, dtype=dtype, pin_memory=self._in is not None)
+
+    def upload(self, staged: Tensor) -> Tensor:
+        """The same on the device, for what is launched on its current stream from now on."""
+        if self._in is None:
+            return staged.to(self._device)
+        with torch.cuda.stream(self._in):
+            there = staged.to(self._device, non_blocking=True)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._in)
+        there.record_stream(current)
+        return there
+
+    def download(self, planes: Tensor) -> HostCopy:
+        """Bring bytes to the host. planes: uint8, contiguous; may be dropped at once."""
+        if self._out is None:
+            return HostCopy(planes.cpu().numpy())
+        here = torch.empty(planes.shape, dtype=torch.uint8, pin_memory=True)
+        self._out.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._out):
+            here.copy_(planes, non_blocking=True)
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # a waiter sleeps, not spins
+            event.record(self._out)
+        planes.record_stream(self._out)
+        copy = HostCopy(here.numpy(), event)
+        self._under_way.append((copy, time.monotonic()))
+        return copy
+
+    @property
+    def waiting_since_s(self) -> float:
+        """When the oldest download that is not here began, time.monotonic(); infinite if all are. Any one thread.
+
+        Raises: RuntimeError when the device failed.
+        """
+        while self._under_way:
+            copy, since_s = self._under_way[0]
+            if not copy.is_here:
+                return since_s
+            self._under_way.popleft()
+        return float("inf")

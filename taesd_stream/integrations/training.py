@@ -1,0 +1,60 @@
+"""Samples of a training run: the trainer sends latents, the daemon decodes them, their film is the model learning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from taesd_stream.frames import Kind
+from taesd_stream.publisher import LatentPublisher, default_address
+
+DEFAULT_PAGE: Final = "http://127.0.0.1:8765"
+
+
+@dataclass(slots=True)
+class _Film:
+    publisher: LatentPublisher
+    samples: int = 0
+
+
+_films: Final[dict[tuple[str, str], _Film]] = {}  # by address and stream; they end with the program
+
+
+def publish_sample(
+    latents: Any,
+    *,
+    step: int,
+    stream: str,
+    latent_format: str,
+    kind: Kind = "steps",
+    fps: float | None = None,
+    address: str | None = None,
+    page: str = DEFAULT_PAGE,
+    meta: Mapping[str, Any] | None = None,
+) -> str:
+    """Add a sample to the stream's film, and return the link to it for wandb, TensorBoard or a log.
+
+    Every sample is kept; the first call of a program opens the stream, the program's end ends it. Call it from one
+    process of a distributed run, and from one thread. Never raises for a daemon that is not there.
+    latents: what the sampler ended with, as LatentPublisher.publish takes them: a batch is shown as a grid.
+    step: the trainer's global step. meta: of the stream, the first call's.
+    page: the address at which people reach the page.
+    Raises: ValueError for a bad name or format, at the first call.
+    """
+    key = (address or default_address(), stream)
+    if key not in _films:
+        publisher = LatentPublisher(
+            address,
+            stream=stream,
+            latent_format=latent_format,
+            kind=kind,
+            fps=fps,
+            record="all",
+            meta={"sampled by": "a trainer", **(meta or {})},
+        )
+        _films[key] = _Film(publisher)
+    film = _films[key]
+    film.publisher.publish(latents, step=step)
+    film.samples += 1
+    return f"{page.rstrip('/')}/#/s/{film.publisher.run}/{film.samples - 1}"

@@ -1,0 +1,173 @@
+"""What publishing costs a sampler on an NVIDIA GPU: its thread, its steps, its memory.
+
+    python -m tests.benchmarks.cuda_publish            (about a minute)
+
+The sampler's step is a chain of float16 matrix products, about 20 ms of the GPU, waited for at its end as a sampler
+that reads its sigma does. `thread_us`: publish() on the sampler's thread; `bare_us`: the copy, an event and a wake, and
+nothing else. `lost_percent`: steps with publishing against steps without, pairs in the order ABBA, by wall clock.
+`memory_bytes`: how far the peak of torch's allocator is over that without. The broker is a process that only listens.
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import deque
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from taesd_stream import LatentPublisher
+from taesd_stream.frames import RecordMode
+from tests.benchmarks.publish_cost import Bare, Listener
+
+STEP_S: Final = 0.02
+SHAPES: Final = {"128 KiB": (4, 128, 128), "2 MiB": (16, 256, 256)}
+DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BARS: Final = {"p50": 60.0, "p99": 250.0}  # us
+PIECE: Final = 25  # steps in one of ABBA
+
+
+class Sampler:
+    """Steps of about STEP_S on the GPU."""
+
+    def __init__(self) -> None:
+        self._matrix = torch.randn(4096, 4096, device="cuda", dtype=torch.float16) / 64
+        self._out = torch.empty_like(self._matrix)
+        self._products = 1
+        self.step()
+        started_s = time.perf_counter()
+        for _ in range(20):
+            self.step()
+        self._products = max(1, round(STEP_S * 20 / (time.perf_counter() - started_s)))
+
+    def step(self) -> None:
+        """One step, waited for."""
+        self.launch()
+        torch.cuda.synchronize()
+
+    def launch(self) -> None:
+        """One step, not waited for."""
+        for _ in range(self._products):
+            torch.mm(self._matrix, self._matrix, out=self._out)
+
+
+def main() -> None:
+    """Measure, print a table and then the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=300, help="for each figure of the thread")
+    parser.add_argument("--pairs", type=int, default=20, help="of ABBA")
+    arguments = parser.parse_args()
+    sampler = Sampler()
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bars_us": BARS}
+    with Listener() as listener:
+        results["thread_us"] = {
+            f"{size} from {dtype}, record {record}": thread_cost(
+                listener, sampler, size, dtype, record, arguments.steps
+            )
+            for size in SHAPES
+            for dtype in DTYPES
+            for record in ("off", "all")
+        }
+        results["bare_us"] = {size: bare_cost(sampler, size, arguments.steps) for size in SHAPES}
+        results["lost_percent"] = {size: lost(listener, sampler, size, arguments.pairs) for size in SHAPES}
+        results["memory_bytes"] = {size: memory(listener, sampler, size) for size in SHAPES}
+    for part in ("thread_us", "bare_us", "lost_percent", "memory_bytes"):
+        for name, value in results[part].items():
+            sys.stdout.write(f"{part:<14} {name:<36} {value}\n")
+    sys.stdout.write(json.dumps(results) + "\n")
+
+
+def opened(listener: Listener, record: RecordMode) -> LatentPublisher:
+    """A publisher that is watched."""
+    return LatentPublisher(listener.address, stream="cost", latent_format="unknown", record=record)
+
+
+def thread_cost(
+    listener: Listener, sampler: Sampler, size: str, dtype: str, record: RecordMode, steps: int
+) -> dict[str, float]:
+    """publish() while the GPU is in the middle of a step, microseconds."""
+    latents = torch.randn(SHAPES[size], device="cuda", dtype=DTYPES[dtype])
+    times_us = []
+    with opened(listener, record) as publisher:
+        for step in range(steps + 10):
+            sampler.launch()
+            started_ns = time.perf_counter_ns()
+            publisher.publish(latents, step=step, total_steps=100_000, sigma=1.0)
+            times_us.append((time.perf_counter_ns() - started_ns) / 1000)
+            torch.cuda.synchronize()
+        if publisher.error:
+            raise RuntimeError(publisher.error)
+    return percentiles(times_us[10:])
+
+
+def bare_cost(sampler: Sampler, size: str, steps: int) -> dict[str, float]:
+    """The least that it could be: the copy, an event, and an eventfd that a thread waits for."""
+    latents = torch.randn(SHAPES[size], device="cuda", dtype=torch.float32)
+    staged: deque[Any] = deque(maxlen=1)
+    new_event: Any = torch.cuda.Event
+
+    def snapshot(one: torch.Tensor) -> bytes:
+        event = new_event()
+        staged.append((one.to(torch.float16, copy=True), event.record()))
+        return b""
+
+    bare = Bare(snapshot)
+    times_us = []
+    for step in range(steps + 10):
+        sampler.launch()
+        started_ns = time.perf_counter_ns()
+        bare.publish(latents, step)
+        times_us.append((time.perf_counter_ns() - started_ns) / 1000)
+        torch.cuda.synchronize()
+    return percentiles(times_us[10:])
+
+
+def percentiles(times_us: list[float]) -> dict[str, float]:
+    """p50, p95 and p99."""
+    return {f"p{one}": round(float(np.percentile(times_us, one)), 1) for one in (50, 95, 99)}
+
+
+def lost(listener: Listener, sampler: Sampler, size: str, pairs: int) -> dict[str, float]:
+    """How much longer steps with publishing are: mean and the ends of its 95 % interval."""
+    latents = torch.randn(SHAPES[size], device="cuda", dtype=torch.float16)
+    differences = []
+    with opened(listener, "off") as publisher:
+
+        def piece(*, is_published: bool) -> float:
+            started_s = time.perf_counter()
+            for step in range(PIECE):
+                sampler.step()
+                if is_published:
+                    publisher.publish(latents, step=step, sigma=1.0)
+            return time.perf_counter() - started_s
+
+        piece(is_published=True)
+        for _ in range(pairs):
+            times = [piece(is_published=one) for one in (False, True, True, False)]
+            alone_s = (times[0] + times[3]) / 2
+            differences.append(100 * ((times[1] + times[2]) / 2 - alone_s) / alone_s)
+    half = 1.96 * float(np.std(differences, ddof=1)) / len(differences) ** 0.5
+    mean = float(np.mean(differences))
+    return {"mean": round(mean, 3), "low": round(mean - half, 3), "high": round(mean + half, 3)}
+
+
+def memory(listener: Listener, sampler: Sampler, size: str) -> dict[str, int]:
+    """How much of the GPU's memory publishing takes at its peak, beside what one staged latent is."""
+    latents = torch.randn(SHAPES[size], device="cuda", dtype=torch.float32)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with opened(listener, "off") as publisher:
+        for step in range(100):
+            sampler.step()
+            publisher.publish(latents, step=step, sigma=1.0)
+    return {"grown": torch.cuda.max_memory_allocated() - before, "staged": latents.numel() * 2}
+
+
+if __name__ == "__main__":
+    main()

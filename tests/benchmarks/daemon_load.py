@@ -1,0 +1,201 @@
+"""A whole daemon under load: frames/s from ZeroMQ to H.264 packets, how late they are, and where the time goes.
+
+    python -m tests.benchmarks.daemon_load --streams 100 --fps 15
+    python -m tests.benchmarks.daemon_load --streams 100 --fps 0 --weights FOLDER      (as many as it takes)
+    python -m tests.benchmarks.daemon_load --streams 500 --fps 15 --set decoder.devices=cuda:0,cuda:1
+
+A real daemon (broker, workers, streamer), publishers in processes of their own, one page's WebSocket that watches
+`live` of every stream. Latents are the demo's pictures, each melting into the next: noise would be no fair load for an
+encoder. `--fps 0` asks for 60 a second of each stream, of which the newest are shown. Packets are counted by the
+streamer; times are of those that reach the page, each from its own stamps: `wait` is in the broker and in the worker's
+queue, `decode` until the planes are in host memory, `encode` with the wait for a thread. CPU is of the whole host. The
+last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taesd_stream import LatentPublisher
+from tests.benchmarks.preview_cost import cpu_name, percentiles
+from tests.daemon import Daemon, wait_for
+from tests.page_socket import PageSocket
+
+FORMAT: Final = "flux2"
+STAGES: Final = ("sent", "received", "started", "decoded", "encoded", "streamed")
+NAMES: Final = ("receive", "wait", "decode", "encode", "stream")
+MOST_FPS: Final = 60.0
+LATENTS: Final = 24  # different ones that a load process publishes in turn
+WARM_UP_S: Final = 8.0
+PACKETS = re.compile(r'^taesd_stream_packets_total\{rendition="live"\} (\S+)', re.M)
+
+
+def main() -> None:
+    """Measure, print the figures and then the JSON."""
+    arguments = parse()
+    if arguments.load:
+        publish(arguments)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        sets = ["broker.max_fps=240", f"broker.max_streams={max(1000, arguments.streams)}", *arguments.set]
+        if arguments.weights:
+            sets.append(f"weights.folder={arguments.weights}")
+        with Daemon(Path(name), *sets) as daemon:
+            results = {"machine": machine(), "load": f"{arguments.streams} x {arguments.fps or 'most'}"}
+            results |= measure(daemon, arguments)
+    for key, value in results.items():
+        sys.stdout.write(f"{key:<22} {value}\n")
+    sys.stdout.write(json.dumps(results) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--streams", type=int, default=100)
+    parser.add_argument("--fps", type=float, default=15.0, help="of each stream; 0: as many as it takes")
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--processes", type=int, default=4, help="that publish")
+    parser.add_argument("--cells", type=int, default=64, help="side of a latent; 64 is 512x512 pixels")
+    parser.add_argument("--weights", help="folder of weights; without, the linear projection decodes")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="of the daemon's")
+    parser.add_argument("--load", metavar="ADDRESS", help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure(daemon: Daemon, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Watch all streams of the load for some seconds."""
+    loads = [start_load(daemon, arguments, part) for part in range(arguments.processes)]
+    try:
+        names = {f"load/{number}" for number in range(arguments.streams)}
+        wait_for(lambda: names <= set(daemon.streams()), 60, of="the load's streams")
+        with PageSocket(daemon) as page:
+            page.watch(dict.fromkeys(names, "live"))
+            take(page, WARM_UP_S)
+            before, busy, started_s = packets(daemon), cpu_seconds(), time.monotonic()
+            stamps, sizes = take(page, arguments.seconds)
+            seconds = time.monotonic() - started_s
+            after = packets(daemon)
+            cores = round((cpu_seconds() - busy) / seconds, 1)
+        facts = daemon.json("/api/v1/workers")
+    finally:
+        for load in loads:
+            assert load.stdin is not None
+            load.stdin.close()
+        for load in loads:
+            load.wait(60)
+    times_ms = np.diff(np.array(stamps, dtype=np.int64), axis=1) / 1000
+    return {
+        "frames_s": round((after - before) / seconds, 1),
+        "page_frames_s": round(len(stamps) / seconds, 1),
+        "publish_to_packet_ms": percentiles(list(times_ms.sum(axis=1))),
+        "stages_ms": {name: percentiles(list(column)) for name, column in zip(NAMES, times_ms.T, strict=True)},
+        "packet_kib": round(float(np.mean(sizes)) / 1024, 1),
+        "busy_cores": cores,
+        "workers": [{key: row[key] for key in ("device", "engines", "frames")} for row in facts["workers"]],
+    }
+
+
+def take(page: PageSocket, seconds: float) -> tuple[list[list[int]], list[int]]:
+    """The stamps (us) and bytes of every picture that comes within so long."""
+    stamps, sizes = [], []
+    until_s = time.monotonic() + seconds
+    while time.monotonic() < until_s:
+        header, payload = page.picture(60)
+        stamps.append([header["stamps"][f"{name}_us"] for name in STAGES])
+        sizes.append(len(payload))
+    return stamps, sizes
+
+
+def packets(daemon: Daemon) -> float:
+    """Live packets that the streamer has had."""
+    found = PACKETS.search(daemon.get("/metrics")[1].decode())
+    return float(found.group(1)) if found else 0.0
+
+
+def cpu_seconds() -> float:
+    """Seconds that all cores of this host have worked; 0 where the system does not say."""
+    facts = Path("/proc/stat")
+    if not facts.exists():
+        return 0.0
+    user, nice, system, _, _, irq, softirq, *_ = (int(word) for word in facts.read_text().split()[1:11])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def start_load(daemon: Daemon, arguments: argparse.Namespace, part: int) -> subprocess.Popen[bytes]:
+    """One process of publishers; it ends with its stdin."""
+    first = arguments.streams * part // arguments.processes
+    count = arguments.streams * (part + 1) // arguments.processes - first
+    options = {"load": daemon.broker, "first": first, "streams": count, "fps": arguments.fps, "cells": arguments.cells}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return subprocess.Popen([sys.executable, "-m", "tests.benchmarks.daemon_load", *words], stdin=subprocess.PIPE)
+
+
+def publish(arguments: argparse.Namespace) -> None:
+    """The load process: its streams publish one after the other, evenly over the time, until stdin ends."""
+    streams = range(arguments.first, arguments.first + arguments.streams)
+    publishers = [LatentPublisher(arguments.load, stream=f"load/{one}", latent_format=FORMAT) for one in streams]
+    latents = melting(arguments.cells)
+    done = threading.Event()
+
+    def wait_for_end() -> None:
+        sys.stdin.read()
+        done.set()
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
+    pause_s = 1 / (arguments.fps or MOST_FPS) / max(1, len(publishers))
+    started_s, count = time.monotonic(), 0
+    while not done.is_set():
+        step, number = divmod(count, len(publishers))
+        publishers[number].publish(latents[(step + number) % len(latents)], step=step)
+        count += 1
+        late_s = time.monotonic() - started_s - count * pause_s
+        if late_s < -0.0005:
+            done.wait(-late_s)
+    for publisher in publishers:
+        publisher.close(0)
+
+
+def melting(cells: int) -> list[NDArray[np.float16]]:
+    """Latents (C, cells, cells) of the demo's pictures, each melting into the next, then back."""
+    from safetensors.numpy import load_file
+
+    import taesd_stream
+
+    demo = load_file(Path(taesd_stream.__file__).parent / "data" / "demo_flux2.safetensors")
+    pictures = [tiled(words, cells) for words in demo.values() if words.ndim == 3]
+    there = []
+    for way in np.linspace(0, len(pictures) - 1, LATENTS // 2):
+        before, after = pictures[int(np.floor(way))], pictures[int(np.ceil(way))]
+        there.append((before + (way % 1) * (after - before)).astype(np.float16))
+    return [*there, *reversed(there)]
+
+
+def tiled(words: NDArray[np.uint8], cells: int) -> NDArray[np.float32]:
+    """A picture's latents from their bytes, mirrored or cut to a square of cells."""
+    latents = (words / np.float32(255) - np.float32(0.5)) * np.float32(6)
+    missing = [(0, 0), *((0, max(0, cells - side)) for side in latents.shape[1:])]
+    whole: NDArray[np.float32] = np.pad(latents, missing, mode="symmetric").astype(np.float32)
+    return whole[:, :cells, :cells]
+
+
+def machine() -> dict[str, Any]:
+    """What gave the figures."""
+    return {"cpu": cpu_name(), "cores": os.cpu_count()}
+
+
+if __name__ == "__main__":
+    main()

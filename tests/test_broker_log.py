@@ -1,0 +1,158 @@
+"""The latent log at a real broker: a full disk, damage, age, and what a restarted broker believes."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from taesd_stream.messages import Ack, DemandUpdate, Gap, JobItem, Refused, RunHello
+from tests.broker_role import BrokerRole, Peer, StreamerPeer, WorkerPeer, frame, new_run
+from tests.daemon import wait_for
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[BrokerRole]:
+    """A broker that the test may harm."""
+    with BrokerRole(tmp_path) as one:
+        yield one
+
+
+def file_limit(broker: BrokerRole, limit_bytes: int) -> None:
+    """No file of the broker may grow past so many bytes: its writes behind it fail, as on a full disk."""
+    _, hard = resource.prlimit(broker.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(broker.process.pid, resource.RLIMIT_FSIZE, (limit_bytes, hard))
+
+
+def alerts(broker: BrokerRole) -> dict[str, str]:
+    """What it warns of."""
+    found: dict[str, str] = broker.stats().stats["alerts"]
+    return found
+
+
+def acked(publisher: Peer) -> int:
+    """The last seq that was acked."""
+    publisher.drain()
+    return max((message.seq for message in publisher.heard if isinstance(message, Ack)), default=-1)
+
+
+def test_a_full_disk_acks_nothing_and_goes_on_when_there_is_room(broker: BrokerRole) -> None:
+    """What the disk does not take is not acked, and said; sent again when there is room it is, and nothing is lost."""
+    run = new_run()
+    with broker.publisher() as publisher:
+        publisher.open(run, "full", record="all")
+        publisher.say(frame(run, 0, kept=True))
+        publisher.ack(run, 0)
+        (path,) = broker.log_folder.glob("*.latents")
+        whole = path.stat().st_size
+        # the log of the tests' broker shares the limit: it has said all that it says already
+        file_limit(broker, max(whole + 100, (broker.folder / "broker.log").stat().st_size + 4096))
+        seq = 1
+        while "log_error" not in alerts(broker):
+            publisher.say(frame(run, seq, kept=True))
+            publisher.receive(0.05)
+            seq = acked(publisher) + 1
+        assert "cannot be written" in alerts(broker)["log_error"]
+        last = acked(publisher)
+        assert broker.stats().stats["counts"]["log_errors"] >= 1
+        file_limit(broker, 1 << 30)
+        publisher.say(frame(run, last + 1, kept=True))
+        publisher.ack(run, last + 1)
+        wait_for(lambda: "log_error" not in alerts(broker), of="the all-clear")
+    broker.kill()
+    broker.start()
+    assert broker.stats().runs[run]["last_seq"] == last + 1
+
+
+def take(worker: WorkerPeer, streamer: StreamerPeer, run: str, items: list[JobItem], last: int) -> None:
+    """Do jobs of a run until the file has `last`; the streamer tells each."""
+    while not items or items[-1].seq < last:
+        job = worker.job()
+        worker.done(job)
+        items += job.items
+        streamer.written(run, items[-1].attempt, items[-1].seq)
+
+
+def test_a_damaged_record_costs_itself_alone(broker: BrokerRole) -> None:
+    """Of a log with one wrong byte in the middle the streamer is told one GAP; all other frames are decoded."""
+    run = new_run()
+    with broker.publisher() as publisher:
+        publisher.open(run, "damaged", record="all")
+        for seq in range(6):
+            publisher.say(frame(run, seq, kept=True))
+        publisher.ack(run, 5)
+        publisher.end(run, 5)
+    broker.kill()
+    (path,) = broker.log_folder.glob("*.latents")
+    data = bytearray(path.read_bytes())
+    data[-3 * (len(data) // 7)] ^= 0xFF
+    path.write_bytes(data)
+    broker.start()
+    with broker.streamer() as streamer, broker.worker() as worker:
+        items: list[JobItem] = []
+        job = worker.job()
+        worker.done(job)
+        items += job.items
+        streamer.written(run, items[-1].attempt, items[-1].seq)
+        gap = streamer.next(Gap)
+        assert gap.seq == items[-1].seq + 1
+        streamer.written(run, gap.attempt, gap.seq)
+        take(worker, streamer, run, items, 5)
+    assert sorted({item.seq for item in items} | {gap.seq}) == list(range(6))
+    assert broker.stats().stats["counts"]["gaps"] == 1
+    assert "log_damaged" in broker.log() or "frame_not_recorded" in broker.log()
+
+
+def test_a_restarted_broker_asks_for_the_last_word_on_keeping(broker: BrokerRole) -> None:
+    """A run that it knows from its log is asked to open again, and its word then, not the log's, is what is kept."""
+    run = new_run()
+    with broker.publisher() as publisher:
+        publisher.open(run, "word", record="all")
+        publisher.say(frame(run, 0, kept=True))
+        publisher.ack(run, 0)
+    broker.kill()
+    broker.start()
+    assert broker.row("word")["record"] == "all"
+    with broker.publisher() as publisher:
+        publisher.publisher_hello(**{run: RunHello(next_seq=5)})
+        assert publisher.next(Refused).code == "unknown_run"
+        assert publisher.open(run, "word", record="off").record == "off"
+        publisher.publisher_hello(**{run: RunHello(next_seq=5)})
+        assert publisher.ack(run, 0).seq == 0
+        assert publisher.next(DemandUpdate).record == "off"
+        wait_for(lambda: broker.stats().runs[run]["ended"], of="the end of keeping")
+
+
+def test_what_nobody_recorded_goes_only_where_an_age_is_set(tmp_path: Path) -> None:
+    """Latents of an ended run stay; with broker.log_max_age_s they go once they are older, counted and logged."""
+    run = new_run()
+    with BrokerRole(tmp_path) as broker:
+        with broker.publisher() as publisher:
+            publisher.open(run, "old", record="all")
+            publisher.say(frame(run, 0, kept=True))
+            publisher.ack(run, 0)
+            publisher.end(run, 0)
+        broker.stop()
+        (path,) = broker.log_folder.glob("*.latents")
+        os.utime(path, (1, 1))
+        broker.start()
+        assert run in broker.stats().runs
+    with BrokerRole(tmp_path, "broker.log_max_age_s=3600") as broker:
+        wait_for(lambda: run not in broker.stats().runs, of="its end")
+        wait_for(lambda: not path.exists(), of="the file's end")
+        assert broker.stats().stats["counts"]["logs_expired"] == 1
+        assert "log_expired" in broker.log()
+
+
+def test_latents_of_a_format_that_nobody_knows_are_checked_as_far_as_can_be(broker: BrokerRole) -> None:
+    """Of a user's own format the broker knows no channels, but a picture with five axes is none."""
+    run = new_run()
+    with broker.publisher() as publisher:
+        publisher.open(run, "own", latent_format="my-own")
+        publisher.say(frame(run, 0, shape=(1, 2, 4, 8, 8)))
+        assert "3 or 4 axes" in publisher.refused().text
+        publisher.say(frame(run, 1, shape=(7, 8, 8)))
+        wait_for(lambda: broker.row("own")["seq"] == 1, of="the right one")

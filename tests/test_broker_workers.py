@@ -1,0 +1,167 @@
+"""Workers that come, go and drain: streams spread over them, and move without a picture lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from taesd_stream import LatentPublisher
+from taesd_stream.messages import Drain, Forget, JobItem
+from tests.broker_role import BrokerRole, frame, new_run
+from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
+from tests.pictures import decode_file, sd1_latents_of
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[BrokerRole]:
+    """A broker of the test's own: workers of another test would be here for some seconds."""
+    with BrokerRole(tmp_path) as one:
+        yield one
+
+
+def test_new_streams_spread_over_the_workers(broker: BrokerRole) -> None:
+    """Of four watched streams that open together each of two workers gets two."""
+    with (
+        broker.publisher() as publisher,
+        broker.streamer() as streamer,
+        broker.worker("one") as one,
+        broker.worker("two") as two,
+    ):
+        wait_for(lambda: len(broker.stats().workers) == 2, of="both workers")
+        for number in range(4):
+            streamer.watch(f"spread/{number}")
+            run = new_run()
+            publisher.open(run, f"spread/{number}")
+            publisher.say(frame(run, 0))
+        seen: dict[str, int] = {}
+        while sum(seen.values()) < 4:
+            for name, worker in (("one", one), ("two", two)):
+                with contextlib.suppress(AssertionError):
+                    job = worker.job(0.1)
+                    worker.done(job)
+                    seen[name] = seen.get(name, 0) + len(job.items)
+    assert seen == {"one": 2, "two": 2}
+
+
+def test_a_drained_worker_gets_nothing_more_and_is_let_go(broker: BrokerRole) -> None:
+    """HELLO with draining: what it holds it may finish, what comes goes to another, then DRAIN; nobody is blamed."""
+    gone = broker.stats().stats["counts"].get("workers_gone", 0)
+    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker() as leaving:
+        streamer.watch("drain/one")
+        run = new_run()
+        publisher.open(run, "drain/one")
+        publisher.say(frame(run, 0))
+        job = leaving.job()
+        with broker.worker("staying") as staying:
+            wait_for(lambda: len(broker.stats().workers) == 2, of="both workers")
+            leaving.hello(draining=True)
+            wait_for(lambda: any(row["draining"] for row in broker.stats().workers), of="the wish")
+            publisher.say(frame(run, 1))
+            staying.no_job(0.3)  # the other one is still at work on the stream
+            leaving.done(job)
+            taken = staying.job()
+            assert [item.seq for item in taken.items] == [1]
+            staying.done(taken)
+            leaving.hello(draining=True)
+            leaving.drained()
+            assert any(isinstance(message, Forget) for message in leaving.heard)
+            assert [row["id"] for row in broker.stats().workers] == ["staying"]
+    assert broker.stats().stats["counts"].get("workers_gone", 0) == gone
+
+
+def test_a_kept_run_moves_behind_what_is_written(broker: BrokerRole) -> None:
+    """A recording's worker drains: the next one begins, as a new attempt, with the frame behind those on their way."""
+    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker() as leaving:
+        run = new_run()
+        publisher.open(run, "drain/kept", record="all")
+        for seq in range(4):
+            publisher.say(frame(run, seq, kept=True))
+        publisher.ack(run, 3)
+        sent: list[JobItem] = []
+        while len(sent) < 4:
+            job = leaving.job()
+            leaving.done(job)
+            sent += job.items
+        with broker.worker() as staying:
+            wait_for(lambda: len(broker.stats().workers) == 2, of="both workers")
+            leaving.hello(draining=True)
+            publisher.say(frame(run, 4, kept=True))
+            publisher.ack(run, 4)
+            staying.no_job(0.3)  # the file has not told yet what it holds
+            assert not any(isinstance(message, Drain) for message in leaving.heard)
+            streamer.written(run, sent[-1].attempt, 3)
+            (item,) = staying.job().items
+            assert (item.seq, item.attempt > sent[-1].attempt) == (4, True)
+            publisher.end(run, 4)
+            streamer.written(run, item.attempt, 4, finished=True)
+
+
+@contextlib.contextmanager
+def extra_worker(daemon: Daemon, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """One worker more beside a daemon's own."""
+    sets = [f"broker.workers_bind={daemon.facts['workers']}", "decoder.threads=1"]
+    options = [word for one in sets for word in ("--set", one)]
+    with (folder / "worker.log").open("ab") as log:
+        process = subprocess.Popen([*COMMAND, "worker", *options], stderr=log, env=clean_environment(folder))
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_streams_go_over_three_real_workers_and_back(tmp_path: Path) -> None:
+    """Workers come, and are drained by SIGTERM, under eight kept streams: each file has every frame once, in order."""
+    names = [f"move/{number}" for number in range(8)]
+    count = 0
+    with Daemon(tmp_path) as daemon, contextlib.ExitStack() as stack:
+        publishers = [
+            stack.enter_context(LatentPublisher(daemon.broker, stream=name, latent_format="sd1", record="all"))
+            for name in names
+        ]
+
+        def publish() -> None:
+            nonlocal count
+            for publisher in publishers:
+                grey = 40 + 3 * (count % 60)
+                publisher.publish(sd1_latents_of((grey, grey, grey)), step=count)
+            count += 1
+
+        def workers() -> list[dict[str, object]]:
+            publish()
+            rows: list[dict[str, object]] = daemon.json("/api/v1/workers")["workers"]
+            return rows
+
+        def all_busy(number: int) -> bool:
+            rows = workers()
+            return len(rows) == number and all(int(str(row["frames"])) > 0 for row in rows)
+
+        wait_for(lambda: all_busy(1), of="the daemon's own worker")
+        with extra_worker(daemon, tmp_path) as first, extra_worker(daemon, tmp_path) as second:
+            wait_for(lambda: all_busy(3), 90, of="work on all three")
+            for process in (first, second):
+                os.kill(process.pid, signal.SIGTERM)
+            wait_for(lambda: len(workers()) == 1, 60, of="one worker left")
+            assert (first.wait(30), second.wait(30)) == (0, 0)
+        for _ in range(5):
+            publish()
+        for publisher in publishers:
+            assert publisher.wait_until_acked(60), publisher.error
+            publisher.close()
+        expected = [40 + 3 * (step % 60) for step in range(count)]
+        for publisher in publishers:
+            recording = daemon.recording(publisher.run)
+            assert (recording["frames"], recording["gaps"]) == (count, [])
+            greys = [float(np.mean(picture)) for picture in decode_file(daemon.file(recording["id"]))]
+            assert greys == pytest.approx(expected, abs=1.5)
+        assert "worker_gone" not in daemon.log()

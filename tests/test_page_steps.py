@@ -1,0 +1,205 @@
+"""The page in a real Chromium over a real daemon: walking through steps, clips that loop, batches, and comparing."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from taesd_stream import LatentPublisher
+from tests.daemon import Daemon, wait_for
+from tests.page_fixture import await_colour, chromium, middle_of
+from tests.page_socket import PageSocket
+from tests.pictures import PATCHES, sd1_latents_of
+from tests.test_films import steps, watched_run
+from tests.test_page_live import NO_DECODER, await_picture, require_h264
+
+pytestmark = pytest.mark.browser
+
+NAMES = ["red", "green", "blue", "white"]
+Open = Callable[..., Page]
+WAYS = [pytest.param("", id="webcodecs"), pytest.param(NO_DECODER, id="jpeg")]
+STAGE = "#stage-canvas"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def opened(browser: Browser, daemon: Daemon) -> Iterator[Open]:
+    """Open the daemon's page at a hash; errors of its scripts fail the test."""
+    wrong: list[str] = []
+    with contextlib.ExitStack() as contexts:
+
+        def open_page(at: str = "", *, script: str = "", **options: Any) -> Page:
+            context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | options))
+            contexts.callback(context.close)
+            page = context.new_page()
+            page.on("pageerror", lambda error: wrong.append(str(error)))
+            if script:
+                page.add_init_script(script)
+            page.goto(f"{daemon.web}/{at}")
+            return page
+
+        yield open_page
+    assert wrong == []
+
+
+def filmed(daemon: Daemon, stream: str, names: list[str] = NAMES) -> str:
+    """A run that is over, one step a colour, all of them in its film."""
+    run = watched_run(daemon, stream, [PATCHES[name] for name in names])
+    wait_for(lambda: len(steps(daemon, run)) == len(names), of="the film")
+    return run
+
+
+# --- steps ---
+
+
+@pytest.mark.parametrize("script", WAYS)
+def test_steps_are_walked_through_by_keys_and_drag(daemon: Daemon, opened: Open, script: str) -> None:
+    """Arrow keys and the range show each step in its colour, and its numbers; the address names the step."""
+    stream = f"steps/{'jpeg' if script else 'webcodecs'}"
+    run = filmed(daemon, stream)
+    page = opened(f"#/s/{stream}", script=script)
+    if not script:
+        require_h264(page)
+    await_colour(page, STAGE, PATCHES["white"])
+    page.keyboard.press("Home")
+    await_colour(page, STAGE, PATCHES["red"])
+    page.keyboard.press("ArrowRight")
+    await_colour(page, STAGE, PATCHES["green"])
+    expect(page.locator(".figures dd").first).to_have_text("2/ 4")
+    expect(page.locator(".pill")).to_contain_text("Step 2 of 4. The last is 4")
+    assert page.url.endswith(f"#/s/{run}/1")
+    scrub = page.get_by_role("slider", name="Step")
+    scrub.fill("2")
+    await_colour(page, STAGE, PATCHES["blue"])
+    expect(scrub).to_have_attribute("aria-valuetext", "Step 3 of 4, sigma 7.00")
+    page.get_by_role("button", name="Back to live").click()
+    await_colour(page, STAGE, PATCHES["white"])
+    assert page.url.endswith(f"#/s/{stream}")
+
+
+def test_a_link_to_a_step_opens_it(daemon: Daemon, opened: Open) -> None:
+    """A link to one step shows it in another browser, and after a reload; its meta stands beside it."""
+    run = filmed(daemon, "steps/linked")
+    page = opened(f"#/s/{run}/1", viewport={"width": 390, "height": 844})
+    for _ in range(2):
+        await_colour(page, STAGE, PATCHES["green"])
+        expect(page.get_by_role("heading", name="steps/linked")).to_be_visible()
+        expect(page.locator(".figures dd").first).to_have_text("2/ 4")
+        page.reload()
+
+
+def test_the_sampler_that_goes_on_does_not_move_the_playhead(daemon: Daemon, opened: Open) -> None:
+    """While a step is looked at, new ones come: the picture stays, the live mark moves; L shows the newest."""
+    with (
+        PageSocket(daemon) as viewer,
+        LatentPublisher(daemon.broker, stream="steps/moving", latent_format="sd1", record="off") as publisher,
+    ):
+        viewer.watch({"steps/moving": "thumb"})
+
+        def paint(step: int, name: str) -> None:
+            publisher.publish(sd1_latents_of(PATCHES[name]), step=step, total_steps=4)
+            wait_for(lambda: len(steps(daemon, str(publisher.run))) == step + 1, of=f"step {step} in the film")
+
+        paint(0, "red")
+        paint(1, "green")
+        page = opened("#/s/steps/moving")
+        await_colour(page, STAGE, PATCHES["green"])
+        page.keyboard.press("Home")
+        await_colour(page, STAGE, PATCHES["red"])
+        paint(2, "blue")
+        expect(page.locator(".pill")).to_contain_text("Step 1 of 4. Live is at 3")
+        assert max(abs(a - b) for a, b in zip(middle_of(page, STAGE), PATCHES["red"], strict=True)) <= 12
+        page.keyboard.press("l")
+        await_colour(page, STAGE, PATCHES["blue"])
+
+
+def test_a_film_is_kept_from_the_page(daemon: Daemon, opened: Open) -> None:
+    """An ended run offers Keep; pressed, the run is a recording, and can still be walked through."""
+    run = filmed(daemon, "steps/kept")
+    page = opened(f"#/s/{run}/0")
+    await_colour(page, STAGE, PATCHES["red"])
+    page.locator(".actions [data-act=keep]").click()
+    daemon.recording(run)
+    expect(page.locator(".actions [data-act=keep]")).to_be_hidden()
+    page.keyboard.press("ArrowRight")
+    await_colour(page, STAGE, PATCHES["green"])
+
+
+# --- kinds ---
+
+
+def test_one_picture_of_a_batch_is_looked_at_alone(daemon: Daemon, opened: Open) -> None:
+    """A batch of three is a sheet; a click on the second shows it alone, another click the sheet again."""
+    batch = np.stack([sd1_latents_of(PATCHES[name], 16, 16) for name in NAMES[:3]])
+    with LatentPublisher(daemon.broker, stream="kinds/batch", latent_format="sd1", record="off") as publisher:
+        publisher.publish(batch, step=0, total_steps=2)
+        page = opened("#/s/kinds/batch")
+        await_picture(page, STAGE)
+        parts = page.get_by_role("group", name="Pictures of the batch").get_by_role("button")
+        expect(parts).to_have_count(3)
+        parts.nth(1).click()
+        await_colour(page, STAGE, PATCHES["green"])
+        publisher.publish(np.stack([batch[0], batch[2], batch[1]]), step=1, total_steps=2)
+        await_colour(page, STAGE, PATCHES["blue"])
+        parts.first.click()
+        expect(parts).to_have_count(3)
+
+
+def clip_of(names: list[str]) -> np.ndarray[Any, Any]:
+    return np.stack([sd1_latents_of(PATCHES[name], 16, 16) for name in names])
+
+
+@pytest.mark.parametrize("at", ["#/", "#/s/kinds/clip"])
+def test_a_clip_loops_with_all_its_pictures(daemon: Daemon, opened: Open, at: str) -> None:
+    """Each picture of a clip is seen again and again, on the wall and opened; those of the next step take over."""
+    with LatentPublisher(daemon.broker, stream="kinds/clip", latent_format="sd1", kind="clip", fps=4) as publisher:
+        publisher.publish(clip_of(["red", "green", "blue"]), step=0, total_steps=2)
+        page = opened(at)
+        canvas = STAGE if "s/" in at else "#wall canvas[data-stream='kinds/clip']"
+        await_picture(page, canvas)
+        for _ in range(2):
+            for name in ("red", "green", "blue"):
+                await_colour(page, canvas, PATCHES[name])
+        publisher.publish(clip_of(["white", "magenta", "cyan"]), step=1, total_steps=2)
+        for _ in range(2):
+            for name in ("white", "magenta", "cyan"):
+                await_colour(page, canvas, PATCHES[name])
+
+
+def test_a_live_video_plays_in_its_time(daemon: Daemon, opened: Open) -> None:
+    """Pictures of a live video that come in one burst are shown one after the other, at their rate."""
+    with LatentPublisher(daemon.broker, stream="kinds/live", latent_format="sd1", kind="live", fps=2) as publisher:
+        publisher.publish(clip_of(["white"]), step=0)
+        page = opened("#/s/kinds/live")
+        await_colour(page, STAGE, PATCHES["white"])
+        publisher.publish(clip_of(["red", "green", "blue"]), step=1)
+        for name in ("red", "green", "blue"):
+            await_colour(page, STAGE, PATCHES[name])
+
+
+# --- stop ---
+
+
+def test_stop_reaches_the_sampler_within_a_step(daemon: Daemon, opened: Open) -> None:
+    """On the wall, one key stops the run in focus: `publisher.stopped` turns true between two of its steps."""
+    with LatentPublisher(daemon.broker, stream="steps/stopped", latent_format="sd1", record="off") as publisher:
+        assert not publisher.stopped  # it can be stopped, then
+        publisher.publish(sd1_latents_of(PATCHES["red"]), step=0, total_steps=9)
+        page = opened("#/")
+        tile = page.locator("[data-name='steps/stopped']")
+        expect(tile.locator("[data-act=stop]")).not_to_have_attribute("aria-disabled", re.compile("."))
+        tile.locator(".name").focus()
+        page.keyboard.press("Shift+X")
+        wait_for(lambda: publisher.stopped, 5.0, of="the wish at the sampler")
+    expect(tile.locator("article")).to_have_attribute("data-look", "stopped")

@@ -1,0 +1,138 @@
+"""Publishing latents that live on a GPU: the right bytes, and nothing that its sampler has to wait for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from taesd_stream import LatentPublisher
+from taesd_stream.frames import WireDtype
+from taesd_stream.latent_snapshot import snapshot_of
+from taesd_stream.messages import PublisherHello
+from tests.broker_peer import BrokerPeer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
+
+Stream: Any = torch.cuda.Stream  # torch has no types for these
+keep_busy: Any = torch.cuda._sleep
+LONG_CYCLES = 2_000_000_000  # about a second of a GPU's time
+SHAPE = (4, 96, 100)
+
+
+def values(dtype: torch.dtype) -> torch.Tensor:
+    """Latents in the host's memory, of a normal distribution."""
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize("wire_dtype", [None, "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_device_converts_as_the_host_does(dtype: torch.dtype, wire_dtype: WireDtype | None) -> None:
+    """Every float dtype, on the device and off it, becomes the same bytes."""
+    host = values(dtype)
+    sent = []
+    for latents in (host, host.cuda()):
+        snapshot = snapshot_of(latents, wire_dtype, 3.0)
+        sent.append((snapshot.dtype, bytes(snapshot.to_bytes(snapshot.take(latents)))))
+    assert sent[0] == sent[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_uint8_is_made_on_the_device_too(dtype: torch.dtype) -> None:
+    """uint8 of the device is that of the host, to one step; what is past the magnitude is its end."""
+    host = values(dtype) * 2
+    pictures = []
+    for latents in (host, host.cuda()):
+        snapshot = snapshot_of(latents, "uint8", 3.0)
+        pictures.append(np.frombuffer(snapshot.to_bytes(snapshot.take(latents)), np.uint8).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert (pictures[1].min(), pictures[1].max()) == (0, 255)
+
+
+def test_memory_order_does_not_matter() -> None:
+    """Transposed and channels_last latents travel in C order."""
+    host = values(torch.float32)
+    for latents in (host.cuda().permute(2, 0, 1), host.cuda()[None].to(memory_format=torch.channels_last)[0]):
+        snapshot = snapshot_of(latents, "float32", 3.0)
+        assert snapshot.to_bytes(snapshot.take(latents)) == latents.cpu().numpy().tobytes()
+
+
+def test_taking_waits_for_nothing_and_what_is_written_later_does_not_show() -> None:
+    """With a second of work queued before it, take() is back at once, with the values of that moment."""
+    host = values(torch.float16)
+    latents = host.cuda()
+    snapshot = snapshot_of(latents, None, 3.0)
+    snapshot.to_bytes(snapshot.take(latents))  # warm: whatever is loaded or allocated first waits for the device
+    latents.zero_()
+    latents.copy_(host)
+    keep_busy(LONG_CYCLES)
+    taken = snapshot.take(latents)
+    latents.zero_()
+    assert not snapshot.is_ready(taken)
+    assert snapshot.to_bytes(taken) == host.numpy().tobytes()
+    assert snapshot.is_ready(taken)
+
+
+def test_a_stream_of_its_own_is_followed() -> None:
+    """Latents that are made on a stream that is not the default one are copied after they are made."""
+    host = values(torch.float16)
+    stream = Stream()
+    with torch.cuda.stream(stream):
+        latents = torch.zeros(SHAPE, dtype=torch.float16, device="cuda")
+        keep_busy(LONG_CYCLES // 10)
+        latents.copy_(host)
+        snapshot = snapshot_of(latents, None, 3.0)
+        taken = snapshot.take(latents)
+    assert snapshot.to_bytes(taken) == host.numpy().tobytes()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one_is_followed() -> None:
+    """Latents on another device than the current one are copied after they are made there."""
+    host = values(torch.float16)
+    with torch.cuda.device(1):
+        latents = torch.zeros(SHAPE, dtype=torch.float16, device="cuda:1")
+        keep_busy(LONG_CYCLES // 10)
+        latents.copy_(host)
+    snapshot = snapshot_of(latents, None, 3.0)
+    assert snapshot.to_bytes(snapshot.take(latents)) == host.numpy().tobytes()
+
+
+def test_no_memory_is_left_behind() -> None:
+    """One staged copy while it is fetched, nothing after it."""
+    latents = torch.zeros((16, 128, 128), device="cuda")
+    snapshot = snapshot_of(latents, None, 3.0)
+    snapshot.to_bytes(snapshot.take(latents))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(20):
+        snapshot.to_bytes(snapshot.take(latents))
+    assert torch.cuda.max_memory_allocated() == before + 16 * 128 * 128 * 2
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_busy_device_does_not_silence_the_publisher(peer: BrokerPeer) -> None:
+    """A step of several seconds on the GPU: HELLO goes on each second, and the frame comes when it is there."""
+    latents = values(torch.float16).cuda()
+    publisher = LatentPublisher(peer.address, stream="a", latent_format="sd1", record="all")
+    try:
+        publisher.publish(latents, step=0, sigma=torch.tensor(2.5, device="cuda"))
+        first = peer.frame(0)
+        assert (bytes(first.payload), first.sigma) == (latents.cpu().numpy().tobytes(), 2.5)
+        peer.ack(publisher.run, 0)
+        keep_busy(4 * LONG_CYCLES)
+        publisher.publish(latents, step=1, sigma=torch.tensor(float("nan"), device="cuda"))
+        publisher.publish(latents, step=2)
+        hellos = 0
+        while peer.seqs()[-1] == 0:
+            hellos += isinstance(peer.receive(), PublisherHello)
+        assert hellos >= 2
+        assert not publisher.wait_until_acked(0.0)
+        peer.frame(2)
+        assert peer.seqs() == [0, 1, 2]
+        peer.ack(publisher.run, 2)
+        assert publisher.wait_until_acked(20.0), publisher.error
+    finally:
+        publisher.close(0.0)

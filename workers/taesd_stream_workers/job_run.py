@@ -1,0 +1,43 @@
+"""One job in work, as the threads of a decode worker share it."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from torch import Tensor
+
+from taesd_stream.messages import Degraded, Failed, Job
+
+
+class JobRun:
+    """A job in work: how many pictures are still to be encoded, and what went wrong. Any thread."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.started_s = time.monotonic()
+        self.failed: Failed | None = None
+        self.degraded: dict[tuple[str, str], Degraded] = {}
+        self.histories: dict[str, Tensor] = {}  # by run: the latents (k,C,h,w) before its first item here
+        self._waiting = 1  # one for the decoding itself
+        self._lock = threading.Lock()
+
+    def add(self, pictures: int) -> None:
+        """So many pictures more go to the encoders."""
+        with self._lock:
+            self._waiting += pictures
+
+    def is_last(self) -> bool:
+        """One of the pictures, or the decoding, is over. Returns whether it was the last: the credit may go back."""
+        with self._lock:
+            self._waiting -= 1
+            return self._waiting == 0
+
+    def degrade(self, run: str, code: str, text: str) -> None:
+        """A run's pictures are worse than they could be; the next job tries the better way again."""
+        self.degraded[run, code] = Degraded(run=run, code=code, text=text)
+
+    def fail(self, code: str, error: Exception, *, retry: bool) -> None:
+        """Nothing of the job counts."""
+        text = str(error)[:500] or type(error).__name__
+        self.failed = Failed(job=self.job.job, items=[], code=code, text=text, retry=retry)
