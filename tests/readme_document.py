@@ -33,6 +33,7 @@ WITHOUT_WORDS: Final = {  # files that cannot say what they are, and those whose
     "taesd_stream/data/linear_flux2.safetensors": "The linear projection for FLUX.2.",
     "taesd_stream/data/linear_sana.safetensors": "The rgb factors of Sana.",
     "taesd_stream/data/nano_flux2.safetensors": "The nano decoder for FLUX.2.",
+    "taesd_stream/data/nano.md": "Model card of the nano decoders: data, licences, credits, figures.",
     "taesd_stream/data/nano_sana.safetensors": "The nano decoder for Sana.",
     "tests/benchmarks/RESULTS.md": "What was measured, on what, and by which command.",
     "workers/taesd_stream_workers/web/page/connect.json": "The lines that connect a sampler, as the page shows them.",

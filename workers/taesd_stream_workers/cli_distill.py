@@ -35,7 +35,7 @@ def distill(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="More are better: 20000 take 8 minutes on a large GPU.")] = 4000,
     smallest: Annotated[int, typer.Option(min=32, help="Side of the smallest crops, in pixels.")] = 128,
-    batch_px: Annotated[int, typer.Option("--batch-px", min=1, help="Pixels of a batch; else as the device is.")] = 0,
+    batch_px: Annotated[int, typer.Option("--batch-px", min=0, help="Pixels of a batch; else as the device is.")] = 0,
     device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda".')] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a format of that name.")] = False,
 ) -> None:
