@@ -52,6 +52,16 @@ class BrokerConfig(_Section):
     """Most frames a second that a watched stream is asked for."""
     max_streams: int = Field(default=1000, ge=1, le=65536)
     """Most runs open at once; more are refused."""
+    max_client_streams: int = Field(default=256, ge=1, le=65536)
+    """Most runs that one client has open at once. A client is a key or, without keys, a host."""
+    max_memory_bytes: int = Field(default=4 << 30, ge=64 << 20)
+    """Most bytes of newest frames in memory, one a stream; more are refused, and kept ones not acked."""
+    max_client_memory_bytes: int = Field(default=1 << 30, ge=1 << 20)
+    """The same, of one client."""
+    max_messages_s: int = Field(default=40_000, ge=10)
+    """Most messages a second that are taken of all samplers; whose comes too many is told, and rests for 10 s."""
+    max_client_messages_s: int = Field(default=10_000, ge=10)
+    """The same, of one client."""
     log_folder: str = AUTO
     """Folder of the latent log; "auto" is .latents in the recording folder."""
     log_max_bytes: int = Field(default=0, ge=0)

@@ -21,6 +21,7 @@ import zmq
 
 from taesd_stream import wire
 from taesd_stream.frames import Kind, LatentFrame, RecordMode, Rendition, StreamInfo
+from taesd_stream.keys import Keys
 from taesd_stream.messages import (
     Ack,
     Cursor,
@@ -60,6 +61,7 @@ class BrokerRole:
         self.front = self.inside = "tcp://127.0.0.1:0"
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.alive: list[HelloPeer] = []
+        self.keys: Keys | None = None  # of its workers, where it asks for some
 
     def __enter__(self) -> BrokerRole:
         self.start()
@@ -112,7 +114,7 @@ class BrokerRole:
 
     def stats(self) -> State:
         """Its STATE, asked for."""
-        with self.peer(self.inside, wire.TO_STREAMER) as peer:
+        with self.peer(self.inside, wire.TO_STREAMER, keys=self.keys) as peer:
             return peer.ask(Stats(), State)
 
     def row(self, stream: str) -> dict[str, Any]:
@@ -120,10 +122,12 @@ class BrokerRole:
         return next(row for row in self.stats().streams if row["name"] == stream)
 
     @contextmanager
-    def peer(self, address: str, allowed: Sequence[type], identity: str = "") -> Iterator[Peer]:
+    def peer(
+        self, address: str, allowed: Sequence[type], identity: str = "", keys: Keys | None = None
+    ) -> Iterator[Peer]:
         """A socket that the test speaks for."""
         identity = identity or f"peer-{secrets.token_hex(4)}"
-        socket = dial(self._context, zmq.DEALER, address, hwm=1000, identity=identity.encode())
+        socket = dial(self._context, zmq.DEALER, address, hwm=1000, identity=identity.encode(), keys=keys)
         try:
             yield Peer(socket, allowed, self)
         finally:
@@ -135,9 +139,9 @@ class BrokerRole:
             peer.say_hello_if_due()
 
     @contextmanager
-    def publisher(self) -> Iterator[Peer]:
+    def publisher(self, keys: Keys | None = None) -> Iterator[Peer]:
         """A publisher's connection."""
-        with self.peer(self.front, wire.TO_PUBLISHER) as one:
+        with self.peer(self.front, wire.TO_PUBLISHER, keys=keys) as one:
             yield one
 
     @contextmanager

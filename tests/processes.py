@@ -9,6 +9,7 @@ import select
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 
 def lives(pid: int) -> bool:
@@ -61,3 +62,27 @@ class Terminal:
     def close(self) -> None:
         """Free it; the process must have ended."""
         os.close(self._master)
+
+
+class Usage(NamedTuple):
+    """What a process holds now."""
+
+    rss_mib: float
+    pss_mib: float
+    descriptors: int
+    threads: int
+    cpu_s: float
+
+
+def usage_of(pid: int) -> Usage:
+    """As /proc says it."""
+    folder = Path("/proc") / str(pid)
+    rows = dict(line.split(":", 1) for line in (folder / "smaps_rollup").read_text().splitlines()[1:])
+    fields = (folder / "stat").read_text().rpartition(")")[2].split()
+    return Usage(
+        rss_mib=int(rows["Rss"].split()[0]) / 1024,
+        pss_mib=int(rows["Pss"].split()[0]) / 1024,
+        descriptors=sum(1 for _ in (folder / "fd").iterdir()),
+        threads=int(fields[17]),
+        cpu_s=(int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"),
+    )

@@ -35,13 +35,16 @@ WITHOUT_WORDS: Final = {  # files that cannot say what they are, and those whose
     "taesd_stream/data/nano_flux2.safetensors": "The nano decoder for FLUX.2.",
     "taesd_stream/data/nano.md": "Model card of the nano decoders: data, licences, credits, figures.",
     "taesd_stream/data/nano_sana.safetensors": "The nano decoder for Sana.",
+    "tests/javascript/package-lock.json": "The npm packages of the JavaScript client as they were tested.",
+    "tests/javascript/package.json": "The npm packages that the JavaScript client needs.",
     "tests/benchmarks/RESULTS.md": "What was measured, on what, and by which command.",
     "workers/taesd_stream_workers/web/page/connect.json": "The lines that connect a sampler, as the page shows them.",
     "workers/taesd_stream_workers/web/page/icon.svg": "The icon.",
     "workers/taesd_stream_workers/web/page/index.html": "The page's skeleton, and the shapes of its icons.",
     "workers/taesd_stream_workers/web/page/style.css": "All of its looks: dark and light, desktop and phone.",
 }
-_SKIPPED: Final = {"tests/data"}  # golden and broken messages: tests/golden_messages.py has a word for each
+# golden and broken messages, of which tests/golden_messages.py has a word for each; what npm puts there
+_SKIPPED: Final = {"tests/data", "tests/javascript/node_modules"}
 
 
 def document() -> str:

@@ -388,6 +388,8 @@ def test_the_format_can_be_said() -> None:
     with pytest.raises(ValueError, match=r"AuraFlowPipeline with VAE AutoencoderKL: .* say latent_format=, one of sd1"):
         preview(pipe)
     assert preview(pipe, latent_format="sdxl")._format.name == "sdxl"
+    with pytest.raises(ValueError, match="expected a diffusers pipeline with a scheduler, got UNet2DConditionModel"):
+        preview(sd1().pipe.unet)
     with pytest.raises(ValueError, match="stream: expected"):
         preview(case.pipe, stream="no spaces")
 

@@ -220,9 +220,14 @@ def test_a_lost_runs_name_waits_for_its_own_key(guarded: Guarded, lines: Lines) 
     lines.drop(mine)
     other.socket.send_multipart(wire.pack(replace(opening, run="00000000000000b3")))
     assert refusal(other, "00000000000000b3").code == "taken"  # though its connection is gone
-    with guarded.publisher("vanished", guarded.right) as publisher:
-        wait_for(lambda: guarded.daemon.streams()["vanished"]["run"] == publisher.run, of="its own key's new run")
-        assert publisher.stream == "vanished"
+    again = lines.to(guarded.daemon.broker, guarded.right)
+    assert again.socket.poll(20_000, zmq.POLLOUT)
+
+    def takes_it() -> bool:
+        again.socket.send_multipart(wire.pack(replace(opening, run="00000000000000b4")))
+        return bool(guarded.daemon.streams()["vanished"]["run"] == "00000000000000b4")
+
+    wait_for(takes_it, of="its own key's new run, once the broker has noticed that the first one is gone")
 
 
 def has_error(line: Line) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 from email import message_from_bytes
 from email.message import Message
@@ -81,6 +83,26 @@ def test_installing_moves_three_packages_at_most(wheel: zipfile.ZipFile) -> None
     base = [one for one in required if one.marker is None]
     assert {one.name for one in base} == BASE
     assert [str(one) for one in base if any(bound.operator != ">=" for bound in one.specifier)] == []
+
+
+def test_an_older_environment_does_not_move(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Installed beside an older torch and diffusers, the bare package brings itself alone."""
+    old = {"torch": "2.1.0", "diffusers": "0.27.0", "numpy": "1.26.4", "pyzmq": "25.1.2", "msgpack": "1.0.8"}
+    venv.create(tmp_path / "old", with_pip=False)
+    site = next((tmp_path / "old").rglob("site-packages"))
+    for name, version in old.items():  # what pip sees of an installed package
+        (site / f"{name}-{version}.dist-info").mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (site / f"{name}-{version}.dist-info" / "METADATA").write_text(metadata)
+    python = next((tmp_path / "old").glob("[bS]*/python*"))
+    report = tmp_path / "report.json"
+    words = ["install", "--dry-run", "--no-index", "--report", str(report), str(wheel.filename)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--python", str(python), *words], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    brought = [one["metadata"]["name"] for one in json.loads(report.read_text())["install"]]
+    assert brought == ["taesd-stream"]
 
 
 def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:

@@ -5,6 +5,7 @@ That costs what a daemon spares: processor time, memory and the interpreter's lo
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import secrets
@@ -50,6 +51,9 @@ class _Frame:
     taken: Any  # what the snapshot makes latents of
 
 
+_running: Final[dict[threading.Thread, queue.Queue[_Frame | None]]] = {}
+
+
 class SavedRun:
     """Takes publishes as a LatentPublisher does, every one of them, and makes `path` of them when it is closed.
 
@@ -70,8 +74,11 @@ class SavedRun:
         self._writer = _Writer(path, stream, known, kind, fps, meta)
         self._thread = threading.Thread(target=self._writer.run, args=(self._frames,), name="saved run", daemon=True)
         self._thread.start()
-        # also at the program's exit, and where this is forgotten: the file is finished
-        self._finish = weakref.finalize(self, _finish, self._frames, self._thread)
+        _running[self._thread] = self._frames
+        atexit.unregister(_finish_all)  # once, however many runs
+        atexit.register(_finish_all)
+        # where this is forgotten, the file is finished, and nobody waits for it
+        weakref.finalize(self, self._frames.put, None).atexit = False
 
     @property
     def error(self) -> str | None:
@@ -99,12 +106,15 @@ class SavedRun:
 
     def close(self, *, reason: EndReason = "done", text: str = "") -> None:  # noqa: ARG002 as a publisher's
         """Decode and write what waits, then finish the file; it says what that cost."""
-        self._finish()
+        self._frames.put(None)
+        self._thread.join()
 
 
-def _finish(frames: queue.Queue[_Frame | None], thread: threading.Thread) -> None:
-    frames.put(None)
-    thread.join()
+def _finish_all() -> None:
+    """At the program's exit: every file is finished."""
+    for thread, frames in list(_running.items()):
+        frames.put(None)
+        thread.join()
 
 
 class _Writer:
@@ -148,6 +158,7 @@ class _Writer:
         self._encoder.close()
         if recording is not None and engine is not None:
             self._close(recording, engine)
+        _running.pop(threading.current_thread(), None)
 
     def _open_engine(self) -> tuple[int, Engine]:
         config = load_config()

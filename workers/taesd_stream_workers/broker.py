@@ -36,7 +36,7 @@ from taesd_stream.messages import (
 from taesd_stream.sockets import WakePipe
 from taesd_stream_workers.addresses import bound_address, workers_address
 from taesd_stream_workers.dispatcher import Dispatcher, StreamerLink
-from taesd_stream_workers.gate import KEY_REVOKED, Door, Gate
+from taesd_stream_workers.gate import Door, Gate
 from taesd_stream_workers.intake import Intake
 from taesd_stream_workers.lifecycle import Lifecycle
 from taesd_stream_workers.links import Context, Links
@@ -50,9 +50,11 @@ MAX_DRAIN: Final = 64  # messages of one socket before the other has its turn
 STATE_S: Final = 0.2
 TICK_S: Final = 0.5
 MAX_FAULTS_LOGGED: Final = 1000
+REVOKED: Final = RefusedPeer(code="key", text="this key was revoked: the daemon takes nothing from it")
 
 Handler = Callable[[bytes, Any], None]
 Taker = Callable[[bytes, str, Any], None]
+Refuser = Callable[[bytes, Any, RefusedPeer], None]
 
 
 class Broker:
@@ -119,7 +121,7 @@ class Broker:
             self._wake.drain()
             self._gate.attend()
             self._drain(self._links.inner, wire.FROM_INSIDE, self._take_inside, self._refuse_inside)
-            self._drain(self._links.front, wire.FROM_PUBLISHER, self._intake.take, self._intake.refuse_key)
+            self._drain(self._links.front, wire.FROM_PUBLISHER, self._intake.take, self._intake.refuse)
             if self._writer.error is not None:
                 raise self._writer.error
             self._intake.ack_written()
@@ -128,8 +130,8 @@ class Broker:
             self._tick()
             self._life.tick()
 
-    def _drain(self, door: Door, allowed: tuple[type, ...], take: Taker, refuse: Handler) -> None:
-        socket = door.socket
+    def _drain(self, door: Door, allowed: tuple[type, ...], take: Taker, refuse: Refuser) -> None:
+        socket, is_limited = door.socket, door is self._links.front
         for _ in range(MAX_DRAIN):
             try:
                 # id and header as bytes, the payload as a Frame that is forwarded uncopied
@@ -140,23 +142,31 @@ class Broker:
             parts: list[Any] = []
             while socket.getsockopt(zmq.RCVMORE):
                 parts.append(socket.recv() if not parts else socket.recv(copy=False).buffer)
+            why = REVOKED if client is None else None
+            if client is not None and is_limited and not self._intake.limits.may_speak(client):
+                self._links.counts["refused_speed"] += 1
+                text = self._intake.limits.speed_refusal(client)
+                if text is None:
+                    continue  # it was told a moment ago: not even unpacked
+                logger.warning("client_too_fast client=%s %s", client, text)
+                why = RefusedPeer(code="limit", text=text)
             try:
                 message = wire.unpack(parts, allowed)
             except WireError as error:
                 self._count_bad(peer, str(error))
                 continue
-            if client is None:
-                refuse(peer, message)
-            else:
+            if why is not None:
+                refuse(peer, message, why)
+            elif client is not None:
                 take(peer, client, message)
 
     def _take_inside(self, peer: bytes, _client: str, message: Any) -> None:
         self._inside[type(message)](peer, message)
 
-    def _refuse_inside(self, peer: bytes, message: Any) -> None:
-        """The key was revoked: nothing more is taken, and whoever says HELLO is told."""
+    def _refuse_inside(self, peer: bytes, message: Any, why: RefusedPeer) -> None:
+        """Nothing of this message is taken, and whoever says HELLO is told."""
         if isinstance(message, WorkerHello | StreamerHello):
-            self._links.to_inside(peer, RefusedPeer(code="key", text=KEY_REVOKED))
+            self._links.to_inside(peer, why)
 
     def _count_bad(self, peer: bytes, text: str) -> None:
         self._links.counts["bad_messages"] += 1

@@ -35,6 +35,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command(rich_help_panel="Watch and record")(record)
     app.command(rich_help_panel="Watch and record")(push)
     app.command(rich_help_panel="Daemon")(health)
+    app.command(rich_help_panel="Daemon")(doctor)
 
 
 def streams(
@@ -211,3 +212,37 @@ def _ask_broker(config: Config, role: str) -> None:
     workers = broker_state(where, load_keys(config.keys_folder) if config.keys_folder else None).workers
     if role == "worker" and not workers:
         raise UnreachableError(f"the broker at {where} has no decode worker")
+
+
+def doctor(
+    config: ConfigOption = None,
+    sets: SetOption = [],  # noqa: B006 typer copies it
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """What works on this machine, and the way out of what does not. Exit 2 when `up` would not work.
+
+    Example: taesd-stream doctor --set web.bind=0.0.0.0:8765
+    """
+    import json
+    import sys
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from taesd_stream.config import load_config
+    from taesd_stream_workers.doctor import examine
+
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    findings = []
+    for one in examine(load_config(config, sets)):
+        findings.append(one)
+        if not as_json:
+            style = {"ok": "green", "note": "yellow", "fault": "bold red"}[one.verdict]
+            console.print(f"{one.verdict:<6}", style=style, end="")
+            console.print(f"{one.what:<18}{one.text}")
+            if one.way_out:
+                console.print(f"{'':<24}{one.way_out}")
+    if as_json:
+        sys.stdout.write(json.dumps({"findings": [asdict(one) for one in findings]}) + "\n")
+    if any(one.verdict == "fault" for one in findings):
+        raise typer.Exit(2)

@@ -25,6 +25,7 @@ KindWord = Literal["steps", "clip", "live"]
 RecordWord = Literal["off", "last", "all"]
 MAX_IN_FLIGHT: Final = 64
 ACK_S: Final = 30.0
+HASTY_FPS: Final = 30.0  # steps that come faster leave a film too short to see
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -89,7 +90,7 @@ def publish(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     pause_s = 0.0 if fps is None else (len(rows[0].latents) if word == "clip" else 1) / fps
-    _publish_rows(publisher, rows, pause_s, is_loop=loop)
+    _publish_rows(publisher, rows, word, pause_s, is_loop=loop)
 
 
 def _rows(file: Path, name: str, kind: Kind, info: StreamInfo | None, *, is_batch: bool) -> list[Row]:
@@ -116,7 +117,8 @@ def _name_from(file: Path) -> str:
     return kept.lstrip("._-")[:64] or "latents"
 
 
-def _publish_rows(publisher: LatentPublisher, rows: list[Row], pause_s: float, *, is_loop: bool) -> None:
+def _publish_rows(publisher: LatentPublisher, rows: list[Row], kind: Kind, pause_s: float, *, is_loop: bool) -> None:
+    began_s = time.monotonic()
     reason: Literal["done", "stopped"] = "done"
     count = 0
     try:
@@ -136,6 +138,9 @@ def _publish_rows(publisher: LatentPublisher, rows: list[Row], pause_s: float, *
     publisher.close(reason=reason)
     if error or not is_acked:
         raise UnreachableError(error or f"{publisher.address}: the broker did not keep all within {ACK_S:.0f} s")
+    took_s = time.monotonic() - began_s
+    if not pause_s and kind == "steps" and count > 1 and count / took_s > HASTY_FPS:
+        say(f"their film lasts {took_s:.1f} s, as they came; with --fps 8 it lasts {count / 8:.0f} s")
     say(f"{publisher.stream}: {count} frames published")
 
 

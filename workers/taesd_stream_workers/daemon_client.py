@@ -68,6 +68,10 @@ class DaemonClient:
         """Keep a stream from now on, or the next run of its name."""
         self._json("POST", f"/api/v1/streams/{urllib.parse.quote(stream)}/record", {"mode": mode})
 
+    def require_alive(self) -> None:
+        """GET /healthz. Raises: UnreachableError."""
+        self._json("GET", "/healthz")
+
     def require_ready(self) -> None:
         """GET /readyz. Raises: DaemonError with what is missing."""
         self._json("GET", "/readyz")

@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 ZAP_ADDRESS: Final = "inproc://zeromq.zap.01"
 OWN_NAME: Final = "(this daemon)"  # no client's: it has brackets
-KEY_REVOKED: Final = "this key was revoked: the daemon takes nothing from it"
 MAX_ANSWERS: Final = 64  # a turn
 MAX_SAID: Final = 1000
 SAY_AGAIN_S: Final = 60.0
@@ -52,12 +51,28 @@ class Gate:
             self._zap.bind(ZAP_ADDRESS)
 
     def bind(
-        self, context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, purpose: Purpose, *, hwm: int
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        kind: int,
+        address: str,
+        purpose: Purpose,
+        *,
+        hwm: int,
+        send_hwm: int | None = None,
     ) -> Door:
         """A bound socket of this gate. Raises: zmq.ZMQError when the address is in use or none."""
         is_guarded = self.keys is not None and is_tcp(address)
         watched = _FAILED if is_guarded else 0
-        socket = bind(context, kind, address, hwm=hwm, keys=self.keys, domain=purpose, watched_events=watched)
+        socket = bind(
+            context,
+            kind,
+            address,
+            hwm=hwm,
+            send_hwm=send_hwm,
+            keys=self.keys,
+            domain=purpose,
+            watched_events=watched,
+        )
         if is_guarded:
             self._monitors.append(socket.get_monitor_socket())
         return Door(self, socket, purpose, is_guarded=is_guarded, is_local=not is_tcp(address))

@@ -11,9 +11,9 @@ from typing import Any, Final
 from taesd_stream.config import Config
 from taesd_stream.frames import Kind, LatentFrame, StreamInfo
 from taesd_stream.latent_formats import LATENT_FORMATS
-from taesd_stream.messages import Ack, DemandUpdate, Echo, End, PublisherHello, Refused, RunHello, StopRun
-from taesd_stream_workers.gate import KEY_REVOKED
+from taesd_stream.messages import Ack, DemandUpdate, Echo, End, PublisherHello, Refused, RefusedPeer, RunHello, StopRun
 from taesd_stream_workers.kept_run import KeptRun
+from taesd_stream_workers.limits import Limits
 from taesd_stream_workers.links import Links
 from taesd_stream_workers.log_writer import LogWriter
 from taesd_stream_workers.registry import Registry
@@ -32,6 +32,7 @@ class Intake:
 
     def __init__(self, config: Config, registry: Registry, writer: LogWriter, links: Links) -> None:
         self._config = config
+        self.limits = Limits(config.broker)
         self._registry = registry
         self._writer = writer
         self._links = links
@@ -49,17 +50,16 @@ class Intake:
         if isinstance(message, LatentFrame):
             self.route(peer, owner, message)
         elif isinstance(message, PublisherHello):
-            self._on_hello(peer, owner, message)
+            self._on_hello(peer, client, owner, message)
         elif isinstance(message, StreamInfo):
-            self._on_open(peer, dataclasses.replace(message, owner=owner))
+            self._on_open(peer, client, dataclasses.replace(message, owner=owner))
         elif isinstance(message, End):
             self._on_end(peer, owner, message)
 
-    def refuse_key(self, peer: bytes, message: Any) -> None:
-        """A message of a key that was revoked: nothing of it is taken; what opens or says HELLO is told."""
-        runs = list(message.runs) if isinstance(message, PublisherHello) else []
-        for run_id in [message.run] if isinstance(message, StreamInfo) else runs:
-            self._links.to_publisher(peer, Refused(stream="unknown", run=run_id, code="key", text=KEY_REVOKED))
+    def refuse(self, peer: bytes, message: Any, why: RefusedPeer) -> None:
+        """Nothing of this message is taken, and its sender is told."""
+        for run_id in message.runs if isinstance(message, PublisherHello) else [message.run]:
+            self._links.to_publisher(peer, Refused(stream="unknown", run=run_id, code=why.code, text=why.text))
 
     def route(self, peer: bytes, owner: str | None, frame: LatentFrame) -> None:
         """FRAME: the newest of its stream, and, where it is kept, into the log. When full: kept ones get no ack."""
@@ -71,7 +71,7 @@ class Intake:
             return None
         run.heard_s = time.monotonic()
         run.peer = peer
-        if not self._is_shape_right(run, frame):
+        if not self._is_shape_right(run, frame) or not self._has_room(run, frame):
             return None
         if frame.kept:
             self._keep(run, frame)
@@ -79,6 +79,18 @@ class Intake:
         self._registry.touch(run)
         self._links.is_changed = True
         return None
+
+    def _has_room(self, run: Run, frame: LatentFrame) -> bool:
+        """Whether its bytes may take the place of the stream's newest frame; else they are refused and not held."""
+        if run.newest is not None and frame.seq <= run.newest.seq:
+            return True  # one that was sent again takes no place
+        more_bytes = frame.nbytes - (run.newest.nbytes if run.newest is not None else 0)
+        text = self.limits.memory_refusal(run.client, more_bytes) if more_bytes > 0 else None
+        if text is None:
+            self.limits.holds(run.client, more_bytes)
+        elif run.peer is not None:
+            self._refuse(run.peer, run.info, "limit", text)
+        return text is None
 
     def _show(self, run: Run, frame: LatentFrame, received_ns: int) -> None:
         """For viewers: of `live` latents that come faster than they are decoded the oldest go, as one cut."""
@@ -139,6 +151,7 @@ class Intake:
             is_silent = run.end is None and now - run.heard_s > self._config.recording.lost_after_s
             if run.kept is not None and is_silent:
                 run.kept.is_over = True
+        self.limits.recount(self._registry.by_run.values())
         self._drop_old_logs()
         self._log_bytes = sum(run.kept.log.nbytes for run in self._registry.by_run.values() if run.kept)
         if self._log_bytes < LOG_ROOM_AGAIN * self._log_max_bytes:
@@ -159,12 +172,12 @@ class Intake:
 
     # --- opening and ending ---
 
-    def _on_open(self, peer: bytes, info: StreamInfo) -> None:
+    def _on_open(self, peer: bytes, client: str, info: StreamInfo) -> None:
         known = self._registry.by_run.get(info.run)
         if known is not None:
             if self._is_foreign(known, info.owner):
                 return self._refuse_foreign(peer, known)
-            known.peer, known.heard_s = peer, time.monotonic()
+            known.peer, known.client, known.heard_s = peer, client, time.monotonic()
             if known.is_reopened:  # the last word on keeping was said to a former broker
                 known.is_reopened = False
                 known.record = info.record or self._config.recording.default
@@ -177,14 +190,15 @@ class Intake:
         if self._registry.meta_bytes + meta_bytes(info) > MAX_META_BYTES:
             text = f"what all runs say of themselves (meta) is over {MAX_META_BYTES} bytes; say less, or end some"
             return self._refuse(peer, info, "limit", text)
-        alive = sum(run.is_alive for run in self._registry.by_run.values())
-        if alive >= self._config.broker.max_streams:
-            return self._refuse(peer, info, "limit", f"{alive} streams are open, broker.max_streams allows no more")
+        if (over := self.limits.stream_refusal(client)) is not None:
+            return self._refuse(peer, info, "limit", over)
         if holder is not None and holder.end is None and holder.kept is not None:
             holder.kept.is_over = True
         film = self._config.rule_of(info.stream).film or self._config.recording.film
         run = Run(info, peer=peer, record=self._registry.record_mode(info), film=film)
+        run.client = client
         self._registry.add(run)
+        self.limits.opened(client)
         logger.info("stream_opened stream=%s run=%s record=%s", info.stream, info.run, run.record)
         self._links.is_changed = True
         return self.tell(run, always=True)
@@ -230,7 +244,7 @@ class Intake:
         self._links.to_publisher(peer, Ack(run=end.run, seq=_logged(run), ended=True))
         return None
 
-    def _on_hello(self, peer: bytes, owner: str | None, hello: PublisherHello) -> None:
+    def _on_hello(self, peer: bytes, client: str, owner: str | None, hello: PublisherHello) -> None:
         self._links.to_publisher(peer, Echo(echo_ns=hello.echo_ns, now_ns=time.monotonic_ns()))
         for run_id, row in hello.runs.items():
             run = self._registry.by_run.get(run_id)
@@ -240,7 +254,7 @@ class Intake:
             if self._is_foreign(run, owner):
                 self._refuse_foreign(peer, run)
                 continue
-            run.peer, run.heard_s, run.offset_ns = peer, time.monotonic(), hello.offset_ns
+            run.peer, run.client, run.heard_s, run.offset_ns = peer, client, time.monotonic(), hello.offset_ns
             if run.is_reopened:  # its log does not tell what a person said last: OPEN does
                 self._unknown_run(peer, run_id)
                 continue

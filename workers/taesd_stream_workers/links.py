@@ -16,7 +16,7 @@ from taesd_stream_workers.gate import Door, Gate
 
 logger = logging.getLogger(__name__)
 
-FRONT_HWM: Final = 64  # messages of one connection that wait, each up to 64 MiB; past them its TCP stands still
+FRONT_HWM: Final = 16  # messages of one connection that wait, each up to 64 MiB; past them its TCP stands still
 INNER_HWM: Final = 1000
 
 Context = zmq.Context[zmq.Socket[bytes]]
@@ -40,7 +40,7 @@ class Links:
         """Bind both sockets. Raises: ConfigError for an address that is in use, or none."""
         gate.open(context)
         with _named("broker.bind", publishers):
-            self.front = gate.bind(context, zmq.ROUTER, publishers, "samplers", hwm=FRONT_HWM)
+            self.front = gate.bind(context, zmq.ROUTER, publishers, "samplers", hwm=FRONT_HWM, send_hwm=INNER_HWM)
         with _named("broker.workers_bind", inside):
             self.inner = gate.bind(context, zmq.ROUTER, inside, "workers", hwm=INNER_HWM)
 

@@ -35,6 +35,7 @@ class Run:
     def __init__(self, info: StreamInfo, *, peer: bytes | None, record: RecordMode, film: FilmMode = "watched") -> None:
         self.info = info
         self.film = film
+        self.client = ""  # who speaks for it: a key's name, else a host
         self.meta_bytes = meta_bytes(info)
         self.peer = peer
         self.record = record

@@ -29,20 +29,21 @@ def check_start(config: Config, roles: Sequence[str] = ROLES) -> None:
         _check_keys(config.keys_folder, roles)
     if "streamer" in roles:
         web_address(config)
-        _check_free("web.bind", config.web.bind)
+        check_free("web.bind", config.web.bind)
         load_token(config)
         for push in config.pushes:
             format_of(push.url)
         _check_folder(config.recording_folder, "recording.folder")
     if "broker" in roles:
-        _check_free("broker.bind", require_guarded(config, "broker.bind", config.broker.bind))
+        check_free("broker.bind", require_guarded(config, "broker.bind", config.broker.bind))
         _check_folder(config.log_folder, "broker.log_folder")
     check_inner_addresses(config)
     if "worker" in roles:
         _check_weights(config)
 
 
-def _check_free(key: str, address: str) -> None:
+def check_free(key: str, address: str) -> None:
+    """Raises: ConfigError when an address cannot be bound now."""
     parts = urlsplit(address if "://" in address else f"tcp://{address}")
     if parts.scheme == "ipc" or not parts.port:
         return

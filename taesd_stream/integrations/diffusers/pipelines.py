@@ -39,6 +39,8 @@ class Preview:
         wire_dtype: WireDtype | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> None:
+        if not hasattr(getattr(pipe, "scheduler", None), "step"):
+            raise ValueError(f"pipe: expected a diffusers pipeline with a scheduler, got {type(pipe).__name__}")
         self._pipe = pipe
         self._address = address
         self._stream = stream or type(pipe).__name__
@@ -46,7 +48,7 @@ class Preview:
             raise ValueError(f"stream: expected up to 4 names joined by '/', got {self._stream!r}")
         self._format = format_named(latent_format or format_of(pipe))
         self._save = None if save is None else _checked_path(Path(save))
-        self._saved = 0
+        self._files: list[Sink] = []  # of every call
         self._is_published = save is None or address is not None
         self._with_prompt = prompt
         self._record, self._fps, self._wire_dtype, self._meta = record, fps, wire_dtype, dict(meta or {})
@@ -68,7 +70,7 @@ class Preview:
     @property
     def error(self) -> str | None:
         """Why nothing is shown; None while all is well."""
-        return self._fault or next((one.error for one in self.sinks if one.error), None)
+        return self._fault or next((one.error for one in (*self.sinks, *self._files) if one.error), None)
 
     def attach(self) -> None:
         """Listen to the pipeline's scheduler from now on."""
@@ -78,11 +80,12 @@ class Preview:
         """Listen no more, and let the run end behind our back; the scheduler is as it was."""
         self._hook.detach()
         self._run = None
+        self._files.clear()
 
     def close(self, reason: EndReason = "done", text: str = "") -> None:
-        """Listen no more, and end the run: waits for what is kept, as LatentPublisher.close does."""
+        """Listen no more, and end the run: waits for what is kept, as LatentPublisher.close does, and for the files."""
         self._hook.detach()
-        for sink in self.sinks:
+        for sink in (*self.sinks, *self._files):
             sink.close(reason=reason, text=text)
 
     def __enter__(self) -> Preview:
@@ -147,9 +150,10 @@ class Preview:
         if self._save is not None:
             from taesd_stream.integrations.saved_run import SavedRun
 
-            self._saved += 1
-            path = self._save if self._saved == 1 else self._save.with_stem(f"{self._save.stem}-{self._saved}")
-            sinks.append(SavedRun(path, stream=stream, known=self._format, kind=kind, fps=fps, meta=meta))
+            count = len(self._files) + 1
+            path = self._save if count == 1 else self._save.with_stem(f"{self._save.stem}-{count}")
+            self._files.append(SavedRun(path, stream=stream, known=self._format, kind=kind, fps=fps, meta=meta))
+            sinks.append(self._files[-1])
         return sinks
 
 

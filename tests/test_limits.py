@@ -1,0 +1,166 @@
+"""Limits of one client and of all: what is over is refused with value, limit and key, and nobody else is harmed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from taesd_stream import LatentPublisher
+from taesd_stream.config import BrokerConfig
+from taesd_stream.frames import StreamInfo
+from taesd_stream.keys import load_keys
+from taesd_stream.messages import Refused
+from taesd_stream_workers.key_files import make_client
+from taesd_stream_workers.limits import Limits
+from tests.broker_role import BrokerRole, Peer, frame, new_run
+from tests.daemon import wait_for
+from tests.pictures import sd1_latents_of
+
+LARGE = (4, 256, 320)  # 640 KiB
+HUGE = (4, 1024, 4500)  # 35 MiB
+
+
+class TwoClients:
+    """A broker with small limits, and two clients' keys."""
+
+    def __init__(self, folder: Path) -> None:
+        self.a, self.b = (load_keys(make_client(folder / "keys", name, "samplers")) for name in ("a", "b"))
+        self.broker = BrokerRole(
+            folder,
+            f"security.keys_folder={folder / 'keys'}",
+            "broker.max_streams=5",
+            "broker.max_client_streams=3",
+            "broker.max_memory_bytes=67108864",
+            "broker.max_client_memory_bytes=41943040",
+            "broker.max_client_messages_s=50",
+        )
+        self.broker.keys = load_keys(folder / "keys")
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[TwoClients]:
+    """A broker of a test's own."""
+    one = TwoClients(tmp_path)
+    with one.broker:
+        yield one
+
+
+def opened(peer: Peer, count: int) -> list[str]:
+    """Runs that were opened."""
+    runs = [new_run() for _ in range(count)]
+    for run in runs:
+        peer.open(run, f"s/{run}")
+    return runs
+
+
+def open_message(run: str) -> object:
+    """OPEN of a run by its own name."""
+    return StreamInfo(stream=f"s/{run}", run=run, kind="steps", latent_format="sd1", record="off")
+
+
+def open_refused(peer: Peer) -> Refused:
+    """What the broker says to another stream."""
+    run = new_run()
+    peer.say(open_message(run))
+    return peer.next(Refused, lambda one: one.run == run)
+
+
+def test_streams_of_one_client_and_of_all(two: TwoClients) -> None:
+    """The fourth stream of one client is refused, the sixth of all too; what ends makes room."""
+    with two.broker.publisher(two.a) as a, two.broker.publisher(two.b) as b:
+        runs = opened(a, 3)
+        refused = open_refused(a)
+        assert refused.code == "limit"
+        assert refused.text == "3 streams of one client are open: broker.max_client_streams = 3 allows no more"
+        opened(b, 2)
+        assert open_refused(b).text == "5 streams are open: broker.max_streams = 5 allows no more"
+        a.end(runs[0], -1)
+
+        def has_room() -> bool:
+            run = new_run()
+            a.say(open_message(run))
+            answer = a.receive(5.0)
+            return answer is not None and not isinstance(answer, Refused)
+
+        wait_for(has_room, of="room for another")
+    assert two.broker.stats().stats["counts"]["refused_limit"] >= 2
+
+
+def test_bytes_of_one_client_and_of_all(two: TwoClients) -> None:
+    """Newest frames over the limit are refused, kept ones not acked; the frame before stays, and others have room."""
+    with two.broker.publisher(two.a) as a, two.broker.publisher(two.b) as b:
+        first, second = opened(a, 2)
+        a.say(frame(first, 0, shape=HUGE))
+        a.say(frame(second, 0, kept=True, shape=HUGE))
+        refused = a.refused()
+        assert (refused.run, refused.code) == (second, "limit")
+        assert "broker.max_client_memory_bytes = 41943040 allows no more" in refused.text
+        (other,) = opened(b, 1)
+        b.say(frame(other, 0, shape=HUGE))
+        assert "broker.max_memory_bytes = 67108864 allows no more" in b.refused().text
+        b.say(frame(other, 0, kept=True, shape=LARGE))
+        assert b.ack(other, 0).seq == 0
+        rows = {row["run"]: row["seq"] for row in two.broker.stats().streams}
+        assert rows == {first: 0, second: None, other: 0}
+
+
+def test_messages_of_one_client(two: TwoClients) -> None:
+    """A client that floods is refused, once a second in words and else unread; the other is heard all the time."""
+    with two.broker.publisher(two.a) as a, two.broker.publisher(two.b) as b:
+        (run,) = opened(a, 1)
+        for seq in range(500):
+            a.say(frame(run, seq))
+        refused = a.refused()
+        assert (refused.run, refused.code) == (run, "limit")
+        assert "over 50 messages a second of one client: broker.max_client_messages_s allows no more" in refused.text
+        (other,) = opened(b, 1)
+        b.say(frame(other, 0, kept=True))
+        assert b.ack(other, 0).seq == 0
+        counts = two.broker.stats().stats["counts"]
+        assert counts["refused_speed"] > 0
+        a.drain()
+        assert sum(isinstance(one, Refused) for one in a.heard) < 20  # in words once a second, a slow machine's too
+    assert "client_too_fast client=a" in two.broker.log()
+
+
+def test_a_sampler_that_is_refused_says_so_and_goes_on(
+    two: TwoClients, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The publisher's error and its log have the broker's words; publish() goes on and raises nothing."""
+    options = {"latent_format": "sd1", "keys_folder": tmp_path / "keys" / "issued" / "a"}
+    publishers = [LatentPublisher(two.broker.front, stream=f"p{n}", **options) for n in range(4)]  # type: ignore[arg-type]
+    try:
+        refused = wait_for(lambda: next((one for one in publishers if one.error), None), of="a refusal")
+        assert "broker.max_client_streams = 3 allows no more" in (refused.error or "")
+        refused.publish(sd1_latents_of((90, 90, 90)), step=0)
+        assert not refused.wait_until_acked(0.0) or refused.error
+    finally:
+        for one in publishers:
+            one.close(timeout_s=1.0)
+    assert any("code=limit" in record.getMessage() for record in caplog.records)
+
+
+def test_without_keys_a_client_is_a_host(tmp_path: Path) -> None:
+    """Two connections of one host share one client's limits."""
+    with (
+        BrokerRole(tmp_path, "broker.max_client_streams=1") as broker,
+        broker.publisher() as one,
+        broker.publisher() as other,
+    ):
+        opened(one, 1)
+        assert "1 streams of one client are open" in open_refused(other).text
+
+
+def test_a_rate_holds_over_any_time() -> None:
+    """Of a flood no more is taken than the rate times the time, and one second's worth at once."""
+    now = 0.0
+    limits = Limits(BrokerConfig(max_client_messages_s=100, max_messages_s=150), lambda: now)
+    taken = {"a": 0, "b": 0}
+    for _ in range(4000):
+        for client in taken:
+            taken[client] += limits.may_speak(client)
+        now += 0.001
+    assert taken["a"] <= 100 * 5
+    assert 150 * 4 - 10 <= sum(taken.values()) <= 150 * 5
