@@ -33,6 +33,7 @@ WITHOUT_WORDS: Final = {  # files that cannot say what they are, and those whose
     "taesd_stream/data/linear_flux2.safetensors": "The linear projection for FLUX.2.",
     "taesd_stream/data/linear_sana.safetensors": "The rgb factors of Sana.",
     "taesd_stream/data/nano_flux2.safetensors": "The nano decoder for FLUX.2.",
+    "docs/nano_decoders.jpg": "Original, taef2, nano and the linear projection side by side.",
     "taesd_stream/data/nano.md": "Model card of the nano decoders: data, licences, credits, figures.",
     "taesd_stream/data/nano_sana.safetensors": "The nano decoder for Sana.",
     "tests/javascript/package-lock.json": "The npm packages of the JavaScript client as they were tested.",

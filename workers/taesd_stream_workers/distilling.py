@@ -81,9 +81,11 @@ def from_pictures(
     kept = [path for path in kept if path not in held_out]
     encoder = _encoder(family, weights).float().to(device).eval().requires_grad_(False)
     channels, factor = _space(encoder, device)
-    sizes = {side: share for side, share in SIZES.items() if side >= smallest} or {smallest: 1.0}
+    pictures = [_as_bytes(read_picture(path)) for path in kept]
+    largest = max(min(picture.shape[-2:]) for picture in pictures)
+    sizes = {smallest: SIZES[min(SIZES)]} | {side: SIZES[side] for side in SIZES if smallest <= side <= largest}
     try:
-        pool = PicturePool((_as_bytes(read_picture(path)) for path in kept), device=device, smallest=min(sizes))
+        pool = PicturePool(pictures, device=device, smallest=smallest)
     except ValueError as error:
         raise ConfigError(f"{folder}: {error}") from error
     source = EncodedPictures(
