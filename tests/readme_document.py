@@ -40,6 +40,8 @@ WITHOUT_WORDS: Final = {  # files that cannot say what they are, and those whose
     "tests/javascript/package.json": "The npm packages that the JavaScript client needs.",
     "tests/benchmarks/RESULTS.md": "What was measured, on what, and by which command.",
     "workers/taesd_stream_workers/web/page/connect.json": "The lines that connect a sampler, as the page shows them.",
+    "workers/taesd_stream_workers/web/page/embed.css": "How the bare player looks.",
+    "workers/taesd_stream_workers/web/page/embed.html": "A bare player, for an iframe, a notebook or OBS.",
     "workers/taesd_stream_workers/web/page/icon.svg": "The icon.",
     "workers/taesd_stream_workers/web/page/index.html": "The page's skeleton, and the shapes of its icons.",
     "workers/taesd_stream_workers/web/page/style.css": "All of its looks: dark and light, desktop and phone.",

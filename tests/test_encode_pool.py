@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,23 @@ import pytest
 from taesd_stream.decoding.host_copies import HostCopy
 from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import EncodedPicture, Planes
-from taesd_stream_workers.encode_pool import EncodePool, EncodeTask
+from taesd_stream_workers.encode_pool import MANY_LIVE, EncodePool, EncodeTask
+from tests.daemon import wait_for
 
 THREADS = 4
+
+
+class Gate(HostCopy):
+    """A copy whose device is not done before `open` is set."""
+
+    def __init__(self, array: Planes) -> None:
+        super().__init__(array)
+        self.open = threading.Event()
+
+    def wait(self) -> int:
+        """As HostCopy's."""
+        assert self.open.wait(20)
+        return super().wait()
 
 
 class Results:
@@ -86,6 +101,36 @@ def test_a_new_attempt_is_a_new_chain() -> None:
     pool.submit([results.task("a", pts, rendition="record", attempt=2) for pts in (90, 180)])
     pool.close()
     assert results.keyframes("a") == [0, 90]
+
+
+def test_a_film_holds_up_nobody() -> None:
+    """While a film's picture waits for the device, the pool takes no more films, and live pictures come out."""
+    results, pool = Results(), EncodePool(THREADS)
+    pool.start()
+    gate = Gate(np.full((48, 32), 128, np.uint8))
+    pool.submit([replace(results.task("film", pts, rendition="film"), copy=gate) for pts in (0, 90)])
+    assert not pool.takes_films
+    pool.submit([results.task("live", 0)])
+    wait_for(lambda: results.by_run["live"], of="the live picture")
+    assert not results.by_run["film"]
+    gate.open.set()
+    pool.close()
+    assert [pts for pts, _ in results.by_run["film"]] == [0, 90]
+    assert pool.takes_films
+
+
+def test_of_many_live_streams_new_ones_are_made_quickly() -> None:
+    """The first live encoders spare bytes; those that open beside many others spare work, and so say other options."""
+    results, pool = Results(), EncodePool(THREADS)
+    pool.start()
+    for number in range(MANY_LIVE + 1):
+        pool.submit([results.task(f"run {number}", 0)])
+    pool.close()
+    (_, first), (_, last) = results.by_run["run 0"][0], results.by_run[f"run {MANY_LIVE}"][0]
+    assert first is not None
+    assert last is not None
+    assert b"cabac=1" in first.payload
+    assert b"cabac=0" in last.payload  # x264 tells its options in the first packet; ultrafast leaves CABAC out
 
 
 def test_planes_that_are_no_picture_harm_only_themselves(caplog: pytest.LogCaptureFixture) -> None:

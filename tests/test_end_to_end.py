@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import av
@@ -219,6 +221,24 @@ def test_a_batch_is_shown_and_recorded_as_a_grid(daemon: Daemon) -> None:
     for colour, (top, left) in zip(colours, [(0, 0), (0, 68), (68, 0), (68, 68)], strict=True):
         part = picture[top + 8 : top + 56, left + 8 : left + 56].astype(int)
         assert np.abs(part.mean(axis=(0, 1)) - colour).max() <= 8
+
+
+def test_frames_have_the_times_at_which_they_were_published(daemon: Daemon) -> None:
+    """Frames published at uneven times are in the file at those times, to the millisecond."""
+    pace, called = threading.Event(), []
+    with LatentPublisher(daemon.broker, stream="uneven", latent_format="sd1", record="all") as publisher:
+        for step, wait_s in enumerate((0.0, 0.02, 0.015, 0.6, 0.001, 0.9)):
+            pace.wait(wait_s)
+            before_s = time.monotonic()
+            publisher.publish(sd1_latents_of((200, 60, 60)), step=step)
+            called.append((before_s, time.monotonic()))
+        assert publisher.wait_until_acked(20)
+    with av.open(daemon.file(daemon.recording(publisher.run)["id"])) as container:
+        times_s = [frame.time for frame in container.decode(video=0)]
+    assert len(times_s) == len(called)
+    for time_s, (before_s, after_s) in zip(times_s, called, strict=True):
+        assert time_s is not None
+        assert before_s - called[0][1] - 0.001 <= time_s <= after_s - called[0][0] + 0.001
 
 
 def test_record_last_keeps_the_final_frame_alone(daemon: Daemon) -> None:

@@ -273,11 +273,9 @@ def test_a_page_without_time_shows_pictures(tmp_path: Path) -> None:
             publisher = LatentPublisher(daemon.broker, stream=stream, latent_format="sd1")
             publishers.enter_context(publisher).publish(sd1_latents_of(MAGENTA), step=0, total_steps=9)
             await_step(daemon, publisher, 0)
-        shown = []
-        for _ in range(3):  # Chromium's virtual time may run out before its own socket is open
-            subprocess.run([chrome, *options, f"--screenshot={shot}", daemon.web], check=True, capture_output=True)
-            shown.append(int((np.abs(pixels(shot) - np.array(MAGENTA)).max(axis=2) <= 12).sum()))
-    assert max(shown) > 2 * 128 * 128, shown
+        subprocess.run([chrome, *options, f"--screenshot={shot}", daemon.web], check=True, capture_output=True)
+    shown = int((np.abs(pixels(shot) - np.array(MAGENTA)).max(axis=2) <= 12).sum())
+    assert shown > 2 * 128 * 128
 
 
 ARTIFACTS = Path(__file__).parent.parent / "artifacts" / "page"

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -186,6 +190,58 @@ def test_a_live_video_plays_in_its_time(daemon: Daemon, opened: Open) -> None:
         publisher.publish(clip_of(["red", "green", "blue"]), step=1)
         for name in ("red", "green", "blue"):
             await_colour(page, STAGE, PATCHES[name])
+
+
+# --- two runs, and a player elsewhere ---
+
+
+@pytest.mark.parametrize("script", WAYS)
+def test_two_runs_are_compared_at_the_same_step(daemon: Daemon, opened: Open, script: str) -> None:
+    """C on one tile and C on another opens both, locked to a step; the wipe is a range; the address tells all of it."""
+    way = "jpeg" if script else "webcodecs"
+    runs = [filmed(daemon, f"compare/{way}-a"), filmed(daemon, f"compare/{way}-b", NAMES[::-1])]
+    page = opened("#/", script=script)
+    for name in ("a", "b"):
+        page.locator(f"[data-name='compare/{way}-{name}'] .name").focus()
+        page.keyboard.press("c")
+    expect(page.get_by_role("heading", name="Compare")).to_be_visible()
+    await_colour(page, "#compare-a", PATCHES["white"])
+    await_colour(page, "#compare-b", PATCHES["red"])
+    page.keyboard.press("Home")
+    await_colour(page, "#compare-a", PATCHES["red"])
+    await_colour(page, "#compare-b", PATCHES["white"])
+    page.get_by_role("slider", name="Wipe between A and B").fill("30")
+    expect(page.get_by_role("slider", name="Wipe between A and B")).to_have_attribute(
+        "aria-valuetext", "A 30 %, B 70 %"
+    )
+    page.get_by_role("button", name="Side by side").click()
+    assert page.url.endswith(f"#/compare/{runs[0]}/{runs[1]}/0/side")
+    page.reload()
+    await_colour(page, "#compare-a", PATCHES["red"])
+    await_colour(page, "#compare-b", PATCHES["white"])
+
+
+def test_embed_is_a_bare_player_that_others_may_frame(daemon: Daemon, opened: Open, tmp_path: Path) -> None:
+    """An iframe of another site shows the stream and nothing else; the page itself refuses to be framed."""
+    with LatentPublisher(daemon.broker, stream="embed/one", latent_format="sd1", record="off") as publisher:
+        publisher.publish(sd1_latents_of(PATCHES["red"]), step=0, total_steps=2)
+        page = opened()
+        page.goto(f"{daemon.web}/streams/embed/one/embed")
+        await_colour(page, "canvas", PATCHES["red"])
+        publisher.publish(sd1_latents_of(PATCHES["blue"]), step=1, total_steps=2)
+        await_colour(page, "canvas", PATCHES["blue"])
+        assert page.locator("button, a, input").count() == 0
+        frame = f"<iframe src='{daemon.web}/streams/embed/one/embed'></iframe><iframe src='{daemon.web}/'></iframe>"
+        (tmp_path / "notebook.html").write_text(frame)
+        handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as notebook:
+            threading.Thread(target=notebook.serve_forever).start()
+            try:
+                page.goto(f"http://localhost:{notebook.server_port}/notebook.html")
+                expect(page.frame_locator("iframe >> nth=0").locator("canvas")).to_be_attached()
+                expect(page.frame_locator("iframe >> nth=1").locator(".top")).to_have_count(0)
+            finally:
+                notebook.shutdown()
 
 
 # --- stop ---

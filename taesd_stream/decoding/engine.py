@@ -21,6 +21,8 @@ from taesd_stream.decoding.tiling import BudgetError, decode_tiled, is_tileable
 from taesd_stream.latent_formats import LatentFormat
 from taesd_stream.models.nano import NanoDecoder
 
+# Of a memory budget, what tensors may take: the rest is for cuDNN's workspaces, and for what is rounded up.
+_GPU_TENSOR_SHARE: Final = 0.75
 # Latents are about [-3, 3]. Larger ones mean nothing, and squared up they would overflow half precision.
 _LARGEST_LATENT: Final = 1e4
 
@@ -116,6 +118,7 @@ class Engine:
         """whole: how a slice becomes what is wanted; of_tiles: how RGB does, which is all that tiles give."""
         tensor = torch.as_tensor(latents)
         self._check(tensor, are_finite=are_finite)
+        budget_bytes = self._for_tensors(budget_bytes)
         count, _, height, width = self._format.check_shape("steps", tensor.shape)
         frame_bytes = self.bytes_per_latent_px * height * width
         pieces = list(slices(count, frame_bytes, budget_bytes))
@@ -155,6 +158,9 @@ class Engine:
             # A frame that is kept must be shown all the same: no other way takes less.
             rgb = decode_tiled(self._network, frame, budget_bytes=error.least_bytes, dtype=torch.float32)
         return rgb.clamp_(0, 1)
+
+    def _for_tensors(self, budget_bytes: int) -> int:
+        return int(budget_bytes * _GPU_TENSOR_SHARE) if self._device.type == "cuda" else budget_bytes
 
     def _prepared(self, latents: Tensor) -> Tensor:
         """As the network wants them."""

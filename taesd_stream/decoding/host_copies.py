@@ -33,9 +33,9 @@ class HostCopy:
 
         Raises: RuntimeError when the device failed.
         """
-        if self._event is not None:
+        if not self._here_ns:
             self._event.synchronize()
-        self._here_ns = self._here_ns or time.monotonic_ns()
+            self._here_ns = time.monotonic_ns()
         return self._here_ns
 
 

@@ -17,8 +17,8 @@ _TORCH_DTYPES: Final[dict[WireDtype, torch.dtype]] = {
     "bfloat16": torch.bfloat16,
     "uint8": torch.uint8,
 }
-# Bits of an exponent: all set, the value is infinite or no number.
-_EXPONENTS: Final = {torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
+# Infinity's bits: those of NaN are higher, of finite values lower, as long as the sign is left out.
+_INFINITY: Final = {torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
 
 
 def check_finite(latents: Tensor) -> list[int]:
@@ -32,11 +32,15 @@ def rows_not_finite(words: Tensor) -> list[int]:
 
     torch would share the work with its threads, and beside encoders waiting for them costs more than the work.
     """
-    exponent = _EXPONENTS.get(words.dtype)
-    if exponent is None:
+    infinity = _INFINITY.get(words.dtype)
+    if infinity is None:
         return []
     bits = words.view(torch.int32 if words.itemsize == 4 else torch.int16).numpy().reshape(len(words), -1)
-    return [int(row) for row in np.flatnonzero(((bits & exponent) == exponent).any(axis=1))]
+    unsigned = bits.view(np.uint32 if words.itemsize == 4 else np.uint16)
+    sign = 1 << (8 * words.itemsize - 1)
+    # Two maxima, without a copy in between: negative values are the largest unsigned ones, and negative signed ones.
+    is_bad = (bits.max(axis=1) >= infinity) | (unsigned.max(axis=1) >= sign + infinity)
+    return [int(row) for row in np.flatnonzero(is_bad)]
 
 
 def latents_from_payload(

@@ -20,7 +20,7 @@ from taesd_stream.models.tiny_video import VideoDecoder
 
 logger = logging.getLogger(__name__)
 
-MAX_GRAPHS: Final = 3  # each holds all maps of its streams
+MAX_GRAPHS: Final = 3  # each holds memories of all its streams
 _CHECK_SIZE: Final = (2, 5, 9)  # streams, h, w: odd, and every tile has an edge in it
 Step: TypeAlias = Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
 
@@ -107,13 +107,15 @@ def accelerated_video(network: VideoDecoder, device: torch.device) -> tuple[Acce
 class _GraphedStep:
     """A step with fixed launches: eagerly the first time that it sees a number of streams and a size, then by a graph.
 
-    Memories are gathered into the graph's own, and what it leaves is copied out to each stream.
+    Memories are gathered into the graph's own, and what it leaves is copied out to each stream. The graphs share the
+    memory of their maps, so they must not run at the same time: one thread, one stream.
     """
 
     def __init__(self, step: Step) -> None:
         self._step = step
         self._seen: set[tuple[int, ...]] = set()
         self._graphs: dict[tuple[int, ...], _StepGraph] = {}  # the one used last is the last
+        self._pool: Any = None  # an opaque handle
 
     def __call__(self, latents: Tensor, memories: Sequence[Sequence[Tensor]]) -> tuple[Tensor, list[list[Tensor]]]:
         key = tuple(latents.shape)
@@ -123,7 +125,8 @@ class _GraphedStep:
                 gathered = [_channels_last(torch.cat(parts)) for parts in zip(*memories, strict=True)]
                 frames, after = self._step(_channels_last(latents), gathered)
                 return frames, [[part[row : row + 1].clone() for part in after] for row in range(len(latents))]
-            graph = self._graphs.pop(key, None) or _StepGraph(self._step, latents, memories)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = self._graphs.pop(key, None) or _StepGraph(self._step, latents, memories, self._pool)
         self._graphs[key] = graph
         while len(self._graphs) > MAX_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
@@ -131,11 +134,11 @@ class _GraphedStep:
 
 
 class _StepGraph:
-    def __init__(self, step: Step, latents: Tensor, memories: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self, step: Step, latents: Tensor, memories: Sequence[Sequence[Tensor]], pool: Any) -> None:
         self._latents = latents.clone(memory_format=torch.channels_last)
         self._memory = [_channels_last(torch.cat(parts)) for parts in zip(*memories, strict=True)]
         self._graph: Any = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._frames, self._after = step(self._latents, self._memory)
 
     def replay(self, latents: Tensor, memories: Sequence[Sequence[Tensor]]) -> tuple[Tensor, list[list[Tensor]]]:

@@ -97,7 +97,7 @@ class VideoEngine(Engine):
         self._check(latents)
         length, _, height, width = self._format.check_shape("clip", latents.shape)
         shown = self._video.family.shown_latents(length)
-        pieces = list(slices(shown, self.bytes_per_step_px * height * width, budget_bytes))
+        pieces = list(slices(shown, self.bytes_per_step_px * height * width, self._for_tensors(budget_bytes)))
         return self._decode_pieces(latents, pieces)
 
     def decode_live(self, parts: Sequence[LivePart], *, budget_bytes: int) -> Iterator[list[LiveFrames]]:
@@ -117,7 +117,7 @@ class VideoEngine(Engine):
         if not parts:
             return iter(())
         count, _, height, width = self._format.check_shape("live", parts[0].latents.shape)
-        cost = self.bytes_per_step_px * height * width
+        cost, budget_bytes = self.bytes_per_step_px * height * width, self._for_tensors(budget_bytes)
         rounds = [
             [places[piece] for piece in slices(len(places), count * cost, budget_bytes)]
             for places in _rounds([part.run for part in parts])

@@ -6,10 +6,11 @@
 
 A real daemon (broker, workers, streamer), publishers in processes of their own, one page's WebSocket that watches
 `live` of every stream. Latents are the demo's pictures, each melting into the next: noise would be no fair load for an
-encoder. `--fps 0` asks for 60 a second of each stream, of which the newest are shown. Packets are counted by the
-streamer; times are of those that reach the page, each from its own stamps: `wait` is in the broker and in the worker's
-queue, `decode` until the planes are in host memory, `encode` with the wait for a thread. CPU is of the whole host. The
-last line is JSON.
+encoder. `--fps 0` asks for 60 a second of each stream, of which the newest are shown. `published_s` is of all frames,
+also of those that a newer one replaced; packets are counted by the streamer. Times are of those that reach the page,
+each from its own stamps: `wait` is in the broker and in the worker's queue, `decode` until the planes are in host
+memory, `encode` with the wait for a thread. `first_picture_s` is of a daemon that has just started, weights and kernels
+not loaded. CPU is of the whole host. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -83,10 +85,13 @@ def measure(daemon: Daemon, arguments: argparse.Namespace) -> dict[str, Any]:
         names = {f"load/{number}" for number in range(arguments.streams)}
         wait_for(lambda: names <= set(daemon.streams()), 60, of="the load's streams")
         with PageSocket(daemon) as page:
+            watched_s = time.monotonic()
             page.watch(dict.fromkeys(names, "live"))
+            page.picture(60)
+            first_s = time.monotonic() - watched_s
             take(page, WARM_UP_S)
             before, busy, started_s = packets(daemon), cpu_seconds(), time.monotonic()
-            stamps, sizes = take(page, arguments.seconds)
+            stamps, sizes, seqs = take(page, arguments.seconds)
             seconds = time.monotonic() - started_s
             after = packets(daemon)
             cores = round((cpu_seconds() - busy) / seconds, 1)
@@ -99,6 +104,8 @@ def measure(daemon: Daemon, arguments: argparse.Namespace) -> dict[str, Any]:
             load.wait(60)
     times_ms = np.diff(np.array(stamps, dtype=np.int64), axis=1) / 1000
     return {
+        "first_picture_s": round(first_s, 2),
+        "published_s": round(sum(mine[-1] - mine[0] for mine in seqs.values()) / seconds, 1),
         "frames_s": round((after - before) / seconds, 1),
         "page_frames_s": round(len(stamps) / seconds, 1),
         "publish_to_packet_ms": percentiles(list(times_ms.sum(axis=1))),
@@ -109,15 +116,17 @@ def measure(daemon: Daemon, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def take(page: PageSocket, seconds: float) -> tuple[list[list[int]], list[int]]:
-    """The stamps (us) and bytes of every picture that comes within so long."""
+def take(page: PageSocket, seconds: float) -> tuple[list[list[int]], list[int], dict[str, list[int]]]:
+    """The stamps (us) and bytes of every picture that comes within so long, and what each stream's frames are."""
     stamps, sizes = [], []
+    seqs: defaultdict[str, list[int]] = defaultdict(list)
     until_s = time.monotonic() + seconds
     while time.monotonic() < until_s:
         header, payload = page.picture(60)
         stamps.append([header["stamps"][f"{name}_us"] for name in STAGES])
         sizes.append(len(payload))
-    return stamps, sizes
+        seqs[header["stream"]].append(header["seq"])
+    return stamps, sizes, seqs
 
 
 def packets(daemon: Daemon) -> float:

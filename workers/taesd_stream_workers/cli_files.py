@@ -199,7 +199,7 @@ def open_best_engine(latent_format: str, config: Config) -> Engine:
     from taesd_stream_workers.start_checks import check_start
 
     check_start(config, ["worker"])
-    device, _ = choose_device(config.decoder.device, config.decoder.min_free_bytes)
+    device, _ = choose_device(config.decoder.device.partition(",")[0], config.decoder.min_free_bytes)
     folder, choice = config.weights_folder, config.decoder.choice
     try:
         return open_engine(latent_format, weights_folder=folder, choice=choice, device=str(device))

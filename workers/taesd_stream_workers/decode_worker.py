@@ -31,6 +31,7 @@ from taesd_stream_workers.role_line import RoleLine
 logger = logging.getLogger(__name__)
 
 CREDITS: Final = 2  # one job computes, the next waits beside it
+GPU_CREDITS: Final = 4  # one comes over, one computes, one is encoded, one is on its way here: each takes about as long
 HELLO_S: Final = 1.0
 UNREACHABLE_S: Final = 10.0
 DEAF_S: Final = 3.0  # a broker that answers no HELLO for so long is not there
@@ -135,7 +136,7 @@ class DecodeWorker:
     def _hello(self) -> WorkerHello:
         return WorkerHello(
             device=f"{self._device} ({self._device_reason})",
-            credits=CREDITS,
+            credits=GPU_CREDITS if self._device.type == "cuda" else CREDITS,
             draining=self._drains_since_s is not None,
             engines=self._decoder.engines(),
             memories=self._decoder.memories(),

@@ -56,7 +56,8 @@ def _device(config: Config) -> Finding:
     from taesd_stream_workers.devices import choose_device
 
     try:
-        device, reason = choose_device(config.decoder.device, config.decoder.min_free_bytes)
+        for wanted in config.decoder.device.split(","):  # of several each must be there
+            device, reason = choose_device(wanted.strip(), config.decoder.min_free_bytes)
     except ConfigError as error:
         return Finding("device", "fault", str(error), "leave decoder.device at auto")
     if device.type == "cpu" and config.decoder.device == "auto":

@@ -17,7 +17,7 @@ from taesd_stream.media.encoder import EncodedPicture, JpegEncoder, Planes, Vide
 logger = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 256  # pictures in all; full, the decoder waits, and with it the worker's credits
-BUSY_WAITING: Final = 3  # pictures a thread from which on nothing is encoded that nobody waits for
+MANY_LIVE: Final = 8  # chains of `live` from which on a new one is made quickly rather than small
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +40,13 @@ class EncodeTask:
 
 @dataclass(slots=True)
 class _Chain:
-    """Pictures of one run and rendition. is_busy: a thread has it, or is about to; None in tasks closes the encoder."""
+    """Pictures of one run and rendition. due: where threads find it; is_busy: one has it, or is about to.
 
+    tasks: None closes the encoder.
+    """
+
+    due: queue.SimpleQueue[_Chain | None]
+    is_one_of_many: bool
     tasks: deque[EncodeTask | None] = field(default_factory=deque)
     is_busy: bool = False
     encoder: VideoEncoder | JpegEncoder | None = None
@@ -50,14 +55,23 @@ class _Chain:
 
 
 class EncodePool:
-    """`submit` from one thread; each task's `on_done` is called in a thread of the pool, in order within its chain."""
+    """`submit` from one thread; each task's `on_done` is called in a thread of the pool, in order within its chain.
+
+    Films, which nobody waits for, have a few threads of their own, so that nothing else has to wait behind one.
+    """
 
     def __init__(self, threads: int) -> None:
         self._chains: dict[tuple[str, Rendition], _Chain] = {}
         self._due: queue.SimpleQueue[_Chain | None] = queue.SimpleQueue()
-        self._waiting = 0
+        self._due_films: queue.SimpleQueue[_Chain | None] = queue.SimpleQueue()
+        self._waiting = self._films_waiting = 0
         self._room = threading.Condition()  # of all fields
-        self._threads = [threading.Thread(target=self._run, name=f"encode {number}") for number in range(threads)]
+        self._film_threads = max(1, threads // 4)
+        queues = [self._due] * threads + [self._due_films] * self._film_threads
+        self._threads = [
+            threading.Thread(target=self._run, args=(due,), name=f"encode {number}")
+            for number, due in enumerate(queues)
+        ]
 
     def start(self) -> None:
         """Start the threads."""
@@ -68,41 +82,50 @@ class EncodePool:
         """Queue pictures; waits while too many wait already."""
         with self._room:
             self._room.wait_for(lambda: self._waiting < MAX_WAITING)
-            self._waiting += len(tasks)
             for task in tasks:
-                self._queue(self._chains.setdefault((task.run, task.rendition), _Chain()), task)
+                self._queue(self._chain(task), task)
 
     @property
-    def is_busy(self) -> bool:
-        """Whether more pictures would make others wait for long."""
-        return self._waiting >= BUSY_WAITING * len(self._threads)
+    def takes_films(self) -> bool:
+        """Whether pictures for films would not have to wait for long."""
+        return self._films_waiting < 2 * self._film_threads
 
     def forget(self, run: str) -> None:
         """Close the encoders of a run, behind what is queued of it."""
         with self._room:
             for key in [key for key in self._chains if key[0] == run]:
-                self._waiting += 1
                 self._queue(self._chains.pop(key), None)
 
     def close(self) -> None:
         """Encode what is queued, then join the threads."""
         with self._room:
             self._room.wait_for(lambda: self._waiting == 0)
-        for _ in self._threads:
-            self._due.put(None)
+        for due in (self._due, self._due_films):
+            for _ in self._threads:
+                due.put(None)
         for thread in self._threads:
             thread.join()
         for chain in self._chains.values():
             _close(chain)
 
+    def _chain(self, task: EncodeTask) -> _Chain:
+        key = (task.run, task.rendition)
+        if key not in self._chains:
+            is_film = task.rendition == "film"
+            live = sum(rendition == "live" for _, rendition in self._chains)
+            self._chains[key] = _Chain(self._due_films if is_film else self._due, is_one_of_many=live >= MANY_LIVE)
+        return self._chains[key]
+
     def _queue(self, chain: _Chain, task: EncodeTask | None) -> None:
+        self._waiting += 1
+        self._films_waiting += chain.due is self._due_films
         chain.tasks.append(task)
         if not chain.is_busy:
             chain.is_busy = True
-            self._due.put(chain)
+            chain.due.put(chain)
 
-    def _run(self) -> None:
-        while (chain := self._due.get()) is not None:
+    def _run(self, due: queue.SimpleQueue[_Chain | None]) -> None:
+        while (chain := due.get()) is not None:
             task = chain.tasks.popleft()
             if task is None:
                 _close(chain)
@@ -110,10 +133,11 @@ class EncodePool:
                 task.on_done(_encode(chain, task))
             with self._room:
                 self._waiting -= 1
+                self._films_waiting -= due is self._due_films
                 self._room.notify_all()
                 chain.is_busy = bool(chain.tasks)
                 if chain.is_busy:
-                    self._due.put(chain)  # behind the others: no chain keeps a thread to itself
+                    due.put(chain)  # behind the others: no chain keeps a thread to itself
 
 
 def _close(chain: _Chain) -> None:
@@ -126,7 +150,8 @@ def _encode(chain: _Chain, task: EncodeTask) -> EncodedPicture | None:
     try:
         task.copy.wait()
         if chain.encoder is None or chain.attempt != task.attempt:
-            chain.encoder, chain.attempt, chain.last_pts = encoder_for(task.rendition), task.attempt, -1
+            chain.encoder = encoder_for(task.rendition, is_one_of_many=chain.is_one_of_many)
+            chain.attempt, chain.last_pts = task.attempt, -1
         if isinstance(chain.encoder, JpegEncoder):
             return chain.encoder.encode(task.planes, size=task.size)
         is_new = task.keyframe or task.pts <= chain.last_pts

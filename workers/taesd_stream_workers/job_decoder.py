@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from taesd_stream.config import Config, DecoderChoice
 from taesd_stream.decoding.choice import NoDecoderError, open_engine
@@ -32,10 +31,10 @@ from taesd_stream.latent_formats import latent_format as format_named
 from taesd_stream.media.encoder import VIDEO_RENDITIONS
 from taesd_stream.messages import Failed, JobItem, Progress
 from taesd_stream_workers.encode_pool import EncodePool, EncodeTask
-from taesd_stream_workers.job_pictures import Entry, can_be_planes, pictures_of, planes_of
+from taesd_stream_workers.job_pictures import Entry, Rows, can_be_planes, pictures_of, planes_of
 from taesd_stream_workers.job_run import JobRun
 from taesd_stream_workers.live_items import begin_anew, lacks_memory
-from taesd_stream_workers.rendering import Sizes, as_pictures, render
+from taesd_stream_workers.rendering import Sizes, render
 from taesd_stream_workers.shower import Outlet, Shower
 
 logger = logging.getLogger(__name__)
@@ -187,7 +186,9 @@ class JobDecoder:
         known = LATENT_FORMATS.get(job.latent_format)
         magnitude = known.magnitude if known else DEFAULT_MAGNITUDE
         latents = latents_from_words(self._outlet.copies.upload(words), magnitude)
-        good: list[tuple[JobItem, Tensor]] = []
+        batch = latents.flatten(0, 1) if latents.ndim == 5 else latents
+        each = len(batch) // len(parts)
+        good: list[tuple[JobItem, Rows]] = []
         for place, (item, _, history) in enumerate(parts):
             if place in bad:
                 continue
@@ -195,10 +196,10 @@ class JobDecoder:
                 before = latents_from_payload(history, item.dtype, (item.history, *item.shape[-3:]), magnitude)
                 run.histories[item.run] = torch.nan_to_num(before)  # what was left out for NaN leaves no trace here
             if not (item.is_repeat and self._repeat(run, item)):
-                good.append((item, as_pictures(latents[place])))
+                good.append((item, Rows(batch, place * each, each)))
         choices = {self._choice_for(item.stream) for item, _ in good}
         for for_record, choice in itertools.product((False, True), sorted(choices)):
-            items = [(item, latents) for item, latents in good if self._choice_for(item.stream) == choice]
+            items = [(item, rows) for item, rows in good if self._choice_for(item.stream) == choice]
             self._decode_with(run, items, choice, for_record)
 
     def _choice_for(self, stream: str) -> DecoderChoice:
@@ -216,7 +217,7 @@ class JobDecoder:
         return True
 
     def _decode_with(
-        self, run: JobRun, items: list[tuple[JobItem, Tensor]], choice: DecoderChoice, for_record: bool
+        self, run: JobRun, items: list[tuple[JobItem, Rows]], choice: DecoderChoice, for_record: bool
     ) -> None:
         """Decode what one engine serves: live pictures by `choice`, recordings by the full decoder, exactly.
 
@@ -230,17 +231,17 @@ class JobDecoder:
             return
         live = self._engine(latent_format, choice, is_fast=True) if is_shown else None
         engine = self._engine(latent_format, "auto", is_fast=False) if for_record or live is None else live
-        mine: list[tuple[JobItem, Tensor, Any]] = []
-        for item, latents in items:
+        mine: list[tuple[JobItem, Rows, Any]] = []
+        for item, rows in items:
             is_recorded = "record" in item.renditions
             wanted = tuple(
                 rendition
                 for rendition in item.renditions
                 if for_record == (is_recorded and (rendition == "record" or self._records_as_it_shows(live)))
-                and not (rendition == "film" and self._outlet.pool.is_busy)
+                and (rendition != "film" or self._outlet.pool.takes_films)
             )
             if wanted:
-                mine.append((item, latents, wanted))
+                mine.append((item, rows, wanted))
         if mine:
             self._decode_batch(run, engine, mine)
 
@@ -248,7 +249,7 @@ class JobDecoder:
         """Whether recordings of the format are decoded by the network that shows it live."""
         return live is not None and self._engine(live.latent_format, "auto", is_fast=False).decoder == live.decoder
 
-    def _decode_batch(self, run: JobRun, engine: Engine, mine: list[tuple[JobItem, Tensor, Any]]) -> None:
+    def _decode_batch(self, run: JobRun, engine: Engine, mine: list[tuple[JobItem, Rows, Any]]) -> None:
         """Decode for the renditions that are wanted of each; what is video in full size alone, straight to planes."""
         lacking = lacks_memory(engine, [item for item, _, _ in mine])
         if lacking:
@@ -261,8 +262,8 @@ class JobDecoder:
         histories = {place: run.histories[item.run] for place, (item, _, _) in enumerate(mine) if item.history}
         straight: list[Entry] = []
         others: list[Entry] = []
-        for place, (item, latents, wanted) in enumerate(mine):
-            (straight if self._is_straight(engine, item, latents, wanted) else others).append((place, item, latents))
+        for place, (item, rows, wanted) in enumerate(mine):
+            (straight if self._is_straight(engine, item, rows, wanted) else others).append((place, item, rows))
         budget_bytes = self._decoder.memory_bytes
         ways = [
             planes_of(engine, straight, budget_bytes) if straight else iter(()),
@@ -277,9 +278,9 @@ class JobDecoder:
             self._slice_since_s = time.monotonic()
             self._outlet.pass_on(Progress(job=run.job.job))
 
-    def _is_straight(self, engine: Engine, item: JobItem, latents: Tensor, wanted: Any) -> bool:
-        height, width = engine.picture_size(latents)
-        return can_be_planes(engine, item, latents) and all(
+    def _is_straight(self, engine: Engine, item: JobItem, rows: Rows, wanted: Any) -> bool:
+        height, width = engine.picture_size(rows.batch)
+        return can_be_planes(engine, item, rows) and all(
             rendition in VIDEO_RENDITIONS and not self._outlet.sizes.limit(rendition, height, width)
             for rendition in wanted
         )

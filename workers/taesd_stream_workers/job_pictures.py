@@ -42,20 +42,48 @@ class Shown:
     size: tuple[int, int] = (0, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The latents of one item: `count` rows of its job's batch, (N,C,h,w), from `first` on.
+
+    Not cut out before they are needed: each call into torch lets go of the GIL, and dozens of encoders want it.
+    """
+
+    batch: Tensor
+    first: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def latents(self) -> Tensor:
+        """(count,C,h,w), a view."""
+        return self.batch[self.first : self.first + self.count]
+
+
+def joined(parts: Sequence[Rows]) -> Tensor:
+    """The latents of several items of one job; a view where they lie side by side."""
+    ends = [part.first + part.count for part in parts]
+    if all(end == part.first for end, part in zip(ends, parts[1:], strict=False)):
+        return parts[0].batch[parts[0].first : ends[-1]]
+    return torch.cat([part.latents for part in parts])
+
+
 NO_HISTORIES: Final[Mapping[int, Tensor]] = {}
-Entry: TypeAlias = tuple[int, JobItem, Tensor]  # place in the job, item, latents (n,C,h,w) without NaN
+Entry: TypeAlias = tuple[int, JobItem, Rows]  # place in the job, item, its latents, without NaN
 
 
-def can_be_planes(engine: Engine, item: JobItem, latents: Tensor) -> bool:
+def can_be_planes(engine: Engine, item: JobItem, rows: Rows) -> bool:
     """Whether each latent of an item is a picture by itself, which `planes_of` can decode."""
-    is_sheet = item.kind == "steps" and len(latents) > 1
+    is_sheet = item.kind == "steps" and len(rows) > 1
     return not is_sheet and (item.kind == "steps" or not isinstance(engine, VideoEngine))
 
 
 def planes_of(engine: Engine, entries: Sequence[Entry], budget_bytes: int) -> Iterator[Shown]:
     """Decode entries that `can_be_planes`, all of one shape, straight to planes for video in full size."""
     pictures = [picture for entry in entries for picture in _pictures_of_stills(engine, entry)]
-    latents = torch.cat([latents for _, _, latents in entries])
+    latents = joined([rows for _, _, rows in entries])
     height, width = engine.picture_size(latents)
     for part, planes in engine.decode_planes(latents, budget_bytes=budget_bytes, are_finite=True):
         yield Shown(pictures[part], planes=planes, size=(width, height))
@@ -82,13 +110,13 @@ def pictures_of(
 
 def _pictures_of_stills(engine: Engine, entry: Entry) -> list[Picture]:
     """One picture a latent."""
-    place, item, latents = entry
+    place, item, rows = entry
     if item.kind == "steps":
-        return [Picture(place, 0, 1, item.pts) for _ in latents]
+        return [Picture(place, 0, 1, item.pts)] * len(rows)
     # a picture of a video format stands for all frames of its latent
     ticks = item.picture_ticks * (engine.temporal_factor or 1)
     first = item.index * (item.kind == "live")
-    return [Picture(place, index, len(latents), (first + index) * ticks) for index in range(len(latents))]
+    return [Picture(place, index, len(rows), (first + index) * ticks) for index in range(len(rows))]
 
 
 def _stills(engine: Engine, entries: Sequence[Entry], budget_bytes: int) -> Iterator[Shown]:
@@ -96,7 +124,7 @@ def _stills(engine: Engine, entries: Sequence[Entry], budget_bytes: int) -> Iter
     owners = [
         (number, picture) for number, entry in enumerate(entries) for picture in _pictures_of_stills(engine, entry)
     ]
-    latents = torch.cat([latents for _, _, latents in entries])
+    latents = joined([rows for _, _, rows in entries])
     sheets: dict[int, list[Tensor]] = {}
     for part, rgb in engine.decode(latents, budget_bytes=budget_bytes, are_finite=True):
         shown: list[tuple[Picture, Tensor]] = []
@@ -113,9 +141,9 @@ def _stills(engine: Engine, entries: Sequence[Entry], budget_bytes: int) -> Iter
 
 
 def _clip(engine: VideoEngine, entry: Entry, budget_bytes: int) -> Iterator[Shown]:
-    place, item, latents = entry
-    count, index = engine.frames_of_clip(len(latents)), 0
-    for frames in engine.decode_clip(latents, budget_bytes=budget_bytes):
+    place, item, rows = entry
+    count, index = engine.frames_of_clip(len(rows)), 0
+    for frames in engine.decode_clip(rows.latents, budget_bytes=budget_bytes):
         places = range(index, index + len(frames))
         yield Shown([Picture(place, one, count, one * item.picture_ticks) for one in places], rgb=list(frames))
         index += len(frames)
@@ -125,8 +153,8 @@ def _live(
     engine: VideoEngine, entries: Sequence[Entry], budget_bytes: int, histories: Mapping[int, Tensor]
 ) -> Iterator[Shown]:
     parts = [
-        LivePart(run=item.run, index=item.index, latents=latents, history=histories.get(place))
-        for place, item, latents in entries
+        LivePart(run=item.run, index=item.index, latents=rows.latents, history=histories.get(place))
+        for place, item, rows in entries
     ]
     for results in engine.decode_live(parts, budget_bytes=budget_bytes):
         pictures: list[Picture] = []

@@ -26,7 +26,7 @@ def log_pictures(path: Path, engine: Engine, budget_bytes: int) -> Iterator[tupl
     Raises: ConfigError for a file that holds no frame, ValueError for latents that the format does not have.
     """
     from taesd_stream.decoding.payloads import latents_from_payload
-    from taesd_stream_workers.job_pictures import pictures_of
+    from taesd_stream_workers.job_pictures import Rows, pictures_of
     from taesd_stream_workers.rendering import as_pictures
 
     info: StreamInfo | None = None
@@ -38,7 +38,7 @@ def log_pictures(path: Path, engine: Engine, budget_bytes: int) -> Iterator[tupl
             known = LATENT_FORMATS.get(info.latent_format)
             magnitude = known.magnitude if known else DEFAULT_MAGNITUDE
             latents = as_pictures(latents_from_payload(message.payload, message.dtype, message.shape, magnitude))
-            entry = (0, _item(info, message), latents)
+            entry = (0, _item(info, message), Rows(latents, 0, len(latents)))
             if not latents.isfinite().all():
                 continue  # it gave no picture then either
             for shown in pictures_of(engine, [entry], budget_bytes):

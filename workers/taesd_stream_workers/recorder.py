@@ -71,7 +71,7 @@ class Recorder:
         self.films.load()
         for one in find_unfinished(self.folder):
             try:
-                recording = Recording.open(self.folder, stream=one.stream, run=one.run, meta={})
+                recording = Recording.open(self.folder, stream=one.stream, run=one.run, meta={}, name=self._name)
             except (RecordingError, ValueError) as error:
                 logger.error("recording_not_readable run=%s error=%s", one.run, error)
                 continue
@@ -198,6 +198,7 @@ class Recorder:
                 if run in self._open and row["kept_from"] is not None:
                     self._open[run].begin_at(row["kept_from"])
             self._finished = {run: attempt for run, attempt in self._finished.items() if run in item.runs}
+            self._errors = {run: text for run, text in self._errors.items() if run in item.runs or run in self._open}
             self._write_early(item.now_ns)
             self._finish_what_ended()
 

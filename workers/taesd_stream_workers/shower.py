@@ -82,12 +82,12 @@ class Shower:
             item, picture = self._items[shown.pictures[one.number].place][0], shown.pictures[one.number]
             if item.kind == "live" and picture.index == picture.count - 1:
                 outlet.last[item.run, one.rendition] = Last(item.seq, self._decoder, one, picture.pts)
-        self._run.add(len(rendered))
+        self._run.add(sum(one.rendition != "film" for one in rendered))  # films hold nobody's credit
         outlet.pool.submit([self._task(one, shown.pictures[one.number]) for one in rendered])
 
     def show_again(self, last: Last) -> None:
         """Queue planes of an earlier job once more, as a keyframe of the first of our items."""
-        self._run.add(1)
+        self._run.add(int(last.rendered.rendition != "film"))
         task = self._task(last.rendered, Picture(0, 0, 1, last.pts))
         self._outlet.pool.submit([replace(task, keyframe=True)])
 
@@ -111,7 +111,8 @@ class Shower:
             self._outlet.pass_on((self._run.job.packets_to, self._packet(item, one, picture, encoded)))
         elif one.rendition == "record":
             self._run.fail("internal", RuntimeError("encoding failed"), retry=True)
-        self._outlet.part_done(self._run)
+        if one.rendition != "film":
+            self._outlet.part_done(self._run)
 
     def _packet(self, item: JobItem, one: Rendered, picture: Picture, encoded: EncodedPicture) -> Packet:
         now_ns = self._outlet.now_ns()

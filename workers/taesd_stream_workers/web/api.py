@@ -127,6 +127,15 @@ def _add_page(app: FastAPI, page: Page) -> None:
             return Response(page.files[name], media_type=media_type, headers=headers)
         return Response(page.packed[name], media_type=media_type, headers={**headers, "content-encoding": "gzip"})
 
+    @app.get("/streams/{name:path}/embed", include_in_schema=False)
+    async def embed(name: str) -> Response:
+        """A bare player, for an iframe, a notebook or OBS: it alone may be framed by other sites."""
+        if not is_stream_name(name):
+            raise ApiError(400, "bad_name", f"{name} cannot name a stream.")
+        policy = page.policy.replace("frame-ancestors 'none'", "frame-ancestors *")
+        headers = {"content-security-policy": policy, "cache-control": "no-cache"}
+        return Response(page.files["embed.html"], media_type="text/html; charset=utf-8", headers=headers)
+
 
 def _add_docs(app: FastAPI) -> None:
     @app.get("/docs", include_in_schema=False)

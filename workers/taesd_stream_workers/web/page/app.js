@@ -1,6 +1,7 @@
 // The page: what it shows (the address says which), and the line to the daemon. The keys are in keys.js.
 
 import { Actions } from "./actions.js"
+import { Compare } from "./compare.js"
 import { $, $$, copyText, put, store, stored } from "./dom.js"
 import { fillEmpty } from "./empty.js"
 import { msText } from "./format.js"
@@ -38,6 +39,8 @@ const wall = new Wall(streams, {
   act,
 })
 const stage = new Stage({ tell, act, moved })
+const compare = new Compare({ tell, moved: (hash) => history.replaceState(null, "", hash) })
+let picked = null // the run that waits for another to be compared with
 const list = new RecordingList((id) => actions.remove(recordings().find((recording) => recording.id === id)))
 
 const recordings = () => daemon.recordings.filter(({ id }) => !actions.removed.has(id))
@@ -47,6 +50,7 @@ function act(kind, subject, at_once = false) {
   if (kind === "stop") actions.stop(subject, at_once)
   if (kind === "undo") actions.undo(subject)
   if (kind === "keep") actions.keep(subject.data?.run ?? subject.run, subject.name)
+  if (kind === "compare") pick(subject.data?.run ?? subject.run, subject.name)
   if (kind === "toast") notices.toast(subject)
   if (kind === "say") notices.say(spokenState(subject))
   if (kind === "link") copyText(location.href).then((done) => notices.toast(done ? "Link copied" : `Copy this address: ${location.href}`))
@@ -54,6 +58,25 @@ function act(kind, subject, at_once = false) {
   actions.remove(subject)
   location.hash = "#/recordings"
 }
+
+/** The first of two waits for the second. */
+function pick(run, name) {
+  const first = picked
+  picked = first ? null : run
+  if (first && first !== run) location.hash = `#/compare/${first}/${run}`
+  if (!picked) return
+  if (view.kind !== "wall") location.hash = "#/"
+  notices.toast(`Compare ${name} with: press the other one, or C on it.`, { action: { label: "Cancel", run: () => (picked = null) }, last_ms: 60000 })
+}
+
+$("#wall").addEventListener("click", (event) => {
+  const link = event.target.closest(".name")
+  if (!picked || !link) return
+  event.preventDefault()
+  const { item } = wall.tiles.get(link.closest("li").dataset.name)
+  notices.clear("note")
+  pick(item.data.run, item.name)
+})
 
 // --- what the worker and the daemon say ---
 
@@ -63,7 +86,7 @@ function take(message) {
     case "state": return takeState(message)
     case "closed": return takeClosed(message)
     case "picture": return stage.picture(message)
-    case "step": return stage.stepped(message)
+    case "step": return message.screen === "stage" ? stage.stepped(message) : compare.stepped(message)
     case "drawn": return message.list.forEach(({ header, pictures }) => wall.drawn(header, pictures))
     case "error": return notices.fail(message.text)
     case "no-live":
@@ -114,6 +137,7 @@ function changed() {
 function look() {
   wall.refresh()
   stage.update()
+  compare.update((run) => streams.ofRun(run))
   tellBanners()
 }
 setInterval(look, LOOK_MS)
@@ -177,7 +201,9 @@ function lostText(lost_for_ms) {
 
 function watch() {
   const wall_wants = view.kind === "wall" ? wall.wanted() : {}
-  const wanted = stage.item ? { [stage.item.name]: rendition } : wall_wants
+  const pair = (compare.runs ?? []).map((run) => streams.ofRun(run)).filter((item) => item && !item.ended)
+  const films = Object.fromEntries(pair.map(({ name }) => [name, "thumb"])) // a film has what somebody watches
+  const wanted = stage.item ? { [stage.item.name]: rendition } : { ...wall_wants, ...films }
   tell({ do: "watch", streams: paused || asleep ? {} : wanted })
 }
 
@@ -210,6 +236,8 @@ function parse(hash) {
   const path = decodeURIComponent(hash.replace(/^#\/?/, ""))
   const [, run, seq] = path.match(/^s\/([0-9a-f]{16})(?:\/(\d+))?$/) ?? []
   if (run) return { kind: "stage", name: null, id: null, run, seq: seq ? Number(seq) : null }
+  const [, one, other, place, mode] = path.match(/^compare\/([0-9a-f]{16})\/([0-9a-f]{16})(?:\/(\d+|live)\/(wipe|side))?$/) ?? []
+  if (one) return { kind: "compare", name: null, id: `${one} ${other}`, runs: [one, other], seq: /\d/.test(place) ? Number(place) : null, mode }
   if (path.startsWith("s/")) return { kind: "stage", name: path.slice(2), id: null }
   if (path.startsWith("r/")) return { kind: "playing", name: null, id: path.slice(2) }
   return { kind: path === "recordings" ? "recordings" : "wall", name: null, id: null }
@@ -221,13 +249,16 @@ function route() {
   Object.assign(view, { run: null, seq: null }, parse(location.hash))
   const opened = view.kind === "stage" || view.kind === "playing"
   const kept = view.kind === "recordings" || view.kind === "playing"
-  document.body.dataset.view = opened ? "stage" : view.kind
+  document.body.dataset.view = opened || view.kind === "compare" ? "stage" : view.kind
   put($("#view-wall"), { hidden: view.kind !== "wall" })
   put($("#view-recordings"), { hidden: view.kind !== "recordings" })
   put($("#view-stage"), { hidden: !opened })
+  put($("#view-compare"), { hidden: view.kind !== "compare" })
   put($("#tab-live"), { "aria-current": kept ? null : "page" })
   put($("#tab-recordings"), { "aria-current": kept ? "page" : null })
   if (!opened) stage.close()
+  if (view.kind !== "compare") compare.close()
+  else compare.open(view.runs, view.seq, view.mode)
   if (view.kind === "stage") openStream()
   if (view.kind === "playing") openRecording()
   if (view.kind !== "wall") setKiosk(false)
@@ -240,7 +271,7 @@ function placeFocus(from) {
   scrollTo(0, view.kind === "wall" ? view.scroll : 0)
   if (view.kind === "wall") wall.tiles.get(from.name ?? streams.ofRun(from.run)?.name)?.link.focus({ preventScroll: true })
   else if (view.kind === "recordings") (list.rows.get(from.id)?.querySelector(".rec-open") ?? $("#view-recordings h1")).focus()
-  else $("#view-stage h1").focus()
+  else $(view.kind === "compare" ? "#view-compare h1" : "#view-stage h1").focus()
 }
 
 /** The stream that the address means, by its name or by a run of it. */
@@ -341,6 +372,7 @@ $(".skip").onclick = (event) => {
   if (view.kind === "wall" && wall.current) wall.focus(wall.current)
   else $("#main").focus()
 }
+$("#view-compare [data-act=link]").onclick = () => act("link")
 for (const button of $$("[data-show]")) {
   button.onclick = () => {
     wall.show = button.dataset.show
@@ -370,7 +402,7 @@ $("#keys-on").onchange = ({ target }) => store("keys", target.checked ? "on" : "
 
 listenToKeys({
   subject: () => stage.item ?? wall.focused,
-  stage: () => view.kind === "stage",
+  stage: () => view.kind === "stage" || view.kind === "compare",
   move: (key) => view.kind === "wall" && wall.move(key),
   help: () => help.showModal(),
   go: (hash) => (location.hash = hash),
@@ -380,7 +412,7 @@ listenToKeys({
   undo: () => actions.undo(),
   back,
   neighbour: openNeighbour,
-  walk: (how, by) => stage.scrubber[how](by),
+  walk: (how, by) => (view.kind === "compare" ? compare : stage).scrubber[how](by),
   act,
 })
 /** What is there already, by ordinary requests: the wall stands before its socket does, also where time stands still. */

@@ -19,6 +19,7 @@ export function listenToKeys(on) {
   const of_stream = {
     r: (item) => on.act("record", item),
     x: (item, event) => on.act("stop", item, event.shiftKey),
+    c: (item) => on.act("compare", item),
     s: (item) => on.act("say", item),
   }
   const by = (event) => (event.shiftKey ? 5 : 1)

@@ -93,7 +93,7 @@ export class Stage {
       title: part("h1"), back: part(".back"), state: part(".state"), dot: part(".state .dot"), note: part(".stage-note"), badge: part(".badge"),
       plate: part(".plate"), pill: part(".pill"), grid: part(".parts"), under: part(".under-stage"), bar: part(".bar"), step: part("[data-part=step]"), left: part("[data-part=left]"), inspector: part(".inspector"),
     }
-    this.acts = { record: act("record"), keep: act("keep"), stop: act("stop"), download: act("download"), delete: act("delete") }
+    this.acts = { record: act("record"), keep: act("keep"), compare: act("compare"), stop: act("stop"), download: act("download"), delete: act("delete") }
     this.root.addEventListener("click", ({ target }) => {
       const button = target.closest("button[data-act]")
       if (button && !button.matches("[aria-disabled=true]")) on.act(button.dataset.act, this.item ?? this.recording ?? { run: this.run, name: this.parts.title.textContent })
@@ -170,6 +170,7 @@ export class Stage {
     put(this.canvas, { "aria-label": `Picture of ${item.name}` })
     this.on.tell({ do: "open", screen: "stage", stream: item.name })
     this.scrubber.open([item.data.run])
+    put(this.acts.compare, { hidden: false })
     this.update()
   }
 
@@ -289,6 +290,7 @@ export class Stage {
     put(this.parts.state, { hidden: false })
     put(this.parts.dot, { hidden: true })
     put(this.acts.keep, { hidden: !head.film })
+    put(this.acts.compare, { hidden: false })
     this.figures = figures(["Step", "Sigma", "Step time", "Steps"])
     const parts = [this.figures.root, meta.prompt && promptSection(`${meta.prompt}`), section("Run", pairs("facts", factsOf(meta)))]
     this.parts.inspector.replaceChildren(...parts.filter(Boolean))

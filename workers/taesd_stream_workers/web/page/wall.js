@@ -6,6 +6,7 @@ import { SHOWS } from "./streams.js"
 
 const GRACE_MS = 500 // a tile scrolled out of sight keeps its pictures this long
 const HOLD_MS = 450
+const GUESSED = 12 // tiles that are in sight on most screens, before the browser has said which are
 const ASPECTS = [16 / 9, 3 / 2, 1, 2 / 3, 9 / 16]
 const FIT = { least_px: 128, most_px: 384, below_px: 72, gap_px: 12, side_px: 24 }
 
@@ -14,7 +15,7 @@ class Tile {
     const { name } = item
     const root = stamp("#tile")
     const part = (selector) => $(selector, root)
-    Object.assign(this, { item, root, article: part("article"), canvas: part("canvas"), link: part(".name"), visible: false, left_ms: -Infinity })
+    Object.assign(this, { item, root, article: part("article"), canvas: part("canvas"), link: part(".name"), visible: false, guessed: false, left_ms: -Infinity })
     this.parts = {
       first: part("img"), note: part(".box-note"), badge: part(".badge"), plate: part(".plate"), bar: part(".bar"), number: part(".step b"), total: part(".step span"),
       say: part(".say"), undo: part(".undo"), aside: part(".aside"), record: part("[data-act=record]"), stop: part("[data-act=stop]"),
@@ -40,8 +41,8 @@ class Tile {
     const state = stateOf(item)
     const numbers = item.numbers()
     put(this.article, { "data-look": state.look })
-    // The first picture is an ordinary image too: a screenshot tool waits for those, not for sockets.
-    if (this.visible && !item.drawn && item.data.seq !== null && !state.missing) {
+    // The first picture is an ordinary image too: a screenshot tool waits for those, not for sockets nor for frames.
+    if ((this.visible || this.guessed) && !item.drawn && item.data.seq !== null && !state.missing) {
       put(parts.first, { src: `/streams/${item.name}/latest.jpg?rendition=thumb` })
     }
     put(parts.note, { text: item.drawn && !state.missing ? "" : (state.note ?? "") })
@@ -106,6 +107,7 @@ export class Wall {
   add(item, first) {
     const tile = new Tile(item, this.made++)
     this.tiles.set(item.name, tile)
+    tile.guessed = first && this.tiles.size <= GUESSED
     this.list.append(tile.root)
     this.observer.observe(tile.root)
     this.on.canvas(item.name, tile.canvas)

@@ -1,6 +1,6 @@
 """Tiny decoders on one NVIDIA GPU: frames/s of each way to run the same network, and how far each is from float32.
 
-    python -m tests.benchmarks.gpu_decoder [--weights taef2_decoder.pth --latents latents.safetensors] [--compile]
+    python -m tests.benchmarks.gpu [--weights taef2_decoder.pth --latents latents.safetensors] [--compile]
 
 Ways: `eager`, the network as it is in float16, NCHW, which is what diffusers' AutoencoderTiny does; `compile`, the same
 by torch.compile with max-autotune; `stock`, cuDNN's fused calls in CUDA graphs; `own`, our kernels. RGB or I420 planes
