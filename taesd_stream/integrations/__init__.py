@@ -1,1 +1,1 @@
-"""Previews for samplers that people have already: diffusers, k-diffusion, trainers."""
+"""Previews for samplers that people have already: diffusers, ComfyUI, k-diffusion, trainers."""

@@ -19,6 +19,7 @@ from taesd_stream import __version__
 from taesd_stream.errors import ConfigError, StreamAbsentError, TaesdStreamError, UnreachableError
 from taesd_stream_workers import (
     cli_client,
+    cli_comfyui,
     cli_daemon,
     cli_distill,
     cli_files,
@@ -62,6 +63,7 @@ cli_fit.add_commands(app)
 cli_distill.add_commands(app)
 cli_recordings.add_commands(app)
 cli_keys.add_commands(app)
+cli_comfyui.add_commands(app)
 cli_ray.add_commands(app)
 
 

@@ -56,9 +56,6 @@ _BY_PIPELINE: Final = {
     "LTX": "ltx_video",
     "Mochi": "mochi",
 }
-_FPS: Final = {"cogvideox": 8.0, "wan2_2": 24.0, "hunyuan_video": 24.0, "hunyuan_video_1_5": 24.0, "mochi": 30.0}
-_LTX_FPS: Final = 24.0
-_OTHER_FPS: Final = 16.0  # Wan 2.1's
 
 
 def format_of(pipe: Any) -> str:
@@ -76,11 +73,6 @@ def format_of(pipe: Any) -> str:
             f"{', '.join(LATENT_FORMATS)}"
         )
     return found
-
-
-def fps_of(format_name: str) -> float:
-    """Pictures a second that the models of a video format are made for; where the call says it, that holds."""
-    return _LTX_FPS if format_name.startswith("ltx") else _FPS.get(format_name, _OTHER_FPS)
 
 
 def _names() -> list[str]:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from taesd_stream.frames import EndReason, Kind, RecordMode, WireDtype, is_stream_name
 from taesd_stream.integrations.diffusers.calls import told, variables_of_call
-from taesd_stream.integrations.diffusers.formats import format_of, fps_of
+from taesd_stream.integrations.diffusers.formats import format_of
 from taesd_stream.integrations.diffusers.geometry import Geometry
 from taesd_stream.integrations.diffusers.runs import PipelineRun, Sink
 from taesd_stream.integrations.diffusers.step_hook import StepHook
+from taesd_stream.integrations.frame_rates import usual_fps
 from taesd_stream.latent_formats import latent_format as format_named
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ class Preview:
         names = [f"{self._stream}/{place}" for place in range(count)] if count > 1 else [self._stream]
         fps = self._fps
         if is_video and fps is None:
-            fps = variables.get("frame_rate") or fps_of(self._format.name)
+            fps = variables.get("frame_rate") or usual_fps(self._format.name)
         meta = {
             "pipeline": type(self._pipe).__name__,
             "scheduler": type(self._pipe.scheduler).__name__,
