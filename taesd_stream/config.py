@@ -81,6 +81,8 @@ class DecoderConfig(_Section):
     """Most frames in one batch. Higher: more throughput, more memory, longer waits."""
     max_job_s: float = Field(default=0.25, gt=0, le=10)
     """Longest job in seconds: what a newer frame of another stream may have to wait."""
+    latency_budget_s: float = Field(default=4.0, ge=0)
+    """A live picture that would take longer is shown by a cheaper decoder; 0: never. Choice "auto" alone."""
     memory_bytes: int = Field(default=1 << 30, ge=64 << 20)
     """Most bytes of activations at once; larger batches are decoded in slices."""
     min_free_bytes: int = Field(default=4 << 30, ge=0)

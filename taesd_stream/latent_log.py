@@ -172,10 +172,9 @@ class RunLog:
             self._remove(oldest)
 
     def sync(self) -> None:
-        """Force what was appended to the disk."""
-        if self._segments:
-            with contextlib.suppress(OSError):
-                os.fsync(self._segments[-1].fd)
+        """Force what was appended to the disk. Any thread; where the log goes meanwhile there is nothing to force."""
+        with contextlib.suppress(OSError, IndexError):
+            os.fsync(self._segments[-1].fd)
 
     def delete(self) -> None:
         """Remove every segment."""

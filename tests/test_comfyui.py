@@ -6,6 +6,7 @@ import itertools
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -258,6 +259,25 @@ def test_without_a_daemon(comfy: ComfyUI, peer: BrokerPeer, caplog: pytest.LogCa
     with ComfyUI() as bare:
         assert torch.equal(shown, bare.sample(model_of("SD15"), noise, SIGMAS))
     assert [record for record in caplog.records if "comfyui" in record.getMessage()] == []
+
+
+def test_a_daemon_that_is_killed_midway(comfy: ComfyUI, peer: BrokerPeer, beside: ThreadPoolExecutor) -> None:
+    """The sampler goes on without it, to the same bits."""
+    noise, sigmas = torch.randn(2, 4, 16, 16), torch.linspace(10, 0, 200)
+    is_dead = threading.Event()
+
+    def preview(step: int, x0: Tensor, x: Tensor, total_steps: int) -> None:
+        assert step != 100 or is_dead.wait(20)
+
+    doing = beside.submit(comfy.sample, model_of("SD15"), noise, sigmas, preview)
+    info = peer.opened()
+    peer.demand(info.run, "every", record="all")
+    peer.frame(20)
+    peer.close()
+    is_dead.set()
+    shown = doing.result(30)
+    with ComfyUI() as bare:
+        assert torch.equal(shown, bare.sample(model_of("SD15"), noise, sigmas))
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,31 @@ def test_videos(real: RealComfyUI, broker: BrokerPeer) -> None:
         assert result[place].shape == (16, 3, 6, 8)
 
 
+def test_custom_samplers(real: RealComfyUI, broker: BrokerPeer) -> None:
+    """SamplerCustomAdvanced, whose guider, noise and sigmas are nodes of their own, is shown as KSampler is."""
+    nodes = graph()
+    nodes["57:8"] = {
+        "class_type": "SamplerCustomAdvanced",
+        "inputs": {"noise": ["20", 0], "guider": ["21", 0], "sampler": ["22", 0], "sigmas": ["23", 0]},
+    }
+    nodes["57:8"]["inputs"]["latent_image"] = ["4", 0]
+    nodes["20"] = {"class_type": "RandomNoise", "inputs": {"noise_seed": 12}}
+    nodes["21"] = {"class_type": "BasicGuider", "inputs": {"model": ["24", 0], "conditioning": ["2", 0]}}
+    nodes["22"] = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "dpmpp_2m"}}
+    schedule = {"model": ["1", 0], "scheduler": "simple", "steps": STEPS, "denoise": 1.0}
+    nodes["23"] = {"class_type": "BasicScheduler", "inputs": schedule}
+    named = {"model": ["1", 0], "name": "advanced", "record": "off"}
+    nodes["24"] = {"class_type": "TaesdPreviewStream", "inputs": named}
+    prompt_id = real.queue(nodes)
+    info, frames, end = seen(broker)["advanced"]
+    result = real.latents(prompt_id)
+    told = {"prompt": "a red fox", "sampler": "dpmpp_2m", "scheduler": "simple", "seed": 12, "steps": STEPS}
+    assert told.items() <= info.meta.items()
+    assert (len(frames), end.reason) == (STEPS, "done")
+    largest = max(1.0, float(np.abs(result).max() * SD1_SCALE))
+    np.testing.assert_allclose(array(frames[-1]), result * SD1_SCALE, atol=1e-3 * largest)
+
+
 def test_stop_is_an_interrupt(real: RealComfyUI, broker: BrokerPeer) -> None:
     """Stop on the page ends the prompt as ComfyUI's own interrupt does, and the next prompt runs."""
     prompt_id = real.queue(graph(steps=10_000))
@@ -223,8 +248,11 @@ def test_stop_is_an_interrupt(real: RealComfyUI, broker: BrokerPeer) -> None:
     assert seen(broker)[f"comfy/{following}/57.8"][2].reason == "done"
 
 
-def test_no_daemon(real: RealComfyUI) -> None:
+def test_no_daemon(real: RealComfyUI, broker: BrokerPeer) -> None:
     """With nobody at the address a prompt ends well, and its latents are those of a prompt that somebody watched."""
-    alone = real.queue(graph(stream={"name": "nobody", "record": "off", "address": "tcp://127.0.0.1:9"}))
-    assert real.finished(alone)["status"]["status_str"] == "success"
+    watched = real.queue(graph(stream={"name": "somebody", "record": "off", "address": broker.address}))
+    assert seen(broker)["somebody"][2].reason == "done"
+    shown = real.latents(watched)
+    alone = real.latents(real.queue(graph(stream={"name": "nobody", "record": "off", "address": "tcp://127.0.0.1:9"})))
+    assert alone.tobytes() == shown.tobytes()
     assert "comfyui_preview_failed" not in real.log

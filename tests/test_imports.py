@@ -52,10 +52,11 @@ def test_a_sampler_pays_for_nothing_of_the_daemon(tmp_path: Path) -> None:
     assert loaded_by("taesd_stream", tmp_path) & {*HEAVY, "taesd_stream_workers"} == set()
 
 
-def test_an_integration_adds_little_to_its_framework(tmp_path: Path) -> None:
-    """Where torch is loaded, importing the integration for diffusers loads a few modules of ours, and nobody else's."""
+@pytest.mark.parametrize("name", ["diffusers", "comfyui.hook"])
+def test_an_integration_adds_little_to_its_framework(name: str, tmp_path: Path) -> None:
+    """Where torch is loaded, importing an integration loads a few modules of ours, and nobody else's."""
     names = "[name for name in sys.modules if name not in before]"
-    code = "import json, sys, torch, numpy\nbefore = set(sys.modules)\nimport taesd_stream.integrations.diffusers\n"
+    code = f"import json, sys, torch, numpy\nbefore = set(sys.modules)\nimport taesd_stream.integrations.{name}\n"
     added = run(f"{code}print(json.dumps({names}))", tmp_path)
     ours = {name for name in added if name.partition(".")[0] == "taesd_stream"}
     standard = {name for name in added if name.partition(".")[0] in sys.stdlib_module_names}

@@ -8,8 +8,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeAlias
 
 import torch
 
@@ -30,6 +30,7 @@ from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
 from taesd_stream.latent_formats import latent_format as format_named
 from taesd_stream.media.encoder import VIDEO_RENDITIONS
 from taesd_stream.messages import Failed, JobItem, Progress
+from taesd_stream_workers.degrading import Pace, is_out_of_memory, ways
 from taesd_stream_workers.encode_pool import EncodePool, EncodeTask
 from taesd_stream_workers.job_pictures import Entry, Rows, can_be_planes, pictures_of, planes_of
 from taesd_stream_workers.job_run import JobRun
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 MAX_MEMORIES: Final = 4096  # that one HELLO holds
 WARM_UP_FORMAT: Final = "sd1"  # any one with rgb factors
+Wanted: TypeAlias = tuple[JobItem, Rows, Any]  # an item, its latents (n,C,h,w), and which renditions to make
 
 
 class JobDecoder:
@@ -68,6 +70,7 @@ class JobDecoder:
         self._slice_since_s = float("inf")
         self._jobs: queue.SimpleQueue[JobRun | None] = queue.SimpleQueue()
         self._engines: dict[tuple[str, str, bool], Engine] = {}
+        self._pace = Pace()
         self._thread = threading.Thread(target=self._run, name="device")
 
     @property
@@ -106,7 +109,10 @@ class JobDecoder:
 
     def engines(self) -> dict[str, dict[str, Any]]:
         """What decodes each latent format, and why: the live view's engine, else the recordings'. Any thread."""
-        engines = sorted(self._engines.items(), key=lambda entry: entry[0][2])
+        chosen = (self._decoder.choice, "auto")  # not the cheaper ones that stood in
+        engines = sorted(
+            (entry for entry in self._engines.items() if entry[0][1] in chosen), key=lambda entry: entry[0][2]
+        )
         history: dict[str, int] = {}
         for (latent_format, _, _), engine in engines:
             history[latent_format] = max(engine.history, history.get(latent_format, 0))
@@ -231,7 +237,7 @@ class JobDecoder:
             return
         live = self._engine(latent_format, choice, is_fast=True) if is_shown else None
         engine = self._engine(latent_format, "auto", is_fast=False) if for_record or live is None else live
-        mine: list[tuple[JobItem, Rows, Any]] = []
+        mine: list[Wanted] = []
         for item, rows in items:
             is_recorded = "record" in item.renditions
             wanted = tuple(
@@ -243,40 +249,82 @@ class JobDecoder:
             if wanted:
                 mine.append((item, rows, wanted))
         if mine:
-            self._decode_batch(run, engine, mine)
+            self._decode_somehow(run, engine, mine, is_recorded=for_record)
+
+    def _decode_somehow(self, run: JobRun, best: Engine, mine: list[Wanted], *, is_recorded: bool) -> None:
+        """Decode the best way that memory and time allow. Raises: torch.OutOfMemoryError where none does."""
+        settings = self._decoder
+        cells = _cells_of(mine[0][1])
+        is_still = not isinstance(best, VideoEngine)  # of a `live` run latents are left out instead
+        is_late = is_still and not is_recorded and self._pace.is_over(best.decoder, cells, settings.latency_budget_s)
+        shown: set[int] = set()  # places of those that have given their pictures
+        reason = ""
+        for way in ways(settings.choice, settings.memory_bytes, is_recorded=is_recorded, is_late=is_late):
+            places = [place for place in range(len(mine)) if place not in shown]
+            left = [mine[place] for place in places]
+            try:
+                engine = best if way.choice is None else self._engine(best.latent_format, way.choice, is_fast=True)
+                if way.choice is not None and engine.decoder == best.decoder:
+                    continue
+                started_s = time.monotonic()
+                for place in self._decode_batch(run, engine, left, way.budget_bytes):
+                    shown.add(places[place])
+            except NoDecoderError:
+                continue
+            except Exception as error:
+                if not is_out_of_memory(error) or (is_recorded and shown):
+                    raise  # what is in the file already must not come again in this attempt
+                reason = str(error)[:300]  # the error itself would keep the tensors of its frames
+            else:
+                self._pace.measured(engine.decoder, cells * len(left), time.monotonic() - started_s)
+                for item, _, _ in left if way.code else ():
+                    run.degrade(item.run, way.code, way.text)
+                return
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+        raise torch.OutOfMemoryError(f"no way to decode it fits the memory: {reason}")
 
     def _records_as_it_shows(self, live: Engine | None) -> bool:
         """Whether recordings of the format are decoded by the network that shows it live."""
         return live is not None and self._engine(live.latent_format, "auto", is_fast=False).decoder == live.decoder
 
-    def _decode_batch(self, run: JobRun, engine: Engine, mine: list[tuple[JobItem, Rows, Any]]) -> None:
-        """Decode for the renditions that are wanted of each; what is video in full size alone, straight to planes."""
+    def _decode_batch(self, run: JobRun, engine: Engine, mine: list[Wanted], budget_bytes: int) -> Iterator[int]:
+        """Decode for the renditions that are wanted of each; what is video in full size alone, straight to planes.
+
+        Yields: the place of each that has given its last picture.
+        """
         lacking = lacks_memory(engine, [item for item, _, _ in mine])
         if lacking:
             places = [run.job.items.index(mine[place][0]) for place in lacking]
             text = "the memory of a live stream is not here: its history is needed"
             bad = run.failed.items if run.failed else []
             run.failed = Failed(job=run.job.job, items=[*bad, *places], code="no_memory", text=text, retry=True)
-            mine = [one for place, one in enumerate(mine) if place not in lacking]
+            yield from lacking
+            kept_places = [place for place in range(len(mine)) if place not in lacking]
+            mine = [mine[place] for place in kept_places]
+        else:
+            kept_places = list(range(len(mine)))
         begin_anew(engine, [item for item, _, _ in mine])
         histories = {place: run.histories[item.run] for place, (item, _, _) in enumerate(mine) if item.history}
         straight: list[Entry] = []
         others: list[Entry] = []
         for place, (item, rows, wanted) in enumerate(mine):
             (straight if self._is_straight(engine, item, rows, wanted) else others).append((place, item, rows))
-        budget_bytes = self._decoder.memory_bytes
-        ways = [
+        sources = [
             planes_of(engine, straight, budget_bytes) if straight else iter(()),
             pictures_of(engine, others, budget_bytes, histories) if others else iter(()),
         ]
         shower = Shower(self._outlet, run, engine.decoder, [(item, wanted) for item, _, wanted in mine])
-        for shown in itertools.chain.from_iterable(ways):
+        for shown in itertools.chain.from_iterable(sources):
             for picture in shown.pictures:
                 if picture.is_approximate:
                     run.degrade(mine[picture.place][0].run, "approximate", "Colours approximate.")
             shower.show(shown)
             self._slice_since_s = time.monotonic()
             self._outlet.pass_on(Progress(job=run.job.job))
+            for picture in shown.pictures:
+                if picture.index == picture.count - 1:
+                    yield kept_places[picture.place]
 
     def _is_straight(self, engine: Engine, item: JobItem, rows: Rows, wanted: Any) -> bool:
         height, width = engine.picture_size(rows.batch)
@@ -301,6 +349,11 @@ class JobDecoder:
                 what = f"format={latent_format} decoder={engine.decoder} dtype={engine.dtype}"
                 logger.info("engine_opened %s %s", what, engine.reason)
         return self._engines[key]
+
+
+def _cells_of(rows: Rows) -> int:
+    height, width = rows.batch.shape[-2:]
+    return len(rows) * int(height) * int(width)
 
 
 def _is_same(one: Engine, other: Engine) -> bool:

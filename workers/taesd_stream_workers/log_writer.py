@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,11 +36,15 @@ class LogWriter:
         self._wake = wake
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log writer")
+        # hundreds of logs take a second to be forced to disk: what comes meanwhile must not wait for that
+        self._syncer = threading.Thread(target=self._sync_each_second, name="log sync")
         self._touched: set[RunLog] = set()
+        self._touched_lock = threading.Lock()
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the threads."""
         self._thread.start()
+        self._syncer.start()
 
     def submit(self, log: RunLog, message: LatentFrame | End) -> bool:
         """Queue an append; False when the queue is full (then nobody is acked, and the publisher sends it again)."""
@@ -59,30 +62,28 @@ class LogWriter:
         return done
 
     def close(self) -> None:
-        """Write what is queued, sync, and join the thread."""
+        """Write what is queued, sync, and join the threads."""
         self._stop.set()
         self._thread.join()
+        self._syncer.join()
+        self._sync()
 
     def _run(self) -> None:
-        next_sync_s = time.monotonic() + SYNC_S
         while not (self._stop.is_set() and not len(self._queue)):
             try:
                 self._take(self._queue.get(timeout_s=0.1))
-                if time.monotonic() >= next_sync_s:
-                    self._sync()
-                    next_sync_s = time.monotonic() + SYNC_S
             except Exception as error:  # noqa: BLE001 the role ends with it: without this thread nothing is acked
                 self.error = error
                 self._wake()
                 return
-        self._sync()
 
     def _take(self, taken: tuple[RunLog, LatentFrame | End | None] | None) -> None:
         if taken is None:
             return
         log, message = taken
         if message is None:
-            self._touched.discard(log)
+            with self._touched_lock:
+                self._touched.discard(log)
             log.delete()
         else:
             self._append(log, message)
@@ -94,16 +95,22 @@ class LogWriter:
                 log.end(message)
             else:
                 log.append(message)
-            self._touched.add(log)
+            with self._touched_lock:
+                self._touched.add(log)
         except (LogError, ValueError) as failure:
             error = str(failure)
         self._results.append(Written(log, message, error))
         self._wake()
 
+    def _sync_each_second(self) -> None:
+        while not self._stop.wait(SYNC_S):
+            self._sync()
+
     def _sync(self) -> None:
-        for log in self._touched:
+        with self._touched_lock:
+            touched, self._touched = self._touched, set()
+        for log in touched:
             log.sync()
-        self._touched.clear()
 
 
 def _size(item: tuple[RunLog, LatentFrame | End | None]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-MAX_PROMPT_CHARS: Final = 2000  # a run's meta holds 16 KiB
+MAX_CHARS: Final = 2000  # of the prompt, of a name; a run's meta holds 16 KiB
 _TEXTS: Final = ("text", "prompt", "t5xxl", "text_g", "clip_l", "value", "string")
 _CHECKPOINTS: Final = ("ckpt_name", "unet_name", "model_name")
 _RATES: Final = ("fps", "frame_rate")
@@ -41,10 +41,10 @@ def told(graph: Graph, node_id: str, *, with_prompt: bool) -> dict[str, Any]:
     if with_prompt:
         text = next((text for text in _values(graph, node_id, _TEXTS, _NOT_TEXT) if text.strip()), None)
         if text is not None:
-            meta["prompt"] = text[:MAX_PROMPT_CHARS]
+            meta["prompt"] = text
     meta["checkpoint"] = next(_values(graph, node_id, _CHECKPOINTS), None)
     meta["scheduler"] = next(_values(graph, node_id, ("scheduler",)), None)
-    return {name: value for name, value in meta.items() if value is not None}
+    return {name: str(value)[:MAX_CHARS] for name, value in meta.items() if value is not None}
 
 
 def fps_of(graph: Graph) -> float | None:

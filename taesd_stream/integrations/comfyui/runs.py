@@ -146,7 +146,9 @@ def _executing() -> tuple[str, str, Graph]:
 
 def _picture(x0: Any, shapes: Any) -> Any:
     """The picture's or video's latents, where the sound's are packed behind them."""
-    if shapes is None or len(shapes) < 2 or getattr(x0, "is_nested", False):
+    if getattr(x0, "is_nested", False):  # somebody's callback has unpacked them already
+        return x0.tensors[0]
+    if shapes is None or len(shapes) < 2:
         return x0
     from comfy.utils import unpack_latents
 
