@@ -57,8 +57,8 @@ class Engine:
         self._format = latent_format
         self._scale = latent_format.decoder_scale if is_full else None
         self._device = torch.device(device)
-        is_deep = is_full or isinstance(network, NanoDecoder)
-        self.dtype, self._memory_format = _arithmetic(self._device, is_deep=is_deep, is_fast=is_fast)
+        is_nano = isinstance(network, NanoDecoder)
+        self.dtype, self._memory_format = _arithmetic(self._device, is_full=is_full, is_nano=is_nano, is_fast=is_fast)
         if self._device.type == "cpu" and isinstance(network, nn.Sequential):
             network = fold_upsampling(network)  # a tenth less to compute
         network = network.to(device=self._device, dtype=self.dtype).eval().requires_grad_(False)
@@ -179,11 +179,14 @@ def _plain(rgb: Tensor) -> Tensor:
 _measured = functools.cache(cpu_choice)  # a processor does not change under a process
 
 
-def _arithmetic(device: torch.device, *, is_deep: bool, is_fast: bool) -> tuple[torch.dtype, torch.memory_format]:
-    """Dtype and memory format of a decoder on its device. is_deep: of many layers, no projection."""
-    if device.type == "cpu" and is_deep:
+def _arithmetic(
+    device: torch.device, *, is_full: bool, is_nano: bool, is_fast: bool
+) -> tuple[torch.dtype, torch.memory_format]:
+    """Dtype and memory format of a decoder on its device."""
+    if device.type == "cpu" and is_full:
         choice = _measured() if is_fast else _measured().exact
         return choice.dtype, choice.memory_format
     # The published weights are half precision, and a GPU is twice as fast in it, in channels_last. The projection is
-    # quick in any form.
-    return (torch.float16 if is_deep and device.type == "cuda" else torch.float32), torch.channels_last
+    # quick in any form, and nano on a processor quick enough to do without a measurement before its first picture.
+    is_half = device.type == "cuda" and (is_full or is_nano)
+    return torch.float16 if is_half else torch.float32, torch.channels_last

@@ -249,9 +249,11 @@ class JobDecoder:
             if wanted:
                 mine.append((item, rows, wanted))
         if mine:
-            self._decode_somehow(run, engine, mine, is_recorded=for_record)
+            self._decode_somehow(run, engine, mine, choice, is_recorded=for_record)
 
-    def _decode_somehow(self, run: JobRun, best: Engine, mine: list[Wanted], *, is_recorded: bool) -> None:
+    def _decode_somehow(
+        self, run: JobRun, best: Engine, mine: list[Wanted], choice: DecoderChoice, *, is_recorded: bool
+    ) -> None:
         """Decode the best way that memory and time allow. Raises: torch.OutOfMemoryError where none does."""
         settings = self._decoder
         cells = _cells_of(mine[0][1])
@@ -259,7 +261,7 @@ class JobDecoder:
         is_late = is_still and not is_recorded and self._pace.is_over(best.decoder, cells, settings.latency_budget_s)
         shown: set[int] = set()  # places of those that have given their pictures
         reason = ""
-        for way in ways(settings.choice, settings.memory_bytes, is_recorded=is_recorded, is_late=is_late):
+        for way in ways(choice, settings.memory_bytes, is_recorded=is_recorded, is_late=is_late):
             places = [place for place in range(len(mine)) if place not in shown]
             left = [mine[place] for place in places]
             try:
