@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -167,6 +168,13 @@ def test_probes_need_no_token(public: Daemon, path: str) -> None:
     assert (answer.status, answer.body) == (200, b"{}")
 
 
+def test_a_health_check_needs_no_token(public: Daemon, tmp_path: Path) -> None:
+    """`health`, as a container of the streamer runs it, says that it is well where the page asks for a token."""
+    command = [*COMMAND, "health", "--role", "streamer", "--connect", public.web]
+    done = subprocess.run(command, env=clean_environment(tmp_path), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_program_sends_the_token_as_bearer(public: Daemon, token: str, stream: str) -> None:
     """`Authorization: Bearer TOKEN` opens the interface."""
     answer = Answer(public, "/api/v1/streams", {"Authorization": f"Bearer {token}"})
@@ -195,7 +203,7 @@ def test_the_link_gives_a_cookie_once(public: Daemon, token: str) -> None:
     assert answer.headers["cache-control"] == "no-store"
     assert b'url=/streams/a%22b/embed?x=1"' in answer.body
     assert token.encode() not in answer.body
-    with_cookie = {"Cookie": "other=1; " + cookie.partition(";")[0]}
+    with_cookie = {"Cookie": 'other={"of": "another program"}; bare; ' + cookie.partition(";")[0]}
     assert Answer(public, "/", with_cookie).status == 200
     assert Answer(public, "/api/v1/streams", with_cookie).status == 200
 
@@ -233,15 +241,19 @@ def test_a_socket_needs_the_cookie(public: Daemon, token: str) -> None:
         ("preview.example.org", "https://preview.example.org", 200),
         ("127.0.0.1:{port}", "https://preview.example.org", 200),
         ("10.1.2.3:{port}", None, 200),
+        (f"{socket.gethostname()}:{{port}}", f"http://{socket.gethostname()}:{{port}}", 200),
+        (f"{socket.gethostname()}:{{port}}", f"http://{socket.gethostname()}:9", 403),
         ("preview.example.org", "https://evil.example", 403),
         ("evil.example", None, 403),
         ("preview.example.org.evil.example", None, 403),
     ],
 )
 def test_a_proxys_name(public: Daemon, token: str, host: str, origin: str | None, status: int) -> None:
-    """Names of `web.hosts` are ours, and addresses in numbers; other names are refused, with the token too."""
-    headers = {"Host": host.format(port=urlsplit(public.web).port), "Authorization": f"Bearer {token}"}
-    assert Answer(public, "/api/v1/streams", headers | ({"Origin": origin} if origin else {})).status == status
+    """Names of `web.hosts` are ours, and addresses in numbers; others are refused, and other pages of this host too."""
+    port = urlsplit(public.web).port
+    headers = {"Host": host.format(port=port), "Authorization": f"Bearer {token}"}
+    headers |= {"Origin": origin.format(port=port)} if origin else {}
+    assert Answer(public, "/api/v1/streams", headers).status == status
 
 
 def test_the_command_line_takes_the_link(public: Daemon, token: str, stream: str, tmp_path: Path) -> None:

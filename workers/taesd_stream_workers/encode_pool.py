@@ -13,10 +13,11 @@ from typing import Final
 from taesd_stream.decoding.host_copies import HostCopy
 from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import EncodedPicture, JpegEncoder, Planes, VideoEncoder, encoder_for
+from taesd_stream_workers.heap import Heap
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING: Final = 256  # pictures in all; full, the decoder waits, and with it the worker's credits
+MAX_WAITING: Final = 256  # pictures but films'; full, the decoder waits, and with it the worker's credits
 MANY_LIVE: Final = 8  # chains of `live` from which on a new one is made quickly rather than small
 
 
@@ -67,6 +68,7 @@ class EncodePool:
         self._waiting = self._films_waiting = 0
         self._room = threading.Condition()  # of all fields
         self._film_threads = max(1, threads // 4)
+        self._heap = Heap()
         queues = [self._due] * threads + [self._due_films] * self._film_threads
         self._threads = [
             threading.Thread(target=self._run, args=(due,), name=f"encode {number}")
@@ -81,7 +83,7 @@ class EncodePool:
     def submit(self, tasks: Sequence[EncodeTask]) -> None:
         """Queue pictures; waits while too many wait already."""
         with self._room:
-            self._room.wait_for(lambda: self._waiting < MAX_WAITING)
+            self._room.wait_for(lambda: self._waiting - self._films_waiting < MAX_WAITING)
             for task in tasks:
                 self._queue(self._chain(task), task)
 
@@ -129,6 +131,7 @@ class EncodePool:
             task = chain.tasks.popleft()
             if task is None:
                 _close(chain)
+                self._heap.give_back()
             else:
                 task.on_done(_encode(chain, task))
             with self._room:
