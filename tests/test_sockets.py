@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +39,10 @@ class Sockets:
         """Ours, connected."""
         self._made.append(dial(self.context, zmq.DEALER, address, hwm=hwm, identity=identity))
         return self._made[-1]
+
+    def keep(self, socket: zmq.Socket[bytes]) -> None:
+        """Close this one too."""
+        self._made.append(socket)
 
     def close(self) -> None:
         """Close all; hangs where one was left open behind our back."""
@@ -104,7 +110,11 @@ def test_a_peer_that_is_not_there_is_said(sockets: Sockets) -> None:
 def test_a_full_peer_is_said(sockets: Sockets) -> None:
     """A peer that reads nothing makes send say Again; what was accepted before arrives whole."""
     router = sockets.router(hwm=4)
-    dealer = sockets.dealer(endpoint(router), hwm=4, identity=b"slow")
+    dealer = sockets.context.socket(zmq.DEALER)  # a foreign one: ours takes more before it is full
+    sockets.keep(dealer)
+    dealer.setsockopt(zmq.RCVHWM, 4)
+    dealer.setsockopt(zmq.IDENTITY, b"slow")
+    dealer.connect(endpoint(router))
     assert dealer.poll(20_000, zmq.POLLOUT)
     dealer.send(b"hello")
     assert router.poll(20_000)
@@ -118,6 +128,35 @@ def test_a_full_peer_is_said(sockets: Sockets) -> None:
     for _ in range(accepted):
         assert dealer.poll(20_000)
         assert len(dealer.recv()) == 1 << 18
+
+
+CLOSED_WHILE_FULL = """
+import time, zmq
+from taesd_stream.sockets import HEARTBEAT_MS, bind, close, dial
+context = zmq.Context()
+pull = bind(context, zmq.PULL, "tcp://127.0.0.1:0", hwm=4)
+push = dial(context, zmq.PUSH, pull.getsockopt_string(zmq.LAST_ENDPOINT), hwm=1000)
+for _ in range(500):
+    assert push.poll(5000, zmq.POLLOUT)
+    push.send(bytes(20_000))
+assert pull.poll(5000)
+close(push)
+until_s = time.monotonic() + 1.5 * HEARTBEAT_MS / 1000
+while time.monotonic() < until_s:
+    time.sleep(0.05)
+pull.recv()
+close(pull)
+context.term()
+print("alive")
+"""
+
+
+def test_a_connection_closed_while_much_waits_on_it_ends_no_process() -> None:
+    """Whoever sends more than is read and goes: libzmq would abort the process at its next heartbeat, had it one."""
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED_WHILE_FULL], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "alive"), done.stderr
 
 
 def test_a_peer_that_came_back_takes_its_id_again(sockets: Sockets) -> None:

@@ -72,6 +72,7 @@ class KeptRun:
         assert self._publisher.wait_until_acked(120), self._publisher.error
         self._publisher.close(timeout_s=30)
         wait_for(self._daemon.is_ready, 120, of="all roles")
+        wait_for(lambda: frames_of(self._daemon, "kept") == self.steps, 180, of=f"{self.steps} frames in the file")
         row = self._daemon.recording(self._publisher.run)
         assert (row["frames"], row["first_seq"], row["last_seq"], row["gaps"]) == (self.steps, 0, self.steps - 1, [])
         greys = [float(np.mean(picture)) for picture in decode_file(self._daemon.file(row["id"]))]
@@ -173,7 +174,8 @@ def sampler(daemon: Daemon, folder: Path, stream: str) -> subprocess.Popen[bytes
 def frames_of(daemon: Daemon, stream: str) -> int:
     """How many frames of a stream are in its file."""
     rows = daemon.json("/api/v1/recordings")["recordings"]
-    return max((int(row["frames"]) for row in rows if row["stream"] == stream), default=0)
+    mine = sorted((row for row in rows if row["stream"] == stream), key=lambda row: float(row["started"]))
+    return int(mine[-1]["frames"]) if mine else 0
 
 
 def test_a_killed_sampler_leaves_a_whole_file(own_daemon: Daemon, tmp_path: Path) -> None:
