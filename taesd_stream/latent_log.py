@@ -62,12 +62,18 @@ class _Segment:
 class RunLog:
     """The log of one kept run. One thread appends; any thread may read what was appended."""
 
-    def __init__(self, folder: Path, info: StreamInfo, *, segment_bytes: int = SEGMENT_BYTES) -> None:
-        """Begin an empty log; no file is made before the first append."""
+    def __init__(
+        self, folder: Path, info: StreamInfo, *, first_seq: int | None = None, segment_bytes: int = SEGMENT_BYTES
+    ) -> None:
+        """Begin an empty log; no file is made before the first append.
+
+        first_seq: what the first frame must have, None: any. One that the disk did not take must not be passed over.
+        """
         self.info = info
         self.ended: End | None = None
         self.damaged = 0  # records that were found damaged when it was reopened
         self._folder = folder
+        self._begins_at = first_seq
         self._segment_bytes = segment_bytes
         self._segments: list[_Segment] = []
         self._next_number = 0
@@ -105,7 +111,7 @@ class RunLog:
         for segment in reversed(self._segments):
             if segment.first_seq is not None:
                 return segment.first_seq + len(segment.offsets)
-        return None
+        return self._begins_at
 
     @property
     def nbytes(self) -> int:

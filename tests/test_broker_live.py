@@ -75,7 +75,7 @@ def begin(publisher: Peer, worker: WorkerPeer, stream: str, count: int) -> str:
 
 
 def test_a_worker_that_is_new_to_a_live_run_gets_its_history(broker: BrokerRole) -> None:
-    """When the worker of a run dies, the next one gets, with the next latent, the latents before it."""
+    """When a run's worker dies, the next one gets the latents before it, and begins with a keyframe for the viewers."""
     with broker.publisher() as publisher, broker.streamer() as streamer:
         streamer.watch("live/moved")
         with broker.worker("first", engines=ENGINES) as first:
@@ -83,6 +83,7 @@ def test_a_worker_that_is_new_to_a_live_run_gets_its_history(broker: BrokerRole)
         with broker.worker("second", engines=ENGINES) as second:
             publisher.say(frame(run, 6))
             job = second.job()
+            assert job.items[0].keyframe  # for a worker that was there before has an encoder that is behind
             while 6 not in seqs(job):  # the last picture once more, for the viewers of the new chain
                 second.done(job)
                 job = second.job()
@@ -105,6 +106,25 @@ def test_a_worker_that_lost_its_memory_is_sent_the_history(broker: BrokerRole) -
         worker.done(again)
         streamer.watch("live/lost", viewers=0)
     assert (seqs(again)[0], histories(again)[0]) == (5, [2, 3, 4])
+
+
+def test_latents_behind_one_without_a_picture_go_again(broker: BrokerRole) -> None:
+    """FAILED bad_frame of a latent: it comes no more, what followed it does, and the history has it."""
+    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker(engines=ENGINES) as worker:
+        streamer.watch("live/bad")
+        run = begin(publisher, worker, "live/bad", 3)
+        worker.hello(credits=0)
+        for seq in range(3, 6):
+            publisher.say(frame(run, seq))
+        wait_for(lambda: broker.row("live/bad")["seq"] == 5, of="all three")
+        worker.hello(credits=2)
+        job = worker.job()
+        assert seqs(job) == [3, 4, 5]
+        worker.failed(job, "bad_frame", items=[0], retry=False)
+        again = worker.job()
+        worker.done(again)
+        streamer.watch("live/bad", viewers=0)
+    assert (seqs(again), histories(again)[0]) == ([4, 5], [1, 2, 3])
 
 
 def test_what_a_worker_says_it_remembers_is_believed(broker: BrokerRole) -> None:

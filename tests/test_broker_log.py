@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from taesd_stream.messages import Ack, DemandUpdate, Gap, JobItem, Refused, RunHello
+from taesd_stream.messages import Ack, DemandUpdate, Gap, JobItem, Record, Refused, RunHello
 from tests.broker_role import BrokerRole, Peer, StreamerPeer, WorkerPeer, frame, new_run
 from tests.daemon import wait_for
 
@@ -124,6 +124,31 @@ def test_a_restarted_broker_asks_for_the_last_word_on_keeping(broker: BrokerRole
         assert publisher.ack(run, 0).seq == 0
         assert publisher.next(DemandUpdate).record == "off"
         wait_for(lambda: broker.stats().runs[run]["ended"], of="the end of keeping")
+
+
+def test_what_comes_again_behind_its_recording_makes_no_second_one(broker: BrokerRole) -> None:
+    """A publisher that never heard its ACKs sends again what is in a finished file: it is acked, and not kept twice."""
+    run = new_run()
+    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker() as worker:
+        publisher.open(run, "again", record="all")
+        for seq in range(3):
+            publisher.say(frame(run, seq, kept=True))
+        publisher.ack(run, 2)
+        items: list[JobItem] = []
+        take(worker, streamer, run, items, 2)
+        streamer.say(Record(stream="again", mode="off"))
+        publisher.next(DemandUpdate, lambda demand: demand.record == "off")
+        publisher.publisher_hello(**{run: RunHello(next_seq=3)})
+        publisher.ack(run, 2)
+        streamer.written(run, items[-1].attempt, 2, finished=True)
+        wait_for(lambda: run not in broker.stats().runs, of="the end of the recording")
+        publisher.publisher_hello(**{run: RunHello(next_seq=3, kept_from=1)})
+        assert publisher.next(Ack).seq == 2
+        publisher.say(frame(run, 1, kept=True))
+        publisher.say(frame(run, 2, kept=True))
+        publisher.publisher_hello(**{run: RunHello(next_seq=3, kept_from=1)})
+        assert publisher.next(Ack).seq == 2
+        assert run not in broker.stats().runs
 
 
 def test_what_nobody_recorded_goes_only_where_an_age_is_set(tmp_path: Path) -> None:

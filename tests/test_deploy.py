@@ -78,6 +78,22 @@ def test_manifests_fit_kubernetes() -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_the_daemon_finds_its_keys_and_its_lists() -> None:
+    """Both roles of the pod have the secret and both lists where `keys_folder` looks; the worker has its own folder."""
+    folder = Path(load_config(ROOT / "configs" / "cluster.toml").security.keys_folder)
+    parts = {"broker": ["server.key", "samplers", "workers"], "streamer": ["server.key", "samplers", "workers"]}
+    for path in (DEPLOY / "kubernetes" / name for name in ("daemon.yaml", "workers.yaml")):
+        pods = [one["spec"]["template"]["spec"] for one in documents(path) if "template" in one.get("spec", {})]
+        for pod in pods:
+            volumes = {volume["name"] for volume in pod["volumes"]} | {"data"}
+            for container in pod["containers"]:
+                mounts = {Path(one["mountPath"]): one for one in container["volumeMounts"]}
+                assert volumes >= {one["name"] for one in mounts.values()}
+                for part in parts.get(container["name"], [""]):
+                    assert mounts[folder / part]["readOnly"] is True
+                    assert mounts[folder / part].get("subPath", "") == (part if part == "server.key" else "")
+
+
 def test_the_autoscaler_reads_what_the_daemon_tells() -> None:
     """KEDA's trigger names a deployment, a service and a port of these manifests, and the field of the route."""
     resources = {(one["kind"], one["metadata"]["name"]): one for path in CLUSTER for one in documents(path)}

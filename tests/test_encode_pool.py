@@ -12,7 +12,7 @@ import pytest
 from taesd_stream.decoding.host_copies import HostCopy
 from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import EncodedPicture, Planes
-from taesd_stream_workers.encode_pool import MANY_LIVE, EncodePool, EncodeTask
+from taesd_stream_workers.encode_pool import MANY_LIVE, MAX_WAITING, EncodePool, EncodeTask
 from tests.daemon import wait_for
 
 THREADS = 4
@@ -117,6 +117,23 @@ def test_a_film_holds_up_nobody() -> None:
     pool.close()
     assert [pts for pts, _ in results.by_run["film"]] == [0, 90]
     assert pool.takes_films
+
+
+def test_films_of_long_clips_hold_up_nobody() -> None:
+    """However many pictures wait for films, there is room for live ones."""
+    results, pool = Results(), EncodePool(THREADS)
+    pool.start()
+    gate = Gate(np.full((48, 32), 128, np.uint8))
+    pool.submit([replace(results.task("film", pts, rendition="film"), copy=gate) for pts in range(MAX_WAITING + 1)])
+    submitter = threading.Thread(target=pool.submit, args=([results.task("live", 0)],))
+    submitter.start()
+    try:
+        wait_for(lambda: results.by_run["live"], of="the live picture")
+    finally:
+        gate.open.set()
+        submitter.join()
+        pool.close()
+    assert len(results.by_run["film"]) == MAX_WAITING + 1
 
 
 def test_of_many_live_streams_new_ones_are_made_quickly() -> None:

@@ -16,11 +16,12 @@ import pytest
 from PIL import Image
 
 from taesd_stream import LatentPublisher
-from taesd_stream.config import RecordingConfig
+from taesd_stream.config import RecordingConfig, load_config
 from taesd_stream.frames import Packet
-from taesd_stream.media.recording import Recording
+from taesd_stream.media.recording import Recording, RecordingError
 from taesd_stream.media.steps import StepPicture, pictures_around, steps_of
 from taesd_stream_workers.films import Films
+from taesd_stream_workers.recorder import Recorder
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import PATCHES, sd1_latents_of
@@ -98,6 +99,29 @@ def test_a_kept_film_is_taken_up_again_after_a_death(tmp_path: Path) -> None:
     again.close()
 
 
+def test_a_film_that_could_not_be_kept_can_be_kept_later(tmp_path: Path) -> None:
+    """Where its place in the recordings cannot be made, a film stays a film; once it can, the same wish keeps it."""
+    one = shot(tmp_path / ".films")
+    for packet in chain(0, 2):
+        one.write(film(packet))
+    one.close()
+    (tmp_path / "taken").write_text("a file where the template wants a folder")
+    config = load_config(sets=[f"recording.folder={tmp_path}", "recording.name=taken/{run}"])
+    recorder = Recorder(config, tell_broker=lambda _: None, on_change=lambda _rows, _films: None)
+    recorder.start()
+    try:
+        with pytest.raises(RecordingError, match="taken"):
+            recorder.keep_film(RUN).result(timeout=30)
+        assert [path.parent.name for path in recorder.paths_of_run(RUN)] == [".films"]
+        (tmp_path / "taken").unlink()
+        assert recorder.keep_film(RUN).result(timeout=30) == f"taken/{RUN}"
+        with pytest.raises(KeyError):
+            recorder.keep_film(RUN).result(timeout=30)
+    finally:
+        recorder.close()
+    assert [step.seq for step in steps_of(tmp_path / "taken" / f"{RUN}.mp4")] == [0, 1, 2]
+
+
 def test_steps_tell_what_the_sampler_said(tmp_path: Path) -> None:
     """Step, total and sigma of each frame come back from a growing and from a finished file."""
     one = Recording.open(tmp_path, stream="demo/a", run=RUN, meta=META)
@@ -133,6 +157,16 @@ def test_a_lost_packet_ends_the_film_until_the_next_keyframe(tmp_path: Path) -> 
     assert films.write(film(chain(5, 5)[0]), META)
     assert [step.seq for step in steps_of(films.films[RUN].paths[0])] == [0, 5]
     films.close()
+
+
+def test_films_leave_room_for_recordings(tmp_path: Path) -> None:
+    """Behind a disk that is slow films fill half of what may wait, and no more: a recording's packet is still taken."""
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), lambda _: None, lambda *_: None)
+    large = replace(chain(0, 0)[0], payload=bytes(1 << 20))
+    while recorder.put(film(large)):
+        pass
+    assert recorder.put(large)
+    assert not recorder.put(film(large))
 
 
 def test_the_oldest_films_go(tmp_path: Path) -> None:

@@ -167,6 +167,13 @@ def test_probes_need_no_token(public: Daemon, path: str) -> None:
     assert (answer.status, answer.body) == (200, b"{}")
 
 
+def test_a_health_check_needs_no_token(public: Daemon, tmp_path: Path) -> None:
+    """`health`, as a container of the streamer runs it, says that it is well where the page asks for a token."""
+    command = [*COMMAND, "health", "--role", "streamer", "--connect", public.web]
+    done = subprocess.run(command, env=clean_environment(tmp_path), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_program_sends_the_token_as_bearer(public: Daemon, token: str, stream: str) -> None:
     """`Authorization: Bearer TOKEN` opens the interface."""
     answer = Answer(public, "/api/v1/streams", {"Authorization": f"Bearer {token}"})
@@ -195,7 +202,7 @@ def test_the_link_gives_a_cookie_once(public: Daemon, token: str) -> None:
     assert answer.headers["cache-control"] == "no-store"
     assert b'url=/streams/a%22b/embed?x=1"' in answer.body
     assert token.encode() not in answer.body
-    with_cookie = {"Cookie": "other=1; " + cookie.partition(";")[0]}
+    with_cookie = {"Cookie": 'other={"of": "another program"}; bare; ' + cookie.partition(";")[0]}
     assert Answer(public, "/", with_cookie).status == 200
     assert Answer(public, "/api/v1/streams", with_cookie).status == 200
 

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -26,6 +28,7 @@ from tests.golden_messages import FRAME, PACKET
 from tests.golden_messages import OPEN as GOLDEN_OPEN
 from tests.pictures import sd1_latents_of
 
+STRANGER = 64321  # a user's number that nobody has
 LATENTS = sd1_latents_of((90, 160, 90))
 Context = zmq.Context[zmq.Socket[bytes]]
 
@@ -375,6 +378,33 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path: Path) -> None:
     done = run_cli(tmp_path, "broker", "--set", f"security.keys_folder={tmp_path / 'keys'}")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "chmod 600" in done.stderr
+
+
+def test_a_secret_that_root_gives_to_our_group_is_taken(tmp_path: Path) -> None:
+    """As Kubernetes mounts it: of root, readable for our group alone. One for all, or to be written, is refused."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file to another user's group")
+    with tempfile.TemporaryDirectory() as name:  # one that another user can reach
+        file = make_client(tmp_path, "one", "samplers").rename(Path(name) / "one") / "client.key"
+        for folder in (Path(name), file.parent):
+            folder.chmod(0o755)
+        os.chown(file, 0, STRANGER)
+
+        def read_as_stranger(mode: int) -> str:
+            file.chmod(mode)
+            imports = "import os; from pathlib import Path; from taesd_stream.keys import read_pair"
+            become = f"os.setgroups([]); os.setgid({STRANGER}); os.setuid({STRANGER})"
+            done = subprocess.run(
+                [sys.executable, "-c", f"{imports}; {become}; read_pair(Path({str(file)!r}))"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            return done.stderr
+
+        assert read_as_stranger(0o440) == ""
+        assert "chmod 600" in read_as_stranger(0o444)
+        assert "chmod 600" in read_as_stranger(0o460)
 
 
 def test_a_list_that_others_can_write_is_refused(tmp_path: Path) -> None:

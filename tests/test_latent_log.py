@@ -58,6 +58,19 @@ def disk_full_at(file_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_the_first_frame_is_not_passed_over(tmp_path: Path) -> None:
+    """Where the disk did not take the frame that a log begins with, a later one is none for it: it would be lost."""
+    log = RunLog(tmp_path, OPEN, first_seq=4)
+    with disk_full_at(0), pytest.raises(LogError):
+        log.append(frame(4))
+    with pytest.raises(ValueError, match="expected seq 4, got 5"):
+        log.append(frame(5))
+    log.append(frame(4))
+    log.append(frame(5))
+    assert (log.first_seq, log.next_seq) == (4, 6)
+    log.close()
+
+
 def test_an_empty_log_makes_no_file(tmp_path: Path) -> None:
     """Before the first append there is nothing on the disk, and nothing to read."""
     log = RunLog(tmp_path, OPEN)

@@ -140,6 +140,72 @@ def test_a_film_is_kept_from_the_page(daemon: Daemon, opened: Open) -> None:
     await_colour(page, STAGE, PATCHES["green"])
 
 
+# --- whatever happens ---
+
+
+def test_a_page_lives_through_a_restart_of_the_daemon(browser: Browser, tmp_path: Path) -> None:
+    """The daemon is stopped and started: the page says so, shows the sampler's next picture, and finds the old film."""
+    with Daemon(tmp_path) as daemon:
+        run = watched_run(daemon, "restart/old", [PATCHES[name] for name in NAMES])
+        wait_for(lambda: len(steps(daemon, run)) == len(NAMES), of="the film")
+        with (
+            LatentPublisher(daemon.broker, stream="restart/on", latent_format="sd1", record="off") as publisher,
+            contextlib.closing(browser.new_context()) as context,
+        ):
+            publisher.publish(sd1_latents_of(PATCHES["red"]), step=0, total_steps=9)
+            page = context.new_page()
+            page.goto(f"{daemon.web}/#/s/restart/on")
+            await_colour(page, STAGE, PATCHES["red"])
+            assert daemon.stop() == 0
+            expect(page.locator("#banners")).to_contain_text("Lost the connection")
+            web, bind = daemon.web.removeprefix("http://"), daemon.broker
+            daemon.start(f"web.bind={web}", f"broker.bind={bind}")
+            expect(page.locator("#banners > *")).to_have_count(0)
+            wait_for(lambda: "restart/on" in daemon.streams(), 30.0, of="the sampler")
+            publisher.publish(sd1_latents_of(PATCHES["blue"]), step=1, total_steps=9)
+            await_colour(page, STAGE, PATCHES["blue"])
+            page.goto(f"{daemon.web}/#/recordings")
+            page.get_by_role("link", name="restart/old").click()
+            await_colour(page, STAGE, PATCHES["white"])
+            page.keyboard.press("Home")
+            await_colour(page, STAGE, PATCHES["red"])
+
+
+def test_sizes_and_uneven_times_are_shown_as_they_come(daemon: Daemon, opened: Open) -> None:
+    """A burst, a lone step after a wait, and a run of another size: the opened stream shows each newest picture."""
+    with LatentPublisher(daemon.broker, stream="uneven/one", latent_format="sd1", record="off") as publisher:
+        publisher.publish(sd1_latents_of(PATCHES["red"]), step=0)
+        page = opened("#/s/uneven/one")
+        await_colour(page, STAGE, PATCHES["red"])
+        for step in range(1, 30):  # as fast as it goes
+            publisher.publish(sd1_latents_of(PATCHES["green" if step % 2 else "blue"]), step=step)
+        await_colour(page, STAGE, PATCHES["green"])
+        page.wait_for_timeout(3000)  # a sampler that is slow: the player must not fall asleep
+        publisher.publish(sd1_latents_of(PATCHES["white"]), step=30)
+        await_colour(page, STAGE, PATCHES["white"])
+        publisher.publish(sd1_latents_of(PATCHES["blue"], 24, 40), step=31)
+        await_colour(page, STAGE, PATCHES["blue"])
+        shape = page.locator(STAGE).evaluate("canvas => [canvas.width, canvas.height]")
+        assert shape == [320, 192]
+
+
+HIDE = "Object.defineProperty(document, 'hidden', {configurable: true, get: () => window.is_hidden ?? false})"
+
+
+def test_a_page_in_the_background_asks_for_nothing_and_comes_back(daemon: Daemon, opened: Open) -> None:
+    """Hidden for five seconds, the page watches nothing; in front again it shows the newest picture at once."""
+    with LatentPublisher(daemon.broker, stream="hidden/one", latent_format="sd1", record="off") as publisher:
+        publisher.publish(sd1_latents_of(PATCHES["red"]), step=0)
+        page = opened("#/s/hidden/one", script=HIDE)
+        await_colour(page, STAGE, PATCHES["red"])
+        page.evaluate("window.is_hidden = true; document.dispatchEvent(new Event('visibilitychange'))")
+        wait_for(lambda: daemon.streams()["hidden/one"]["viewers"] == 0, of="nobody watching")
+        publisher.publish(sd1_latents_of(PATCHES["blue"]), step=1)
+        wait_for(lambda: daemon.streams()["hidden/one"]["seq"] == 1, of="the next step")
+        page.evaluate("window.is_hidden = false; document.dispatchEvent(new Event('visibilitychange'))")
+        await_colour(page, STAGE, PATCHES["blue"])
+
+
 # --- kinds ---
 
 

@@ -141,4 +141,6 @@ def test_an_address_that_nothing_can_be_pushed_to(url: str) -> None:
 
 def test_a_secret_in_an_address_is_not_shown() -> None:
     """What is logged of an address has neither its password nor its key."""
-    assert shown("rtmp://me:secret@host/app/name?key=secret") == "rtmp://host/app/name"
+    assert shown("rtmp://me:secret@host/app/name?key=secret") == "rtmp://host/app/…"
+    assert shown("rtmps://host:443/live2/secret-key") == "rtmps://host:443/live2/…"
+    assert shown("rtsp://me:secret@host:8554/name?key=secret") == "rtsp://host:8554/name"

@@ -101,6 +101,21 @@ def test_a_live_stream_is_one_video_however_it_comes(video_daemon: Daemon, decod
     assert_same_pictures(video_daemon.file(recording["id"]), direct(decoder, latents))
 
 
+@pytest.mark.slow
+def test_a_live_stream_that_begins_with_nan_goes_on(video_daemon: Daemon) -> None:
+    """A latent that has no picture is a gap at the beginning of the file; those behind it are all there."""
+    latents = smooth_latents(4)
+    latents[0, 0, 0, 0] = np.nan
+    with LatentPublisher(
+        video_daemon.broker, stream="live/nan", latent_format="wan2_1", kind="live", fps=FPS, record="all"
+    ) as publisher:
+        for step, part in enumerate(latents):
+            publisher.publish(part, step=step)
+        assert publisher.wait_until_acked(30), publisher.error
+    recording = video_daemon.recording(publisher.run)
+    assert (recording["frames"], recording["last_seq"], recording["gaps"]) == (LATENTS_T - 1, LATENTS_T - 1, [0])
+
+
 def test_streams_of_one_size_do_not_mix(video_daemon: Daemon, decoder: VideoDecoder) -> None:
     """Live streams that are stepped together each get their own video."""
     sources = {f"many/{seed}": smooth_latents(seed) for seed in range(10, 14)}

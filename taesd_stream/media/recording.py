@@ -105,10 +105,10 @@ class Recording:
 
     @property
     def written(self) -> int:
-        """Last seq whose fragment is wholly in the file, or that a gap let pass; -1: none yet."""
-        if self._files:
-            return self._files[-1].index.entries[-1].seq
-        return self._early_gaps[-1] if self._early_gaps else -1
+        """Last seq whose fragment is wholly in the file, or that a gap let pass; -1: none yet. Any thread."""
+        for file in self._files[-1:]:  # one look at the list: the writing thread may empty it meanwhile
+            return file.index.entries[-1].seq
+        return [-1, *self._early_gaps][-1]
 
     @property
     def missing(self) -> list[int]:

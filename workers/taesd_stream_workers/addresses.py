@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import os
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,16 +21,20 @@ MAX_IPC_PATH_BYTES = 100  # a Unix socket's path may have 107; libzmq adds to it
 
 
 def runtime_folder(config: Config) -> Path:
-    """A folder of this daemon's own for socket files, told by its public address; made with mode 0700."""
+    """A folder of this daemon's own for socket files, told by its public address; made with mode 0700.
+
+    Raises: ConfigError where it cannot be made, or is another user's: no keys are asked of who speaks there.
+    """
     name = hashlib.sha256(config.broker.bind.encode()).hexdigest()[:10]
-    folder = platformdirs.user_runtime_path("taesd-stream", ensure_exists=False) / name
+    way_out = "give tcp addresses by --set broker.workers_bind=… and --set streamer.packets_bind=…"
     try:
+        folder = platformdirs.user_runtime_path("taesd-stream", ensure_exists=True) / name
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        is_ours = os.name != "posix" or folder.lstat().st_uid == folder.parent.lstat().st_uid == os.geteuid()
     except OSError as error:
-        raise ConfigError(
-            f"{folder}: no folder for socket files: {error.strerror}; "
-            "give tcp addresses by --set broker.workers_bind=… and --set streamer.packets_bind=…"
-        ) from error
+        raise ConfigError(f"no folder for socket files: {error}; {way_out}") from error
+    if not is_ours:
+        raise ConfigError(f"{folder}: no folder for socket files: it is another user's; {way_out}")
     return folder
 
 

@@ -195,7 +195,7 @@ def health(
     if role in ("broker", "worker") and loaded.broker.workers_bind != AUTO:
         _ask_broker(loaded, role)
     elif role == "streamer":
-        DaemonClient(connect).streams()
+        DaemonClient(connect).require_alive()
     else:
         try:
             DaemonClient(connect).require_ready()

@@ -173,7 +173,9 @@ class Dispatcher:
         if failed.code == "internal":
             self._blame(run, item)
         elif kept is None:
-            return
+            if failed.code == "bad_frame" and run.live is not None:
+                run.failures[item.seq] = MAX_TRIES
+                run.show_again(item)  # what follows it, for the worker has stopped there
         elif failed.code == "no_decoder":
             kept.blocked = failed.text  # the frames stay in the log
             kept.restart(kept.written, kept.attempt + 1)

@@ -16,7 +16,7 @@ from taesd_stream.media.encoder import EncodedPicture, JpegEncoder, Planes, Vide
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING: Final = 256  # pictures in all; full, the decoder waits, and with it the worker's credits
+MAX_WAITING: Final = 256  # pictures but films'; full, the decoder waits, and with it the worker's credits
 MANY_LIVE: Final = 8  # chains of `live` from which on a new one is made quickly rather than small
 
 
@@ -81,7 +81,7 @@ class EncodePool:
     def submit(self, tasks: Sequence[EncodeTask]) -> None:
         """Queue pictures; waits while too many wait already."""
         with self._room:
-            self._room.wait_for(lambda: self._waiting < MAX_WAITING)
+            self._room.wait_for(lambda: self._waiting - self._films_waiting < MAX_WAITING)
             for task in tasks:
                 self._queue(self._chain(task), task)
 

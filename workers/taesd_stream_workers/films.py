@@ -91,6 +91,15 @@ class Films:
             logger.warning("film_not_readable run=%s error=%s", run, error)
             return None
 
+    def take_back(self, one: Recording) -> None:
+        """What could not become a recording is a film still, as far as it has not moved."""
+        self._note(one)
+        film = self.films[one.run]
+        film.paths = tuple(path for path in film.paths if path.parent == self._folder)
+        one.close()
+        if not film.paths:
+            del self.films[one.run]
+
     def tick(self, alive: Iterable[str]) -> None:
         """Now and then: close the films of runs that are over, remove what is too old or too much."""
         now_s = time.monotonic()

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 ZAP_ADDRESS: Final = "inproc://zeromq.zap.01"
 OWN_NAME: Final = "(this daemon)"  # no client's: it has brackets
 MAX_ANSWERS: Final = 64  # a turn
-MAX_SAID: Final = 1000
+MAX_SAID: Final = 100  # a stranger with ever new keys must not fill the disk by our log
 SAY_AGAIN_S: Final = 60.0
 _MECHANISM = zmq.Event.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
 _FAILED: Final = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL  # not NO_DETAIL: a client that left in the midst of it
@@ -105,12 +105,14 @@ class Gate:
         return OWN_NAME if public == self.keys.server else self._allowed.name_of(purpose, public)
 
     def count(self, what: str, key: Any, text: str) -> None:
-        """Count it; say it once, and again when a minute has passed."""
+        """Count it; say it once, and again when a minute has passed; of very many keys in a minute not of each."""
         self.counts[what] += 1
         now = time.monotonic()
-        if now - self._said.get(key, float("-inf")) > SAY_AGAIN_S:
-            if len(self._said) >= MAX_SAID:
-                self._said.clear()
+        if now - self._said.get(key, float("-inf")) <= SAY_AGAIN_S:
+            return
+        if len(self._said) >= MAX_SAID:
+            self._said = {one: said for one, said in self._said.items() if now - said <= SAY_AGAIN_S}
+        if len(self._said) < MAX_SAID:
             self._said[key] = now
             logger.warning("%s all=%d %s", what, self.counts[what], text)
 

@@ -301,8 +301,8 @@ class Intake:
 
     def _keep(self, run: Run, frame: LatentFrame) -> None:
         kept = run.kept
-        if kept is None and _is_behind_a_lost_one(run, frame):
-            return
+        if kept is None and (frame.seq <= run.recorded_until or _is_behind_a_lost_one(run, frame)):
+            return  # HELLO's ACK says that it is in a file already, or that one before it is missing
         if kept is None:
             kept = self._begin_keeping(run, frame)
         if kept.is_over or frame.seq != kept.queued + 1:
@@ -339,4 +339,4 @@ def _is_behind_a_lost_one(run: Run, frame: LatentFrame) -> bool:
 
 
 def _logged(run: Run) -> int:
-    return run.kept.logged if run.kept is not None else -1
+    return run.kept.logged if run.kept is not None else run.recorded_until

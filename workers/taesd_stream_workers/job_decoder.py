@@ -195,8 +195,10 @@ class JobDecoder:
         batch = latents.flatten(0, 1) if latents.ndim == 5 else latents
         each = len(batch) // len(parts)
         good: list[tuple[JobItem, Rows]] = []
+        broken: set[str] = set()  # `live` runs with a hole: the broker sends what follows again, with its history
         for place, (item, _, history) in enumerate(parts):
-            if place in bad:
+            if place in bad or item.run in broken:
+                broken |= {item.run} if item.kind == "live" else set()
                 continue
             if history is not None:
                 before = latents_from_payload(history, item.dtype, (item.history, *item.shape[-3:]), magnitude)

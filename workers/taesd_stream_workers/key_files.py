@@ -92,8 +92,12 @@ def _read_client(purpose: Purpose, file: Path) -> Client:
 
 
 def refuse_foreign_hands(path: Path) -> None:
-    """Raises: ConfigError where others than its owner could write: they could allow themselves."""
-    if os.name == "posix" and path.stat().st_mode & 0o022:
+    """Raises: ConfigError where others than its owner could write: they could allow themselves.
+
+    What is mounted for reading only nobody can write here, whatever its mode: Kubernetes' volumes have 0777.
+    """
+    is_open = os.name == "posix" and bool(path.stat().st_mode & 0o022)
+    if is_open and not os.statvfs(path).f_flag & os.ST_RDONLY:
         raise ConfigError(f"{path}: others can write there: chmod go-w {path}")
 
 

@@ -129,10 +129,13 @@ def format_of(url: str) -> str:
 
 
 def shown(url: str) -> str:
-    """An address without its password and what may hold a key."""
+    """An address without its password and what may hold a key: of RTMP the stream's name, which is the key of many."""
     head, _, _ = url.partition("?")
     scheme, between, rest = head.partition("://")
-    return scheme + between + rest.rpartition("@")[2]
+    host, *path = rest.rpartition("@")[2].split("/")
+    if scheme.startswith("rtmp") and len(path) > 1:
+        path[1:] = ["…"]
+    return scheme + between + "/".join([host, *path])
 
 
 def _text(error: Exception) -> str:

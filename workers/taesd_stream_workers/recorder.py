@@ -19,10 +19,12 @@ from taesd_stream.messages import Cursor, Gap, State
 from taesd_stream.queues import ByteBoundedQueue
 from taesd_stream_workers.films import Films
 from taesd_stream_workers.library import Library
+from taesd_stream_workers.recording_rows import growing_row, meta_of, stuck_row
 
 logger = logging.getLogger(__name__)
 
 QUEUE_BYTES: Final = 64 << 20
+FILM_BYTES: Final = QUEUE_BYTES // 2  # films take no more of it: the rest is for what people asked to keep
 MAX_EARLY: Final = 256
 SYNC_S: Final = 1.0
 TELL_S: Final = 0.2
@@ -81,9 +83,10 @@ class Recorder:
 
     def put(self, item: Packet | Gap | State) -> bool:
         """Queue work; False when full: the packet is lost, and the broker sends it again (of a film: a hole)."""
-        if self._queue.put(item):
+        is_film = isinstance(item, Packet) and item.rendition == "film"
+        if not (is_film and self._queue.held_bytes > FILM_BYTES) and self._queue.put(item):
             return True
-        if isinstance(item, Packet) and item.rendition == "film":
+        if isinstance(item, Packet) and is_film:
             self._lost.append(item)
         return False
 
@@ -125,49 +128,28 @@ class Recorder:
 
     def rows(self) -> list[dict[str, Any]]:
         """Every recording, growing ones first; the writing thread alone."""
-        growing = [self._row(run, one) for run, one in self._open.items() if one.paths or self._errors.get(run)]
-        stuck = [self._stuck_row(run) for run in self._errors if run not in self._open and run in self._runs]
+        growing = [
+            growing_row(one, error=self._errors.get(run), is_ended=bool(self._runs.get(run, {}).get("ended")))
+            for run, one in self._open.items()
+            if one.paths or self._errors.get(run)
+        ]
+        stuck = [
+            stuck_row(self.folder, run, self._runs[run], error)
+            for run, error in self._errors.items()
+            if run not in self._open and run in self._runs
+        ]
         return [*growing, *stuck, *self.library.rows()]
 
     def path_of(self, recording_id: str) -> Path | None:
         """The file of an id that `rows` gave, growing or finished; any thread."""
         for run, one in list(self._open.items()):
-            if run == recording_id and one.paths:
-                return one.paths[0]
+            if run == recording_id and (paths := one.paths):
+                return paths[0]
         return self.library.path_of(recording_id)
 
     def is_growing(self, recording_id: str) -> bool:
         """Whether the id is of a recording that is not finished; any thread."""
         return recording_id in self._open
-
-    def _row(self, run: str, one: Recording) -> dict[str, Any]:
-        error = self._errors.get(run)
-        state = "failed" if error else "finishing" if self._runs.get(run, {}).get("ended") else "recording"
-        return {
-            "id": run,
-            "name": one.stream,
-            "stream": one.stream,
-            "run": run,
-            "state": state,
-            "frames": one.frames,
-            "first_seq": one.first_seq,
-            "last_seq": one.written,
-            "gaps": one.missing,
-            "bytes": one.nbytes,
-            "started": one.started,
-            "duration_s": None,
-            "width": None,
-            "height": None,
-            "meta": one.meta,
-            "error": error,
-        }
-
-    def _stuck_row(self, run: str) -> dict[str, Any]:
-        """Of a run that has no file, for none could be opened."""
-        row = self._runs[run]
-        one = Recording(self.folder, stream=row["stream"], run=run, meta=_meta_of(row))
-        one.started = row["started"]
-        return self._row(run, one)
 
     def _run(self) -> None:
         while not (self._stop.is_set() and not len(self._queue)):
@@ -254,38 +236,53 @@ class Recorder:
         while self._lost:
             self.films.lose(self._lost.popleft())
         row = self._shown.get(packet.run)
-        if row is not None and packet.run not in self._open and self.films.write(packet, _meta_of(row)):
+        if row is not None and packet.run not in self._open and self.films.write(packet, meta_of(row)):
             self._is_dirty = True
 
     def _keep_films(self) -> None:
         """Films that people want kept, of runs that are over: those of living ones are the broker's to record."""
         while self._wishes:
             run, wish = self._wishes.popleft()
-            film = self.films.take(run)
+            if not wish.set_running_or_notify_cancel():
+                continue  # who asked is gone
             try:
-                if film is None or not film.paths:
-                    raise KeyError(run)
-                film.keep(self.folder, self._name)
-                paths = film.finish()
-            except (RecordingError, KeyError) as error:
+                wish.set_result(self._keep(run))
+            except Exception as error:  # noqa: BLE001 whoever waits for it is told, whatever it is
                 wish.set_exception(error)
-                continue
-            self._is_dirty = True
-            wish.set_result(self.library.id_of(paths[0]))
+
+    def _keep(self, run: str) -> str:
+        """Make a recording of a film. Returns its id. Raises: KeyError for none; RecordingError, and it is there."""
+        film = self._moved_film(run)
+        if film is None:
+            raise KeyError(run)
+        self._is_dirty = True
+        self._open[run] = film
+        paths = self._finish(run)
+        if not paths:  # it is tried again, as of every recording
+            raise RecordingError(self._errors.get(run, "cannot be finished yet"), written=film.written)
+        return self.library.id_of(paths[0])
 
     def _take_film(self, run: str, kept_from: int | None) -> Recording | None:
         """The film of a run that is recorded from now on: the recording goes on in it."""
+        try:
+            film = self._moved_film(run)
+        except RecordingError as error:
+            logger.error("film_not_kept run=%s error=%s", run, error)
+            return None
+        if film is not None and kept_from is not None:
+            film.begin_at(kept_from)
+        return film
+
+    def _moved_film(self, run: str) -> Recording | None:
+        """The film of a run, moved to the recordings. Raises: RecordingError, and it is a film still."""
         film = self.films.take(run)
-        if film is None:
+        if film is None or not film.paths:
             return None
         try:
             film.keep(self.folder, self._name)
-        except RecordingError as error:
-            logger.error("film_not_kept run=%s error=%s", run, error)
-            film.close()
-            return None
-        if kept_from is not None:
-            film.begin_at(kept_from)
+        except RecordingError:
+            self.films.take_back(film)
+            raise
         return film
 
     def _recording(self, run: str, attempt: int) -> Recording | None:
@@ -300,7 +297,7 @@ class Recorder:
                 self.folder,
                 stream=row["stream"],
                 run=run,
-                meta=_meta_of(row),
+                meta=meta_of(row),
                 kept_from=row["kept_from"],
                 name=self._name,
             )
@@ -320,7 +317,7 @@ class Recorder:
             elif self._finished.get(run, -1) >= row["attempt"] or self.library.holds(run, row["last_seq"]):
                 self._tell_broker(Cursor(run=run, attempt=row["attempt"], written=-1, synced=-1, finished=True))
             elif time.monotonic() >= self._retry_at_s.get(run, float("inf")):
-                self._reopen(run, row["stream"], _meta_of(row))
+                self._reopen(run, row["stream"], meta_of(row))
 
     def _reopen(self, run: str, stream: str, meta: dict[str, Any]) -> None:
         try:
@@ -329,10 +326,11 @@ class Recorder:
             self._retry_at_s[run] = time.monotonic() + RETRY_S
             self._fail(run, str(error))
 
-    def _finish(self, run: str) -> None:
+    def _finish(self, run: str) -> list[Path]:
+        """Returns: its files; none where that must wait."""
         one = self._open[run]
         if time.monotonic() < self._retry_at_s.get(run, 0.0):
-            return None
+            return []
         attempt = max(0, one.attempt)
         try:
             paths = one.finish()
@@ -340,7 +338,8 @@ class Recorder:
             self._fail(run, str(error))
             self._retry_at_s[run] = time.monotonic() + RETRY_S
             del self._open[run]
-            return self._reopen(run, one.stream, one.meta)
+            self._reopen(run, one.stream, one.meta)
+            return []
         del self._open[run]
         self._retry_at_s.pop(run, None)
         self._errors.pop(run, None)
@@ -348,7 +347,7 @@ class Recorder:
         self._is_dirty = True
         logger.info("recording_finished stream=%s files=%s", one.stream, ", ".join(path.name for path in paths))
         self._tell_broker(Cursor(run=run, attempt=attempt, written=-1, synced=-1, finished=True))
-        return None
+        return paths
 
     def _tell(self, run: str, one: Recording) -> None:
         self._is_dirty = True
@@ -396,10 +395,6 @@ class Recorder:
             one.sync()
         except TaesdStreamError as error:
             self._fail(one.run, f"not safe from a power cut: {error}")
-
-
-def _meta_of(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row["meta"], "latent_format": row["latent_format"], "kind": row["kind"]}
 
 
 def _size(item: Packet | Gap | State) -> int:

@@ -123,7 +123,7 @@ class Registry:
         """Begin to keep a run from `first_seq`."""
         self.log_folder.mkdir(parents=True, exist_ok=True)
         run.kept = KeptRun(
-            log=RunLog(self.log_folder, run.info),
+            log=RunLog(self.log_folder, run.info, first_seq=first_seq),
             queued=first_seq - 1,
             logged=first_seq - 1,
             next_seq=first_seq,

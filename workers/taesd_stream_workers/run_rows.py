@@ -67,6 +67,7 @@ def recording_row(run: Run) -> dict[str, Any]:
         "meta": run.info.meta,
         "kind": run.info.kind,
         "latent_format": run.info.latent_format,
+        "started": run.started_unix,
         "takes_film": run.record == "all",
         "ended": kept.is_over and kept.queued == kept.logged,
         "last_seq": kept.logged,

@@ -354,6 +354,7 @@ class Run:
         self.worker = self.moves_to = self.memory = None
         self.live_in_flight = self.items_out = 0
         self.dispatched.clear()
+        self.forced.add("live")  # should it come back, its encoder would go on from a picture that nobody saw last
         if self.live is not None:
             self.live.return_to_in_flight()
         self.attempts += 1

@@ -47,7 +47,7 @@ def check_free(key: str, address: str) -> None:
     parts = urlsplit(address if "://" in address else f"tcp://{address}")
     if parts.scheme == "ipc" or not parts.port:
         return
-    host = parts.hostname or ""
+    host = (parts.hostname or "").replace("*", "")  # ZeroMQ's word for every interface
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -13,12 +13,12 @@ import html
 import ipaddress
 import json
 from collections.abc import Sequence
-from http.cookies import CookieError, SimpleCookie
 from typing import Final
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from prometheus_client import Counter
 from starlette.exceptions import HTTPException
+from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES: Final = 64 << 10  # of a request: the largest is a line of JSON
@@ -130,11 +130,8 @@ class Guard:
             return self._is_right(bearer.strip())
         if scope["path"].endswith(PLAYER_SUFFIXES) and "token" in query:
             return self._is_right(query["token"])
-        try:
-            morsel = SimpleCookie(headers.get(b"cookie", "")).get(self._cookie)
-        except CookieError:
-            return False
-        return morsel is not None and self._is_right(morsel.value)
+        # As a browser reads them: http.cookies forgets ours behind one of another program that breaks RFC 6265.
+        return self._is_right(cookie_parser(headers.get(b"cookie", "")).get(self._cookie, ""))
 
     async def _take_token(self, scope: Scope, send: Send, headers: dict[bytes, str], query: dict[str, str]) -> None:
         """The link with the token: from here on the cookie has it, and the address bar no longer."""

@@ -257,6 +257,7 @@ function route() {
   put($("#tab-live"), { "aria-current": kept ? null : "page" })
   put($("#tab-recordings"), { "aria-current": kept ? "page" : null })
   if (!opened) stage.close()
+  if (view.kind === "recordings") list.lookForFilms()
   if (view.kind !== "compare") compare.close()
   else compare.open(view.runs, view.seq, view.mode)
   if (view.kind === "stage") openStream()

@@ -1,9 +1,10 @@
 // The list of recordings: what was kept, to play, to take away, to delete.
 
-import { $, put, stamp } from "./dom.js"
+import { $, make, put, stamp } from "./dom.js"
 import { bytesText, clockText, plural, whenText } from "./format.js"
 import { fileOf } from "./stage.js"
 
+const FILMS_MAX = 100
 const ENDS_EARLY = "Ends early: the daemon stopped while recording."
 
 export class RecordingList {
@@ -19,6 +20,19 @@ export class RecordingList {
       remove(row.dataset.id)
       ;(next ? $(".rec-open", next) : $("#view-recordings h1")).focus()
     })
+  }
+
+  /** The films of runs that nobody recorded: asked for when the list is looked at. */
+  async lookForFilms() {
+    const answer = await fetch("/api/v1/films").catch(() => null)
+    const films = answer?.ok ? (await answer.json()).films : []
+    const links = films.slice(0, FILMS_MAX).map(({ run, stream, started, meta }) => {
+      const words = make("span", { dir: "auto", text: `${meta?.prompt ?? ""}`.split("\n")[0] })
+      const time = make("time", { text: whenText(started), datetime: new Date(started * 1000).toISOString() })
+      return make("li", {}, make("a", { href: `#/s/${run}` }, make("b", { text: stream }), words, time))
+    })
+    $("#films ul").replaceChildren(...links)
+    put($("#films"), { hidden: !links.length })
   }
 
   /** The newest comes first. */

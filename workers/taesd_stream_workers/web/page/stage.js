@@ -213,7 +213,7 @@ export class Stage {
   /** row: of the film, null: what is live again. released: the hand is off. */
   replay(row, released) {
     const { lead } = this.scrubber
-    if (this.run) row ??= this.scrubber.end
+    if (this.run || this.item?.gone) row ??= this.scrubber.end // no live picture will come
     if (row !== this.row) this.on.tell({ do: "replay", screen: "stage", run: lead.run, seq: row?.seq ?? null })
     this.row = row
     if (released) this.on.moved(lead.run, row?.seq ?? null)
@@ -229,8 +229,9 @@ export class Stage {
 
   tellPill() {
     const { item, row, scrubber } = this
-    put(this.parts.pill, { hidden: !row })
-    if (row) put(this.parts.pill.firstElementChild, { text: `${stepText(item, this.numbers)}. ${item.ended ? "The last is" : "Live is at"} ${scrubber.lead.number(scrubber.end)}` })
+    const away = row && row !== scrubber.end
+    put(this.parts.pill, { hidden: !away })
+    if (away) put(this.parts.pill.firstElementChild, { text: `${stepText(item, this.numbers)}. ${item.ended ? "The last is" : "Live is at"} ${scrubber.lead.number(scrubber.end)}` })
   }
 
   get numbers() {

@@ -14,6 +14,7 @@ export class Item {
     this.stop_held = false // Stop was pressed and can still be undone
     this.stop_sent = false
     this.record_busy = false
+    this.gone = false // the daemon no longer lists it
   }
 
   get ended() { return ENDED.includes(this.data.state) }
@@ -40,6 +41,7 @@ export class Item {
     }
     if (renewed || entry.seq !== this.data.seq) this.moved_ms = performance.now()
     const { ended } = this
+    this.gone = false
     this.data = entry
     if (!this.ended) return
     this.stop_sent = false
@@ -48,6 +50,7 @@ export class Item {
 
   /** The daemon no longer lists it: its tile stays, with its last picture. */
   leave() {
+    this.gone = true
     if (!this.ended) this.data = { ...this.data, state: "lost", flags: [], ended: Date.now() / 1000 }
   }
 
