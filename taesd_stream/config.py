@@ -61,7 +61,7 @@ class BrokerConfig(_Section):
     max_messages_s: int = Field(default=40_000, ge=10)
     """Most messages a second that are taken of all samplers; whose comes too many is told, and rests for 10 s."""
     max_client_messages_s: int = Field(default=10_000, ge=10)
-    """The same, of one client."""
+    """The same, of one key or, without keys, one connection."""
     log_folder: str = AUTO
     """Folder of the latent log; "auto" is .latents in the recording folder."""
     log_max_bytes: int = Field(default=0, ge=0)

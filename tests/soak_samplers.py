@@ -1,6 +1,6 @@
 """Samplers that come and go, as one process: `python -m tests.soak_samplers ADDRESS STREAMS` until its stdin closes.
 
-Each slot opens a run, publishes small latents once a second for a while, closes, and opens the next; some are kept.
+Each slot opens a run, publishes small latents now and then for a while, closes, and opens the next; some are kept.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from taesd_stream import LatentPublisher
 
-STEP_S = 1.0
+STEP_S = 1.5
 MODES = ("off", "off", "off", "off", "off", "off", "off", "last", "last", "all")
 
 

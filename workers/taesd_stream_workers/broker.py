@@ -145,9 +145,10 @@ class Broker:
             while socket.getsockopt(zmq.RCVMORE):
                 parts.append(socket.recv() if not parts else socket.recv(copy=False).buffer)
             why = REVOKED if client is None else None
-            if client is not None and is_limited and not self._intake.limits.may_speak(client):
+            speaker = client if door.has_keys else peer  # a host's samplers are not one another's keepers
+            if speaker is not None and is_limited and not self._intake.limits.may_speak(speaker):
                 self._links.counts["refused_speed"] += 1
-                text = self._intake.limits.speed_refusal(client)
+                text = self._intake.limits.speed_refusal(speaker)
                 if text is None:
                     continue  # it was told a moment ago: not even unpacked
                 logger.warning("client_too_fast client=%s %s", client, text)

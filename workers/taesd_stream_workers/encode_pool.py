@@ -13,6 +13,7 @@ from typing import Final
 from taesd_stream.decoding.host_copies import HostCopy
 from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import EncodedPicture, JpegEncoder, Planes, VideoEncoder, encoder_for
+from taesd_stream_workers.heap import Heap
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class EncodePool:
         self._waiting = self._films_waiting = 0
         self._room = threading.Condition()  # of all fields
         self._film_threads = max(1, threads // 4)
+        self._heap = Heap()
         queues = [self._due] * threads + [self._due_films] * self._film_threads
         self._threads = [
             threading.Thread(target=self._run, args=(due,), name=f"encode {number}")
@@ -129,6 +131,7 @@ class EncodePool:
             task = chain.tasks.popleft()
             if task is None:
                 _close(chain)
+                self._heap.give_back()
             else:
                 task.on_done(_encode(chain, task))
             with self._room:

@@ -25,11 +25,11 @@ class Limits:
         self._clock_s = clock_s
         self._streams: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
-        self._tokens: dict[str, tuple[float, float]] = {}  # messages that may come now, and when that was so
-        self._told_s: dict[str, float] = {}
+        self._tokens: dict[str | bytes, tuple[float, float]] = {}  # messages that may come now, and when that was so
+        self._told_s: dict[str | bytes, float] = {}
 
-    def may_speak(self, client: str) -> bool:
-        """Whether another message of this client is taken now; if so it counts."""
+    def may_speak(self, client: str | bytes) -> bool:
+        """Whether another message is taken now of this client, or, by its id, this connection; if so it counts."""
         now, asked = self._clock_s(), self._config
         mine = self._refilled(client, asked.max_client_messages_s, now)
         everyones = self._refilled(ALL, asked.max_messages_s, now)
@@ -39,7 +39,7 @@ class Limits:
         self._tokens[ALL] = (everyones - 1, now)
         return True
 
-    def speed_refusal(self, client: str) -> str | None:
+    def speed_refusal(self, client: str | bytes) -> str | None:
         """What to tell one that spoke too fast; None when it was told a moment ago."""
         now = self._clock_s()
         if now - self._told_s.get(client, float("-inf")) < TELL_S:
@@ -91,6 +91,6 @@ class Limits:
         self._tokens = {client: one for client, one in self._tokens.items() if now - one[1] < 1}  # else it is full
         self._told_s = {client: told_s for client, told_s in self._told_s.items() if now - told_s < TELL_S}
 
-    def _refilled(self, client: str, rate: int, now: float) -> float:
+    def _refilled(self, client: str | bytes, rate: int, now: float) -> float:
         tokens, then = self._tokens.get(client, (float(rate), now))
         return min(float(rate), tokens + (now - then) * rate)
