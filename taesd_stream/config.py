@@ -31,7 +31,7 @@ from taesd_stream.media.file_names import DEFAULT_NAME, check_template
 
 AUTO = "auto"
 ENV_PREFIX: Final = "TAESD_STREAM_"
-DecoderChoice = Literal["auto", "tiny", "linear"]
+DecoderChoice = Literal["auto", "tiny", "nano", "linear"]
 FilmMode = Literal["watched", "off"]
 
 
@@ -76,7 +76,7 @@ class DecoderConfig(_Section):
     device: str = "auto"
     """Devices, a decode worker each: "auto", "cpu", "cuda:0,cuda:1"…; auto leaves busy GPUs to their samplers."""
     choice: DecoderChoice = "auto"
-    """Decoder of live views: "auto" takes the tiny decoder where its weights are found, else the linear projection."""
+    """Decoder of live views: "tiny", "nano" or "linear"; "auto": the best that keeps up, on the CPU nano first."""
     max_batch_size: int = Field(default=16, ge=1, le=256)
     """Most frames in one batch. Higher: more throughput, more memory, longer waits."""
     max_job_s: float = Field(default=0.25, gt=0, le=10)

@@ -67,3 +67,12 @@ def psnr_db(one: NDArray[Any], other: NDArray[Any]) -> float:
     """Peak signal-to-noise ratio of two pictures of 8 bits, dB."""
     error = float(np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2))
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
+
+
+def smooth_picture(height: int, width: int) -> torch.Tensor:
+    """(1, 3, H, W) in [0, 1]: a sky, a sun with a hard edge, waves: something for every frequency."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    sky = torch.stack([0.3 + 0.5 * y, 0.45 + 0.2 * y, 0.8 - 0.5 * y])
+    sun = ((x - 0.65) ** 2 + (y - 0.35) ** 2 < 0.02).float()
+    waves = 0.08 * torch.sin(60 * y * y + 4 * x) * (y > 0.6)
+    return (sky + waves + sun * torch.tensor([0.5, 0.3, -0.1])[:, None, None]).clamp(0, 1).unsqueeze(0)

@@ -38,6 +38,7 @@ COMMANDS = (
     "decode",
     "weights",
     "fit",
+    "distill",
     "broker",
     "worker",
     "streamer",
@@ -67,8 +68,8 @@ def moving_latents(frames: int, channels: int = 4) -> Tensor:
 
 
 def direct_pictures(latents: Tensor, latent_format: str) -> list[np.ndarray]:
-    """What the linear decoder makes of latents, in this process, in float32."""
-    decoder = build_decoder("linear", latent_format=latent_format)
+    """What the packaged decoder makes of latents, in this process, in float32."""
+    decoder = build_decoder("nano" if latent_format == "flux2" else "linear", latent_format=latent_format)
     with torch.inference_mode():
         pictures = torch.cat([decoder(latent.unsqueeze(0)) for latent in latents]).clamp(0, 1)
     return [picture.permute(1, 2, 0).numpy() * 255 for picture in pictures]
@@ -260,7 +261,7 @@ def test_decode_equals_the_direct_decode(suffix: str, tmp_path: Path) -> None:
         save_file({"latents": latents.contiguous()}, path)
     done = run("decode", str(path), "--latent-format", "flux2", "-o", str(output), "--fps", "10", folder=tmp_path)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    assert f"{output}: 5 pictures, decoder linear\n" in done.stderr
+    assert f"{output}: 5 pictures, decoder nano\n" in done.stderr
     assert "weights.folder=DIR" in done.stderr  # how to get the full decoder
     pictures = decode_file(output)
     for picture, direct in zip(pictures, direct_pictures(latents, "flux2"), strict=True):

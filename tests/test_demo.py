@@ -74,14 +74,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 
 def test_every_sampler_is_shown_live(demo: Daemon) -> None:
-    """All built-in streams come up live, each with a picture of its own, made by the shipped linear decoder."""
+    """All built-in streams come up live, each with a picture of its own, made by the shipped nano decoder."""
     wait_for(lambda: {n for n, row in demo.streams().items() if row["state"] == "live"} >= STREAMS, 30.0, of="streams")
     for name in sorted(STREAMS):
         status, picture = demo.get(f"/streams/{name}/latest.jpg")
         assert status == 200, picture
         assert min(decode_jpeg(picture).shape[:2]) >= 128
     rows = demo.streams()
-    assert {rows[name]["decoder"] for name in STREAMS} == {"linear"}
+    assert {rows[name]["decoder"] for name in STREAMS} == {"nano"}
     assert len({(rows[name]["width"], rows[name]["height"]) for name in STREAMS}) > 1
     assert all(rows[name]["meta"]["prompt"] for name in STREAMS)
 

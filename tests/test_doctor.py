@@ -52,6 +52,8 @@ def test_a_fault_has_its_way_out(tmp_path: Path) -> None:
             "weights.folder": tmp_path / "none",
             "recording.folder": tmp_path / "file" / "x",
             "web.bind": f"127.0.0.1:{taken.getsockname()[1]}",
+            "broker.bind": "http://127.0.0.1:1",
+            "security.keys_folder": tmp_path,
         }
         code, found = examine(tmp_path, *(f"{key}={value}" for key, value in wrong.items()))
     assert code == 2
@@ -60,11 +62,13 @@ def test_a_fault_has_its_way_out(tmp_path: Path) -> None:
         "decoders": "there is no such folder",
         "recording.folder": "cannot be written",
         "web.bind": "Address already in use",
+        "broker.bind": "expected tcp://host:port",
+        "keys": "expected server.key",
     }
     for what, text in texts.items():
         assert found[what]["verdict"] == "fault"
         assert text in found[what]["text"]
-        assert found[what]["way_out"] or "choose" in found[what]["text"]
+        assert found[what]["way_out"] or any(word in found[what]["text"] for word in ("choose", "as in", "makes them"))
 
 
 def test_a_daemon_that_runs_is_no_fault(daemon: Daemon, tmp_path: Path) -> None:

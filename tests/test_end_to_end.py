@@ -52,7 +52,7 @@ def real_daemon(tmp_path_factory: pytest.TempPathFactory, shared_or_none: Path |
 def real_latents(shared: Path | None) -> tuple[torch.Tensor, torch.nn.Module]:
     """Latents of a real clip and the decoder that reads them; without the shared data, what the package has."""
     if shared is None:
-        decoder = build_decoder("linear", latent_format="flux2")
+        decoder = build_decoder("nano", latent_format="flux2")
         latents = load_scenes()[0].latents.astype(np.float32)
         return torch.from_numpy(np.stack([latents * (1 - number / 40) for number in range(FRAMES)])), decoder
     encoder = build_encoder("taef2", load_state_dict(shared / "weights" / "taef2_encoder.pth", part="encoder"))
@@ -87,7 +87,7 @@ def test_recording_holds_every_published_frame(
         with torch.inference_mode():
             direct = decoder(latent.unsqueeze(0))[0].clamp(0, 1).permute(1, 2, 0).numpy() * 255
         assert psnr_db(direct, picture) >= 32.0
-    expected = "taef2" if shared_or_none else "linear"
+    expected = "taef2" if shared_or_none else "nano"
     assert real_daemon.streams()["clip/main"]["decoder"] == expected
 
 

@@ -93,7 +93,16 @@ def test_broken_weights_are_the_reason_for_the_projection(weights: Path) -> None
     ("name", "choice", "message"),
     [
         ("sd1", "tiny", "No decoder for sd1: no weights of taesd were found"),
-        ("sana", "auto", "No decoder for sana: no weights of taesana were found.*, and no rgb factors are known"),
+        (
+            "sd1",
+            "nano",
+            "No decoder for sd1: decoder.choice is nano, and no nano decoder is known; .*distill. makes one",
+        ),
+        (
+            "open_sora_1_3",
+            "auto",
+            "No decoder for open_sora_1_3: no weights of taeos1_3 .*, and no rgb factors are known",
+        ),
         ("cogvideox", "linear", "No decoder for cogvideox: decoder.choice is linear, and no rgb factors are known"),
         ("sd9", "auto", "No decoder for sd9: unknown latent format 'sd9'; nearest: sd"),
     ],
@@ -194,7 +203,7 @@ def test_what_is_no_batch_of_latents_is_refused_at_once(latents: Tensor, message
 
 
 @pytest.mark.parametrize(("name", "channels"), [("sd1", 4), ("flux2", 32)])
-@pytest.mark.parametrize("choice", ["tiny", "linear"])
+@pytest.mark.parametrize("choice", ["auto", "tiny", "linear"])
 def test_wild_latents_give_colours(weights: Path, name: str, channels: int, choice: Choice) -> None:
     """Finite latents, however large, give values in [0, 1]: no NaN gets through."""
     engine = open_engine(name, weights_folder=weights, choice=choice)

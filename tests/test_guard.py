@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -240,15 +241,19 @@ def test_a_socket_needs_the_cookie(public: Daemon, token: str) -> None:
         ("preview.example.org", "https://preview.example.org", 200),
         ("127.0.0.1:{port}", "https://preview.example.org", 200),
         ("10.1.2.3:{port}", None, 200),
+        (f"{socket.gethostname()}:{{port}}", f"http://{socket.gethostname()}:{{port}}", 200),
+        (f"{socket.gethostname()}:{{port}}", f"http://{socket.gethostname()}:9", 403),
         ("preview.example.org", "https://evil.example", 403),
         ("evil.example", None, 403),
         ("preview.example.org.evil.example", None, 403),
     ],
 )
 def test_a_proxys_name(public: Daemon, token: str, host: str, origin: str | None, status: int) -> None:
-    """Names of `web.hosts` are ours, and addresses in numbers; other names are refused, with the token too."""
-    headers = {"Host": host.format(port=urlsplit(public.web).port), "Authorization": f"Bearer {token}"}
-    assert Answer(public, "/api/v1/streams", headers | ({"Origin": origin} if origin else {})).status == status
+    """Names of `web.hosts` are ours, and addresses in numbers; others are refused, and other pages of this host too."""
+    port = urlsplit(public.web).port
+    headers = {"Host": host.format(port=port), "Authorization": f"Bearer {token}"}
+    headers |= {"Origin": origin.format(port=port)} if origin else {}
+    assert Answer(public, "/api/v1/streams", headers).status == status
 
 
 def test_the_command_line_takes_the_link(public: Daemon, token: str, stream: str, tmp_path: Path) -> None:

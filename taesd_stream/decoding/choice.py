@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
+import torch
 from torch import nn
 
 from taesd_stream.decoding.engine import Engine
@@ -16,15 +17,21 @@ from taesd_stream.models import build_decoder
 from taesd_stream.models.checkpoints import find_weights, load_state_dict
 from taesd_stream.models.families import FAMILIES
 from taesd_stream.models.hub_weights import hub_files
-from taesd_stream.models.linear import has_linear_decoder, linear_decoder, user_decoder
+from taesd_stream.models.linear import has_linear_decoder, linear_decoder
+from taesd_stream.models.nano import NanoDecoder, has_nano_decoder, nano_decoder
 from taesd_stream.models.tiny_rgba import RGBA_FAMILY, OverWhite
 from taesd_stream.models.tiny_video import VideoDecoder
+from taesd_stream.models.user_decoder import user_decoder
 from taesd_stream.user_formats import UserFormat, find_user_format
 
-Choice: TypeAlias = Literal["auto", "tiny", "linear"]
+Choice: TypeAlias = Literal["auto", "tiny", "nano", "linear"]
+Kind: TypeAlias = Literal["tiny", "nano", "linear"]
 
 _KINDS: Final = {"image": "an image decoder", "video": "a video decoder"}
 _FIT: Final = "`taesd-stream fit` makes a projection from pairs of latents and pictures"
+_NO_NANO: Final = "no nano decoder is known; `taesd-stream distill` makes one"
+_BEST_FIRST: Final[tuple[Kind, ...]] = ("tiny", "nano", "linear")
+_QUICK_FIRST: Final[tuple[Kind, ...]] = ("nano", "tiny", "linear")  # a processor keeps up with nano alone
 
 
 class NoDecoderError(TaesdStreamError):
@@ -41,23 +48,66 @@ def open_engine(
 ) -> Engine:
     """Choose and load a decoder for the format.
 
-    choice: "tiny" is the format's own decoder or nothing, "linear" the projection or nothing; "auto" takes the
-    projection where the tiny decoder cannot be had, and `reason` says why.
+    choice: "tiny" is the format's own decoder, "nano" and "linear" those that come with the package or that a user
+    made, each of them or nothing; "auto" takes the first of tiny, nano, linear that can be had, for a live view on a
+    processor the first of nano, tiny, linear; `reason` says why.
     is_fast: for live views: a processor computes in bfloat16 where that is faster. What is kept is decoded in float32.
     Raises: NoDecoderError with the way out; WeightsError if `weights_folder` is no folder.
     """
     known, fitted = _find_format(latent_format, weights_folder)
-    reason = "decoder.choice is linear"
-    if choice != "linear":
-        tiny, reason = _open_tiny(known, weights_folder)
-        if tiny is not None:
-            return _full_engine(known, tiny, reason, device, is_fast=is_fast)
-    if choice == "tiny" or (fitted is None and not has_linear_decoder(known)):
-        lacks = "" if choice == "tiny" else f", and no rgb factors are known; {_FIT}"
-        raise NoDecoderError(f"No decoder for {latent_format}: {reason}{lacks}")
-    linear = linear_decoder(known) if fitted is None else _open_fitted(fitted)
-    reason = reason if fitted is None else f"{reason}; fitted in {fitted.path}"
-    return Engine(known, linear, decoder="linear", reason=reason, is_full=False, device=device)
+    is_live_on_cpu = is_fast and torch.device(device).type == "cpu"
+    order = (choice,) if choice != "auto" else _QUICK_FIRST if is_live_on_cpu else _BEST_FIRST
+    refusals: list[str] = []
+    for kind in order:
+        found = _open(kind, known, fitted, weights_folder)
+        if not isinstance(found, str):
+            network, reason = found
+            why = _why(kind, choice, is_live_on_cpu, refusals)
+            return _engine(kind, known, network, "; ".join(filter(None, (why, reason))), device, is_fast=is_fast)
+        if found != _NO_NANO or choice == "nano":
+            refusals.append(found)
+    said = [] if choice in ("auto", "tiny") else [f"decoder.choice is {choice}"]
+    raise NoDecoderError(f"No decoder for {latent_format}: {', and '.join(said + refusals)}")
+
+
+def _why(kind: Kind, choice: Choice, is_live_on_cpu: bool, refusals: list[str]) -> str:
+    """Why this kind, beyond where it comes from."""
+    if choice != "auto":
+        return "" if kind == "tiny" else f"decoder.choice is {choice}"
+    if kind == "nano" and is_live_on_cpu:
+        return "a live view on a processor, which keeps up with nano"
+    return "; ".join(refusals) if kind != "tiny" else ""
+
+
+def _open(
+    kind: Kind, known: LatentFormat, fitted: UserFormat | None, folder: Path | None
+) -> tuple[nn.Module, str] | str:
+    """A decoder of that kind and where it comes from, or why there is none."""
+    if kind == "tiny":
+        tiny, reason = _open_tiny(known, folder)
+        return reason if tiny is None else (tiny, reason)
+    if kind == "nano":
+        return _open_nano(known, fitted, folder)
+    if fitted is not None:
+        return _open_fitted(fitted), f"fitted in {fitted.path}"
+    if has_linear_decoder(known):
+        return linear_decoder(known), ""
+    return f"no rgb factors are known; {_FIT}"
+
+
+def _open_nano(known: LatentFormat, fitted: UserFormat | None, folder: Path | None) -> tuple[nn.Module, str] | str:
+    """The user's own nano decoder, else the packaged one."""
+    refusal = _NO_NANO
+    try:
+        own = fitted or find_user_format(known.name, folder)
+        network = None if own is None else user_decoder(own)
+        if own is not None and isinstance(network, NanoDecoder):
+            return network, f"distilled in {own.path}"
+    except WeightsError as error:
+        refusal = str(error)
+    if has_nano_decoder(known):
+        return nano_decoder(known), "nano comes with the package"
+    return refusal
 
 
 def _find_format(name: str, folder: Path | None) -> tuple[LatentFormat, UserFormat | None]:
@@ -84,13 +134,14 @@ def _open_fitted(fitted: UserFormat) -> nn.Module:
         raise NoDecoderError(f"No decoder for {fitted.format.name}: {error}") from error
 
 
-def _full_engine(known: LatentFormat, network: nn.Module, reason: str, device: str, *, is_fast: bool) -> Engine:
-    decoder = known.decoder or ""
+def _engine(kind: Kind, known: LatentFormat, network: nn.Module, reason: str, device: str, *, is_fast: bool) -> Engine:
+    is_full = kind == "tiny"
+    decoder = (known.decoder or "") if is_full else "nano" if isinstance(network, NanoDecoder) else "linear"
     if isinstance(network, VideoDecoder):
         return VideoEngine(known, network, decoder=decoder, reason=reason, is_full=True, device=device, is_fast=is_fast)
-    if decoder == RGBA_FAMILY:
+    if is_full and decoder == RGBA_FAMILY:
         network = nn.Sequential(network, OverWhite())
-    return Engine(known, network, decoder=decoder, reason=reason, is_full=True, device=device, is_fast=is_fast)
+    return Engine(known, network, decoder=decoder, reason=reason, is_full=is_full, device=device, is_fast=is_fast)
 
 
 def _open_tiny(known: LatentFormat, folder: Path | None) -> tuple[nn.Module | None, str]:

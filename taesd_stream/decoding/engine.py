@@ -14,10 +14,12 @@ from taesd_stream.decoding.acceleration import accelerated
 from taesd_stream.decoding.colour import video_planes
 from taesd_stream.decoding.cpu_choice import cpu_choice
 from taesd_stream.decoding.folding import fold_upsampling
+from taesd_stream.decoding.nano_tiles import decode_in_strips
 from taesd_stream.decoding.payloads import check_finite
 from taesd_stream.decoding.slicing import bytes_per_latent_px, slices
 from taesd_stream.decoding.tiling import BudgetError, decode_tiled, is_tileable
 from taesd_stream.latent_formats import LatentFormat
+from taesd_stream.models.nano import NanoDecoder
 
 # Of a memory budget, what tensors may take: the rest is for cuDNN's workspaces, and for what is rounded up.
 _GPU_TENSOR_SHARE: Final = 0.75
@@ -55,7 +57,8 @@ class Engine:
         self._format = latent_format
         self._scale = latent_format.decoder_scale if is_full else None
         self._device = torch.device(device)
-        self.dtype, self._memory_format = _arithmetic(self._device, is_full=is_full, is_fast=is_fast)
+        is_nano = isinstance(network, NanoDecoder)
+        self.dtype, self._memory_format = _arithmetic(self._device, is_full=is_full, is_nano=is_nano, is_fast=is_fast)
         if self._device.type == "cpu" and isinstance(network, nn.Sequential):
             network = fold_upsampling(network)  # a tenth less to compute
         network = network.to(device=self._device, dtype=self.dtype).eval().requires_grad_(False)
@@ -119,7 +122,7 @@ class Engine:
         count, _, height, width = self._format.check_shape("steps", tensor.shape)
         frame_bytes = self.bytes_per_latent_px * height * width
         pieces = list(slices(count, frame_bytes, budget_bytes))
-        if frame_bytes > budget_bytes and is_tileable(self._network):
+        if frame_bytes > budget_bytes and (isinstance(self._network, NanoDecoder) or is_tileable(self._network)):
             return self._decode_tiled(self._format.unfold(tensor), budget_bytes, of_tiles)
         return self._decode_slices(self._format.unfold(tensor), pieces, whole)
 
@@ -146,6 +149,9 @@ class Engine:
             yield piece, finish(self._tiled(self._prepared(latents[piece]), budget_bytes))
 
     def _tiled(self, frame: Tensor, budget_bytes: int) -> Tensor:
+        if isinstance(self._network, NanoDecoder):
+            cell = self.bytes_per_latent_px
+            return decode_in_strips(self._network, frame, bytes_per_cell=cell, budget_bytes=budget_bytes).clamp_(0, 1)
         try:
             rgb = decode_tiled(self._network, frame, budget_bytes=budget_bytes, dtype=torch.float32)
         except BudgetError as error:
@@ -173,11 +179,14 @@ def _plain(rgb: Tensor) -> Tensor:
 _measured = functools.cache(cpu_choice)  # a processor does not change under a process
 
 
-def _arithmetic(device: torch.device, *, is_full: bool, is_fast: bool) -> tuple[torch.dtype, torch.memory_format]:
+def _arithmetic(
+    device: torch.device, *, is_full: bool, is_nano: bool, is_fast: bool
+) -> tuple[torch.dtype, torch.memory_format]:
     """Dtype and memory format of a decoder on its device."""
     if device.type == "cpu" and is_full:
         choice = _measured() if is_fast else _measured().exact
         return choice.dtype, choice.memory_format
     # The published weights are half precision, and a GPU is twice as fast in it, in channels_last. The projection is
-    # quick in any form.
-    return (torch.float16 if is_full and device.type == "cuda" else torch.float32), torch.channels_last
+    # quick in any form, and nano on a processor quick enough to do without a measurement before its first picture.
+    is_half = device.type == "cuda" and (is_full or is_nano)
+    return torch.float16 if is_half else torch.float32, torch.channels_last

@@ -78,7 +78,7 @@ class SavedRun:
         atexit.unregister(_finish_all)  # once, however many runs
         atexit.register(_finish_all)
         # where this is forgotten, the file is finished, and nobody waits for it
-        weakref.finalize(self, self._frames.put, None).atexit = False
+        weakref.finalize(self, _end, self._thread, self._frames).atexit = False
 
     @property
     def error(self) -> str | None:
@@ -89,7 +89,7 @@ class SavedRun:
         self, latents: Tensor, *, step: int, total_steps: int | None = None, sigma: float | None = None
     ) -> None:
         """Save these latents; as LatentPublisher.publish takes them."""
-        if self._writer.error is not None:
+        if self._writer.error is not None or not self._thread.is_alive():  # closed, or in a forked child
             return
         snapshot = snapshot_of(latents, None, self._known.magnitude)
         frame = _Frame(
@@ -106,15 +106,21 @@ class SavedRun:
 
     def close(self, *, reason: EndReason = "done", text: str = "") -> None:  # noqa: ARG002 as a publisher's
         """Decode and write what waits, then finish the file; it says what that cost."""
-        self._frames.put(None)
+        _end(self._thread, self._frames)
         self._thread.join()
 
 
 def _finish_all() -> None:
     """At the program's exit: every file is finished."""
     for thread, frames in list(_running.items()):
-        frames.put(None)
+        _end(thread, frames)
         thread.join()
+
+
+def _end(thread: threading.Thread, frames: queue.Queue[_Frame | None]) -> None:
+    """Nothing more comes. A thread that is over, or that a fork left behind, is told nothing: put() could hang."""
+    if thread.is_alive():
+        frames.put(None)
 
 
 class _Writer:

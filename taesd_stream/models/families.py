@@ -10,6 +10,7 @@ from torch import nn
 
 from taesd_stream.latent_formats import latent_format as format_named
 from taesd_stream.models.linear import linear_decoder
+from taesd_stream.models.nano import nano_decoder, nano_from_weights
 from taesd_stream.models.networks import TINY_FAMILIES, tiny_decoder, tiny_encoder
 from taesd_stream.models.strict_loading import StateDict, first_difference, load_strictly
 from taesd_stream.models.tiny_rgba import RGBA_FAMILY, rgba_decoder, rgba_encoder
@@ -19,6 +20,7 @@ from taesd_stream.models.video_families import VIDEO_FAMILIES
 Part: TypeAlias = Literal["decoder", "encoder"]
 
 _PARTS: Final[tuple[Part, ...]] = ("decoder", "encoder")
+FORMAT_FAMILIES: Final = ("nano", "linear")  # a decoder each for one latent format
 FAMILIES: Final = (*TINY_FAMILIES, RGBA_FAMILY, *VIDEO_FAMILIES)
 
 
@@ -32,18 +34,18 @@ def build_decoder(
 ) -> nn.Module:
     """A decoder by its family's name: (N, C, h, w) latents -> (N, 3, H, W), values in [0, 1] but not clamped.
 
-    family: one of FAMILIES, or "linear" with the `latent_format` whose projection it is. Of VIDEO_FAMILIES it is a
-    VideoDecoder; RGBA_FAMILY has a fourth channel.
+    family: one of FAMILIES, or one of FORMAT_FAMILIES, which come with the package, with the `latent_format` that it
+    is for: "nano", "linear". Of VIDEO_FAMILIES it is a VideoDecoder; RGBA_FAMILY has a fourth channel.
     state_dict: as in the original file: of image families `nn.Sequential` indices without a prefix, of video families
     "decoder.N..." (the encoder's keys beside them are passed over); None leaves random weights.
     decoder_time_upscale, decoder_space_upscale: stages of a video decoder that grow (three flags, or two for the last
     two in time); weights of growth in time that is off are cut to their last step.
     Raises: ValueError for an unknown family or option; WeightsError for weights that do not fit.
     """
-    if family == "linear":
-        return _build_linear(state_dict, latent_format)
+    if family in FORMAT_FAMILIES:
+        return _build_for_format(family, state_dict, latent_format)
     if latent_format is not None:
-        raise ValueError(f"latent_format belongs to the family 'linear', not to {family!r}")
+        raise ValueError(f"latent_format belongs to the families {' and '.join(FORMAT_FAMILIES)}, not to {family!r}")
     if family in VIDEO_FAMILIES:
         network = VideoDecoder(
             VIDEO_FAMILIES[family],
@@ -64,12 +66,16 @@ def build_encoder(family: str, state_dict: StateDict | None = None) -> nn.Module
     return _loaded("encoder", family, _bare("encoder", family), state_dict)
 
 
-def _build_linear(state_dict: StateDict | None, latent_format: str | None) -> nn.Module:
+def _build_for_format(family: str, state_dict: StateDict | None, latent_format: str | None) -> nn.Module:
     if latent_format is None:
-        raise ValueError("the family 'linear' needs latent_format=NAME: a projection belongs to one latent space")
-    network = linear_decoder(format_named(latent_format))
+        raise ValueError(f"the family {family!r} needs latent_format=NAME: it belongs to one latent space")
+    known = format_named(latent_format)
+    name = f"{family} {latent_format}"
+    if family == "nano" and state_dict is not None:
+        return nano_from_weights(state_dict, name)
+    network = nano_decoder(known) if family == "nano" else linear_decoder(known)
     if state_dict is not None:
-        load_strictly(network, state_dict, name=f"linear {latent_format}")
+        load_strictly(network, state_dict, name=name)
     return network
 
 

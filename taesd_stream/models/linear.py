@@ -6,19 +6,22 @@ fitted by least squares on pairs of latents and pictures.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import resources
 from importlib.resources.abc import Traversable
+from typing import Final
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taesd_stream.errors import WeightsError
 from taesd_stream.latent_formats import LatentFormat
-from taesd_stream.models.strict_loading import first_difference
-from taesd_stream.user_formats import UserFormat
+
+# In a file of factors, where every pixel of a cell would take megabytes (Sana: 1024 pixels a cell).
+_FACTORS: Final = "rgb_factors"
+_BIAS: Final = "rgb_bias"
 
 
 class FactorProjection(nn.Module):
@@ -188,26 +191,12 @@ def linear_decoder(latent_format: LatentFormat) -> nn.Module:
     fitted = _fitted_file(latent_format)
     if not fitted.is_file():
         return FactorProjection(latent_format)
+    state = load(fitted.read_bytes())
+    if _FACTORS in state:
+        rows = [tuple(row) for row in torch.cat([state[_FACTORS], state[_BIAS][None]]).tolist()]
+        return FactorProjection(replace(latent_format, rgb_factors=tuple(rows[:-1]), rgb_bias=rows[-1]))
     network = ShuffleProjection(latent_format.channels, round(latent_format.spatial_factor))
-    network.load_state_dict(load(fitted.read_bytes()))
-    return network
-
-
-def user_decoder(fitted: UserFormat) -> nn.Module:
-    """The projection that a user's format file holds: all pixels of a cell, else one colour a cell.
-
-    Raises: WeightsError for tensors that are no projection of its format.
-    """
-    with safe_open(fitted.path, framework="pt") as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 it is no dict
-    if not state:
-        return FactorProjection(fitted.format)
-    with torch.device("meta"):  # no memory before the file is known to fill it
-        network = ShuffleProjection(fitted.format.channels, round(fitted.format.spatial_factor))
-    difference = first_difference(network.state_dict(), state)
-    if difference is not None:
-        raise WeightsError(f"{fitted.path}: its tensors are no projection of {fitted.format.name}: {difference}")
-    network.load_state_dict(state, assign=True)
+    network.load_state_dict(state)
     return network
 
 

@@ -21,6 +21,7 @@ from taesd_stream_workers import (
     cli_client,
     cli_comfyui,
     cli_daemon,
+    cli_distill,
     cli_files,
     cli_fit,
     cli_keys,
@@ -59,6 +60,7 @@ cli_client.add_commands(app)
 cli_files.add_commands(app)
 cli_weights.add_commands(app)
 cli_fit.add_commands(app)
+cli_distill.add_commands(app)
 cli_recordings.add_commands(app)
 cli_keys.add_commands(app)
 cli_comfyui.add_commands(app)

@@ -41,6 +41,7 @@ def examine(config: Config) -> Iterator[Finding]:
     yield from _encoders()
     yield _decoders(config)
     yield from _addresses(config)
+    yield from _keys(config)
     yield from _folders(config)
 
 
@@ -124,15 +125,18 @@ def _decoders(config: Config) -> Finding:
 
 
 def _addresses(config: Config) -> Iterator[Finding]:
-    from taesd_stream_workers.addresses import require_guarded, web_address
+    from taesd_stream_workers.addresses import check_inner_addresses, require_guarded, web_address
     from taesd_stream_workers.start_checks import check_free
     from taesd_stream_workers.web_token import is_token_needed, load_token, token_file
 
     is_running = _answers(config)
     for key, address in (("broker.bind", config.broker.bind), ("web.bind", config.web.bind)):
         try:
-            web_address(config)
-            require_guarded(config, "broker.bind", config.broker.bind)
+            if key == "broker.bind":
+                require_guarded(config, key, address)
+                check_inner_addresses(config)
+            else:
+                web_address(config)
             check_free(key, address)
         except ConfigError as error:
             if is_running:
@@ -149,6 +153,22 @@ def _addresses(config: Config) -> Iterator[Finding]:
             yield Finding("token", "fault", str(error))
             return
         yield Finding("token", "ok", f"others can reach the page: it asks for the token in {token_file(config)}")
+
+
+def _keys(config: Config) -> Iterator[Finding]:
+    from taesd_stream_workers.key_files import clients_in
+    from taesd_stream_workers.start_checks import ROLES, check_keys
+
+    folder = config.keys_folder
+    if folder is None:
+        return
+    try:
+        check_keys(folder, ROLES)
+        names = [client.name for client in clients_in(folder)]
+    except ConfigError as error:
+        yield Finding("keys", "fault", str(error))
+        return
+    yield Finding("keys", "ok", f"{folder}: {', '.join(names) or 'nobody yet'} may connect")
 
 
 def _answers(config: Config) -> bool:

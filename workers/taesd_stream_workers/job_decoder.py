@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 
 import torch
 
-from taesd_stream.config import Config
+from taesd_stream.config import Config, DecoderChoice
 from taesd_stream.decoding.choice import NoDecoderError, open_engine
 from taesd_stream.decoding.engine import Engine
 from taesd_stream.decoding.host_copies import HostCopies
@@ -63,7 +63,7 @@ class JobDecoder:
     ) -> None:
         self.is_warm = False
         self.error: Exception | None = None
-        self._weights_folder, self._decoder = config.weights_folder, config.decoder
+        self._config, self._weights_folder, self._decoder = config, config.weights_folder, config.decoder
         self._device = device
         sizes = Sizes(config.streamer.live_max_px, config.streamer.thumb_max_px)
         self._outlet = Outlet(sizes, HostCopies(device), EncodePool(threads), now_ns, pass_on)
@@ -205,8 +205,14 @@ class JobDecoder:
                 run.histories[item.run] = torch.nan_to_num(before)  # what was left out for NaN leaves no trace here
             if not (item.is_repeat and self._repeat(run, item)):
                 good.append((item, Rows(batch, place * each, each)))
-        for for_record in (False, True):
-            self._decode_with(run, good, for_record)
+        choices = {self._choice_for(item.stream) for item, _ in good}
+        for for_record, choice in itertools.product((False, True), sorted(choices)):
+            items = [(item, rows) for item, rows in good if self._choice_for(item.stream) == choice]
+            self._decode_with(run, items, choice, for_record)
+
+    def _choice_for(self, stream: str) -> DecoderChoice:
+        """The decoder of a stream's live view, as rules and `decoder.choice` say."""
+        return self._config.rule_of(stream).decoder or self._config.decoder.choice
 
     def _repeat(self, run: JobRun, item: JobItem) -> bool:
         """Show a `live` frame once more from its last planes, where all of what is wanted is here."""
@@ -218,8 +224,10 @@ class JobDecoder:
             Shower(self._outlet, run, one.decoder, [(item, item.renditions)]).show_again(one)
         return True
 
-    def _decode_with(self, run: JobRun, items: list[tuple[JobItem, Rows]], for_record: bool) -> None:
-        """Decode what one engine serves: live pictures by `decoder.choice`, recordings by the full decoder, exactly.
+    def _decode_with(
+        self, run: JobRun, items: list[tuple[JobItem, Rows]], choice: DecoderChoice, for_record: bool
+    ) -> None:
+        """Decode what one engine serves: live pictures by `choice`, recordings by the full decoder, exactly.
 
         Where both are the same network, an item that is recorded is decoded once, exactly, for all its renditions.
         """
@@ -229,7 +237,7 @@ class JobDecoder:
         is_shown = any(item.renditions != ("record",) for item, _ in items)
         if not (for_record or is_shown):
             return
-        live = self._engine(latent_format, self._decoder.choice, is_fast=True) if is_shown else None
+        live = self._engine(latent_format, choice, is_fast=True) if is_shown else None
         engine = self._engine(latent_format, "auto", is_fast=False) if for_record or live is None else live
         mine: list[Wanted] = []
         for item, rows in items:
@@ -243,9 +251,11 @@ class JobDecoder:
             if wanted:
                 mine.append((item, rows, wanted))
         if mine:
-            self._decode_somehow(run, engine, mine, is_recorded=for_record)
+            self._decode_somehow(run, engine, mine, choice, is_recorded=for_record)
 
-    def _decode_somehow(self, run: JobRun, best: Engine, mine: list[Wanted], *, is_recorded: bool) -> None:
+    def _decode_somehow(
+        self, run: JobRun, best: Engine, mine: list[Wanted], choice: DecoderChoice, *, is_recorded: bool
+    ) -> None:
         """Decode the best way that memory and time allow. Raises: torch.OutOfMemoryError where none does."""
         settings = self._decoder
         cells = _cells_of(mine[0][1])
@@ -253,7 +263,7 @@ class JobDecoder:
         is_late = is_still and not is_recorded and self._pace.is_over(best.decoder, cells, settings.latency_budget_s)
         shown: set[int] = set()  # places of those that have given their pictures
         reason = ""
-        for way in ways(settings.choice, settings.memory_bytes, is_recorded=is_recorded, is_late=is_late):
+        for way in ways(choice, settings.memory_bytes, is_recorded=is_recorded, is_late=is_late):
             places = [place for place in range(len(mine)) if place not in shown]
             left = [mine[place] for place in places]
             try:

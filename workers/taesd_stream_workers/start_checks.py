@@ -26,7 +26,7 @@ ROLES: Final = ("broker", "streamer", "worker")
 def check_start(config: Config, roles: Sequence[str] = ROLES) -> None:
     """Check what these roles need. Raises: ConfigError naming the key, what came, and the way out."""
     if config.keys_folder is not None:
-        _check_keys(config.keys_folder, roles)
+        check_keys(config.keys_folder, roles)
     if "streamer" in roles:
         web_address(config)
         check_free("web.bind", config.web.bind)
@@ -66,8 +66,8 @@ def _check_folder(folder: Path, key: str) -> None:
         pass
 
 
-def _check_keys(folder: Path, roles: Sequence[str]) -> None:
-    """A role that binds has the daemon's own pair; one that only dials may have a client's."""
+def check_keys(folder: Path, roles: Sequence[str]) -> None:
+    """A role that binds has the daemon's own pair; one that only dials may have a client's. Raises: ConfigError."""
     keys = load_keys(folder)
     binds = [role for role in roles if role != "worker"]
     if binds and not keys.is_server:

@@ -244,6 +244,7 @@ def _add_players(app: FastAPI, hub: Hub) -> None:
 
 def _add_recordings(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
     def path_of(recording_id: str) -> Path:
+        """Looks at every file of the folder: not for the loop's thread."""
         path = recorder.path_of(recording_id)
         if path is None:
             raise ApiError(404, "no_recording", f"There is no recording {recording_id}.")
@@ -257,7 +258,7 @@ def _add_recordings(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
     @app.get("/api/v1/recordings/{recording_id:path}/file", response_class=Response, responses=_content("video/mp4"))
     async def file(recording_id: str, frames: FrameCount = None, inline: bool = False) -> Response:
         """The MP4; of its first `frames` pictures only, or of what is there now while it grows."""
-        path = path_of(recording_id)
+        path = await asyncio.to_thread(path_of, recording_id)
         kind: Literal["inline", "attachment"] = "inline" if inline else "attachment"
         name = path.relative_to(recorder.folder).as_posix().replace("/", "-").removesuffix(".part")
         if frames is None and not recorder.is_growing(recording_id):
@@ -273,7 +274,7 @@ def _add_recordings(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
     async def thumb(recording_id: str) -> Response:
         """The last picture, small."""
         try:
-            picture = await asyncio.to_thread(thumbnail, path_of(recording_id), THUMB_PX)
+            picture = await asyncio.to_thread(lambda: thumbnail(path_of(recording_id), THUMB_PX))
         except (OSError, av.FFmpegError, AssertionError) as error:
             raise ApiError(404, "no_picture", f"{recording_id}: {error}") from error
         return Response(picture, media_type="image/jpeg", headers={"cache-control": "max-age=3600"})

@@ -45,16 +45,23 @@ class Guard:
     """ASGI middleware."""
 
     def __init__(
-        self, app: ASGIApp, *, port: int, host: str, names: Sequence[str], token: str | None, refused: Counter
+        self,
+        app: ASGIApp,
+        *,
+        port: int,
+        hosts: Sequence[str],
+        proxies: Sequence[str],
+        token: str | None,
+        refused: Counter,
     ) -> None:
-        """host, port: that are bound. names: others by which people come. token: None asks for none.
+        """port: that is bound. hosts: names of this host. proxies: names of others, by which people come.
 
-        refused: counts by reason.
+        token: None asks for none. refused: counts by reason.
         """
         self._app = app
         self._port = port
-        self._given = {name.lower() for name in names}
-        self._names = {"localhost", host.lower()} | self._given
+        self._proxies = {name.lower() for name in proxies}
+        self._names = {"localhost", *(name.lower() for name in hosts)} | self._proxies
         self._is_public = token is not None
         self._token = token
         self._cookie = f"taesd_stream_{port}"  # cookies do not know ports: two daemons of a host need two names
@@ -109,10 +116,13 @@ class Guard:
         return is_our_port and (number.is_loopback or self._is_public)
 
     def _is_our_origin(self, origin: str, host: str) -> bool:
-        """The address of the request itself; or a proxy's name, where the proxy put another Host in its place."""
+        """The address of the request itself; or a proxy's name, where the proxy put another Host in its place.
+
+        Not any address of this host: on another port may be another user's page, which browsers count as the same site.
+        """
         try:
             parts = urlsplit(origin)
-            return parts.netloc.lower() == host.lower() or parts.hostname in self._given
+            return parts.netloc.lower() == host.lower() or parts.hostname in self._proxies
         except ValueError:
             return False
 

@@ -58,9 +58,9 @@ class WebServer:
         own_names = [socket.gethostname(), f"{socket.gethostname()}.local"] if token else []
         guarded = Guard(
             make_app(self._hub, self._recorder),
-            host=host,
             port=self.port,
-            names=[*self._config.web.hosts, *own_names],
+            hosts=[host, *own_names],
+            proxies=self._config.web.hosts,
             token=token,
             refused=self._hub.latency.refused,
         )
