@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from typing import Any, Final
 
-import comfy.model_management
+import comfy.latent_formats
+import comfy.model_base
 import comfy.model_patcher
 import comfy.supported_models
 import latent_preview
@@ -41,6 +42,24 @@ WAN: Final = {
     "num_heads": 1,
     "num_layers": 1,
 }
+POINTWISE: Final = {  # formats of newer versions only
+    name: getattr(comfy.latent_formats, cls)
+    for name, cls in (("flux2", "Flux2"), ("ltx_2", "LTXAV"))
+    if hasattr(comfy.latent_formats, cls)
+}
+
+
+class Pointwise(torch.nn.Module):
+    """A model without weights, for latents of any shape."""
+
+    dtype = torch.float32
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """About the noise."""
+        return x * 0.9
 
 
 class TinyModel:
@@ -53,11 +72,17 @@ class TinyModel:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Which one."""
-        return {"required": {"unet_name": (["sd1", "wan2_1"],)}}
+        return {"required": {"unet_name": (["sd1", "wan2_1", *POINTWISE],)}}
 
     def load(self, unet_name: str) -> tuple[Any]:
         """Build it."""
+        cpu = torch.device("cpu")
         known = comfy.supported_models
+        if unet_name in POINTWISE:
+            plain = known.SD15({})
+            plain.latent_format = POINTWISE[unet_name]()
+            pointwise = comfy.model_base.BaseModel(plain, device="cpu", unet_model=Pointwise)
+            return (comfy.model_patcher.ModelPatcher(pointwise, load_device=cpu, offload_device=cpu),)
         config = known.SD15(UNET) if unet_name == "sd1" else known.WAN21_T2V(WAN)
         if unet_name == "sd1":
             config.unet_config |= {"num_heads": 1, "num_head_channels": -1}
@@ -66,8 +91,44 @@ class TinyModel:
         for parameter in model.diffusion_model.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.requires_grad_(False)
-        cpu = torch.device("cpu")
         return (comfy.model_patcher.ModelPatcher(model.eval(), load_device=cpu, offload_device=cpu),)
+
+
+class SoundBehind:
+    """A video's latents with its sound's behind them, as LTX-2 has them."""
+
+    CATEGORY: Final = "testing"
+    RETURN_TYPES: Final = ("LATENT",)
+    FUNCTION: Final = "nest"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """The batch."""
+        return {"required": {"batch_size": ("INT", {"default": 2})}}
+
+    def nest(self, batch_size: int) -> tuple[Any]:
+        """(B, 128, 3, 4, 5) and (B, 8, 6, 16)."""
+        from comfy.nested_tensor import NestedTensor
+
+        parts = (torch.zeros(batch_size, 128, 3, 4, 5), torch.zeros(batch_size, 8, 6, 16))
+        return ({"samples": NestedTensor(parts)},)
+
+
+class OnlyVideo:
+    """Without the sound."""
+
+    CATEGORY: Final = "testing"
+    RETURN_TYPES: Final = ("LATENT",)
+    FUNCTION: Final = "first"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Both."""
+        return {"required": {"samples": ("LATENT",)}}
+
+    def first(self, samples: dict[str, Any]) -> tuple[Any]:
+        """(B, 128, T, h, w)."""
+        return ({"samples": samples["samples"].unbind()[0]},)
 
 
 class TinyText:
@@ -117,4 +178,9 @@ def _watch_previewer() -> None:
 
 
 _watch_previewer()
-NODE_CLASS_MAPPINGS: Final = {"TinyModel": TinyModel, "TinyText": TinyText}
+NODE_CLASS_MAPPINGS: Final = {
+    "TinyModel": TinyModel,
+    "TinyText": TinyText,
+    "SoundBehind": SoundBehind,
+    "OnlyVideo": OnlyVideo,
+}

@@ -126,6 +126,61 @@ def test_a_restarted_broker_asks_for_the_last_word_on_keeping(broker: BrokerRole
         wait_for(lambda: broker.stats().runs[run]["ended"], of="the end of keeping")
 
 
+def test_a_log_that_is_full_acks_nothing_until_there_is_room(tmp_path: Path) -> None:
+    """Over broker.log_max_bytes a kept frame gets no ACK, and everybody is told; when a recording is done it does."""
+    with (
+        BrokerRole(tmp_path, "broker.log_max_bytes=1500") as broker,
+        broker.publisher() as publisher,
+        broker.streamer() as streamer,
+        broker.worker() as worker,
+    ):
+        runs = [new_run(), new_run()]
+        publisher.open(runs[0], "full/first", record="all")
+        seq = 0
+        while "log_full" not in alerts(broker):
+            publisher.say(frame(runs[0], seq, kept=True))
+            publisher.receive(0.05)
+            seq = acked(publisher) + 1
+        last = acked(publisher)
+        publisher.open(runs[1], "full/second", record="all")
+        publisher.say(frame(runs[1], 0, kept=True))
+        publisher.publisher_hello(**{runs[1]: RunHello(next_seq=1, kept_from=0)})
+        assert publisher.next(Ack, lambda ack: ack.run == runs[1]).seq == -1
+        publisher.end(runs[0], last)
+        items: list[JobItem] = []
+        take(worker, streamer, runs[0], items, last)
+        streamer.written(runs[0], items[-1].attempt, last, finished=True)
+        wait_for(lambda: "log_full" not in alerts(broker), of="room in the log")
+        publisher.say(frame(runs[1], 0, kept=True))
+        publisher.ack(runs[1], 0)
+
+
+def test_no_more_is_sent_ahead_of_the_files_than_the_window(tmp_path: Path) -> None:
+    """Of eight frames that are due those go that recording.window_bytes holds; a cursor lets as many more go."""
+    shape = (4, 192, 192)  # 288 KiB: three fit
+    with (
+        BrokerRole(tmp_path, f"recording.window_bytes={1 << 20}") as broker,
+        broker.publisher() as publisher,
+        broker.streamer() as streamer,
+    ):
+        run = new_run()
+        publisher.open(run, "window", record="all")
+        for seq in range(8):
+            publisher.say(frame(run, seq, kept=True, shape=shape))
+        publisher.ack(run, 7)
+        with broker.worker(credits=8) as worker:
+            items: list[JobItem] = []
+            for behind, written in ((2, 1), (4, 4), (7, 7)):
+                while not items or items[-1].seq < behind:
+                    job = worker.job()
+                    worker.done(job)
+                    items += job.items
+                worker.no_job(0.2)
+                assert items[-1].seq == behind
+                streamer.written(run, items[-1].attempt, written)
+    assert [item.seq for item in items] == list(range(8))
+
+
 def test_what_comes_again_behind_its_recording_makes_no_second_one(broker: BrokerRole) -> None:
     """A publisher that never heard its ACKs sends again what is in a finished file: it is acked, and not kept twice."""
     run = new_run()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from taesd_stream import LatentPublisher
-from taesd_stream.messages import Drain, Forget, JobItem
+from taesd_stream.messages import Drain, Forget, Gap, JobItem
 from tests.broker_role import BrokerRole, frame, new_run
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.pictures import decode_file, sd1_latents_of
@@ -101,6 +101,33 @@ def test_a_kept_run_moves_behind_what_is_written(broker: BrokerRole) -> None:
             assert (item.seq, item.attempt > sent[-1].attempt) == (4, True)
             publisher.end(run, 4)
             streamer.written(run, item.attempt, 4, finished=True)
+
+
+def test_a_frame_that_ended_two_jobs_is_left_out(broker: BrokerRole) -> None:
+    """Poison: tried again, alone; then no worker gets it any more, and a GAP lets the file pass it."""
+    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker() as worker:
+        run = new_run()
+        publisher.open(run, "poison", record="all")
+        for seq in range(3):
+            publisher.say(frame(run, seq, kept=True))
+        publisher.ack(run, 2)
+        job = worker.job()
+        worker.failed(job, "internal", items=[0])
+        while job.items[0].attempt == 1:  # what went before the failure was heard
+            job = worker.job()
+        assert [item.seq for item in job.items] == [0]
+        worker.failed(job, "internal")
+        gap = streamer.next(Gap)
+        assert gap.seq == 0
+        streamer.written(run, gap.attempt, 0)
+        later: list[JobItem] = []
+        while not later or later[-1].seq < 2:
+            job = worker.job()
+            worker.done(job)
+            later += [item for item in job.items if item.attempt == gap.attempt]
+        assert [item.seq for item in later] == [1, 2]
+        assert broker.stats().stats["counts"]["gaps"] == 1
+        assert "left out" in broker.row("poison")["note"]
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typer.testing import CliRunner
 
+from taesd_stream.errors import ConfigError
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.integrations.comfyui.formats import format_of, published
 from taesd_stream.integrations.comfyui.graph import fps_of, told
@@ -367,6 +370,22 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
         assert list(comfy.load(node.parent).NODE_CLASS_MAPPINGS) == ["TaesdPreviewStream"]
     assert CliRunner().invoke(app, ["comfyui", "uninstall", str(home)]).exit_code == 0
     assert list(other.parent.iterdir()) == [other]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    """What the file system denies (here by the size that a file may have) is an error that names the folder."""
+    for name in ("custom_nodes", "models"):
+        (tmp_path / name).mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signals = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        result = CliRunner().invoke(app, ["comfyui", "install", str(tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, signals)
+    assert isinstance(result.exception, ConfigError)
+    assert str(tmp_path / "custom_nodes" / "taesd-stream") in str(result.exception)
 
 
 @pytest.mark.parametrize(

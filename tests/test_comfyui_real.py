@@ -1,6 +1,7 @@
 """Our node in a real ComfyUI, headless on the CPU: TAESD_STREAM_COMFYUI names its folder, whose venv has its needs.
 
-That Python needs what ComfyUI's requirements.txt and our own package ask for (numpy, pyzmq, msgpack).
+That Python needs what ComfyUI's requirements.txt and our own package ask for (numpy, pyzmq, msgpack). Run with 0.3.64
+(Comfy-Org/ComfyUI@a125cd8) and 0.33.0 (yzkee/ComfyUI@783545f).
 """
 
 from __future__ import annotations
@@ -88,6 +89,12 @@ class RealComfyUI:
         (file,) = (one for node in outputs.values() for one in node["latents"])
         path = self._base / "output" / file["subfolder"] / file["filename"]
         return safetensors.numpy.load_file(path)["latent_tensor"]
+
+    def skip_without(self, model: str) -> None:
+        """Skip the test where this version has no such latent format."""
+        inputs = self._ask("/object_info/TinyModel")["TinyModel"]["input"]["required"]
+        if model not in inputs["unet_name"][0]:
+            pytest.skip(f"this ComfyUI has no latents of {model}")
 
     def _answers(self) -> bool:
         assert self._process.poll() is None, self.log[-3000:]
@@ -208,6 +215,35 @@ def test_videos(real: RealComfyUI, broker: BrokerPeer) -> None:
         assert ("prompt" in info.meta, end.reason, len(frames)) == (False, "done", STEPS)
         assert array(frames[-1]).shape == (3, 16, 6, 8)
         assert result[place].shape == (16, 3, 6, 8)
+
+
+def test_flux2(real: RealComfyUI, broker: BrokerPeer) -> None:
+    """FLUX.2's 128 channels go out as ComfyUI holds them, and the last x0 is the result."""
+    real.skip_without("flux2")
+    nodes = graph("flux2", stream={"name": "flux", "record": "off"})
+    nodes["4"] = {"class_type": "EmptyFlux2LatentImage", "inputs": {"width": 64, "height": 48, "batch_size": 2}}
+    prompt_id = real.queue(nodes)
+    info, frames, _ = seen(broker)["flux"]
+    result = real.latents(prompt_id)
+    assert (info.kind, info.latent_format, array(frames[-1]).shape) == ("steps", "flux2", (2, 128, 3, 4))
+    np.testing.assert_allclose(array(frames[-1]), result, atol=1e-3 * max(1.0, float(np.abs(result).max())))
+
+
+def test_video_with_sound(real: RealComfyUI, broker: BrokerPeer) -> None:
+    """Of video and sound that ComfyUI packs into one, the video is shown: each of the batch, its last x0 the result."""
+    real.skip_without("ltx_2")
+    nodes = graph("ltx_2", stream={"name": "sound", "record": "off"})
+    nodes["4"] = {"class_type": "SoundBehind", "inputs": {"batch_size": 2}}
+    nodes["10"] = {"class_type": "OnlyVideo", "inputs": {"samples": ["57:8", 0]}}
+    nodes["9"]["inputs"]["samples"] = ["10", 0]
+    prompt_id = real.queue(nodes)
+    runs = seen(broker, runs=2)
+    result = real.latents(prompt_id)
+    for place in range(2):
+        info, frames, _ = runs[f"sound/{place}"]
+        assert (info.kind, info.latent_format, len(frames)) == ("clip", "ltx_2", STEPS)
+        video = result[place].swapaxes(0, 1)
+        np.testing.assert_allclose(array(frames[-1]), video, atol=1e-3 * max(1.0, float(np.abs(video).max())))
 
 
 def test_custom_samplers(real: RealComfyUI, broker: BrokerPeer) -> None:

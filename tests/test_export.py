@@ -194,7 +194,7 @@ def test_ctrl_c_leaves_no_half_file(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "export", str(source), "-o", str(output)], env=clean_environment(tmp_path), stderr=subprocess.DEVNULL
     )
-    wait_for(lambda: output.with_name("out.webm.part").exists(), 60, of="the part")
+    wait_for(lambda: output.with_name("out.webm.making").exists(), 60, of="the part")
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []
@@ -224,6 +224,24 @@ def test_what_cannot_be_done_is_one_line(words: list[str], text: str, recorded: 
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("out*"))
     assert recorded.read_bytes() == before
+
+
+def test_a_growing_recording_is_not_harmed_by_its_copy(tmp_path: Path) -> None:
+    """NAME.mp4 made of NAME.mp4.part while it grows: the copy has its pictures, and the recording goes on."""
+    recording, encoder = start(tmp_path), VideoEncoder("record")
+    pictures = [encoder.encode(planes_of(rgb), seq * 9000) for seq, rgb in enumerate(COLOURS)]
+    for seq in range(3):
+        one = pictures[seq]
+        recording.write(packet(seq, one.payload, is_keyframe=one.is_keyframe, pts=seq * 9000))
+    (growing,) = recording.paths
+    copy = growing.with_suffix("")
+    with ExportFile(copy, codec_for(copy, None), SUMMARY) as target:
+        for frame, pts in pictures_of_file(growing):
+            target.add(frame, pts)
+    assert len(decode_file(copy)) == 3
+    assert recording.lost_path is None
+    assert recording.write(packet(3, pictures[3].payload, is_keyframe=pictures[3].is_keyframe, pts=3 * 9000))
+    assert len(decode_file(recording.finish()[0])) == 4
 
 
 def test_pictures_of_two_sizes_are_refused(tmp_path: Path) -> None:

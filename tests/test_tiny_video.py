@@ -19,7 +19,7 @@ from taesd_stream.errors import WeightsError
 from taesd_stream.models import build_decoder, build_encoder
 from taesd_stream.models.families import families_that_fit
 from taesd_stream.models.tiny_video import Memory, VideoDecoder, VideoEncoder
-from taesd_stream.models.video_families import VIDEO_FAMILIES
+from taesd_stream.models.video_families import CHUNK_LATENTS, VIDEO_FAMILIES, VideoFamily
 from tests.test_tiny import formula_weights, golden, needs_shared
 
 ORIGINALS: Final[dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "video_originals.json").read_text())
@@ -228,6 +228,15 @@ def test_a_clip_has_the_frames_of_the_full_decoder(family: str, lengths: dict[in
     """Start-up frames are hidden by each family's own rule."""
     for latents, frames in lengths.items():
         assert video_decoder(family).decode_clip(latents_for(family, latents)).shape[1] == frames
+
+
+@pytest.mark.parametrize("family", VIDEO_FAMILIES.values(), ids=lambda family: family.name)
+def test_a_stream_has_the_frames_that_its_latents_show(family: VideoFamily) -> None:
+    """Where a stream's next frame is in time is how many were shown, which is not what a clip of that length shows."""
+    shown = 0
+    for position in range(3 * CHUNK_LATENTS):
+        assert family.frames_of_stream(position, 4) == shown
+        shown += 4 - family.hidden_frames(position, 4)
 
 
 @pytest.mark.parametrize("family", ["taew2_1", "taeltx_2", "taehv1_5_super"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -11,6 +14,8 @@ from taesd_stream.decoding.choice import open_engine
 from taesd_stream.decoding.stream_memories import StreamMemories, StreamMemory
 from taesd_stream.decoding.video_engine import LiveFrames, LivePart, VideoEngine
 from taesd_stream.models.tiny_video import VideoDecoder
+from taesd_stream_workers.job_pictures import Rows, pictures_of
+from tests.golden_messages import JOB_ITEM
 from tests.test_tiny_video import stepped, video_decoder
 
 PLENTY = 1 << 30
@@ -210,3 +215,16 @@ def test_wild_latents_give_colours(engine: VideoEngine) -> None:
 def test_a_step_is_dearer_than_a_picture(opened: VideoEngine) -> None:
     """The memory that a step takes is measured with all frames of its latent, more than a picture's one."""
     assert opened.bytes_per_step_px > opened.bytes_per_latent_px + 3 * 3 * 8 * 8 * 4
+
+
+def test_pictures_of_a_stream_lie_side_by_side_in_time(tmp_path: Path) -> None:
+    """CogVideoX hides frames of odd clips and none of a stream: each picture comes one after the one before."""
+    save_file(video_decoder("taecvx").state_dict(), tmp_path / "taecvx.safetensors")
+    engine = open_engine("cogvideox", weights_folder=tmp_path)
+    batch = latents_of(3)
+    entries = [
+        (index, replace(JOB_ITEM, kind="live", index=index, seq=index, picture_ticks=10), Rows(batch, index, 1))
+        for index in range(3)
+    ]
+    shown = [picture for one in pictures_of(engine, entries, PLENTY) for picture in one.pictures]
+    assert [picture.pts for picture in shown] == list(range(0, 10 * 12, 10))

@@ -88,6 +88,10 @@ class VideoEngine(Engine):
         """How many frames a clip of so many latents gives."""
         return self._video.clip_frames(length)
 
+    def frames_before(self, index: int) -> int:
+        """How many frames the latents of a live run show before its latent `index`."""
+        return self._video.family.frames_of_stream(index, self._video.frames_per_latent)
+
     def decode_clip(self, latents: Tensor, *, budget_bytes: int) -> Iterator[Tensor]:
         """Decode a clip, cut in time by the budget; each piece is decoded when it is asked for.
 

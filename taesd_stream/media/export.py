@@ -22,6 +22,7 @@ from taesd_stream.errors import TaesdStreamError
 from taesd_stream.frames import CLOCK_HZ
 from taesd_stream.media.clock import PROVISIONAL_TICKS
 from taesd_stream.media.encoder import TIME_BASE
+from taesd_stream.media.file_names import MAKING_SUFFIX
 from taesd_stream.media.finished import tags_of
 
 _NO_OPTIONS: Final[Mapping[str, str]] = MappingProxyType({})
@@ -94,7 +95,7 @@ class ExportFile:
         if quality is not None and codec.quality is None:
             raise ExportError(f"{path}: {codec.encoder} has no quality to choose")
         self._path, self._codec = path, codec
-        self._part = path.with_name(path.name + ".part")
+        self._part = path.with_name(path.name + MAKING_SUFFIX)
         self._tags = tags_of(summary)
         self._options = dict(codec.options)
         if codec.quality is not None:

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Final
 
 DEFAULT_NAME: Final = "{stream}/{started:%Y%m%d-%H%M%S}-{run:.6}"
+MAKING_SUFFIX: Final = ".making"  # behind the name of a file that a command makes: NAME.mp4.part may be a recording
 FIELDS: Final = ("stream", "run", "started")
 MAX_PARTS: Final = 8  # a stream's name has up to 4
 _MAX_CHARACTERS: Final = 120  # of a part; file systems take 255 bytes, and `-2.mp4.part-finish` may come behind

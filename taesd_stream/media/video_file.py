@@ -11,6 +11,7 @@ from av.container import OutputContainer
 
 from taesd_stream.frames import CLOCK_HZ
 from taesd_stream.media.encoder import TIME_BASE, Planes, VideoEncoder, size_of
+from taesd_stream.media.file_names import MAKING_SUFFIX
 
 _OPTIONS: Final = {"movflags": "faststart", "video_track_timescale": str(CLOCK_HZ)}
 
@@ -23,7 +24,7 @@ class VideoFile:
 
     def __init__(self, path: Path, fps: float) -> None:
         self._path = path
-        self._part = path.with_name(path.name + ".part")
+        self._part = path.with_name(path.name + MAKING_SUFFIX)
         self._ticks = CLOCK_HZ / fps
         self._encoder = VideoEncoder("record")
         self._count = 0

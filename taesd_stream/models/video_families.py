@@ -69,6 +69,11 @@ class VideoFamily:
             hides = position == 0
         return frames_per_latent - 1 if hides else 0
 
+    def frames_of_stream(self, latents: int, frames_per_latent: int) -> int:
+        """How many frames the first latents of a stream show: where the next one's are in time."""
+        hiding = {"start": min(latents, 1), "odd clip": 0, "chunk": -(-latents // CHUNK_LATENTS)}[self.hides]
+        return latents * frames_per_latent - hiding * (frames_per_latent - 1)
+
     def shown_latents(self, clip_length: int) -> int:
         """How many latents of a clip are shown, from its first on; all, but for the end of H3's last chunk."""
         if self.hides != "chunk":

@@ -10,6 +10,7 @@ import typer
 
 from taesd_stream.errors import ConfigError, UnreachableError
 from taesd_stream.frames import is_stream_name
+from taesd_stream.media.file_names import MAKING_SUFFIX
 from taesd_stream_workers.cli_options import (
     DEFAULT_WEB,
     INTERRUPTED,
@@ -138,7 +139,7 @@ def _download(client: DaemonClient, recording: dict[str, Any], output: Path, fra
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress
 
-    part = output.with_name(output.name + ".part")
+    part = output.with_name(output.name + MAKING_SUFFIX)
     columns = (*Progress.get_default_columns(), DownloadColumn())
     try:
         with Progress(*columns, transient=True, console=Console(stderr=True)) as progress, part.open("wb") as file:

@@ -46,8 +46,11 @@ def install(path: PathArgument) -> None:
     folder = _node_folder(path)
     _check_ours(folder)
     source = Path(comfyui.__file__).parent / "custom_node" / NODE
-    folder.mkdir(exist_ok=True)
-    shutil.copyfile(source, folder / NODE)
+    try:
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(source, folder / NODE)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written: {error}") from error
     say(f"{folder}: installed; it is there once ComfyUI has started again")
     say(f"ComfyUI's own Python needs the package too: {_python(path)} -m pip install taesd-stream")
 
@@ -61,7 +64,10 @@ def uninstall(path: PathArgument) -> None:
     if not folder.exists():
         raise ConfigError(f"{folder}: is not there, so there is nothing to take out")
     _check_ours(folder)
-    (folder / NODE).unlink(missing_ok=True)
+    try:
+        (folder / NODE).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be taken out: {error}") from error
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     if not any(folder.iterdir()):
         folder.rmdir()

@@ -160,7 +160,7 @@ def _live(
         pictures: list[Picture] = []
         for result in results:
             place, item, _ = entries[result.place]
-            first = engine.frames_of_clip(item.index) if item.index else 0
+            first = engine.frames_before(item.index)
             count, approximate = len(result.frames), result.is_approximate
             pictures += [
                 Picture(place, index, count, (first + index) * item.picture_ticks, is_approximate=approximate)
