@@ -32,7 +32,7 @@ BARS = {256: 18, 512: 25}
 
 def speed(sizes: list[int], rounds: int) -> None:
     """Milliseconds a picture, turn by turn; all on the same latents' size, batch 1."""
-    theirs: Any = AutoencoderTiny(latent_channels=32)
+    theirs: Any = AutoencoderTiny(latent_channels=32)  # type: ignore[no-untyped-call]
     theirs.eval().requires_grad_(False)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, median of {rounds} rounds, ms")
     for side in sizes:
