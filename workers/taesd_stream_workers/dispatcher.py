@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from taesd_stream.config import Config
@@ -68,6 +69,7 @@ class Dispatcher:
         self._placer = Placer(registry, self._crew, links)
         self._scaling = Scaling()
         self._offers: dict[str, list[Candidate]] = {}  # by run: what could be decoded now
+        self._offered_bytes = 0  # of recordings in them
 
     # --- what workers say ---
 
@@ -263,17 +265,21 @@ class Dispatcher:
             free = [worker for worker in given if worker.credits > 0]
 
     def _candidates(self) -> list[Candidate]:
-        """What could be decoded now; only of runs that were touched it is found out anew."""
+        """What could be decoded now; only of runs that were touched it is found out anew.
+
+        What is offered is read from the logs already: it counts in the window, as what is under way does.
+        """
         runs = self._registry.by_run
         touched, self._registry.touched = self._registry.touched, {}
-        room = self._window_bytes - sum(run.kept.in_flight_bytes for run in runs.values() if run.kept) if touched else 0
+        for run_id in touched:
+            self._offered_bytes -= _record_bytes(self._offers.pop(run_id, []))
+        in_flight = sum(run.kept.in_flight_bytes for run in runs.values() if run.kept) if touched else 0
         for run_id, run in touched.items():
+            room = self._window_bytes - in_flight - self._offered_bytes
             offer = self._offer(run, room) if run_id in runs else []
-            room -= sum(one.nbytes for one in offer if one.is_record)
             if offer:
                 self._offers[run_id] = offer
-            else:
-                self._offers.pop(run_id, None)
+                self._offered_bytes += _record_bytes(offer)
         return [one for offer in self._offers.values() for one in offer]
 
     def _offer(self, run: Run, room: int) -> list[Candidate]:
@@ -335,6 +341,10 @@ class Dispatcher:
     def desired_workers(self) -> int:
         """How many workers the offered load needs."""
         return self._scaling.desired
+
+
+def _record_bytes(offer: Sequence[Candidate]) -> int:
+    return sum(one.nbytes for one in offer if one.is_record)
 
 
 def _job_items(

@@ -19,7 +19,7 @@ from taesd_stream.messages import Cursor, Gap, State
 from taesd_stream.queues import ByteBoundedQueue
 from taesd_stream_workers.films import Films
 from taesd_stream_workers.library import Library
-from taesd_stream_workers.recording_rows import growing_row, meta_of, stuck_row
+from taesd_stream_workers.recording_rows import cursor_of, growing_row, meta_of, stuck_row
 
 logger = logging.getLogger(__name__)
 
@@ -116,10 +116,7 @@ class Recorder:
 
     def cursors(self) -> tuple[Cursor, ...]:
         """How far every file is; any thread."""
-        return tuple(
-            Cursor(run=run, attempt=max(0, one.attempt), written=one.written, synced=one.synced)
-            for run, one in list(self._open.items())
-        )
+        return tuple(cursor_of(one) for one in list(self._open.values()))
 
     def close(self) -> None:
         """Write what is queued, sync, close the files (playable as they are), join the thread."""
@@ -212,7 +209,7 @@ class Recorder:
             return self._fail(packet.run, str(error))  # the cursor stays: the broker sends the frame again
         if recording is not None and is_written:
             self._errors.pop(packet.run, None)
-            self._tell(packet.run, recording)
+            self._tell(recording)
         return None
 
     def _skip(self, gap: Gap) -> None:
@@ -220,7 +217,7 @@ class Recorder:
             recording = self._recording(gap.run, gap.attempt)
             if recording is not None:
                 recording.skip(gap.seq, gap.attempt)
-                self._tell(gap.run, recording)
+                self._tell(recording)
         except RecordingError as error:
             self._fail(gap.run, str(error))
 
@@ -349,10 +346,9 @@ class Recorder:
         self._tell_broker(Cursor(run=run, attempt=attempt, written=-1, synced=-1, finished=True))
         return paths
 
-    def _tell(self, run: str, one: Recording) -> None:
+    def _tell(self, one: Recording) -> None:
         self._is_dirty = True
-        cursor = Cursor(run=run, attempt=max(0, one.attempt), written=one.written, synced=one.synced)
-        self._tell_broker(cursor)
+        self._tell_broker(cursor_of(one))
 
     def _sync_all(self) -> None:
         now = time.monotonic()
@@ -364,7 +360,7 @@ class Recorder:
                 self._lose(run, one, path)
             elif one.synced < one.written:
                 self._sync(one)
-                self._tell(run, one)
+                self._tell(one)
 
     def _lose(self, run: str, one: Recording, path: Path) -> None:
         """Its file is gone, with what the log no longer has; the rest begins another one."""

@@ -1,4 +1,4 @@
-"""Rows of recordings that grow, as people see them; those of finished ones are the library's."""
+"""Rows of recordings that grow, as people see them, and cursors, for the broker; finished ones are the library's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from taesd_stream.media.recording import Recording
+from taesd_stream.messages import Cursor
 
 
 def growing_row(one: Recording, *, error: str | None, is_ended: bool) -> dict[str, Any]:
@@ -36,6 +37,11 @@ def stuck_row(folder: Path, run: str, said: Mapping[str, Any], error: str) -> di
     one = Recording(folder, stream=said["stream"], run=run, meta=meta_of(said))
     one.started = said["started"]
     return growing_row(one, error=error, is_ended=bool(said["ended"]))
+
+
+def cursor_of(one: Recording) -> Cursor:
+    """How far a recording is."""
+    return Cursor(run=one.run, attempt=max(0, one.attempt), written=one.written, synced=one.synced)
 
 
 def meta_of(said: Mapping[str, Any]) -> dict[str, Any]:
