@@ -119,7 +119,7 @@ class Dispatcher:
         for item in held.items if held else ():
             run = self._item_over(item)
             if run is not None:
-                run.clear_note()
+                run.note_is_over()
                 run.failures.pop(item.seq, None)
         for one in done.degraded if held else ():
             self._note_degraded(one)
@@ -224,6 +224,7 @@ class Dispatcher:
         wait_s = self._placer.oldest_wait_s([one for offer in self._offers.values() for one in offer])
         self._scaling.update(time.monotonic(), self._placer.loads(), wait_s, len(self._crew.workers))
         for run in self._registry.by_run.values():
+            self._links.is_changed |= run.drop_old_note()
             kept = run.kept
             if kept is None:
                 continue

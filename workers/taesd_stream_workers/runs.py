@@ -66,6 +66,7 @@ class Run:
         self.end: End | None = None
         self.ended_unix: float | None = None
         self.note: str | None = None  # what is wrong with its pictures
+        self._is_note_over = False
         self._noted_s = 0.0
         self.told: tuple[Demand, RecordMode] | None = None
         self.faults = 0
@@ -99,12 +100,18 @@ class Run:
 
     def say(self, note: str) -> None:
         """Something is wrong with its pictures: the page shows it."""
-        self.note, self._noted_s = note, time.monotonic()
+        self.note, self._noted_s, self._is_note_over = note, time.monotonic(), False
 
-    def clear_note(self) -> None:
-        """What was wrong with a frame is not wrong with the next."""
-        if self.note is not None and time.monotonic() - self._noted_s > NOTE_S:
+    def note_is_over(self) -> None:
+        """It has shown a picture again: what was wrong with a frame is not wrong with the next."""
+        self._is_note_over = True
+
+    def drop_old_note(self) -> bool:
+        """Whether a note went just now: it is over, and a person had time to read it."""
+        is_due = self.note is not None and self._is_note_over and time.monotonic() - self._noted_s > NOTE_S
+        if is_due:
             self.note = None
+        return is_due
 
     def take(self, frame: LatentFrame, received_ns: int, *, is_watched: bool, share_bytes: int) -> int:
         """A frame came in: it is the newest, unless it was sent again.
