@@ -303,7 +303,6 @@ def test_a_port_in_use(key: str, value: str, role: str, alone: bool, taken_port:
         ("broker.bind=5760", "broker.bind = 5760: expected tcp://host:port, as in tcp://127.0.0.1:5760"),
         ("broker.bind=tcp://0.0.0.0:0", "broker.bind = tcp://0.0.0.0:0: other hosts can reach it"),
         ("broker.bind=tcp://127.0.0.1:70000", "broker.bind = tcp://127.0.0.1:70000: Port out of range"),
-        ("web.bind=0.0.0.0:0", "only loopback addresses may be bound"),
         ("web.bind=here", "web.bind = here: expected host:port, as in 127.0.0.1:8765"),
     ],
 )

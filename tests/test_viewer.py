@@ -59,7 +59,7 @@ def received(packet: Packet, received_ns: int, **changes: Any) -> Packet:
 def state(now_ns: int, **row: Any) -> State:
     """STATE with the one stream, and whatever of its row is another."""
     known = {"name": STREAM, "run": RUN, "state": "live", "flags": [], "stoppable": True, "seq": 7}
-    rows = [known | {"latent_format": "sd1"} | row]
+    rows = [known | {"latent_format": "sd1", "width": 64, "height": 64} | row]
     return State(streams=rows, runs={}, workers=[], stats={}, desired_workers=1, now_ns=now_ns)
 
 

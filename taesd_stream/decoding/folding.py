@@ -36,11 +36,12 @@ def _can_fold(upsampling: nn.Module, convolution: nn.Module) -> bool:
 def _folded(convolution: nn.Conv2d) -> nn.ConvTranspose2d:
     """The transposed convolution that equals nearest upsampling by 2 before `convolution`."""
     weight = convolution.weight.detach()
+    kernel = folded_weight(weight).to(weight.dtype)  # before the module: least memory at once
     with torch.device("meta"):  # no memory, no random weights: they are replaced
         folded = nn.ConvTranspose2d(
             convolution.in_channels, convolution.out_channels, 4, stride=2, padding=1, bias=False
         )
-    folded.weight = nn.Parameter(folded_weight(weight).to(weight.dtype), requires_grad=False)
+    folded.weight = nn.Parameter(kernel, requires_grad=False)
     folded.bias = convolution.bias
     return folded
 
