@@ -91,6 +91,7 @@ class PageHost:
 
     streams: list[Json] = field(default_factory=list)
     recordings: list[Json] = field(default_factory=list)
+    films: list[Json] = field(default_factory=list)
     stats: Json = field(default_factory=lambda: {"pictures_per_s": 118.0, "latency_ms": 21.0, "workers": 1})
     alerts: list[Json] = field(default_factory=list)
     files: dict[str, Path] = field(default_factory=dict)
@@ -212,7 +213,7 @@ class PageHost:
     async def api(self, request: Request) -> Response:
         path = request.path_params["path"]
         body = await request.body()
-        if request.method == "GET" and path in ("streams", "recordings"):
+        if request.method == "GET" and path in ("streams", "recordings", "films"):
             return JSONResponse({path: getattr(self, path)})
         self.requests.append((request.method, path, json.loads(body) if body else None))
         for ending, (status, text) in self.refuse.items():
