@@ -119,6 +119,7 @@ def test_a_full_disk_is_said_and_healed(tmp_path: Path, small_disk: Path) -> Non
         assert b'taesd_stream_alerts{code="recording_failed"}' not in daemon.get("/metrics")[1]
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_made_stops_its_stream_alone(tmp_path: Path) -> None:
     """Where a stream's folder cannot be made its recording waits, others do not; then all frames are there."""
     with Daemon(tmp_path) as daemon:
@@ -147,6 +148,7 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
         assert daemon.recording(publisher.run)["frames"] == 1
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_removed_begins_anew(tmp_path: Path) -> None:
     """Files that are removed while they grow are said to be gone; what comes then is in a new file, and is finished."""
     with Daemon(tmp_path, f"broker.log_folder={tmp_path / 'log'}") as daemon:
@@ -172,6 +174,7 @@ def test_a_folder_that_was_removed_begins_anew(tmp_path: Path) -> None:
         assert len(pictures) == recording["frames"] == seq - recording["first_seq"]
 
 
+@pytest.mark.slow
 def test_old_recordings_go_by_age_and_by_bytes(tmp_path: Path) -> None:
     """Retention removes whole finished recordings, oldest first, and says so; strangers' files stay."""
     with Daemon(tmp_path, "recording.max_bytes=60000", "recording.max_age_s=3600") as daemon:

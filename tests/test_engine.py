@@ -134,7 +134,7 @@ def test_a_batch_in_slices_is_the_batch_at_once(weights: Path) -> None:
     torch.testing.assert_close(decoded(engine, latents, budget_bytes), decoded(engine, latents), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("frames_in_budget", [10.0, 2.0, 0.25])
+@pytest.mark.parametrize("frames_in_budget", [10.0, 2.0, pytest.param(0.25, marks=pytest.mark.slow)])
 def test_planes_are_those_of_the_pictures(weights: Path, frames_in_budget: float) -> None:
     """decode_planes gives the planes of decode's pictures, for a whole batch, in slices and in tiles."""
     engine = open_engine("sd1", weights_folder=weights)
@@ -148,7 +148,7 @@ def test_planes_are_those_of_the_pictures(weights: Path, frames_in_budget: float
     assert torch.equal(planes, video_planes(decoded(engine, latents, budget_bytes)))
 
 
-@pytest.mark.parametrize(("name", "channels"), [("sd1", 4), ("flux2", 32)])
+@pytest.mark.parametrize(("name", "channels"), [("flux2", 32), pytest.param("sd1", 4, marks=pytest.mark.slow)])
 def test_a_frame_over_the_budget_is_decoded_in_tiles(weights: Path, name: str, channels: int) -> None:
     """Frames that alone need more than the budget keep to it in tiles, and have the pictures of a larger budget."""
     engine = open_engine(name, weights_folder=weights)

@@ -386,7 +386,7 @@ def kill_a_writer(folder: Path, rng: random.Random, last: int = 400) -> int:
     return int(lines[-1]) if lines else said
 
 
-@pytest.mark.parametrize("seed", [1, 2, pytest.param(range(3, 23), marks=pytest.mark.faults, id="20 more")])
+@pytest.mark.parametrize("seed", [1, 2, pytest.param(range(3, 23), marks=pytest.mark.slow, id="20 more")])
 def test_a_killed_writer_loses_no_written_frame(seed: int | range, tmp_path: Path) -> None:
     """SIGKILL at random points, again and again in one file: every frame that was said to be written is there."""
     for number in [seed] if isinstance(seed, int) else seed:

@@ -91,7 +91,7 @@ def healing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", ["worker", *(pytest.param(role, marks=pytest.mark.slow) for role in ROLES[:2])])
 def test_a_hung_role_is_replaced(role: str, tmp_path: Path) -> None:
     """A role that was stopped in the middle of its work is found, killed and started again."""
     with Daemon(tmp_path) as daemon:
@@ -104,6 +104,7 @@ def test_a_hung_role_is_replaced(role: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 def test_a_supervisor_that_was_paused_takes_no_role_for_hung(tmp_path: Path) -> None:
     """Ctrl-Z for longer than a role may be silent, then fg: the same roles go on."""
     with Daemon(tmp_path) as daemon:
