@@ -6,11 +6,15 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.broker_peer import BrokerPeer
 from tests.daemon import Daemon
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +38,15 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """One daemon for all tests that do not harm it: broker, worker and streamer on free ports, linear decoder."""
     with Daemon(tmp_path_factory.mktemp("daemon")) as one:
         yield one
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium."""
+    from tests.page_fixture import chromium  # Playwright's import is for tests of the page alone
+
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ import taesd_stream_workers.web
 PAGE = Path(taesd_stream_workers.web.__file__).parent / "page"
 Json = dict[str, Any]
 Colour = tuple[int, int, int]
+Open = Callable[..., Page]
 # (stream, rendition, keyframe wanted) -> (header fields, bytes), or None while there is no picture
 Source = Callable[[str, str, bool], tuple[Json, bytes] | None]
 
@@ -285,6 +286,29 @@ def chromium() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def opening(browser: Browser, url: str) -> Iterator[Open]:
+    """Opens the page at a hash, in a context of its own; errors of its scripts and blocked resources fail the test."""
+    wrong: list[str] = []
+    with ExitStack() as contexts:
+
+        def open_page(at: str = "", *, script: str = "", clock: bool = False, **options: Any) -> Page:
+            context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | options))
+            contexts.callback(context.close)
+            page = context.new_page()
+            page.on("pageerror", lambda error: wrong.append(str(error)))
+            page.on("console", lambda message: wrong.append(message.text) if "Security" in message.text else None)
+            if clock:
+                page.clock.install()
+            if script:
+                page.add_init_script(script)
+            page.goto(f"{url.rstrip('/')}/{at}")
+            return page
+
+        yield open_page
+    assert wrong == []
 
 
 PIXEL = """canvas => {

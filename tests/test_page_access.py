@@ -12,19 +12,13 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.daemon import Daemon, wait_for
 from tests.firefox import Firefox
-from tests.page_fixture import PIXEL, PageHost, chromium, recording, serving, stream
+from tests.page_fixture import PIXEL, PageHost, recording, serving, stream
 from tests.pictures import PATCHES
 from tests.test_films import steps, watched_run
 
 pytestmark = pytest.mark.browser
 
 VIEWS = ["#/", "#/s/b", "#/recordings", "#/compare/0123456789abcdef/fedcba9876543210"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture

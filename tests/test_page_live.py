@@ -6,9 +6,9 @@ import contextlib
 import itertools
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, Page, ViewportSize, expect
 from taesd_stream import LatentPublisher
 from taesd_stream_workers.demo import DemoSamplers
 from tests.daemon import Daemon, wait_for
-from tests.page_fixture import Colour, await_colour, chromium, chromium_path, middle_of
+from tests.page_fixture import Colour, Open, await_colour, chromium_path, middle_of, opening
 from tests.pictures import PATCHES, decode_file, sd1_latents_of
 
 WAIT_S = 30.0
@@ -27,35 +27,15 @@ GREY = (120, 120, 120)
 RED, BLUE, MAGENTA = PATCHES["red"], PATCHES["blue"], PATCHES["magenta"]
 NO_DECODER = "delete self.VideoDecoder"
 SINKS = [pytest.param("", "live", id="webcodecs"), pytest.param(NO_DECODER, "jpeg", id="jpeg")]
-Open = Callable[..., Page]
 
 expect.set_options(timeout=WAIT_S * 1000)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture
 def opened(browser: Browser, daemon: Daemon) -> Iterator[Open]:
     """Open the daemon's page at a hash; errors of its scripts fail the test."""
-    wrong: list[str] = []
-    with contextlib.ExitStack() as contexts:
-
-        def open_page(at: str = "", *, script: str = "", **options: Any) -> Page:
-            context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | options))
-            contexts.callback(context.close)
-            page = context.new_page()
-            page.on("pageerror", lambda error: wrong.append(str(error)))
-            if script:
-                page.add_init_script(script)
-            page.goto(f"{daemon.web}/{at}")
-            return page
-
+    with opening(browser, daemon.web) as open_page:
         yield open_page
-    assert wrong == []
 
 
 @contextlib.contextmanager

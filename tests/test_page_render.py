@@ -18,12 +18,11 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from tests.page_fixture import PAGE, Json, PageHost, await_colour, chromium, recording, serving, stream
+from tests.page_fixture import PAGE, Json, Open, PageHost, await_colour, opening, recording, serving, stream
 
 pytestmark = pytest.mark.browser
 
 RED, GREEN, BLUE = (220, 30, 30), (30, 180, 60), (40, 60, 220)
-Open = Callable[..., Page]
 
 
 def solid(colour: tuple[int, int, int], width: int = 64, height: int = 64) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -54,12 +53,6 @@ def one_colour(colours: dict[str, tuple[int, int, int]]) -> Any:
     return lambda name, rendition, _key: ({}, made[name, int(rendition == "live")]) if name in colours else None
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
-
-
 @pytest.fixture
 def host() -> Iterator[PageHost]:
     with serving(PageHost()) as started:
@@ -68,28 +61,15 @@ def host() -> Iterator[PageHost]:
 
 @pytest.fixture
 def opened(browser: Browser, host: PageHost) -> Iterator[Open]:
-    """Open the page at a hash; errors of its scripts and blocked resources fail the test."""
-    wrong: list[str] = []
-    contexts = []
+    """Open the page at a hash and wait for its first state."""
+    with opening(browser, host.url) as open_page:
 
-    def open_page(at: str = "", *, script: str = "", clock: bool = False, **options: Any) -> Page:
-        context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | options))
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda message: wrong.append(message.text) if "Security" in message.text else None)
-        if clock:
-            page.clock.install()
-        if script:
-            page.add_init_script(script)
-        page.goto(host.url + at)
-        expect(page.locator("#tab-live .count")).not_to_be_empty()  # the first state has come
-        return page
+        def open_and_wait(at: str = "", **options: Any) -> Page:
+            page = open_page(at, **options)
+            expect(page.locator("#tab-live .count")).not_to_be_empty()  # the first state has come
+            return page
 
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert wrong == []
+        yield open_and_wait
 
 
 def until(condition: Callable[[], object], page: Page) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, expect
 
 from taesd_stream import LatentPublisher
 from tests.daemon import Daemon, wait_for
-from tests.page_fixture import await_colour, chromium, middle_of
+from tests.page_fixture import Open, await_colour, middle_of, opening
 from tests.page_socket import PageSocket
 from tests.pictures import PATCHES, sd1_latents_of
 from tests.test_films import steps, watched_run
@@ -26,35 +26,15 @@ from tests.test_page_live import NO_DECODER, await_picture, require_h264
 pytestmark = pytest.mark.browser
 
 NAMES = ["red", "green", "blue", "white"]
-Open = Callable[..., Page]
 WAYS = [pytest.param("", id="webcodecs"), pytest.param(NO_DECODER, id="jpeg")]
 STAGE = "#stage-canvas"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture
 def opened(browser: Browser, daemon: Daemon) -> Iterator[Open]:
     """Open the daemon's page at a hash; errors of its scripts fail the test."""
-    wrong: list[str] = []
-    with contextlib.ExitStack() as contexts:
-
-        def open_page(at: str = "", *, script: str = "", **options: Any) -> Page:
-            context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | options))
-            contexts.callback(context.close)
-            page = context.new_page()
-            page.on("pageerror", lambda error: wrong.append(str(error)))
-            if script:
-                page.add_init_script(script)
-            page.goto(f"{daemon.web}/{at}")
-            return page
-
+    with opening(browser, daemon.web) as open_page:
         yield open_page
-    assert wrong == []
 
 
 def filmed(daemon: Daemon, stream: str, names: list[str] = NAMES) -> str:
