@@ -21,7 +21,7 @@ from tests.page_fixture import Open, await_colour, middle_of, opening
 from tests.page_socket import PageSocket
 from tests.pictures import PATCHES, sd1_latents_of
 from tests.test_films import steps, watched_run
-from tests.test_page_live import NO_DECODER, await_picture, require_h264
+from tests.test_page_live import NO_DECODER, await_picture, require_h264, tile_canvas
 
 pytestmark = pytest.mark.browser
 
@@ -216,7 +216,7 @@ def test_a_clip_loops_with_all_its_pictures(daemon: Daemon, opened: Open, at: st
     with LatentPublisher(daemon.broker, stream="kinds/clip", latent_format="sd1", kind="clip", fps=4) as publisher:
         publisher.publish(clip_of(["red", "green", "blue"]), step=0, total_steps=2)
         page = opened(at)
-        canvas = STAGE if "s/" in at else "#wall canvas[data-stream='kinds/clip']"
+        canvas = STAGE if "s/" in at else tile_canvas(page, "kinds/clip")
         await_picture(page, canvas)
         for _ in range(2):
             for name in ("red", "green", "blue"):
@@ -300,6 +300,7 @@ def test_stop_reaches_the_sampler_within_a_step(daemon: Daemon, opened: Open) ->
         publisher.publish(sd1_latents_of(PATCHES["red"]), step=0, total_steps=9)
         page = opened("#/")
         tile = page.locator("[data-name='steps/stopped']")
+        tile.scroll_into_view_if_needed()  # one out of sight, below the streams of other tests, is not kept up to date
         expect(tile.locator("[data-act=stop]")).not_to_have_attribute("aria-disabled", re.compile("."))
         tile.locator(".name").focus()
         page.keyboard.press("Shift+X")
