@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -72,10 +72,15 @@ class Daemon:
 
     def start(self, *more_sets: str) -> None:
         """Start it and wait until every role is ready."""
-        options = [word for one in (*self._sets, *more_sets) for word in ("--set", one)]
+        self.facts = self._spawn(self._command, "--json", sets=(*self._sets, *more_sets))
+        self.web: str = self.facts["web"]
+        self.broker: str = self.facts["broker"]
+
+    def _spawn(self, *command: str, sets: Iterable[str]) -> dict[str, Any]:
+        """Start a command of ours with these keys set. Returns the line of JSON that it says once it is ready."""
         self._log = (self.folder / "daemon.log").open("ab")
         self.process = subprocess.Popen(
-            [*COMMAND, self._command, "--json", *options],
+            [*COMMAND, *command, *(word for one in sets for word in ("--set", one))],
             stdout=subprocess.PIPE,
             stderr=self._log,
             env=self._environment,
@@ -84,10 +89,9 @@ class Daemon:
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], START_S)
         line = self.process.stdout.readline() if ready else b""
-        assert line, f"the daemon did not start:\n{self.log()[-3000:]}"
-        self.facts: dict[str, Any] = json.loads(line)
-        self.web: str = self.facts["web"]
-        self.broker: str = self.facts["broker"]
+        assert line, f"{command[0]} did not start:\n{self.log()[-3000:]}"
+        facts: dict[str, Any] = json.loads(line)
+        return facts
 
     def stop(self, number: int = signal.SIGINT) -> int:
         """Send a signal and wait for the end. Returns the exit code."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-import select
 import struct
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,7 +28,7 @@ from taesd_stream_workers.inbox import INBOX_BYTES, Inbox
 from taesd_stream_workers.latency import Latency
 from taesd_stream_workers.newest_runs import NewestRuns
 from taesd_stream_workers.viewer import Viewer
-from tests.daemon import COMMAND, START_S, Daemon, wait_for
+from tests.daemon import Daemon, wait_for
 from tests.golden_messages import OTHER_RUN, PACKET, RUN
 
 M = TypeVar("M")
@@ -226,19 +224,7 @@ class LoneStreamer(Daemon):
             f"broker.workers_bind={self._address}",
             f"streamer.packets_bind=ipc://{self.folder}/p",
         ]
-        self._log = (self.folder / "daemon.log").open("ab")
-        self.process = subprocess.Popen(
-            [*COMMAND, "streamer", *(word for one in options for word in ("--set", one))],
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=self._environment,
-            start_new_session=True,
-        )
-        assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], START_S)
-        line = self.process.stdout.readline() if ready else b""
-        assert line, f"the streamer did not start:\n{self.log()[-3000:]}"
-        self.web = json.loads(line)["web"]
+        self.web = self._spawn("streamer", sets=options)["web"]
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._packets = self._context.socket(zmq.PUSH)
         prepare(self._packets, hwm=64)

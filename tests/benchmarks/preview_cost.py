@@ -11,7 +11,6 @@ shows it. Weights are random: they change no time. The last line is one JSON obj
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import platform
@@ -31,6 +30,7 @@ from safetensors.torch import save_file
 
 from taesd_stream import LatentPublisher
 from taesd_stream.models import build_decoder
+from tests.benchmarks.in_process import in_process_preview
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
 
@@ -173,20 +173,9 @@ def _publish(publisher: LatentPublisher, latents: torch.Tensor, step: int) -> No
 
 
 def in_process_cost() -> dict[str, Any]:
-    """The preview of diffusers' documentation: decode, PIL and JPEG in the callback."""
-    from diffusers import AutoencoderTiny
-    from diffusers.image_processor import VaeImageProcessor
-
-    decoder: Any = AutoencoderTiny()  # type: ignore[no-untyped-call]
-    decoder.eval()
-    processor: Any = VaeImageProcessor()
-
-    @torch.no_grad()
-    def preview(latents: torch.Tensor, _step: int) -> None:
-        picture = decoder.decode(latents.unsqueeze(0)).sample
-        processor.postprocess(picture, output_type="pil")[0].save(io.BytesIO(), "JPEG")
-
-    return run_sampler(preview)
+    """The preview of diffusers' documentation."""
+    preview = in_process_preview()
+    return run_sampler(lambda latents, _step: preview(latents.unsqueeze(0)))
 
 
 def run_sampler(preview: Preview) -> dict[str, Any]:

@@ -14,7 +14,6 @@ The broker is a process that only listens. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import subprocess
@@ -181,7 +180,7 @@ def all_ways(listener: Listener) -> dict[str, tuple[Any, Way]]:
     ways["send numpy float16"] = (latents, lambda one, _: socket.send(one.tobytes(), copy=True))
     ways["empty"] = (latents, published_by(Empty()))
     ways["idle"] = (latents, published_by(idle))
-    ways["in process"] = (inputs()["torch float32"][0], in_process_preview())
+    ways["in process"] = (inputs()["torch float32"][0], in_process())
     return ways
 
 
@@ -190,22 +189,12 @@ def published_by(publisher: LatentPublisher | Empty) -> Way:
     return lambda latents, step: publisher.publish(latents, step=step, total_steps=1 << 30, sigma=1.0)
 
 
-def in_process_preview() -> Way:
-    """The preview of diffusers' documentation: decode, PIL and JPEG in the callback."""
-    import torch
-    from diffusers import AutoencoderTiny
-    from diffusers.image_processor import VaeImageProcessor
+def in_process() -> Way:
+    """The preview of diffusers' documentation."""
+    from tests.benchmarks.in_process import in_process_preview  # the listener pays for no torch
 
-    decoder: Any = AutoencoderTiny()  # type: ignore[no-untyped-call]
-    decoder.eval()
-    processor: Any = VaeImageProcessor()
-
-    @torch.no_grad()
-    def preview(latents: torch.Tensor, _step: int) -> None:
-        picture = decoder.decode(latents.unsqueeze(0)).sample
-        processor.postprocess(picture, output_type="pil")[0].save(io.BytesIO(), "JPEG")
-
-    return preview
+    preview = in_process_preview()
+    return lambda latents, _step: preview(latents.unsqueeze(0))
 
 
 def run(way: Way, latents: Any, publishes: int, pace_ms: float) -> list[float]:

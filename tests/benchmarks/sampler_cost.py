@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 
 from taesd_stream.integrations.diffusers import preview
 from taesd_stream.models import build_decoder
+from tests.benchmarks.in_process import in_process_preview
 from tests.benchmarks.preview_cost import cpu_name
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
@@ -194,15 +195,10 @@ def linear_callback() -> Callback:
 
 def tiny_callback() -> Callback:
     """AutoencoderTiny in the callback."""
-    from diffusers.image_processor import VaeImageProcessor
+    preview = in_process_preview()
 
-    decoder: Any = D.AutoencoderTiny().eval()
-    processor: Any = VaeImageProcessor()
-
-    @torch.no_grad()
     def callback(_pipe: Any, _step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        picture = decoder.decode(kwargs["latents"]).sample
-        processor.postprocess(picture, output_type="pil")[0].save(io.BytesIO(), "JPEG")
+        preview(kwargs["latents"])
         return kwargs
 
     return callback
