@@ -156,7 +156,7 @@ def test_constraints_pin_all_that_comes_along() -> None:
     """What the pinned packages need themselves is pinned too, as far as this environment has it."""
     versions = pinned()
     missing = set()
-    for name in versions:
+    for name in {canonicalize_name(one.name) for one in importlib.metadata.distributions()} & set(versions):
         for text in importlib.metadata.requires(name) or []:
             need = Requirement(text)
             wanted = need.marker is None or need.marker.evaluate({"extra": ""})

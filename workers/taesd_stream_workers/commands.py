@@ -88,15 +88,21 @@ def _run_role(role: str, config: Path | None, sets: list[str], verbose: bool, qu
         check_start(loaded, [role])
     lifecycle = Lifecycle(role, is_supervised=is_supervised)
     lifecycle.start()
-    _role_main(role)(loaded, lifecycle)
+    try:
+        _role_main(role)(loaded, lifecycle)
+    except ConfigError as error:
+        if not is_supervised:
+            raise
+        lifecycle.refuse(str(error))  # the supervisor says it, when the other roles have said their last
+        _exit_at_once(USAGE)
     if is_supervised:
-        _exit_at_once()
+        _exit_at_once(OK)
 
 
-def _exit_at_once() -> None:
+def _exit_at_once(code: int) -> None:
     """End the process now: all is closed, and freeing torch's memory bit by bit would take of the stop's 5 s."""
     logging.shutdown()
-    os._exit(OK)
+    os._exit(code)
 
 
 def _config_from_stdin() -> dict[str, Any]:

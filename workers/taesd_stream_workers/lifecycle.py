@@ -65,6 +65,10 @@ class Lifecycle:
         self._report({"ready": self.role, **facts})
         self._manager.ready(" ".join(f"{key}={value}" for key, value in facts.items()))
 
+    def refuse(self, text: str) -> None:
+        """These settings are not to be run with: tell the supervisor why."""
+        self._report({"refused": text})
+
     def tick(self) -> None:
         """The loop made progress. Only the loop that does the work may call this."""
         now = time.monotonic()

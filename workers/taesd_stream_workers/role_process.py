@@ -26,7 +26,7 @@ class Role:
     """A child by name: "broker", "worker 0", "streamer". All but the listening runs in the supervisor's thread.
 
     device: of a decode worker, its own. facts: what it said when it was ready, its bound addresses among them.
-    deaths: in a row, each soon after a start.
+    deaths: in a row, each soon after a start. refusal: why the process that ran last would not have its settings.
     """
 
     name: str
@@ -34,11 +34,13 @@ class Role:
     config: Config
     device: str = ""
     process: subprocess.Popen[bytes] | None = None
+    listener: threading.Thread | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     is_ready: bool = False
     started_s: float = 0.0
     heard_s: float = 0.0
     deaths: int = 0
+    refusal: str = ""
     restart_at_s: float = 0.0
 
     def spawn(self, options: Sequence[str], reports: Reports) -> None:
@@ -50,9 +52,10 @@ class Role:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        self.is_ready = False
+        self.is_ready, self.refusal = False, ""
         self.started_s = self.heard_s = time.monotonic()
-        threading.Thread(target=self._listen, args=(process, reports), daemon=True).start()
+        self.listener = threading.Thread(target=self._listen, args=(process, reports), daemon=True)
+        self.listener.start()
         assert process.stdin is not None
         with contextlib.suppress(OSError):  # it may be dead already: then its exit code tells
             process.stdin.write(self.config.to_json().encode() + b"\n")
@@ -63,6 +66,7 @@ class Role:
         if self.process is None or self.process.pid != pid:
             return False
         self.heard_s = time.monotonic()
+        self.refusal = str(report.get("refused", self.refusal))
         if "ready" not in report:
             return False
         self.facts = {key: value for key, value in report.items() if key != "ready"}

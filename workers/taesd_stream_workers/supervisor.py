@@ -31,6 +31,7 @@ AWAY_S: Final = 5.0  # our own loop stood for so long: whoever was silent may ha
 QUICK_DEATHS: Final = 5  # in a row, each within STEADY_S of its start: give up
 STEADY_S: Final = 30.0
 MAX_BACKOFF_S: Final = 10.0
+LAST_WORDS_S: Final = 1.0  # a process that has ended has its report in the pipe
 USAGE_EXIT: Final = 2
 # In data order: no new latents, what is decoded reaches its file, files are closed. When each must have ended,
 # seconds from the word to stop: the streamer has most to close, and with our own exit it is under 5 s.
@@ -162,7 +163,7 @@ class Supervisor:
             for role in self._roles.values():
                 code = role.process.poll() if role.process else None
                 if code == USAGE_EXIT:
-                    raise ConfigError("")  # the role has said why, in its one line
+                    raise ConfigError(self._refusal_of(role))
                 if code is not None:
                     raise GaveUpError(f"the {role.name} ended with exit code {code} before all was ready")
             late = [role.name for role in self._roles.values() if not role.is_ready]
@@ -171,6 +172,13 @@ class Supervisor:
             if time.monotonic() > deadline_s:
                 raise GaveUpError(f"not ready after {READY_S:.0f} s: {', '.join(late)}")
         return False
+
+    def _refusal_of(self, role: Role) -> str:
+        """What a role that has ended said last; empty where it has said it itself, having no config yet."""
+        if role.listener is not None:
+            role.listener.join(LAST_WORDS_S)
+        self._take_reports(timeout_s=0.0)
+        return role.refusal
 
     def _look_after(self, role: Role, now: float) -> None:
         if role.process is None:
@@ -185,6 +193,8 @@ class Supervisor:
 
     def _on_death(self, role: Role, code: int) -> None:
         now = time.monotonic()
+        if code == USAGE_EXIT and (refusal := self._refusal_of(role)):
+            logger.error("role_refused role=%s %s", role.name, refusal)
         role.deaths = role.deaths + 1 if now - role.started_s < STEADY_S else 1
         if role.deaths > QUICK_DEATHS:
             raise GaveUpError(f"the {role.name} ended {role.deaths} times in a row, last with exit code {code}")
