@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from taesd_stream.daemons import Addresses
 from taesd_stream.frames import EndReason, Kind, RecordMode, WireDtype, is_stream_name
 from taesd_stream.integrations.diffusers.calls import told, variables_of_call
 from taesd_stream.integrations.diffusers.formats import format_of
@@ -29,7 +30,7 @@ class Preview:
     def __init__(
         self,
         pipe: Any,
-        address: str | None = None,
+        address: Addresses | None = None,
         *,
         stream: str | None = None,
         save: str | Path | None = None,
@@ -158,7 +159,7 @@ class Preview:
         return sinks
 
 
-def preview(pipe: Any, address: str | None = None, **options: Any) -> Preview:
+def preview(pipe: Any, address: Addresses | None = None, **options: Any) -> Preview:
     """`with preview(pipe):` shows every call of a diffusers pipeline in the block: at each step x0, after guidance.
 
     The pipeline's results are the same bit for bit, whether anybody watches, nobody does, or the daemon dies.
@@ -180,7 +181,7 @@ class PreviewCallback:
     this object is dropped where the call fails.
     """
 
-    def __init__(self, pipe: Any, address: str | None = None, **options: Any) -> None:
+    def __init__(self, pipe: Any, address: Addresses | None = None, **options: Any) -> None:
         self.preview = Preview(pipe, address, **options)
         self.preview.attach()
         self._end = weakref.finalize(self, self.preview.let_go)
