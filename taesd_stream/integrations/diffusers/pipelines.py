@@ -7,11 +7,10 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from taesd_stream.daemons import Addresses
 from taesd_stream.frames import EndReason, Kind, RecordMode, WireDtype, is_stream_name
 from taesd_stream.integrations.diffusers.calls import told, variables_of_call
 from taesd_stream.integrations.diffusers.formats import format_of
@@ -20,6 +19,9 @@ from taesd_stream.integrations.diffusers.runs import PipelineRun, Sink
 from taesd_stream.integrations.diffusers.step_hook import StepHook
 from taesd_stream.integrations.frame_rates import usual_fps
 from taesd_stream.latent_formats import latent_format as format_named
+
+if TYPE_CHECKING:
+    from taesd_stream.daemons import Addresses
 
 logger = logging.getLogger(__name__)
 
