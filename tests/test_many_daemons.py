@@ -33,8 +33,9 @@ from tests.daemon import Daemon, wait_for
 from tests.pictures import decode_file, sd1_latents_of
 
 FOX = ["tcp://10.0.0.1:5760", "tcp://10.0.0.2:5760", "tcp://10.0.0.3:5760"]
-names = st.text("abcdefghij0123456789._-/", min_size=1, max_size=20)
-hosts = st.lists(st.from_regex(r"tcp://[a-z]{1,8}:[0-9]{2,4}", fullmatch=True), min_size=2, max_size=8, unique=True)
+hosts = st.lists(st.integers(1, 254), min_size=2, max_size=8, unique=True).map(
+    lambda numbers: [f"tcp://10.0.0.{number}:5760" for number in numbers]
+)
 
 
 # --- which daemon ---
@@ -46,18 +47,18 @@ def test_the_order_of_a_stream_never_changes() -> None:
     assert [FOX.index(one) for one in ranked(FOX, "comfy/7/3")] == [0, 1, 2]
 
 
-@settings(max_examples=50)
-@given(addresses=hosts, stream=names, data=st.data())
-def test_one_that_goes_moves_only_its_own_streams(addresses: list[str], stream: str, data: st.DataObject) -> None:
+@settings(deadline=None)
+@given(addresses=hosts, stream=st.integers(0, 1 << 32).map(str), place=st.integers(0, 7))
+def test_one_that_goes_moves_only_its_own_streams(addresses: list[str], stream: str, place: int) -> None:
     """Whatever the order in which they are given, and whichever is left out, the others keep their order."""
     order = ranked(addresses, stream)
     assert sorted(order) == sorted(addresses)
-    gone = data.draw(st.sampled_from(addresses))
-    left = data.draw(st.permutations([one for one in addresses if one != gone]))
+    gone = addresses[place % len(addresses)]
+    left = [one for one in addresses[::-1] if one != gone]
     assert ranked(left, stream) == [one for one in order if one != gone]
 
 
-@settings(max_examples=20)
+@settings(deadline=None, max_examples=20)
 @given(addresses=hosts)
 def test_every_daemon_has_a_fair_share(addresses: list[str]) -> None:
     """Of 2,000 names each address is the first choice of its part, within six standard deviations."""
@@ -230,6 +231,7 @@ def test_a_run_goes_on_at_the_next_daemon(
     assert logged == ["daemon_left", "stream_goes_on"]
 
 
+@pytest.mark.slow
 def test_a_second_death_leads_to_the_third(farm: list[BrokerPeer], open_run: Any) -> None:
     """Each run names the one before it, and what none of them acked is in the last one."""
     one, two, three = farm
@@ -248,6 +250,7 @@ def test_a_second_death_leads_to_the_third(farm: list[BrokerPeer], open_run: Any
     assert (three.seqs(), publisher.run) == ([2, 3], third)
 
 
+@pytest.mark.slow
 def test_a_daemon_that_hangs_is_left_too(farm: list[BrokerPeer], open_run: Any) -> None:
     """One whose connection stands, and that says nothing any more, is as good as gone; also where it never spoke."""
     one, two, three = farm
@@ -378,8 +381,9 @@ def test_a_picture_that_nobody_keeps_is_shown_again(farm: list[BrokerPeer], open
     assert two.frame(0, kept=False).run == info.run
 
 
+@pytest.mark.slow
 def test_the_word_on_keeping_goes_along(farm: list[BrokerPeer], open_run: Any) -> None:
-    """A person pressed Record at the first daemon: the next one keeps too, from the first frame that was not acked."""
+    """A person pressed Record at the first daemon: the next one keeps too, from the first kept frame on."""
     one, two, _ = farm
     publisher = open_run(record="off")
     run = one.opened().run
@@ -392,9 +396,11 @@ def test_the_word_on_keeping_goes_along(farm: list[BrokerPeer], open_run: Any) -
     info = continued_at(two, run)
     assert info.record == "all"
     two.frame(3, kept=True)
-    assert two.seqs() == [2, 3]
+    kept = [message.seq for message in one.heard if isinstance(message, LatentFrame) and message.kept]
+    assert two.seqs() == kept
 
 
+@pytest.mark.slow
 def test_live_latents_count_on(farm: list[BrokerPeer], open_run: Any) -> None:
     """`live`: the index counts on too, so the next daemon knows that latents before it are missing."""
     one, two, _ = farm
@@ -426,6 +432,7 @@ def test_a_run_ends_at_the_next_daemon(farm: list[BrokerPeer], open_run: Any, be
     assert publisher.error is None
 
 
+@pytest.mark.slow
 def test_where_all_are_gone_its_own_log_has_it(farm: list[BrokerPeer], open_run: Any, own_state: Path) -> None:
     """Nobody is left: the program goes on and ends, and a file has what none acked, as with one daemon."""
     one, two, three = farm
@@ -451,6 +458,7 @@ def test_where_all_are_gone_its_own_log_has_it(farm: list[BrokerPeer], open_run:
     assert str(path) in (publisher.error or "")
 
 
+@pytest.mark.slow
 def test_integrations_take_several_too(farm: list[BrokerPeer], hasty: None) -> None:
     """A trainer's stream, given a list: the link's frame is found under the run of now, at the next daemon too."""
     one, two, _ = farm
@@ -460,14 +468,19 @@ def test_integrations_take_several_too(farm: list[BrokerPeer], hasty: None) -> N
     def sample(step: int) -> str:
         return publish_sample(latents, step=step, stream="a", latent_format="sd1", address=addresses)
 
-    run = one.opened().run if sample(0) else ""
+    link = sample(0)
+    run = one.opened().run
+    assert link.endswith(f"#/s/{run}/0")
     one.frame(0)
     one.ack(run, 0)
+    publisher = _films[tuple(addresses), "a"].publisher
+    assert publisher.wait_until_acked(10)
     one.close()
     info = continued_at(two, run)
     assert sample(100).endswith(f"#/s/{info.run}/1")
     assert two.frame(1).run == info.run
-    _films.pop((tuple(addresses), "a")).publisher.close(0.0)
+    del _films[tuple(addresses), "a"]
+    publisher.close(0.0)
 
 
 # --- real daemons ---
