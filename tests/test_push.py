@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -16,18 +15,11 @@ import pytest
 from taesd_stream import LatentPublisher
 from taesd_stream.errors import ConfigError
 from taesd_stream_workers.push import format_of, shown
-from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
+from tests.daemon import COMMAND, Daemon, clean_environment, free_port, wait_for
 from tests.pictures import sd1_latents_of, to_rgb
 
 pytestmark = pytest.mark.timeout(180)
 GREEN = (60, 170, 60)
-
-
-def free_port() -> int:
-    """A port that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
 import av
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from fastapi import Path as PathParameter
 
 from taesd_stream.errors import TaesdStreamError
@@ -20,6 +20,7 @@ from taesd_stream_workers.hub import Hub
 from taesd_stream_workers.library import picture_of_step
 from taesd_stream_workers.recorder import Recorder
 from taesd_stream_workers.web.errors import ApiError
+from taesd_stream_workers.web.peers import Peers
 
 PICTURES_TYPE: Final = "application/octet-stream"
 MAX_SEQ: Final = (1 << 53) - 1
@@ -30,18 +31,18 @@ RunId = Annotated[str, PathParameter(pattern="^[0-9a-f]{16}$")]
 Seq = Annotated[int, PathParameter(ge=0, le=MAX_SEQ)]
 
 
-def add_films(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
+def add_films(app: FastAPI, hub: Hub, recorder: Recorder, peers: Peers) -> None:
     """Add the routes."""
 
     @app.get("/api/v1/films")
-    async def films() -> dict[str, Any]:
+    async def films(request: Request) -> dict[str, Any]:
         """Every film: what was shown of runs that nobody recorded, newest first."""
-        known = sorted(recorder.films.films.values(), key=lambda film: film.started, reverse=True)
         rows = [
             {"run": one.run, "stream": one.stream, "started": one.started, "bytes": one.nbytes, "meta": one.meta}
-            for one in known
+            for one in recorder.films.films.values()
         ]
-        return {"films": rows}
+        rows += await peers.asked_by(request.headers).films()
+        return {"films": sorted(rows, key=lambda film: film["started"], reverse=True)}
 
     @app.get("/api/v1/runs/{run}/film")
     async def film(run: RunId, after: int = -1) -> dict[str, Any]:
