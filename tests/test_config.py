@@ -281,6 +281,7 @@ def test_set_beats_the_environment_in_a_running_daemon(tmp_path: Path) -> None:
     assert not elsewhere.exists()
 
 
+@pytest.mark.slow
 def test_a_stream_that_nobody_watches_is_asked_as_often_as_the_key_says(tmp_path: Path) -> None:
     """`broker.idle_interval_s` reaches the sampler: under its default of 2 s, many frames come in a short while."""
     seen: set[int] = set()

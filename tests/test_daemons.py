@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from taesd_stream import LatentPublisher
 from taesd_stream.config import load_config
 from taesd_stream.folder_lock import FolderLock
 from taesd_stream_workers.daemons import configs_of
-from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
+from tests.commands import run_command
+from tests.daemon import Daemon, clean_environment, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import PATCHES, decode_file, decode_jpeg, sd1_latents_of
 
@@ -110,14 +110,9 @@ def test_a_folder_that_another_daemon_uses(tmp_path: Path) -> None:
     """What one of several cannot have is one line that names it, and exit code 2, before any is started."""
     (tmp_path / "films-2").mkdir()
     sets = ("broker.bind=tcp://127.0.0.1:0", "web.bind=127.0.0.1:0", f"recording.folder={tmp_path / 'films'}")
+    words = [word for one in sets for word in ("--set", one)]
     with FolderLock(tmp_path / "films-2"):
-        done = subprocess.run(
-            [*COMMAND, "up", "--daemons", "2", *(word for one in sets for word in ("--set", one))],
-            env=clean_environment(tmp_path),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = run_command("up", "--daemons", "2", *words, environment=clean_environment(tmp_path))
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert str(tmp_path / "films-2") in line
@@ -125,7 +120,6 @@ def test_a_folder_that_another_daemon_uses(tmp_path: Path) -> None:
 
 def test_no_daemons_at_all(tmp_path: Path) -> None:
     """`--daemons 0` is refused as usage."""
-    command = [*COMMAND, "up", "--daemons", "0"]
-    done = subprocess.run(command, env=clean_environment(tmp_path), capture_output=True, text=True, timeout=60)
+    done = run_command("up", "--daemons", "0", environment=clean_environment(tmp_path))
     assert done.returncode == 2
     assert "--daemons" in done.stderr

@@ -21,6 +21,7 @@ from taesd_stream.models.nano import NanoDecoder
 from taesd_stream.training.distillation import Settings
 from taesd_stream.training.quality import psnr_db, sharpness, ssim
 from taesd_stream_workers.distilling import distil, from_pairs, from_pictures, measure, save
+from tests.commands import run_command
 from tests.daemon import COMMAND, clean_environment
 
 CPU = torch.device("cpu")
@@ -162,8 +163,7 @@ def test_what_cannot_be_distilled_is_said_in_one_line(words: list[str], message:
 
 def distill(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """The command, with a home of its own."""
-    command = [*COMMAND, "distill", *words, "--device", "cpu"]
-    return subprocess.run(command, env=clean_environment(folder), capture_output=True, text=True, timeout=120)
+    return run_command("distill", *words, "--device", "cpu", environment=clean_environment(folder))
 
 
 @pytest.mark.slow
