@@ -116,14 +116,14 @@ def _run_daemons(
 
 
 def _facts(addresses: list[Addresses], daemons: Daemons, config: Config) -> dict[str, Any]:
-    """Of the first daemon; of the others in `others`."""
+    """Of the first daemon; where there are others, of each of them in `others`."""
     from dataclasses import asdict
 
     from taesd_stream_workers.web_token import is_token_needed, token_file
 
     first, *others = [{**asdict(at), "roles": roles} for at, roles in zip(addresses, daemons.status(), strict=True)]
     token = str(token_file(config)) if is_token_needed(config) else None
-    return {**first, "token_file": token, "others": others}
+    return {**first, "token_file": token, **({"others": others} if others else {})}
 
 
 def _watch_over(daemons: Daemons, samplers: DemoSamplers | None) -> None:
