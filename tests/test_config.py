@@ -58,7 +58,7 @@ def test_the_rule_that_default_toml_shows_is_one(tmp_path: Path) -> None:
     assert table_example("rules", "#") in DEFAULT_TOML.read_text(encoding="utf-8")
     config = load_config(write(tmp_path, table_example("rules", "")))
     assert [rule.model_dump() for rule in config.rules] == [
-        {"stream": "comfy/*", "record": "all", "film": "off", "decoder": "linear"}
+        {"stream": "comfy/*", "record": "all", "batch": "each", "film": "off", "decoder": "linear"}
     ]
 
 
