@@ -33,6 +33,7 @@ AUTO = "auto"
 ENV_PREFIX: Final = "TAESD_STREAM_"
 DecoderChoice = Literal["auto", "tiny", "nano", "linear"]
 FilmMode = Literal["watched", "off"]
+BatchMode = Literal["grid", "each"]
 
 
 class _Section(BaseModel):
@@ -134,6 +135,8 @@ class RecordingConfig(_Section):
     """Name of a recording's file in the folder, of {stream}, {run}, {started} and Python's formats; / makes folders."""
     default: RecordMode = "off"
     """What is kept of a stream that does not say: "off", "last" (its final frame) or "all"."""
+    batch: BatchMode = "grid"
+    """A batch of pictures: "grid", all in one picture of one file; "each", a file of its own for each of them."""
     film: FilmMode = "watched"
     """Steps of a run that nobody records: "watched" remembers those that somebody saw, "off" none."""
     film_max_bytes: int = Field(default=4 << 30, ge=1 << 20)
@@ -182,6 +185,8 @@ class Rule(_Section):
     """A stream's name, or a pattern: * is any text, also with a slash, ? one letter, [ab] one of these."""
     record: RecordMode | None = None
     """What is kept of them: "off", "last" or "all"."""
+    batch: BatchMode | None = None
+    """As recording.batch, for them."""
     film: FilmMode | None = None
     """As recording.film, for them."""
     decoder: DecoderChoice | None = None

@@ -106,8 +106,9 @@ class Packet:
 
     payload: `thumb` and `jpeg` a JPEG, the others an H.264 access unit (Annex B, SPS and PPS at each IDR).
     pts: ticks of 1/90000 s since the run's first frame.
-    index, count: which of the pictures of its frame (a `clip` has many); `steps` 0 of 1.
+    index, count: which of the pictures of its frame (a `clip` has many); `steps` 0 of 1, but see `tracks`.
     parts, columns: how many pictures of a batch stand in this one, row by row, and how many in a row.
+    tracks: of a recording, into how many tracks the frame's pictures go, in turn: a batch may have one a picture.
     attempt: number of the recording's or the film's try, given by the broker; 0 for other renditions.
     """
 
@@ -130,4 +131,5 @@ class Packet:
     kind: Kind = "steps"
     parts: int = 1
     columns: int = 1
+    tracks: int = 1
     payload: bytes | memoryview

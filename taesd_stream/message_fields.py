@@ -230,6 +230,7 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
         "kind": choice(KINDS),
         "parts": integer(1, 1 << 20),
         "columns": integer(1, 1 << 20),
+        "tracks": integer(1, 1 << 20),
     },
 }
 

@@ -7,7 +7,6 @@ first, live pictures a little before recordings; no job is longer than `max_job_
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -128,11 +127,3 @@ def history_due(job: Sequence[Candidate], worker: bytes) -> tuple[bool, ...]:
 
 def _due(one: Candidate) -> tuple[int, int]:
     return one.due_ns, one.seq
-
-
-def desired_workers(loads_s: Sequence[float], headroom: float = 1.3) -> int:
-    """How many workers the offered load needs.
-
-    loads_s: for each stream, frames a second that it offers times seconds a frame takes: its share of one worker.
-    """
-    return max(1, math.ceil(headroom * sum(loads_s)))

@@ -18,7 +18,7 @@ Every setting of the daemon, at its default. A copy needs to hold only what is c
 Order: defaults < file < environment (TAESD_STREAM_WEB__BIND=127.0.0.1:9000) < --set web.bind=127.0.0.1:9000
 Relative folders are taken from where the daemon is started; ~ is your home."""
 _EXAMPLES: Final[dict[str, dict[str, Any]]] = {
-    "rules": {"stream": "comfy/*", "record": "all", "film": "off", "decoder": "linear"},
+    "rules": {"stream": "comfy/*", "record": "all", "batch": "each", "film": "off", "decoder": "linear"},
     "pushes": {"stream": "my-run", "url": "rtsp://127.0.0.1:8554/my-run"},
 }
 _LIMITS: Final = {"ge": "at least", "gt": "over", "le": "at most", "lt": "under"}

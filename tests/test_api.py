@@ -151,6 +151,7 @@ def answer_to(socket: ClientConnection, text: str) -> dict[str, Any]:
             return dict(message)
 
 
+FILES = 80
 SHOWN = '{"type": "shown", "stream": "a", "run": "b", "seq": %s, "shown_us": %s}'
 
 
@@ -190,11 +191,11 @@ def test_a_finished_file_is_found_whoever_else_reads_the_folder(daemon: Daemon, 
     with ThreadPoolExecutor(3) as pool:
         reading = [pool.submit(read) for _ in range(3)]
         try:
-            for number in range(400):
+            for number in range(FILES):
                 os.link(source, tmp_path / f"{number}.mp4")
                 assert library.path_of(str(number)) == tmp_path / f"{number}.mp4"
         finally:
             is_over.set()
         for one in reading:
             one.result(60)
-    assert {row["id"] for row in library.rows()} == {str(number) for number in range(400)}
+    assert {row["id"] for row in library.rows()} == {str(number) for number in range(FILES)}

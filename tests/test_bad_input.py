@@ -146,6 +146,7 @@ def test_patchified_latents_have_their_pictures_size(daemon: Daemon) -> None:
     assert (row["width"], row["height"]) == (64, 128)
 
 
+@pytest.mark.faults
 def test_record_for_a_lost_run_means_its_next_one(daemon: Daemon, raw_socket: Socket) -> None:
     """Record pressed on a run whose publisher vanished keeps the next run of that name."""
     info = dataclasses.replace(INFO, stream="vanished", run="00000000000000ad")

@@ -24,6 +24,7 @@ from taesd_stream import LatentPublisher
 from taesd_stream.demo_sampler import load_clip
 from taesd_stream.frames import Kind
 from taesd_stream.models import build_decoder
+from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.pictures import decode_file, psnr_db
 from tests.test_latent_files import Trap, write_log
@@ -48,7 +49,7 @@ COMMANDS = (
 def run(*words: str, folder: Path, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     environment = clean_environment(folder) | {"http_proxy": "http://127.0.0.1:9", "COLUMNS": "200"}
-    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, env=environment, timeout=timeout_s)
+    return run_command(*words, environment=environment, timeout_s=timeout_s)
 
 
 def refusal(*words: str, folder: Path) -> tuple[int, str]:
@@ -357,6 +358,7 @@ def other_server() -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.faults
 def test_publish_without_a_broker(tmp_path: Path) -> None:
     """It says where it looked and what to start, with exit code 69, whatever it was to keep."""
     np.save(tmp_path / "good.npy", moving_latents(2).numpy())

@@ -58,7 +58,7 @@ def test_the_rule_that_default_toml_shows_is_one(tmp_path: Path) -> None:
     assert table_example("rules", "#") in DEFAULT_TOML.read_text(encoding="utf-8")
     config = load_config(write(tmp_path, table_example("rules", "")))
     assert [rule.model_dump() for rule in config.rules] == [
-        {"stream": "comfy/*", "record": "all", "film": "off", "decoder": "linear"}
+        {"stream": "comfy/*", "record": "all", "batch": "each", "film": "off", "decoder": "linear"}
     ]
 
 
@@ -281,6 +281,7 @@ def test_set_beats_the_environment_in_a_running_daemon(tmp_path: Path) -> None:
     assert not elsewhere.exists()
 
 
+@pytest.mark.slow
 def test_a_stream_that_nobody_watches_is_asked_as_often_as_the_key_says(tmp_path: Path) -> None:
     """`broker.idle_interval_s` reaches the sampler: under its default of 2 s, many frames come in a short while."""
     seen: set[int] = set()

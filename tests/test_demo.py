@@ -95,7 +95,7 @@ def test_the_video_plays(demo: Daemon) -> None:
     wait_for(lambda: demo.streams()[CLIP]["seq"] > seq, of="a later frame")
 
 
-@pytest.mark.parametrize("name", ["quick", CLIP])
+@pytest.mark.parametrize("name", ["quick", pytest.param(CLIP, marks=pytest.mark.slow)])
 def test_a_viewer_can_stop_a_sampler_and_it_comes_again(name: str, demo: Daemon) -> None:
     """Stop ends the run as stopped; after a while the next one begins."""
     row = wait_for(lambda: demo.streams().get(name), of=f"{name} in the list")

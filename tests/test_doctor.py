@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 from pathlib import Path
 from typing import Any
 
-from tests.daemon import COMMAND, Daemon, clean_environment
+from tests.commands import run_command
+from tests.daemon import Daemon, clean_environment
 
 
 def examine(folder: Path, *sets: str) -> tuple[int, dict[str, dict[str, Any]]]:
     """Exit code, and the findings by what they are about."""
     base = ["broker.bind=tcp://127.0.0.1:0", "web.bind=127.0.0.1:0", f"recording.folder={folder / 'recordings'}"]
     words = [word for one in (*base, *sets) for word in ("--set", one)]
-    done = subprocess.run(
-        [*COMMAND, "doctor", "--json", *words],
-        env=clean_environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = run_command("doctor", "--json", *words, environment=clean_environment(folder))
     assert done.stderr == ""
     return done.returncode, {row["what"]: row for row in json.loads(done.stdout)["findings"]}
 
@@ -46,7 +40,6 @@ def test_a_fault_has_its_way_out(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        taken.listen()
         wrong = {
             "decoder.device": "cuda:9",
             "weights.folder": tmp_path / "none",

@@ -18,6 +18,7 @@ from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.latent_log import RunLog
 from taesd_stream.media.encoder import VideoEncoder
 from taesd_stream.media.export import CODECS, ExportError, ExportFile, codec_for, pictures_of_file
+from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.pictures import PATCHES, decode_file, sd1_latents_of, to_rgb
 from tests.test_recording import META, RUN, packet, start
@@ -45,9 +46,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*words: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """A command to its end."""
-    return subprocess.run(
-        [*COMMAND, *map(str, words)], env=clean_environment(folder), capture_output=True, text=True, timeout=100
-    )
+    return run_command(*words, environment=clean_environment(folder))
 
 
 CASES = [

@@ -24,7 +24,7 @@ from taesd_stream_workers.films import Films
 from taesd_stream_workers.recorder import Recorder
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
-from tests.pictures import PATCHES, sd1_latents_of
+from tests.pictures import PATCHES, decode_jpeg, sd1_latents_of
 from tests.test_recording import META, RUN, chain, clip, number_in
 
 COLOURS = list(PATCHES.values())
@@ -169,6 +169,17 @@ def test_films_leave_room_for_recordings(tmp_path: Path) -> None:
     assert not recorder.put(film(large))
 
 
+def test_a_disk_that_takes_no_film_is_counted(tmp_path: Path) -> None:
+    """Where the films' folder cannot be made, each frame that is lost is counted."""
+    (tmp_path / ".films").write_text("a file where the folder should be")
+    lost: list[int] = []
+    films = Films(tmp_path / ".films", RecordingConfig(), lambda: lost.append(1))
+    for attempt in (1, 2, 3):
+        assert not films.write(film(chain(0, 0, attempt)[0]), {})
+        assert len(lost) == attempt
+    films.close()
+
+
 def test_the_oldest_films_go(tmp_path: Path) -> None:
     """Over its bytes or its age a film goes, the one that has not grown for longest first; also after a restart."""
     films = Films(tmp_path, RecordingConfig(film_max_age_s=1000.0))
@@ -302,12 +313,15 @@ def test_an_unknown_run_has_no_film(daemon: Daemon, path: str) -> None:
 
 @pytest.mark.slow
 def test_films_outlive_the_daemon_and_can_be_off(tmp_path: Path) -> None:
-    """A film is there after a restart of the daemon; with film "off" none is made."""
+    """After a restart a film is there, and a late viewer sees its last step; with film "off" none is made."""
     with Daemon(tmp_path) as daemon:
         run = watched_run(daemon, "film/old", COLOURS[:3])
         wait_for(lambda: len(steps(daemon, run)) == 3, of="3 steps")
     with Daemon(tmp_path, "recording.film=off") as daemon:
         assert near(colour_of_step(daemon, run, 2), COLOURS[2])
+        status, picture = daemon.get("/streams/film/old/latest.jpg")  # nothing is in memory any more
+        assert status == 200
+        assert np.abs(decode_jpeg(picture).astype(int) - COLOURS[2]).max() <= 12
         dark = watched_run(daemon, "film/dark", COLOURS[:2])
         assert daemon.streams()["film/dark"]["film"] is None
         assert steps(daemon, dark) == []

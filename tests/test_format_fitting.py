@@ -28,7 +28,8 @@ from taesd_stream.user_formats import (
     user_formats_folder,
 )
 from taesd_stream_workers.format_fitting import Fit, find_pairs, fit_format, read_picture
-from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
+from tests.commands import run_command
+from tests.daemon import Daemon, clean_environment, wait_for
 from tests.pictures import decode_jpeg
 
 CHANNELS, FACTOR = 6, 8
@@ -80,8 +81,7 @@ def fitted(folder: Path, name: str = "born") -> Fit:
 
 def fit_command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`taesd-stream fit` with a home of its own."""
-    command = [*COMMAND, "fit", *arguments]
-    return subprocess.run(command, env=clean_environment(folder), capture_output=True, text=True, timeout=120)
+    return run_command("fit", *arguments, environment=clean_environment(folder))
 
 
 @pytest.fixture(autouse=True)
@@ -127,8 +127,7 @@ def test_a_format_in_the_weights_folder_decodes_from_the_command_line(tmp_path: 
     assert f"fitted in {weights / 'born.safetensors'}" in engine.reason
     np.save(tmp_path / "film.npy", smooth_latents(3)[None].numpy())
     words = ["decode", str(tmp_path / "film.npy"), "--latent-format", "born", "-o", str(tmp_path / "film.mp4")]
-    command = [*COMMAND, *words, "--set", f"weights.folder={weights}"]
-    done = subprocess.run(command, env=clean_environment(tmp_path), capture_output=True, text=True, timeout=120)
+    done = run_command(*words, "--set", f"weights.folder={weights}", environment=clean_environment(tmp_path))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "film.mp4").stat().st_size > 0
 

@@ -19,6 +19,7 @@ from taesd_stream import LatentPublisher
 from taesd_stream.config import load_config
 from taesd_stream.errors import ConfigError
 from taesd_stream_workers.web_token import load_token, page_link
+from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.pictures import sd1_latents_of
 
@@ -170,8 +171,8 @@ def test_probes_need_no_token(public: Daemon, path: str) -> None:
 
 def test_a_health_check_needs_no_token(public: Daemon, tmp_path: Path) -> None:
     """`health`, as a container of the streamer runs it, says that it is well where the page asks for a token."""
-    command = [*COMMAND, "health", "--role", "streamer", "--connect", public.web]
-    done = subprocess.run(command, env=clean_environment(tmp_path), capture_output=True, text=True, check=False)
+    words = ["health", "--role", "streamer", "--connect", public.web]
+    done = run_command(*words, environment=clean_environment(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -259,12 +260,11 @@ def test_a_proxys_name(public: Daemon, token: str, host: str, origin: str | None
 def test_the_command_line_takes_the_link(public: Daemon, token: str, stream: str, tmp_path: Path) -> None:
     """`--connect`, or its variable, takes the whole link; without the token the refusal says so."""
     environment = clean_environment(tmp_path)
-    command = [*COMMAND, "streams", "--once"]
-    refused = subprocess.run([*command, "--connect", public.web], env=environment, capture_output=True, text=True)
+    refused = run_command("streams", "--once", "--connect", public.web, environment=environment)
     assert refused.returncode != 0
     assert "token" in refused.stderr
     environment["TAESD_STREAM_CONNECT"] = f"{public.web}/?token={token}"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_command("streams", "--once", environment=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert stream in done.stdout
 

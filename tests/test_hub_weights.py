@@ -16,7 +16,8 @@ from taesd_stream.latent_formats import TINY_DECODERS
 from taesd_stream.models import build_decoder
 from taesd_stream.models.checkpoints import find_weights
 from taesd_stream.models.hub_weights import decoder_named, hub_files
-from tests.daemon import COMMAND, clean_environment
+from tests.commands import run_command
+from tests.daemon import clean_environment
 from tests.hub_server import HubServer
 
 TAEF2 = "madebyollin/taef2/taef2.safetensors"
@@ -38,7 +39,7 @@ def run(folder: Path, hub: str, *arguments: str) -> subprocess.CompletedProcess[
     """One command of ours, with a home and a hub of its own, and progress as on a terminal."""
     kept = {key: value for key, value in clean_environment(folder).items() if not key.startswith("HF_")}
     own = {"HF_ENDPOINT": hub, "TQDM_POSITION": "-1"}
-    return subprocess.run([*COMMAND, *arguments], env=kept | own, capture_output=True, text=True, timeout=120)
+    return run_command(*arguments, environment=kept | own)
 
 
 @pytest.mark.parametrize(("name", "is_large"), [("flux2", True), ("taef2", False)])

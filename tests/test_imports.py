@@ -52,7 +52,7 @@ def test_a_sampler_pays_for_nothing_of_the_daemon(tmp_path: Path) -> None:
     assert loaded_by("taesd_stream", tmp_path) & {*HEAVY, "taesd_stream_workers"} == set()
 
 
-@pytest.mark.parametrize("name", ["diffusers", "comfyui.hook"])
+@pytest.mark.parametrize("name", ["diffusers", "comfyui.hook", "k_diffusion", "training"])
 def test_an_integration_adds_little_to_its_framework(name: str, tmp_path: Path) -> None:
     """Where torch is loaded, importing an integration loads a few modules of ours, and nobody else's."""
     names = "[name for name in sys.modules if name not in before]"

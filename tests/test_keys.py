@@ -23,6 +23,7 @@ from taesd_stream.keys import Keys, load_keys
 from taesd_stream.line import Line
 from taesd_stream.messages import End, PublisherHello, Refused, RunHello
 from taesd_stream_workers.key_files import AllowList, clients_in, make_client, revoke
+from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.golden_messages import FRAME, PACKET
 from tests.golden_messages import OPEN as GOLDEN_OPEN
@@ -106,9 +107,7 @@ def lines() -> Iterator[Lines]:
 
 def run_cli(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """A command, with a home of its own."""
-    return subprocess.run(
-        [*COMMAND, *words], capture_output=True, text=True, timeout=60, env=clean_environment(folder), check=False
-    )
+    return run_command(*words, environment=clean_environment(folder))
 
 
 # --- who is let in ---

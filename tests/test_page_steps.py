@@ -149,6 +149,9 @@ def test_a_page_lives_through_a_restart_of_the_daemon(browser: Browser, tmp_path
             await_colour(page, STAGE, PATCHES["white"])
             page.keyboard.press("Home")
             await_colour(page, STAGE, PATCHES["red"])
+            page.goto("about:blank")
+            page.goto(f"{daemon.web}/#/s/restart/old")  # by its name: the broker knows of no such stream any more
+            await_colour(page, STAGE, PATCHES["white"])
 
 
 def test_sizes_and_uneven_times_are_shown_as_they_come(daemon: Daemon, opened: Open) -> None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -10,10 +16,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from taesd_stream import LatentPublisher
 from tests.daemon import Daemon, wait_for
 from tests.pictures import decode_jpeg, sd1_latents_of, to_rgb
+from tests.readme_document import README
 
 RED = (200, 60, 60)
 LOW_DELAY = {"flags": "low_delay", "probesize": "20000", "analyzeduration": "300000", "fpsprobesize": "0"}
@@ -88,6 +96,71 @@ def test_an_unknown_stream_is_a_404_that_says_so(daemon: Daemon, name: str) -> N
     status, body = daemon.get(f"/streams/no/such/{name}")
     assert status == 404
     assert b"no/such" in body
+
+
+def headless(player: str, words: list[str], folder: Path) -> list[str]:
+    """README's command line of a player, showing its pictures as files in a folder instead of on a screen."""
+    if player == "mpv":
+        return [
+            *words[:-1],
+            "--vo=image",
+            "--vo-image-format=png",
+            f"--vo-image-outdir={folder}",
+            "--no-audio",
+            words[-1],
+        ]
+    if player == "VLC":
+        scene = ["--vout=dummy", "--video-filter=scene", "--scene-format=png", "--scene-ratio=1"]
+        return ["cvlc", *words[1:-1], *scene, f"--scene-path={folder}", "--no-audio", words[-1]]
+    return [*words[: words.index("-i") + 2], f"{folder}/%06d.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("player", ["mpv", "VLC", "ffmpeg"])
+def test_players_show_the_stream_with_the_options_of_readme(player: str, daemon: Daemon) -> None:
+    """Opened between two slow steps, a player shows the newest picture in its colour, and then the next step's."""
+    line = next(line for line in README.read_text().splitlines() if line.startswith(f"| {player} |"))
+    words = shlex.split(
+        line.split("`")[1].replace("http://127.0.0.1:8765/streams/my-run", f"{daemon.web}/streams/play/by")
+    )
+    colours = [RED, (60, 70, 180)]
+    with (
+        tempfile.TemporaryDirectory() as name,
+        LatentPublisher(daemon.broker, stream="play/by", latent_format="sd1") as publisher,
+    ):
+        folder = Path(name)
+        folder.chmod(0o777)  # VLC will not run as root
+        command = headless(player, words, folder)
+        if shutil.which(command[0]) is None:
+            pytest.skip(f"{command[0]} is not installed")
+        publisher.publish(sd1_latents_of(colours[0], 32, 32), step=0)
+        wait_for(lambda: daemon.streams().get("play/by", {}).get("seq") == 0, of="the frame")
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "HOME": name},
+                user="nobody" if player == "VLC" and os.geteuid() == 0 else None,
+            )
+        try:
+            for step, colour in enumerate(colours):
+                if step:
+                    publisher.publish(sd1_latents_of(colour, 32, 32), step=step)
+                wait_for(lambda colour=colour: newest_is(folder, colour), 40, of=f"{colour} in {player}")  # type: ignore[misc]
+        finally:
+            process.terminate()
+            process.wait(15)
+
+
+def newest_is(folder: Path, colour: tuple[int, int, int]) -> bool:
+    """Whether the last whole picture that a player wrote has a colour."""
+    for path in sorted(folder.glob("*.png"), reverse=True)[:2]:
+        with contextlib.suppress(OSError, SyntaxError):  # it is writing it
+            shown = np.asarray(Image.open(path).convert("RGB")).astype(int)
+            return bool(np.abs(shown[16:-16, 16:-16] - colour).max() <= 12)
+    return False
 
 
 def test_endless_answers_do_not_hold_the_exit(tmp_path: Path) -> None:

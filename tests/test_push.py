@@ -6,7 +6,7 @@ import contextlib
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
@@ -17,6 +17,7 @@ from taesd_stream import LatentPublisher
 from taesd_stream.errors import ConfigError
 from taesd_stream_workers.push import format_of, shown
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
+from tests.page_socket import PageSocket
 from tests.pictures import sd1_latents_of, to_rgb
 
 pytestmark = pytest.mark.timeout(180)
@@ -121,6 +122,125 @@ def test_a_receiver_gets_the_pictures_and_again_after_a_break(scheme: str, daemo
         process.stderr.close()
 
 
+class Relay:
+    """A receiver's network: passes a push on to a server, with small buffers, and not while it is `stalled`."""
+
+    def __init__(self, server_port: int) -> None:
+        self._server_port = server_port
+        self._door = socket.socket()
+        self._door.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self._door.bind(("127.0.0.1", 0))
+        self._door.listen()
+        self.port = int(self._door.getsockname()[1])
+        self.flows = threading.Event()
+        self.flows.set()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._door.accept()
+                try:
+                    server = socket.create_connection(("127.0.0.1", self._server_port))
+                except OSError:
+                    client.close()
+                    continue
+                for source, sink in ((client, server), (server, client)):
+                    self._threads.append(threading.Thread(target=self._pump, args=(source, sink), daemon=True))
+                    self._threads[-1].start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError), source, sink:
+            while self.flows.wait() and (data := source.recv(4096)):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """No more of it."""
+        self.flows.set()
+        self._door.shutdown(socket.SHUT_RDWR)
+        self._door.close()
+
+
+def dropped(daemon: Daemon) -> float:
+    """Pictures of `live` that were not sent to a slow viewer, so far."""
+    text = daemon.get("/metrics")[1].decode()
+    return float(text.partition('\ntaesd_stream_dropped_total{rendition="live"} ')[2].partition("\n")[0] or 0)
+
+
+@pytest.mark.slow
+def test_a_receiver_that_stalls_gets_the_next_keyframe(tmp_path: Path) -> None:
+    """It stops reading until pictures are dropped for it, then reads on: none leans on one that it did not get, the
+    newest comes, and another viewer has had every one meanwhile."""
+    noise = [np.random.default_rng(seed).standard_normal((4, 64, 64)).astype(np.float32) * 3 for seed in range(6)]
+    port = free_port()
+    relay = Relay(port)
+    url = f"rtmp://127.0.0.1:{relay.port}/live/stalled"
+    environment = {"TAESD_STREAM_PUSHES": f'[{{"stream": "stalled", "url": "{url}"}}]'}
+    pace, step, seen = threading.Event(), 0, []
+    with (
+        contextlib.closing(relay),
+        Daemon(tmp_path, environment=environment) as daemon,
+        PageSocket(daemon) as page,
+        LatentPublisher(daemon.broker, stream="stalled", latent_format="sd1", record="off") as publisher,
+    ):
+        receiver = Receiver(f"rtmp://127.0.0.1:{port}/live/stalled", tmp_path / "out.ts")
+        page.watch({"stalled": "live"})
+
+        def publish(latents: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> None:
+            nonlocal step
+            publisher.publish(latents, step=step)
+            while page.picture()[0]["seq"] < step:
+                pass
+            seen.append(step)
+            step += 1
+
+        def publish_until(is_so: Callable[[], bool], timeout_s: float, of: str) -> None:
+            def another() -> bool:
+                publish(noise[step % len(noise)])
+                pace.wait(0.03)
+                return is_so()
+
+            wait_for(another, timeout_s, of=of)
+
+        publish_until(
+            lambda: receiver.file.exists() and receiver.file.stat().st_size > 500_000, 60, "received pictures"
+        )
+        before = dropped(daemon)
+        relay.flows.clear()
+        publish_until(lambda: dropped(daemon) > before, 60, "dropped pictures")
+        relay.flows.set()
+        size = receiver.file.stat().st_size
+        publish_until(lambda: receiver.file.stat().st_size > size + 8_000_000, 60, "what had waited, and more")
+
+        def is_green() -> bool:
+            publish(sd1_latents_of(GREEN, 64, 64))
+            pace.wait(0.1)
+            return count_green(receiver.file) >= 3
+
+        wait_for(is_green, 60, of="the newest picture")
+        received = receiver.stop()
+    assert seen == list(range(step))
+    assert len(received) < step
+    command = ["ffmpeg", "-v", "error", "-f", "mpegts", "-i", str(receiver.file), "-f", "null", "-"]
+    complaints = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "gap" not in complaints
+    assert "reference" not in complaints
+
+
+def count_green(file: Path) -> int:
+    """How many pictures at the end of a file that grows are green."""
+    tail = file.with_suffix(".tail.ts")
+    data = file.read_bytes()
+    tail.write_bytes(data[: len(data) // 188 * 188][-400 * 188 :])
+    green = 0
+    with contextlib.suppress(av.FFmpegError), av.open(tail) as container:
+        for frame in container.decode(video=0):
+            green += bool(np.abs(to_rgb(frame)[16:-16, 16:-16].astype(int) - GREEN).max() <= 8)
+    return green
+
+
 @pytest.mark.slow
 def test_the_configuration_pushes(tmp_path: Path) -> None:
     """A push of the configuration runs with the daemon, from the stream's first picture, and ends with it."""
@@ -130,6 +250,19 @@ def test_the_configuration_pushes(tmp_path: Path) -> None:
         receiver = Receiver(url, tmp_path / "out.ts")
         receiver.wait_for_bytes()
         assert_green(receiver.stop())
+
+
+@pytest.mark.slow
+def test_a_receiver_that_is_not_there_is_counted(tmp_path: Path) -> None:
+    """Each try that finds nobody listening is in /metrics, by stream; that there is no picture yet is no failure."""
+    url = f"rtmp://127.0.0.1:{free_port()}/live/nobody"
+    environment = {"TAESD_STREAM_PUSHES": f'[{{"stream": "unheard", "url": "{url}"}}]'}
+    counted = b'taesd_stream_push_failures_total{stream="unheard"}'
+    with Daemon(tmp_path, environment=environment) as daemon:
+        wait_for(lambda: "no picture yet" in daemon.log(), of="the first try")
+        assert counted not in daemon.get("/metrics")[1]
+        with publishing(daemon, "unheard"):
+            wait_for(lambda: counted in daemon.get("/metrics")[1], 30, of="the failure counted")
 
 
 @pytest.mark.parametrize("url", ["http://a/b", "srt://a:1", "rtsp:///x", "rtmp", "file:///tmp/x", "rtsp://[::1"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +14,6 @@ from taesd_stream.scheduling import (
     Candidate,
     Group,
     WorkerLimits,
-    desired_workers,
     first_due,
     history_due,
     next_job,
@@ -210,12 +208,6 @@ def test_one_frame_over_every_limit_is_taken_alone() -> None:
     giant = candidate("giant", nbytes=MAX_JOB_BYTES * 2)
     job = next_job([giant, candidate("small", since_ns=1)], limits(seconds_per_byte=1.0))
     assert job == (giant,)
-
-
-@pytest.mark.parametrize(("loads", "wanted"), [([], 1), ([0.1], 1), ([0.8], 2), ([0.5] * 6, 4), ([1.0, 1.0], 3)])
-def test_desired_workers_follow_the_load(loads: list[float], wanted: int) -> None:
-    """The shares of a worker that all streams need, with a third to spare, and never none."""
-    assert desired_workers(loads) == wanted
 
 
 @given(candidates, any_limits)

@@ -21,6 +21,7 @@ import pytest
 from taesd_stream import LatentPublisher
 from taesd_stream.folder_lock import FolderLock
 from taesd_stream_workers.supervisor import SILENT_S
+from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import decode_file
@@ -71,6 +72,7 @@ def test_up_reports_the_readiness_of_each_role(daemon: Daemon) -> None:
     assert all(lives(row["pid"]) for row in daemon.facts["roles"])
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("role", ROLES)
 def test_a_killed_role_comes_back_where_it_was(role: str, healing: Daemon) -> None:
     """After SIGKILL of any role the daemon is ready again on the same addresses, and shows pictures."""
@@ -167,6 +169,7 @@ def test_a_role_that_dies_again_and_again_is_given_up(tmp_path: Path) -> None:
     assert not any(lives(pid) for pid in others)
 
 
+@pytest.mark.faults
 def test_a_killed_supervisor_leaves_no_orphan(tmp_path: Path) -> None:
     """After SIGKILL of the supervisor its children end by themselves, and theirs."""
     daemon = Daemon(tmp_path)
@@ -192,7 +195,9 @@ def test_a_killed_supervisor_leaves_no_hung_orphan(tmp_path: Path) -> None:
     wait_for(lambda: not any(lives(pid) for pid in children), HANG_S, of="the end of its children")
 
 
-@pytest.mark.parametrize("how", ["ctrl-c", "sigterm", "hangup"])
+@pytest.mark.parametrize(
+    "how", ["ctrl-c", *(pytest.param(how, marks=pytest.mark.faults) for how in ("sigterm", "hangup"))]
+)
 def test_stopping_closes_every_file_whoever_watches(how: str, tmp_path: Path) -> None:
     """While a picture is waited for, a page is open and a recording grows: exit 0, no role killed, a playable file."""
     daemon = Daemon(tmp_path)
@@ -262,12 +267,8 @@ def start(command: str, *sets: str, folder: Path, **environment: str) -> subproc
 
 def refusal(command: str, *sets: str, folder: Path, **environment: str) -> tuple[int, list[str]]:
     """Exit code and all lines of a command that must not run."""
-    process = start(command, *sets, folder=folder, **environment)
-    try:
-        output, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    return process.returncode, (output + errors).splitlines()
+    done = run_command(command, *arguments(*sets), environment={**clean_environment(folder), **environment})
+    return done.returncode, (done.stdout + done.stderr).splitlines()
 
 
 @pytest.fixture

@@ -351,6 +351,7 @@ def test_record_pressed_while_the_broker_is_away_is_told_it(streamer: LoneStream
     assert [streamer.next(Record) for _ in pressed] == pressed
 
 
+@pytest.mark.faults
 def test_stop_pressed_while_the_broker_is_away_reaches_the_run(streamer: LoneStreamer) -> None:
     """STOP is said to the next broker once that knows the run, until it says `stopping`, and then no more."""
     streamer.come()

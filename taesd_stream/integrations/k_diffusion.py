@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sized
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from taesd_stream.publisher import LatentPublisher
+if TYPE_CHECKING:
+    from taesd_stream.publisher import LatentPublisher
 
 
 class SamplingStopped(Exception):

@@ -6,10 +6,10 @@ That costs what a daemon spares: processor time, memory and the interpreter's lo
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import queue
 import secrets
-import shutil
 import threading
 import time
 import weakref
@@ -230,7 +230,8 @@ class _Writer:
         try:
             for number, path in enumerate(recording.finish()):  # more than one where the size changed
                 path.replace(self._path if not number else self._path.with_stem(f"{self._path.stem}-part{number + 1}"))
-            shutil.rmtree(self._folder)
+                _remove_empty(path.parent, self._folder)
+            _remove_empty(self._folder, self._folder)
         except Exception as error:  # noqa: BLE001 what was written stays where it is
             self._fail(error)
             return
@@ -241,3 +242,11 @@ class _Writer:
     def _fail(self, error: Exception) -> None:
         self.error = f"{self._path}: {error}"
         logger.warning("run_not_saved path=%s error=%s (the run goes on)", self._path, error)
+
+
+def _remove_empty(folder: Path, top: Path) -> None:
+    """Remove the folders from `folder` up to `top`, as far as they are empty: another's film may lie there."""
+    with contextlib.suppress(OSError):
+        while folder.is_relative_to(top):
+            folder.rmdir()
+            folder = folder.parent

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from taesd_stream.frames import Kind
-from taesd_stream.publisher import LatentPublisher, default_address
+
+if TYPE_CHECKING:
+    from taesd_stream.publisher import LatentPublisher
 
 DEFAULT_PAGE: Final = "http://127.0.0.1:8765"
 
@@ -42,6 +44,8 @@ def publish_sample(
     page: the address at which people reach the page.
     Raises: ValueError for a bad name or format, at the first call.
     """
+    from taesd_stream.publisher import LatentPublisher, default_address
+
     key = (address or default_address(), stream)
     if key not in _films:
         publisher = LatentPublisher(

@@ -21,40 +21,49 @@ _MAX_STEP_TICKS: Final = 6 * 3600 * CLOCK_HZ  # FFmpeg's muxer cannot write 2**3
 _MP4: Final = {"movflags": "faststart+use_metadata_tags", "video_track_timescale": str(CLOCK_HZ)}
 
 
-def finish_file(part: Path) -> Path:
+def finish_file(growing: Path) -> list[Path]:
     """Make `NAME.mp4` of a whole `NAME.mp4.part`, which goes; a file of that name is never overwritten.
 
-    A death at any point leaves the part, or both: then only the part has to go.
-    Raises: OSError, FragmentError, av.FFmpegError; the part is there still.
+    One of several tracks becomes as many files, `NAME.1.mp4`, `NAME.2.mp4`… A death at any point leaves the growing
+    file, beside those that are done: then only the others have to be made.
+    Raises: OSError, FragmentError, av.FFmpegError; the growing file is there still.
     """
-    index = read_index(part)
-    summary = summary_of(index)
-    name = part.name.removesuffix(PART_SUFFIX)
-    target = part.with_name(name + FINISHED_SUFFIX)
+    index = read_index(growing)
+    parts = range(1, index.head.get("parts", 1) + 1)
+    finished = [_finish_part(growing, index, part) for part in parts]
+    growing.unlink()
+    return finished
+
+
+def _finish_part(growing: Path, index: FileIndex, part: int) -> Path:
+    summary = summary_of(index, part)
+    name = growing.name.removesuffix(PART_SUFFIX) + (f".{part}" if "part" in summary else "")
+    target = growing.with_name(name + FINISHED_SUFFIX)
     if json.dumps(read_summary(target)) != json.dumps(summary):
-        working = part.with_name(part.name + "-finish")
+        working = growing.with_name(growing.name + "-finish")
         try:
-            copy_pictures(part, working, summary)
+            copy_pictures(growing, working, summary, part=part)
             _append_table(working, index)
             if target.exists():
-                target = part.with_name(free_name(part.parent, name) + FINISHED_SUFFIX)
+                target = growing.with_name(free_name(growing.parent, name) + FINISHED_SUFFIX)
             working.rename(target)
         finally:
             working.unlink(missing_ok=True)  # a failed one must not hold the space that ran out
-        sync_folder(part.parent)
-    part.unlink()
+        sync_folder(growing.parent)
     return target
 
 
-def copy_pictures(source: Path, target: Path, summary: Mapping[str, Any], *, max_pictures: int | None = None) -> None:
+def copy_pictures(
+    source: Path, target: Path, summary: Mapping[str, Any], *, max_pictures: int | None = None, part: int = 1
+) -> None:
     """Copy the pictures of a recording to an ordinary MP4 that begins at time 0, and force it to the disk.
 
     summary: `stream`, `run`, `started`, `meta` and more: the new file's tags, each key of `meta` one by itself too.
-    A wait of more than 6 h becomes one of 6 h. max_pictures: stop behind so many.
+    A wait of more than 6 h becomes one of 6 h. max_pictures: stop behind so many. part: from 1, of a batch in tracks.
     Raises: OSError, av.FFmpegError; what is at `target` then is worth nothing.
     """
     with av.open(source) as reader, av.open(target, "w", format="mp4", options=_MP4) as writer:
-        stream = reader.streams.video[0]
+        stream = reader.streams.video[part - 1]
         copy = writer.add_stream_from_template(stream)
         writer.metadata.update(tags_of(summary))
         time, before = 0, None
@@ -72,7 +81,8 @@ def copy_pictures(source: Path, target: Path, summary: Mapping[str, Any], *, max
 def read_summary(path: Path) -> dict[str, Any] | None:
     """What `copy_pictures` was told about a file; None when there is none, or not one of ours.
 
-    stream, run, segment, started, meta, missing, frames, first_seq, last_seq.
+    stream, run, segment, started, meta, missing, frames, first_seq, last_seq; of a batch recorded in files of their
+    own, part, from 1, of parts.
     """
     with contextlib.suppress(OSError, av.FFmpegError, ValueError), av.open(path) as container:
         value = json.loads(container.metadata.get(SUMMARY_KEY, ""))
@@ -98,11 +108,13 @@ def _append_table(path: Path, index: FileIndex) -> None:
         _force_to_disk(path)
 
 
-def summary_of(index: FileIndex) -> dict[str, Any]:
-    """What the head of a growing file says, and which frames are in it."""
+def summary_of(index: FileIndex, part: int | None = None) -> dict[str, Any]:
+    """What the head of a growing file says, and which frames are in it. part: of its tracks, from 1."""
     seqs = [entry.seq for entry in index.entries if entry.tfdt is not None]
     gaps = [entry.seq for entry in index.entries if entry.tfdt is None]
     told = {key: value for key, value in index.head.items() if key not in ("sps", "pps")}
+    if part is not None and "parts" in told:
+        told["part"] = part
     return told | {
         "missing": index.head["missing"] + gaps,
         "frames": len(seqs),

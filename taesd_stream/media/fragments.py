@@ -26,6 +26,7 @@ NOTE_UUID: Final = bytes.fromhex("7461657364537472b65d6e6f74653031")  # our own 
 _START_CODE = b"\0\0\1"
 _SPS, _PPS, _DELIMITER = 7, 8, 9
 _KEY_SAMPLE, _DELTA_SAMPLE = 0x02000000, 0x01010000  # depends on none; on others, and no sync sample (8.8.3.1)
+_TRAF_BYTES = 64  # of a track's part of a moof, without its rows of pictures, which have 12 each
 _MATRIX = struct.pack(">9i", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
 
 
@@ -142,21 +143,29 @@ def _media(size: tuple[int, int], sps: bytes, pps: bytes) -> bytes:
     )
 
 
-def init_segment(head: Mapping[str, Any], *, width: int, height: int, sps: bytes, pps: bytes) -> bytes:
-    """What a file begins with: brands, one H.264 track that is told in fragments, and `head` as JSON.
+def init_segment(head: Mapping[str, Any], *, width: int, height: int, sps: bytes, pps: bytes, tracks: int = 1) -> bytes:
+    """What a file begins with: brands, H.264 tracks that are told in fragments, and `head` as JSON.
 
-    width, height: of the coded picture, pixels.
+    width, height: of the coded picture, pixels. sps, pps: of all tracks, whose encoders are set alike.
     """
-    movie = struct.pack(">IIIIIH10x", 0, 0, CLOCK_HZ, 0, 0x10000, 0x100) + _MATRIX + struct.pack(">24xI", 2)
-    track = struct.pack(">IIIII8xHHHH", 0, 0, 1, 0, 0, 0, 0, 0, 0) + _MATRIX
-    track += struct.pack(">II", width << 16, height << 16)
+    numbers = range(1, tracks + 1)
+    movie = struct.pack(">IIIIIH10x", 0, 0, CLOCK_HZ, 0, 0x10000, 0x100) + _MATRIX + struct.pack(">24xI", tracks + 1)
     moov = _box(
         b"moov",
         _full_box(b"mvhd", 0, 0, movie),
-        _box(b"trak", _full_box(b"tkhd", 0, 3, track), _media((width, height), sps, pps)),
-        _box(b"mvex", _full_box(b"trex", 0, 0, struct.pack(">IIIII", 1, 1, 0, 0, 0))),
+        *(_track(number, (width, height), sps, pps) for number in numbers),
+        _box(
+            b"mvex",
+            *(_full_box(b"trex", 0, 0, struct.pack(">IIIII", number, 1, 0, 0, 0)) for number in numbers),
+        ),
     )
     return _box(b"ftyp", b"iso5", struct.pack(">I", 512), b"iso5iso6avc1mp41") + moov + note(head)
+
+
+def _track(number: int, size: tuple[int, int], sps: bytes, pps: bytes) -> bytes:
+    said = struct.pack(">IIIII8xHHHH", 0, 0, number, 0, 0, 0, 0, 0, 0) + _MATRIX
+    said += struct.pack(">II", size[0] << 16, size[1] << 16)
+    return _box(b"trak", _full_box(b"tkhd", 0, 3, said), _media(size, sps, pps))
 
 
 def sample_data(access_unit: bytes | memoryview) -> bytes:
@@ -171,28 +180,34 @@ def durations(times: Sequence[int]) -> list[int]:
     return [*steps, steps[-1] if steps else PROVISIONAL_TICKS]
 
 
-def fragment(seq: int, samples: Sequence[Sample]) -> bytes:
-    """One published frame: a moof with `sequence_number` = seq + 1 and its exact time, and the mdat of its pictures."""
-    data = [sample_data(sample.payload) for sample in samples]
+def fragment(seq: int, *tracks: Sequence[Sample]) -> bytes:
+    """One published frame: a moof with `sequence_number` = seq + 1 and its exact time, and the mdat of its pictures.
+
+    tracks: the pictures of each track: as many in each, at the same times.
+    """
+    moof_bytes = 24 + len(tracks) * (_TRAF_BYTES + 12 * len(tracks[0]))
+    trafs, data = [], b""
+    for number, samples in enumerate(tracks, 1):
+        mine = [sample_data(sample.payload) for sample in samples]
+        trafs.append(_traf(number, samples, list(map(len, mine)), moof_bytes + 8 + len(data)))
+        data += b"".join(mine)
+    moof = _box(b"moof", _full_box(b"mfhd", 0, 0, struct.pack(">I", seq + 1)), *trafs)
+    assert len(moof) == moof_bytes
+    return moof + _box(b"mdat", data)
+
+
+def _traf(number: int, samples: Sequence[Sample], nbytes: Sequence[int], data_offset: int) -> bytes:
+    """data_offset: of the track's first sample, from the moof's first byte."""
     rows = b"".join(
-        struct.pack(">III", ticks, len(payload), _KEY_SAMPLE if sample.is_keyframe else _DELTA_SAMPLE)
-        for sample, payload, ticks in zip(samples, data, durations([s.pts for s in samples]), strict=True)
+        struct.pack(">III", ticks, size, _KEY_SAMPLE if sample.is_keyframe else _DELTA_SAMPLE)
+        for sample, size, ticks in zip(samples, nbytes, durations([s.pts for s in samples]), strict=True)
     )
-    run_bytes = 20 + len(rows)
-    track_bytes = 8 + 16 + 20 + run_bytes
-    data_offset = 8 + 16 + track_bytes + 8  # of the first sample, from the moof's first byte
-    moof = _box(
-        b"moof",
-        _full_box(b"mfhd", 0, 0, struct.pack(">I", seq + 1)),
-        _box(
-            b"traf",
-            _full_box(b"tfhd", 0, 0x020000, struct.pack(">I", 1)),  # offsets count from the moof (8.8.7)
-            _full_box(b"tfdt", 1, 0, struct.pack(">Q", samples[0].pts)),
-            _full_box(b"trun", 0, 0x000701, struct.pack(">Ii", len(samples), data_offset), rows),
-        ),
+    return _box(
+        b"traf",
+        _full_box(b"tfhd", 0, 0x020000, struct.pack(">I", number)),  # offsets count from the moof (8.8.7)
+        _full_box(b"tfdt", 1, 0, struct.pack(">Q", samples[0].pts)),
+        _full_box(b"trun", 0, 0x000701, struct.pack(">Ii", len(samples), data_offset), rows),
     )
-    assert len(moof) + 8 == data_offset
-    return moof + _box(b"mdat", *data)
 
 
 def read_head(path: Path) -> dict[str, Any]:
@@ -213,26 +228,31 @@ def read_index(path: Path) -> FileIndex:
     return index
 
 
-def read_samples(data: bytes) -> list[tuple[int, bool, bytes]]:
-    """Time, whether a keyframe, and sample of each picture in an `Entry`'s bytes. Raises: FragmentError."""
-    offset, moof = 0, b""
+def read_samples(data: bytes, track: int = 0) -> list[tuple[int, bool, bytes]]:
+    """Time, whether a keyframe, and sample of each picture of a track in an `Entry`'s bytes. Raises: FragmentError."""
+    offset, moof, moof_at = 0, b"", 0
     while offset + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, offset)
         if length < 8 or offset + length > len(data):
             break
         if kind == b"moof":
-            moof = data[offset : offset + length]
+            moof, moof_at = data[offset : offset + length], offset
         elif kind == b"mdat" and _read_moof(moof) is not None:
-            (pts,) = struct.unpack_from(">Q", moof, 60)
+            (traf_bytes,) = struct.unpack_from(">I", moof, 24)
+            traf = 24 + track * traf_bytes
+            if traf >= len(moof):
+                break
+            (pts,) = struct.unpack_from(">Q", moof, traf + 36)
+            (data_offset,) = struct.unpack_from(">i", moof, traf + 60)
             found = []
-            at = offset + 8
-            for place in range(88, len(moof), 12):
+            at = moof_at + data_offset
+            for place in range(traf + _TRAF_BYTES, traf + traf_bytes, 12):
                 ticks, nbytes, flags = struct.unpack_from(">III", moof, place)
                 found.append((pts, flags == _KEY_SAMPLE, data[at : at + nbytes]))
                 pts, at = pts + ticks, at + nbytes
             return found
         offset += length
-    raise FragmentError("expected a fragment of ours: moof and mdat")
+    raise FragmentError(f"expected a fragment of ours, moof and mdat, with a track {track}")
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -328,7 +348,8 @@ def _read_moof(moof: bytes) -> tuple[int, int, int, int] | None:
     (sequence_number,) = struct.unpack_from(">I", moof, 20)
     (tfdt,) = struct.unpack_from(">Q", moof, 60)
     (count,) = struct.unpack_from(">I", moof, 80)
-    if count < 1 or len(moof) != 88 + 12 * count:
+    (traf_bytes,) = struct.unpack_from(">I", moof, 24)
+    if count < 1 or traf_bytes != _TRAF_BYTES + 12 * count or (len(moof) - 24) % traf_bytes:
         return None
     ticks = [struct.unpack_from(">I", moof, 88 + 12 * i)[0] for i in range(count)]
     return sequence_number - 1, tfdt, tfdt + sum(ticks[:-1]), tfdt + sum(ticks)

@@ -126,6 +126,11 @@ class Recording:
         return self._files[0].index.entries[0].seq if self._files else None
 
     @property
+    def parts(self) -> int:
+        """How many files become of the newest growing one: one for each picture of a batch that is recorded so."""
+        return _parts_of(self._files[-1]) if self._files else 1
+
+    @property
     def nbytes(self) -> int:
         """Bytes on disk."""
         return sum(file.index.end for file in self._files)
@@ -145,11 +150,14 @@ class Recording:
 
         A newer attempt must start at a keyframe and leave no hole: the file is first cut back to just before it.
         Packets of an older attempt, and any but the next one of this attempt, are dropped; a film may leave frames out.
-        Raises: RecordingError when the disk does not take it; ValueError for a packet of another run or rendition.
+        Raises: RecordingError when the disk does not take it; ValueError for a packet of another run or rendition, or
+        of a count that its tracks do not share evenly.
         """
         rendition = "film" if self.is_film else "record"
         if packet.run != self.run or packet.rendition != rendition:
             raise ValueError(f"packet: expected {rendition} of {self.run}, got {packet.rendition} of {packet.run}")
+        if packet.count % packet.tracks:
+            raise ValueError(f"packet: expected as many pictures in each of {packet.tracks} tracks, got {packet.count}")
         if packet.index == 0:
             if not self._may_come(packet.seq, packet.attempt, packet.is_keyframe):
                 return False
@@ -220,12 +228,14 @@ class Recording:
     def finish(self) -> list[Path]:
         """Turn each file into an ordinary fast-start MP4 `NAME.mp4`; returns them. The recording is closed then.
 
+        A file of several tracks becomes as many, `NAME.1.mp4`, `NAME.2.mp4`…
+
         Raises: RecordingError; what is not finished grows still: open and finish it again.
         """
         written, paths = self.written, self.paths
         self.close()
         try:
-            return [finish_file(path) for path in paths]
+            return [finished for path in paths for finished in finish_file(path)]
         except (OSError, av.FFmpegError, FragmentError) as error:
             raise RecordingError(f"{self._folder}: cannot finish: {error}", written=written) from error
 
@@ -268,7 +278,7 @@ class Recording:
         if not self._pending:
             return False
         last = self._pending[-1]
-        same = (packet.seq, packet.attempt, packet.count) == (last.seq, last.attempt, last.count)
+        same = all(getattr(packet, key) == getattr(last, key) for key in ("seq", "attempt", "count", "tracks"))
         return same and packet.index == last.index + 1
 
     def _begin(self, seq: int, attempt: int) -> None:
@@ -294,12 +304,14 @@ class Recording:
                     raise self._failed(error, file.path) from error
 
     def _append(self, packets: list[Packet]) -> bool:
-        sets = parameter_sets(packets[0].payload) if packets[0].is_keyframe else None
+        parts = packets[0].tracks
+        sets = parameter_sets(packets[0].payload) if all(one.is_keyframe for one in packets[:parts]) else None
         file = self._files[-1] if self._files else None
+        has_parts = file is not None and _parts_of(file) == parts
         try:
-            if sets is not None and (file is None or (sets[0].hex(), sets[1].hex()) != _sets_of(file)):
+            if sets is not None and (file is None or not has_parts or _sets_of(file) != sets):
                 self._begin_file(packets, sets)
-            elif file is None:
+            elif file is None or not has_parts:
                 return False  # a file cannot begin without them
             else:
                 self._put(file, packets)
@@ -322,8 +334,10 @@ class Recording:
             "sps": sets[0].hex(),
             "pps": sets[1].hex(),
         }
+        parts = packets[0].tracks
+        head |= {"parts": parts} if parts > 1 else {}
         width, height = (side + side % 2 for side in (packets[0].width, packets[0].height))  # as it is coded
-        init = init_segment(head, width=width, height=height, sps=sets[0], pps=sets[1])
+        init = init_segment(head, width=width, height=height, sps=sets[0], pps=sets[1], tracks=parts)
         file = GrowingFile.create(self._folder, self._file_name(), head, init)
         try:
             self._put(file, packets)
@@ -339,17 +353,25 @@ class Recording:
     def _put(self, file: GrowingFile, packets: list[Packet]) -> None:
         before = next((e for f in reversed(self._files) for e in reversed(f.index.entries) if e.tfdt is not None), None)
         forward = ForwardPts(before.last_pts, before.ends_at) if before else ForwardPts()
-        times = [forward.stamp(packet.pts, index=packet.index) for packet in packets]
+        tracks = [packets[track :: packets[0].tracks] for track in range(packets[0].tracks)]
+        times = [forward.stamp(packet.pts, index=index) for index, packet in enumerate(tracks[0])]
         samples = [
-            Sample(pts=pts, is_keyframe=packet.is_keyframe, payload=packet.payload)
-            for packet, pts in zip(packets, times, strict=True)
+            [
+                Sample(pts=pts, is_keyframe=packet.is_keyframe, payload=packet.payload)
+                for packet, pts in zip(track, times, strict=True)
+            ]
+            for track in tracks
         ]
         first, ends_at = packets[0], times[-1] + durations(times)[-1]
         shown = (first.step, first.total_steps, first.sigma)
         said = {"attempt": self.attempt} | dict(zip(("step", "of", "sigma"), shown, strict=True))
-        data = note(said) + fragment(first.seq, samples)
+        data = note(said) + fragment(first.seq, *samples)
         file.append(first.seq, data, attempt=self.attempt, times=(times[0], times[-1], ends_at), shown=shown)
 
 
-def _sets_of(file: GrowingFile) -> tuple[str, str]:
-    return file.index.head["sps"], file.index.head["pps"]
+def _sets_of(file: GrowingFile) -> tuple[bytes, bytes]:
+    return bytes.fromhex(file.index.head["sps"]), bytes.fromhex(file.index.head["pps"])
+
+
+def _parts_of(file: GrowingFile) -> int:
+    return int(file.index.head.get("parts", 1))

@@ -58,18 +58,20 @@ def steps_of(path: Path) -> list[Step]:
     return [Step(seq=seq, step=step, of=of, sigma=sigma, pts=pts) for seq, step, of, sigma, pts in _table(path)]
 
 
-def pictures_around(path: Path, seq: int) -> list[StepPicture]:
+def pictures_around(path: Path, seq: int, part: int = 1) -> list[StepPicture]:
     """The coded pictures from the keyframe that frame `seq` leans on up to the next keyframe; empty: not in this file.
 
+    part: from 1, of a batch that grows in tracks; where there are none, all of the file.
     Raises: OSError, FragmentError, av.FFmpegError.
     """
     if path.name.endswith(PART_SUFFIX):
-        return _from_growing(path, seq)
+        return _from_growing(path, seq, part)
     return _from_finished(path, seq)
 
 
-def _from_growing(path: Path, seq: int) -> list[StepPicture]:
+def _from_growing(path: Path, seq: int, part: int) -> list[StepPicture]:
     index = read_index(path)
+    track = part - 1 if "parts" in index.head else 0
     entries = [entry for entry in index.entries if entry.tfdt is not None]
     at = bisect.bisect_left([entry.seq for entry in entries], seq)
     if at == len(entries) or entries[at].seq != seq:
@@ -79,7 +81,7 @@ def _from_growing(path: Path, seq: int) -> list[StepPicture]:
 
         def read(entry: Entry) -> list[StepPicture]:
             file.seek(entry.offset)
-            return list(_pictures(index, entry, file.read(entry.end - entry.offset)))
+            return list(_pictures(index, entry, file.read(entry.end - entry.offset), track))
 
         for entry in reversed(entries[: at + 1]):
             found = read(entry) + found
@@ -93,9 +95,9 @@ def _from_growing(path: Path, seq: int) -> list[StepPicture]:
     return found
 
 
-def _pictures(index: FileIndex, entry: Entry, data: bytes) -> Iterator[StepPicture]:
+def _pictures(index: FileIndex, entry: Entry, data: bytes, track: int) -> Iterator[StepPicture]:
     sets = [bytes.fromhex(index.head[name]) for name in ("sps", "pps")]
-    for number, (pts, is_keyframe, sample) in enumerate(read_samples(data)):
+    for number, (pts, is_keyframe, sample) in enumerate(read_samples(data, track)):
         nals = [*sets, *_nals(sample)] if is_keyframe else list(_nals(sample))
         payload = b"".join(_START_CODE + nal for nal in nals)
         yield StepPicture(seq=entry.seq, index=number, is_keyframe=is_keyframe, pts=pts, payload=payload)

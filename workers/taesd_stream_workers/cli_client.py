@@ -98,6 +98,8 @@ def record(
 ) -> None:
     """Record a stream: wait for it, keep every frame until its end, download the file.
 
+    Where it becomes several (recording.batch "each", or another size of picture), they are FILE.1, FILE.2 and so on.
+
     Example: taesd-stream record my-run -o my-run.mp4
     """
     if not is_stream_name(name):
@@ -109,29 +111,36 @@ def record(
     client.record(name, "all")
     try:
         say(f"waiting for {name}")
-        recording = _wait_for_recording(client, name, old, frames)
-        _download(client, recording, output, frames)
+        recordings = _wait_for_recordings(client, name, old, frames)
+        for number, recording in enumerate(recordings, 1):
+            file = output if len(recordings) == 1 else output.with_name(f"{output.stem}.{number}{output.suffix}")
+            _download(client, recording, file, frames)
+            say(f"{file}: {min(frames or recording['frames'], recording['frames'])} frames")
     except KeyboardInterrupt:
         say(f"left; the daemon goes on recording {name}")
         raise typer.Exit(INTERRUPTED) from None
-    say(f"{output}: {min(frames or recording['frames'], recording['frames'])} frames")
 
 
-def _wait_for_recording(client: DaemonClient, name: str, old: set[str], frames: int | None) -> dict[str, Any]:
-    """The recording of the stream's first run that has what is wanted; progress on the terminal."""
+def _wait_for_recordings(client: DaemonClient, name: str, old: set[str], frames: int | None) -> list[dict[str, Any]]:
+    """The files of the stream's first run that has what is wanted, one a row; progress on the terminal."""
     from rich.console import Console
 
     told: str | None = None
     with Console(stderr=True).status("Ctrl-C leaves it; the daemon goes on") as status:
         while True:
             rows = [row for row in client.recordings() if row["stream"] == name and row["run"] not in old]
-            for row in sorted(rows, key=lambda row: float(row["started"]))[:1]:
-                status.update(f"recording {name}: {row['frames']} frames")
-                if row["error"] != told and row["error"]:
-                    say(f"{name}: recording waits: {row['error']}")  # it goes on when its cause is gone
-                told = row["error"]
-                if row["state"] == "finished" or (frames is not None and row["frames"] >= frames):
-                    return row
+            first = min(rows, key=lambda row: float(row["started"]), default=None)
+            if first is not None:
+                rows = [row for row in rows if row["run"] == first["run"]]
+                status.update(f"recording {name}: {first['frames']} frames")
+                if first["error"] != told and first["error"]:
+                    say(f"{name}: recording waits: {first['error']}")  # it goes on when its cause is gone
+                told = first["error"]
+                if all(row["state"] == "finished" for row in rows):
+                    return rows
+                if frames is not None and first["state"] != "finished" and first["frames"] >= frames:
+                    is_one = first["parts"] == 1
+                    return [first] if is_one else [{**first, "part": part + 1} for part in range(first["parts"])]
             time.sleep(POLL_S)
 
 
@@ -144,7 +153,7 @@ def _download(client: DaemonClient, recording: dict[str, Any], output: Path, fra
     try:
         with Progress(*columns, transient=True, console=Console(stderr=True)) as progress, part.open("wb") as file:
             task = progress.add_task("download", total=None)
-            for piece, total in client.download(recording["id"], frames):
+            for piece, total in client.download(recording["id"], frames, recording["part"]):
                 file.write(piece)
                 progress.update(task, total=total or None, advance=len(piece))
         part.replace(output)

@@ -76,10 +76,14 @@ class DaemonClient:
         """GET /readyz. Raises: DaemonError with what is missing."""
         self._json("GET", "/readyz")
 
-    def download(self, recording_id: str, frames: int | None) -> Iterator[tuple[bytes, int]]:
-        """Pieces of a recording's file, and its whole size in bytes."""
+    def download(self, recording_id: str, frames: int | None, part: int | None = None) -> Iterator[tuple[bytes, int]]:
+        """Pieces of a recording's file, and its whole size in bytes.
+
+        frames: only the first so many. part: of one that grows still, and will be several files.
+        """
         path = f"/api/v1/recordings/{urllib.parse.quote(recording_id)}/file"
-        with self._open("GET", path + (f"?frames={frames}" if frames else "")) as answer:
+        asked = urllib.parse.urlencode({key: value for key, value in (("frames", frames), ("part", part)) if value})
+        with self._open("GET", f"{path}?{asked}" if asked else path) as answer:
             total = int(answer.headers.get("content-length") or 0)
             read = 0
             try:

@@ -14,6 +14,7 @@ from typing import Final, Literal
 from taesd_stream import __version__
 from taesd_stream.config import Config
 from taesd_stream.errors import ConfigError, TaesdStreamError
+from taesd_stream.latent_formats import LATENT_FORMATS
 
 Verdict = Literal["ok", "note", "fault"]
 LOW_BYTES: Final = 5 << 30
@@ -110,6 +111,7 @@ def _opens(name: str) -> bool:
 def _decoders(config: Config) -> Finding:
     from taesd_stream.models.checkpoints import find_weights
     from taesd_stream.models.hub_weights import all_decoders
+    from taesd_stream.models.nano import has_nano_decoder
 
     folder = config.weights_folder
     if folder is not None and not folder.is_dir():
@@ -118,7 +120,11 @@ def _decoders(config: Config) -> Finding:
     found = [decoder for decoder in known if find_weights(decoder, folder)]
     way_out = "taesd-stream weights list says which; taesd-stream weights fetch FORMAT gets one"
     if not found:
-        text = "no weights of tiny decoders: pictures are made by linear projection, soft but of the right colours"
+        own = ", ".join(name for name, known in LATENT_FORMATS.items() if has_nano_decoder(known))
+        text = (
+            f"no weights of tiny decoders: pictures are made by our nano decoders ({own}), and for other formats by "
+            "linear projection, soft but of the right colours"
+        )
         return Finding("decoders", "note", text, way_out)
     text = f"{len(found)} of {len(known)} tiny decoders: {', '.join(found)}"
     return Finding("decoders", "ok" if len(found) == len(known) else "note", text, way_out)

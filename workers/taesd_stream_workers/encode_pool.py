@@ -25,7 +25,7 @@ MANY_LIVE: Final = 8  # chains of `live` from which on a new one is made quickly
 class EncodeTask:
     """One picture to encode. attempt, keyframe: where the chain begins anew; on_done gets None when encoding failed.
 
-    copy: on whose way to the host the planes are.
+    copy: on whose way to the host the planes are. track, tracks: of a chain that has an encoder for each of its tracks.
     """
 
     run: str
@@ -37,22 +37,29 @@ class EncodeTask:
     size: tuple[int, int]
     copy: HostCopy
     on_done: Callable[[EncodedPicture | None], None]
+    track: int = 0
+    tracks: int = 1
+
+
+@dataclass(slots=True)
+class _Track:
+    encoder: VideoEncoder | JpegEncoder
+    last_pts: int = -1
 
 
 @dataclass(slots=True)
 class _Chain:
     """Pictures of one run and rendition. due: where threads find it; is_busy: one has it, or is about to.
 
-    tasks: None closes the encoder.
+    tasks: None closes the encoders.
     """
 
     due: queue.SimpleQueue[_Chain | None]
     is_one_of_many: bool
     tasks: deque[EncodeTask | None] = field(default_factory=deque)
     is_busy: bool = False
-    encoder: VideoEncoder | JpegEncoder | None = None
+    tracks: list[_Track] = field(default_factory=list)
     attempt: int = 0
-    last_pts: int = -1
 
 
 class EncodePool:
@@ -149,22 +156,23 @@ class EncodePool:
 
 
 def _close(chain: _Chain) -> None:
-    if chain.encoder is not None:
-        chain.encoder.close()
-        chain.encoder = None
+    for track in chain.tracks:
+        track.encoder.close()
+    chain.tracks = []
 
 
 def _encode(chain: _Chain, task: EncodeTask) -> EncodedPicture | None:
     try:
         task.copy.wait()
-        if chain.encoder is None or chain.attempt != task.attempt:
-            chain.encoder = encoder_for(task.rendition, is_one_of_many=chain.is_one_of_many)
-            chain.attempt, chain.last_pts = task.attempt, -1
-        if isinstance(chain.encoder, JpegEncoder):
-            return chain.encoder.encode(task.planes, size=task.size)
-        is_new = task.keyframe or task.pts <= chain.last_pts
-        chain.last_pts = task.pts
-        return chain.encoder.encode(task.planes, task.pts, force_keyframe=is_new, size=task.size)
+        if len(chain.tracks) != task.tracks or chain.attempt != task.attempt:
+            encoders = (encoder_for(task.rendition, is_one_of_many=chain.is_one_of_many) for _ in range(task.tracks))
+            chain.tracks, chain.attempt = [_Track(encoder) for encoder in encoders], task.attempt
+        track = chain.tracks[task.track]
+        if isinstance(track.encoder, JpegEncoder):
+            return track.encoder.encode(task.planes, size=task.size)
+        is_new = task.keyframe or task.pts <= track.last_pts
+        track.last_pts = task.pts
+        return track.encoder.encode(task.planes, task.pts, force_keyframe=is_new, size=task.size)
     except Exception:
         logger.exception("encode_failed run=%s rendition=%s", task.run, task.rendition)
         _close(chain)

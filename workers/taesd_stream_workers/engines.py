@@ -41,7 +41,7 @@ class Engines:
 
     A live view by choice "auto" takes the best decoder that gives a picture within `decoder.max_job_s`: so no stream
     waits longer for another one's picture than is promised, and four a second are shown. It is measured at the first
-    picture of a size; where that was not the best one, again and again, ever more seldom: the machine may have been busy.
+    picture of a size; where that was not the best one, again, ever more seldom: the machine may have been busy.
     """
 
     def __init__(self, config: Config, device: torch.device, clock_s: Callable[[], float] = time.monotonic) -> None:

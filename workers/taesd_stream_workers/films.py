@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -38,7 +38,8 @@ class Film:
 class Films:
     """Used in the recorder's thread; `films` may be looked at by any, for its entries are replaced as a whole."""
 
-    def __init__(self, folder: Path, config: RecordingConfig) -> None:
+    def __init__(self, folder: Path, config: RecordingConfig, on_error: Callable[[], None] = lambda: None) -> None:
+        """on_error: called for each frame that the disk did not take."""
         self.films: dict[str, Film] = {}
         self._folder = folder
         self._max_bytes, self._max_age_s = config.film_max_bytes, config.film_max_age_s
@@ -46,6 +47,7 @@ class Films:
         self._broken = BrokenChains(lambda _stream: None)
         self._next_prune_s = 0.0
         self._has_failed = False
+        self._on_error = on_error
 
     def load(self) -> None:
         """Know the films that are there already; none is opened."""
@@ -74,6 +76,7 @@ class Films:
             if not self._has_failed:
                 logger.warning("film_not_written stream=%s error=%s (said once)", packet.stream, error)
             self._has_failed = True
+            self._on_error()
             self._broken.lose(packet)
             return False
         self._note(one)

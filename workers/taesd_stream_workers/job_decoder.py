@@ -192,7 +192,7 @@ class JobDecoder:
                 before = latents_from_payload(history, item.dtype, (item.history, *item.shape[-3:]), magnitude)
                 run.histories[item.run] = torch.nan_to_num(before)  # what was left out for NaN leaves no trace here
             if not (item.is_repeat and self._repeat(run, item)):
-                good.append((item, Rows(batch, place * each, each)))
+                good.append((item, Rows(batch, place * each, each, is_each=self._is_each(item))))
         choices = {self._choice_for(item.stream) for item, _ in good}
         for for_record, choice in itertools.product((False, True), sorted(choices)):
             items = [(item, rows) for item, rows in good if self._choice_for(item.stream) == choice]
@@ -201,6 +201,12 @@ class JobDecoder:
     def _choice_for(self, stream: str) -> DecoderChoice:
         """The decoder of a stream's live view, as rules and `decoder.choice` say."""
         return self._config.rule_of(stream).decoder or self._config.decoder.choice
+
+    def _is_each(self, item: JobItem) -> bool:
+        """Whether a batch is recorded picture by picture, as rules and `recording.batch` say."""
+        if item.kind != "steps" or len(item.shape) < 4 or item.shape[0] == 1 or "record" not in item.renditions:
+            return False
+        return (self._config.rule_of(item.stream).batch or self._config.recording.batch) == "each"
 
     def _repeat(self, run: JobRun, item: JobItem) -> bool:
         """Show a `live` frame once more from its last planes, where all of what is wanted is here."""
@@ -333,7 +339,7 @@ class JobDecoder:
 
     def _is_straight(self, engine: Engine, item: JobItem, rows: Rows, wanted: Any) -> bool:
         height, width = engine.picture_size(rows.batch)
-        return can_be_planes(engine, item, rows) and all(
+        return can_be_planes(engine, item, rows, wanted) and all(
             rendition in VIDEO_RENDITIONS and not self._outlet.sizes.limit(rendition, height, width)
             for rendition in wanted
         )

@@ -13,6 +13,7 @@ from taesd_stream.decoding.engine import Engine
 from taesd_stream.decoding.sheet import grid
 from taesd_stream.decoding.slicing import Most
 from taesd_stream.decoding.video_engine import LivePart, VideoEngine
+from taesd_stream.frames import Rendition
 from taesd_stream.messages import JobItem
 
 
@@ -20,6 +21,7 @@ from taesd_stream.messages import JobItem
 class Picture:
     """One picture of a frame. place: which item of the job; index of count; pts: 1/90000 s.
 
+    tracks: over 1 it is one of a batch, for a recording's track of its own alone. is_recorded: False of the sheet then.
     is_approximate: of a `live` run whose memory was lost, and its history too: the colours are not yet right.
     """
 
@@ -28,6 +30,12 @@ class Picture:
     count: int
     pts: int
     is_approximate: bool = False
+    tracks: int = 1
+    is_recorded: bool = True
+
+    def is_for(self, rendition: Rendition) -> bool:
+        """Whether it is shown in a rendition that is wanted of its item."""
+        return self.is_recorded if rendition == "record" else self.tracks == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +58,13 @@ class Rows:
     """The latents of one item: `count` rows of its job's batch, (N,C,h,w), from `first` on.
 
     Not cut out before they are needed: each call into torch lets go of the GIL, and dozens of encoders want it.
+    is_each: of a batch that is recorded picture by picture (`recording.batch`).
     """
 
     batch: Tensor
     first: int
     count: int
+    is_each: bool = False
 
     def __len__(self) -> int:
         return self.count
@@ -77,9 +87,9 @@ NO_HISTORIES: Final[Mapping[int, Tensor]] = {}
 Entry: TypeAlias = tuple[int, JobItem, Rows]  # place in the job, item, its latents, without NaN
 
 
-def can_be_planes(engine: Engine, item: JobItem, rows: Rows) -> bool:
-    """Whether each latent of an item is a picture by itself, which `planes_of` can decode."""
-    is_sheet = item.kind == "steps" and len(rows) > 1
+def can_be_planes(engine: Engine, item: JobItem, rows: Rows, wanted: tuple[Rendition, ...]) -> bool:
+    """Whether each latent of an item is a picture by itself, which `planes_of` can decode, in all that is wanted."""
+    is_sheet = item.kind == "steps" and len(rows) > 1 and not (rows.is_each and wanted == ("record",))
     return not is_sheet and (item.kind == "steps" or not isinstance(engine, VideoEngine))
 
 
@@ -122,6 +132,8 @@ def pictures_of(
 def _pictures_of_stills(engine: Engine, entry: Entry) -> list[Picture]:
     """One picture a latent."""
     place, item, rows = entry
+    if rows.is_each:
+        return [Picture(place, part, len(rows), item.pts, tracks=len(rows)) for part in range(len(rows))]
     if item.kind == "steps":
         return [Picture(place, 0, 1, item.pts)] * len(rows)
     # a picture of a video format stands for all frames of its latent
@@ -131,23 +143,25 @@ def _pictures_of_stills(engine: Engine, entry: Entry) -> list[Picture]:
 
 
 def _stills(engine: Engine, entries: Sequence[Entry], budget_bytes: int, most: Most | None) -> Iterator[Shown]:
-    """One picture a latent; of `steps` those of a batch become one sheet."""
+    """One picture a latent; of `steps` those of a batch become one sheet, behind the ones that are recorded singly."""
     owners = [
         (number, picture) for number, entry in enumerate(entries) for picture in _pictures_of_stills(engine, entry)
     ]
     latents = joined([rows for _, _, rows in entries])
-    sheets: dict[int, list[Tensor]] = {}
+    sheets: dict[int, list[tuple[Picture, Tensor]]] = {}
     for part, rgb in engine.decode(latents, budget_bytes=budget_bytes, most=most, are_finite=True):
         shown: list[tuple[Picture, Tensor]] = []
         for (number, picture), one in zip(owners[part], rgb, strict=True):
-            _, item, mine = entries[number]
+            place, item, mine = entries[number]
             if item.kind != "steps" or len(mine) == 1:
                 shown.append((picture, one))
                 continue
-            sheet = sheets.setdefault(number, [])
-            sheet.append(one)
-            if len(sheet) == len(mine):
-                shown.append((picture, grid(torch.stack(sheets.pop(number)))))
+            parts = sheets.setdefault(number, [])
+            parts.append((picture, one))
+            if len(parts) == len(mine):
+                shown += sheets.pop(number) if mine.is_each else []
+                sheet = Picture(place, 0, 1, item.pts, is_recorded=not mine.is_each)
+                shown.append((sheet, grid(torch.stack([part for _, part in parts]))))
         yield Shown([picture for picture, _ in shown], part.stop - part.start, rgb=[one for _, one in shown])
 
 

@@ -57,6 +57,12 @@ class Latency:
         self.recording_errors = Counter(
             "taesd_stream_recording_errors", "Times that a file was not written or finished", registry=self.registry
         )
+        self.film_errors = Counter(
+            "taesd_stream_film_errors", "Frames of films that the disk did not take", registry=self.registry
+        )
+        self.push_failures = Counter(
+            "taesd_stream_push_failures", "Times that a push lost its receiver", ["stream"], registry=self.registry
+        )
         self.http_errors = Counter(
             "taesd_stream_http_errors", "HTTP answers that were errors", ["status", "code"], registry=self.registry
         )

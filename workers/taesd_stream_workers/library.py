@@ -42,7 +42,7 @@ class Library:
     def rows(self) -> list[dict[str, Any]]:
         """One row a finished file that is ours, newest first."""
         rows = [known.row for known in self._look().values() if known.row]
-        return sorted(rows, key=lambda row: float(row["started"]), reverse=True)
+        return sorted(rows, key=lambda row: (-float(row["started"]), row["first_seq"], row["part"] or 0))
 
     def holds(self, run: str, last_seq: int) -> bool:
         """Whether a finished file has this run up to `last_seq`."""
@@ -129,6 +129,8 @@ def _row(name: str, summary: dict[str, Any], path: Path) -> dict[str, Any]:
         "first_seq": summary.get("first_seq", 0),
         "last_seq": summary.get("last_seq", -1),
         "gaps": summary.get("missing", []),
+        "part": summary.get("part"),
+        "parts": summary.get("parts", 1),
         "bytes": path.stat().st_size,
         "started": summary.get("started", 0.0),
         "duration_s": round(duration_s, 3),
@@ -139,20 +141,22 @@ def _row(name: str, summary: dict[str, Any], path: Path) -> dict[str, Any]:
     }
 
 
-def first_pictures(path: Path, count: int | None) -> Path:
+def first_pictures(path: Path, count: int | None, part: int = 1) -> Path:
     """An ordinary MP4 of the first `count` pictures of a file (None: all), in a temporary file that the caller removes.
 
-    path: finished or growing. Raises: OSError, av.FFmpegError, FragmentError.
+    path: finished or growing. part: from 1, of a batch that grows in tracks.
+    Raises: OSError, av.FFmpegError, FragmentError; IndexError for a part that it has not.
     """
     growing = path.name.endswith(PART_SUFFIX)
     summary = read_head(path) if growing else (read_summary(path) or {"stream": path.stem, "run": "", "started": 0})
+    summary |= {"part": part} if growing and "parts" in summary else {}
     summary = {"meta": {}, **{key: value for key, value in summary.items() if key not in ("sps", "pps")}}
     fd, name = tempfile.mkstemp(suffix=FINISHED_SUFFIX)
     os.close(fd)
     target = Path(name)
     try:
-        copy_pictures(path, target, summary, max_pictures=count)
-    except (OSError, av.FFmpegError, FragmentError):
+        copy_pictures(path, target, summary, max_pictures=count, part=part)
+    except (OSError, av.FFmpegError, FragmentError, IndexError):
         target.unlink(missing_ok=True)
         raise
     return target

@@ -38,11 +38,25 @@ class PushError(TaesdStreamError):
     """This connection is over; the next one begins anew."""
 
 
+class NoPictureError(PushError):
+    """There is nothing to push yet."""
+
+
 class Push:
     """One stream on its way to one address. `run` in a thread of its own."""
 
-    def __init__(self, source: str, url: str, *, token: str | None = None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        source: str,
+        url: str,
+        *,
+        token: str | None = None,
+        say: Callable[[str], None],
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
         """source: the address of a live.ts. url: where it goes. say: is told what a person should know.
+
+        on_failure: called when the receiver is not there, or is lost.
 
         Raises: ConfigError for an address that is none.
         """
@@ -51,6 +65,7 @@ class Push:
         self._source = source
         self._headers = f"Authorization: Bearer {token}\r\n" if token else ""
         self._say = say
+        self._on_failure = on_failure
         self.sent = 0  # packets, since the start
 
     def run(self, stop: threading.Event) -> None:
@@ -60,7 +75,11 @@ class Push:
             before = self.sent
             try:
                 self._push_once(stop)
-            except (av.FFmpegError, OSError, PushError) as error:
+            except Exception as error:  # the thread's outermost loop: whatever it is, the next connection may do
+                if not isinstance(error, (av.FFmpegError, OSError, PushError)):
+                    logger.exception("push_failed url=%s", shown(self.url))
+                if not isinstance(error, NoPictureError):
+                    self._on_failure()
                 failures = 0 if self.sent > before else failures
                 wait_s = WAITS_S[min(failures, len(WAITS_S) - 1)]
                 failures += 1
@@ -72,10 +91,10 @@ class Push:
         try:
             reader = av.open(self._source, format="mpegts", options=options, timeout=TIMEOUT_S)
         except (av.FFmpegError, OSError) as error:
-            raise PushError(f"the daemon gives no picture yet ({_text(error)})") from error
+            raise NoPictureError(f"the daemon gives no picture yet ({_text(error)})") from error
         with reader:
             if not reader.streams.video:
-                raise PushError("the daemon gives no picture yet")
+                raise NoPictureError("the daemon gives no picture yet")
             self._copy(reader, stop)
 
     def _copy(self, reader: InputContainer, stop: threading.Event) -> None:
@@ -153,9 +172,13 @@ def _close(writer: OutputContainer) -> None:
 class Pushes:
     """The pushes that the configuration names, each in a thread, inside the streamer."""
 
-    def __init__(self, config: Config) -> None:
-        """Raises: ConfigError for an address that nothing can be pushed to."""
+    def __init__(self, config: Config, on_failure: Callable[[str], None]) -> None:
+        """on_failure: called with a stream whose receiver is not there, or is lost; in its thread.
+
+        Raises: ConfigError for an address that nothing can be pushed to.
+        """
         self._config = config
+        self._on_failure = on_failure
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         for one in config.pushes:
@@ -165,7 +188,13 @@ class Pushes:
         """web: where this daemon's page is."""
         token = load_token(self._config) if self._config.pushes else None
         for one in self._config.pushes:
-            push = Push(source_of(web, one.stream), one.url, token=token, say=partial(_log, one.stream))
+            push = Push(
+                source_of(web, one.stream),
+                one.url,
+                token=token,
+                say=partial(_log, one.stream),
+                on_failure=partial(self._on_failure, one.stream),
+            )
             thread = threading.Thread(target=push.run, args=(self._stop,), name="push", daemon=True)
             thread.start()
             self._threads.append(thread)

@@ -41,9 +41,10 @@ class Recorder:
         tell_broker: Callable[[Any], None],
         on_change: Callable[[list[dict[str, Any]], dict[str, int]], None],
         on_error: Callable[[], None] = lambda: None,
+        on_film_error: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder = config.recording_folder
-        self.films = Films(folder / ".films", config.recording)
+        self.films = Films(folder / ".films", config.recording, on_film_error)
         self.library = Library(folder)
         self._name = config.recording.name
         self._tell_broker = tell_broker
@@ -96,23 +97,37 @@ class Recorder:
         self._wishes.append((run, wish))
         return wish
 
-    def paths_of_run(self, run: str) -> list[Path]:
-        """All files that hold frames of a run, its film's among them, in the order of their frames; any thread."""
+    def paths_of_run(self, run: str, part: int = 1) -> list[Path]:
+        """All files that hold frames of a run, its film's among them, in the order of their frames; any thread.
+
+        part: from 1, of a batch that is recorded in files of their own.
+        """
         growing, film = self._open.get(run), self.films.films.get(run)
-        finished = [row for row in self.library.rows() if row["run"] == run]
+        finished = [row for row in self.library.rows() if row["run"] == run and row["part"] in (None, part)]
         finished.sort(key=lambda row: int(row["first_seq"]))
         paths = [path for row in finished if (path := self.library.path_of(row["id"])) is not None]
         return [*paths, *(growing.paths if growing else []), *(film.paths if film else ())]
 
     def about_run(self, run: str) -> dict[str, Any] | None:
-        """Stream, start and meta of a run that has frames in files; `film`: whether nobody keeps it; any thread."""
+        """Stream, start and meta of a run that has frames in files; any thread.
+
+        film: whether nobody keeps it; parts: how many pictures a batch has in files of their own, 1: none.
+        """
         growing, film = self._open.get(run), self.films.films.get(run)
         if growing is not None or film is not None:
             known = growing or film
             assert known is not None
-            return {"stream": known.stream, "started": known.started, "meta": known.meta, "film": growing is None}
+            about = {"stream": known.stream, "started": known.started, "meta": known.meta}
+            return {**about, "film": growing is None, "parts": growing.parts if growing else 1}
         row = next((row for row in self.library.rows() if row["run"] == run), None)
-        return row and {"stream": row["stream"], "started": row["started"], "meta": row["meta"], "film": False}
+        return row and {**{key: row[key] for key in ("stream", "started", "meta", "parts")}, "film": False}
+
+    def newest_run_of(self, stream: str) -> str | None:
+        """The run of a stream that began last, of those that have frames in files; any thread."""
+        known = [(one.started, one.run, one.stream) for one in list(self._open.values()) if one.paths]
+        known += [(one.started, one.run, one.stream) for one in list(self.films.films.values())]
+        known += [(row["started"], row["run"], row["stream"]) for row in self.library.rows()]
+        return max((one for one in known if one[2] == stream), default=(0.0, None, stream))[1]
 
     def cursors(self) -> tuple[Cursor, ...]:
         """How far every file is; any thread."""

@@ -22,6 +22,8 @@ def growing_row(one: Recording, *, error: str | None, is_ended: bool) -> dict[st
         "first_seq": one.first_seq,
         "last_seq": one.written,
         "gaps": one.missing,
+        "part": None,
+        "parts": one.parts,
         "bytes": one.nbytes,
         "started": one.started,
         "duration_s": None,

@@ -68,7 +68,10 @@ class Shower:
     def show(self, shown: Shown) -> None:
         """Queue the pictures of a slice for every rendition that is wanted of them."""
         outlet = self._outlet
-        wanted = [self._items[picture.place][1] for picture in shown.pictures]
+        wanted = [
+            tuple(rendition for rendition in self._items[picture.place][1] if picture.is_for(rendition))
+            for picture in shown.pictures
+        ]
         if shown.planes is None:
             rendered = list(render(shown.rgb, wanted, outlet.sizes, outlet.copies))
         else:
@@ -102,6 +105,8 @@ class Shower:
             planes=one.planes,
             size=one.size,
             copy=one.copy,
+            track=picture.index % picture.tracks,
+            tracks=picture.tracks,
             on_done=partial(self._send, item, one, picture),
         )
 
@@ -116,7 +121,8 @@ class Shower:
 
     def _packet(self, item: JobItem, one: Rendered, picture: Picture, encoded: EncodedPicture) -> Packet:
         now_ns = self._outlet.now_ns()
-        parts = item.shape[0] if item.kind == "steps" and len(item.shape) == 4 else 1
+        is_sheet = item.kind == "steps" and len(item.shape) == 4 and picture.tracks == 1
+        parts = item.shape[0] if is_sheet else 1
         return Packet(
             stream=item.stream,
             run=item.run,
@@ -143,6 +149,7 @@ class Shower:
             kind=item.kind,
             parts=parts,
             columns=grid_columns(parts, *item.shape[-2:]),
+            tracks=picture.tracks,
             payload=encoded.payload,
         )
 

@@ -48,10 +48,14 @@ class Streamer:
         self._hub = Hub(self._latency, self.tell_broker, max_viewers=config.web.max_viewers)
         self._hub.clock_ns = self.now_ns
         self._recorder = Recorder(
-            config, self.tell_broker, self._hub.offer_recordings, self._latency.recording_errors.inc
+            config,
+            self.tell_broker,
+            self._hub.offer_recordings,
+            self._latency.recording_errors.inc,
+            self._latency.film_errors.inc,
         )
         self._web = WebServer(config, self._hub, self._recorder)
-        self._pushes = Pushes(config)
+        self._pushes = Pushes(config, lambda stream: self._latency.push_failures.labels(stream).inc())
         self._bad = 0
 
     def now_ns(self) -> int:

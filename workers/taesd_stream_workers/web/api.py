@@ -29,7 +29,7 @@ from taesd_stream_workers.web import schema
 from taesd_stream_workers.web.docs import POLICY as DOCS_POLICY
 from taesd_stream_workers.web.docs import docs_page
 from taesd_stream_workers.web.errors import ERROR_RESPONSES, ApiError, answer_errors
-from taesd_stream_workers.web.films import add_films
+from taesd_stream_workers.web.films import add_films, last_picture
 from taesd_stream_workers.web.health import add_health
 from taesd_stream_workers.web.players import MJPEG_TYPE, TS_TYPE, motion_jpeg, transport_stream
 from taesd_stream_workers.web.sockets import serve_page
@@ -48,6 +48,7 @@ _MEDIA_TYPES: Final = {
 
 
 FrameCount = Annotated[int | None, Query(ge=1, le=(1 << 53) - 1)]
+Part = Annotated[int | None, Query(ge=1, le=1 << 20)]
 
 
 def _says(model: type[BaseModel]) -> _Responses:
@@ -103,7 +104,7 @@ def make_app(hub: Hub, recorder: Recorder) -> FastAPI:
     _add_page(app, page)
     _add_docs(app)
     _add_streams(app, hub)
-    _add_players(app, hub)
+    _add_players(app, hub, recorder)
     _add_recordings(app, hub, recorder)
     add_films(app, hub, recorder)
     add_health(app, hub)
@@ -215,14 +216,21 @@ async def _latest(hub: Hub, name: str, rendition: Literal["jpeg", "thumb"]) -> P
     raise ApiError(503, "no_picture", f"{name} gave no picture within {LATEST_WAIT_S:.0f} s.")
 
 
-def _add_players(app: FastAPI, hub: Hub) -> None:
+def _add_players(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
     known = partial(_known, hub)
 
     @app.get("/streams/{name:path}/latest.jpg", response_class=Response, responses=_JPEG)
     async def latest(name: str, rendition: Literal["jpeg", "thumb"] = "jpeg") -> Response:
-        """The newest picture, `thumb`: as small as a tile; waits up to 4 s for one."""
-        packet = await _latest(hub, name, rendition)
-        return Response(bytes(packet.payload), media_type="image/jpeg", headers=_NO_STORE)
+        """The newest picture, `thumb`: as small as a tile; waits up to 4 s for one.
+
+        Of a stream that is over and out of memory, the last one of its film or recording.
+        """
+        row = next((row for row in hub.streams() if row["name"] == name), None)
+        if row is not None and (row["seq"] is not None or row["ended"] is None):
+            picture = bytes((await _latest(hub, name, rendition)).payload)
+        else:
+            picture = await last_picture(recorder, name)
+        return Response(picture, media_type="image/jpeg", headers=_NO_STORE)
 
     def admit(name: str) -> None:
         known(name)
@@ -256,15 +264,23 @@ def _add_recordings(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
         return {"recordings": hub.recordings}
 
     @app.get("/api/v1/recordings/{recording_id:path}/file", response_class=Response, responses=_content("video/mp4"))
-    async def file(recording_id: str, frames: FrameCount = None, inline: bool = False) -> Response:
-        """The MP4; of its first `frames` pictures only, or of what is there now while it grows."""
+    async def file(recording_id: str, frames: FrameCount = None, part: Part = None, inline: bool = False) -> Response:
+        """The MP4; of its first `frames` pictures only, or of what is there now while it grows.
+
+        `part`: of a growing one that will be several files, the picture of the batch, from 1.
+        """
         path = await asyncio.to_thread(path_of, recording_id)
         kind: Literal["inline", "attachment"] = "inline" if inline else "attachment"
         name = path.relative_to(recorder.folder).as_posix().replace("/", "-").removesuffix(".part")
-        if frames is None and not recorder.is_growing(recording_id):
+        is_growing = recorder.is_growing(recording_id)
+        if frames is None and not is_growing:
             return FileResponse(path, media_type="video/mp4", filename=name, content_disposition_type=kind)
+        if is_growing and part is not None:
+            name = f"{name.removesuffix('.mp4')}.{part}.mp4"
         try:
-            copy = await asyncio.to_thread(first_pictures, path, frames)
+            copy = await asyncio.to_thread(first_pictures, path, frames, part or 1 if is_growing else 1)
+        except IndexError as error:
+            raise ApiError(404, "no_part", f"{recording_id} has no part {part}.") from error
         except (OSError, av.FFmpegError, TaesdStreamError) as error:
             raise ApiError(503, "not_readable", f"{recording_id}: {error}") from error
         done = BackgroundTask(partial(copy.unlink, missing_ok=True))

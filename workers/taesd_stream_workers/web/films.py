@@ -6,11 +6,10 @@ import asyncio
 import json
 import struct
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
 import av
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Query, Response
 from fastapi import Path as PathParameter
 
 from taesd_stream.errors import TaesdStreamError
@@ -28,6 +27,7 @@ _NO_STORE: Final = {"cache-control": "no-store"}
 T = TypeVar("T")
 RunId = Annotated[str, PathParameter(pattern="^[0-9a-f]{16}$")]
 Seq = Annotated[int, PathParameter(ge=0, le=MAX_SEQ)]
+Part = Annotated[int, Query(ge=1, le=1 << 20)]
 
 
 def add_films(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
@@ -49,18 +49,18 @@ def add_films(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
         return await _read(lambda: _film(recorder, run, after), f"run {run}")
 
     @app.get("/api/v1/runs/{run}/film/{seq}.jpg", response_class=Response)
-    async def step_as_jpeg(run: RunId, seq: Seq) -> Response:
-        """The picture of one step."""
-        picture = await _read(lambda: picture_of_step(_around(recorder.paths_of_run(run), seq), seq), f"step {seq}")
+    async def step_as_jpeg(run: RunId, seq: Seq, part: Part = 1) -> Response:
+        """The picture of one step; `part`: of a batch that is recorded in files of their own, which one, from 1."""
+        picture = await _read(lambda: picture_of_step(_around(recorder, run, seq, part), seq), f"step {seq}")
         return Response(picture, media_type="image/jpeg", headers=_NO_STORE)
 
     @app.get("/api/v1/runs/{run}/film/{seq}", response_class=Response)
-    async def step(run: RunId, seq: Seq) -> Response:
+    async def step(run: RunId, seq: Seq, part: Part = 1) -> Response:
         """The H.264 pictures around a step, from one keyframe to the next.
 
         uint32 length (big-endian), JSON {"pictures": [{seq, index, keyframe, pts, bytes}]}, then the pictures' bytes.
         """
-        pictures = await _read(lambda: _around(recorder.paths_of_run(run), seq), f"step {seq}")
+        pictures = await _read(lambda: _around(recorder, run, seq, part), f"step {seq}")
         return Response(_packed(pictures), media_type=PICTURES_TYPE, headers=_NO_STORE)
 
     @app.post("/api/v1/runs/{run}/keep")
@@ -76,6 +76,19 @@ def add_films(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
             raise ApiError(404, "no_film", f"There is no film of run {run}.") from error
         except TaesdStreamError as error:
             raise ApiError(503, "not_kept", str(error)) from error
+
+
+async def last_picture(recorder: Recorder, stream: str) -> bytes:
+    """The last picture of a stream's newest run that files remember, as JPEG. Raises: ApiError 404, 503."""
+    run = await asyncio.to_thread(recorder.newest_run_of, stream)
+    if run is None:
+        raise ApiError(404, "no_stream", f"There is no stream {stream}.")
+
+    def read() -> bytes:
+        seqs = [one.seq for path in recorder.paths_of_run(run) for one in steps_of(path)]
+        return picture_of_step(_around(recorder, run, max(seqs), 1), max(seqs)) if seqs else b""
+
+    return await _read(read, f"run {run}")
 
 
 async def _read(read: Callable[[], T], what: str) -> T:
@@ -106,8 +119,9 @@ def _film(recorder: Recorder, run: str, after: int) -> dict[str, Any]:
     return {**about, "steps": rows}
 
 
-def _around(paths: list[Path], seq: int) -> list[StepPicture]:
-    return next((found for path in reversed(paths) if (found := pictures_around(path, seq))), [])
+def _around(recorder: Recorder, run: str, seq: int, part: int) -> list[StepPicture]:
+    paths = recorder.paths_of_run(run, part)
+    return next((found for path in reversed(paths) if (found := pictures_around(path, seq, part))), [])
 
 
 def _packed(pictures: list[StepPicture]) -> bytes:

@@ -73,6 +73,10 @@ class RecordingRow(_Answer):
     last_seq: int
     gaps: list[int]
     """seqs that will never come."""
+    part: int | None
+    """Of a batch that is recorded in files of their own: which picture of it, from 1; None: all, or it grows still."""
+    parts: int
+    """How many such files there are, or will be when the run has ended; 1: one for all."""
     bytes: int
     started: float
     """Unix time, s."""

@@ -1,12 +1,14 @@
 // The page: what it shows (the address says which), and the line to the daemon. The keys are in keys.js.
 
 import { Actions } from "./actions.js"
+import { parse } from "./address.js"
 import { Compare } from "./compare.js"
 import { $, $$, copyText, put, store, stored } from "./dom.js"
 import { fillEmpty } from "./empty.js"
 import { msText } from "./format.js"
 import { listenToKeys } from "./keys.js"
 import { listen, loopback, tell } from "./line.js"
+import { Link } from "./link.js"
 import { Notices } from "./notices.js"
 import { RecordingList } from "./recordings.js"
 import { Stage } from "./stage.js"
@@ -16,17 +18,14 @@ import { Wall } from "./wall.js"
 
 const LOOK_MS = 250 // how often text follows the pictures
 const HIDDEN_MS = 5000 // a page in the background stops its pictures after this long
-const BANNER_MS = 800
-const GIVEN_UP_MS = 30000
 const { host } = location
 
 const streams = new Streams()
 const notices = new Notices()
 const actions = new Actions(notices, () => changed())
-const line = { first: true, daemon: null, version: "", lost_ms: null, lost_at: null, retry_at_ms: 0, old_page: false }
+const link = new Link(notices, () => tell({ do: "retry" }))
 const view = { kind: "wall", name: null, id: null, run: null, seq: null, scroll: 0, depth: 0 }
 let daemon = { recordings: [], alerts: [], stats: null }
-const dismissed = new Set()
 let paused = false
 let asleep = false
 let rendition = "VideoDecoder" in self ? "live" : "jpeg"
@@ -82,9 +81,11 @@ $("#wall").addEventListener("click", (event) => {
 
 function take(message) {
   switch (message.type) {
-    case "hello": return takeHello(message)
+    case "hello":
+      link.hello(message)
+      return tellFacts()
     case "state": return takeState(message)
-    case "closed": return takeClosed(message)
+    case "closed": return link.closed(message)
     case "picture": return stage.picture(message)
     case "step": return message.screen === "stage" ? stage.stepped(message) : compare.stepped(message)
     case "drawn": return message.list.forEach(({ header, pictures }) => wall.drawn(header, pictures))
@@ -97,25 +98,11 @@ function take(message) {
   }
 }
 
-function takeHello(hello) {
-  const mine = $("meta[name=page-version]").content
-  if (line.daemon && line.daemon !== hello.daemon) notices.toast("taesd-stream restarted. Earlier runs show their last picture.")
-  Object.assign(line, { daemon: hello.daemon, version: hello.version, lost_ms: null, old_page: hello.page !== mine })
-  document.body.dataset.link = "on"
-  tellFacts()
-  tellBanners()
-}
-
-function takeClosed({ retry_at_ms }) {
-  if (line.lost_ms === null) Object.assign(line, { lost_ms: performance.now(), lost_at: new Date() })
-  line.retry_at_ms = retry_at_ms
-}
-
 function takeState(state) {
   const before = streams.size
   const news = streams.take(state.streams)
-  const { first } = line
-  line.first = false
+  const { first } = link
+  link.first = false
   daemon = state
   if (first && !location.hash && streams.size === 1) history.replaceState(null, "", `#/s/${streams.keys().next().value}`)
   if (!first) notices.announce(news)
@@ -138,7 +125,7 @@ function look() {
   wall.refresh()
   stage.update()
   compare.update((run) => streams.ofRun(run))
-  tellBanners()
+  link.tell(daemon.alerts ?? [])
 }
 setInterval(look, LOOK_MS)
 
@@ -161,40 +148,14 @@ function tellCounts() {
   const live = streams.count(SHOWS.live)
   const { stats } = daemon
   const measured = !paused && (view.kind === "wall" || stage.item) && live > 0 && stats?.latency_ms != null
-  put($("#tab-live .count"), { text: line.first ? "" : live })
-  put($("#tab-recordings .count"), { text: line.first ? "" : recordings().length })
-  put($("#empty"), { hidden: line.first || streams.size > 0 })
+  put($("#tab-live .count"), { text: link.first ? "" : live })
+  put($("#tab-recordings .count"), { text: link.first ? "" : recordings().length })
+  put($("#empty"), { hidden: link.first || streams.size > 0 })
   put($("#pulse"), { hidden: !measured })
   put($("#paused"), { hidden: !paused })
   if (!measured) return
   put($("#pulse b"), { text: (stats.pictures_per_s ?? 0).toFixed(0) })
   put($("#pulse b:last-of-type"), { text: msText(stats.latency_ms) })
-}
-
-function tellBanners() {
-  const banners = []
-  const lost_for_ms = line.lost_ms === null ? 0 : performance.now() - line.lost_ms
-  if (lost_for_ms > BANNER_MS) {
-    banners.push({ key: "lost", text: lostText(lost_for_ms), label: "Try now", run: () => tell({ do: "retry" }) })
-    if (document.body.dataset.link !== "off") notices.alarm(`Lost the connection to ${host}.`)
-    document.body.dataset.link = "off"
-  }
-  if (line.old_page) banners.push({ key: "old", text: "This page is older than the daemon.", label: "Reload", run: () => location.reload() })
-  for (const { code, text } of daemon.alerts ?? []) {
-    const key = `${code} ${text}`
-    if (!dismissed.has(key)) banners.push({ key, text, label: "Dismiss", run: () => dismissed.add(key) && tellBanners() })
-  }
-  notices.banners(banners)
-}
-
-function lostText(lost_for_ms) {
-  if (lost_for_ms > GIVEN_UP_MS) {
-    return `Nothing answers at ${host}. If taesd-stream was stopped, start it again; this page reconnects by itself.`
-  }
-  const wait_s = Math.ceil((line.retry_at_ms - Date.now()) / 1000)
-  const next = wait_s > 0 ? `Trying again in ${wait_s} s.` : "Trying again now."
-  if (line.first) return `No connection to ${host}. ${next}`
-  return `Lost the connection to ${host}. These pictures are from ${line.lost_at.toLocaleTimeString()}. ${next}`
 }
 
 // --- what is watched ---
@@ -231,17 +192,6 @@ function setPaused(on) {
 }
 
 // --- the address says what is shown ---
-
-function parse(hash) {
-  const path = decodeURIComponent(hash.replace(/^#\/?/, ""))
-  const [, run, seq] = path.match(/^s\/([0-9a-f]{16})(?:\/(\d+))?$/) ?? []
-  if (run) return { kind: "stage", name: null, id: null, run, seq: seq ? Number(seq) : null }
-  const [, one, other, place, mode] = path.match(/^compare\/([0-9a-f]{16})\/([0-9a-f]{16})(?:\/(\d+|live)\/(wipe|side))?$/) ?? []
-  if (one) return { kind: "compare", name: null, id: `${one} ${other}`, runs: [one, other], seq: /\d/.test(place) ? Number(place) : null, mode }
-  if (path.startsWith("s/")) return { kind: "stage", name: path.slice(2), id: null }
-  if (path.startsWith("r/")) return { kind: "playing", name: null, id: path.slice(2) }
-  return { kind: path === "recordings" ? "recordings" : "wall", name: null, id: null }
-}
 
 function route() {
   const from = { ...view }
@@ -282,8 +232,17 @@ function openStream() {
   const item = found()
   if (item) stage.openStream(item, rendition, view.seq)
   else if (view.run) stage.openRun(view.run, view.seq)
-  else if (!line.first) stage.openUnknown(view.name)
+  else if (!link.first) openForgotten(view.name)
   watch()
+}
+
+/** A name that the daemon does not know, or no longer: the newest run that films and recordings remember stands there. */
+async function openForgotten(name) {
+  stage.openUnknown(name)
+  const answer = await fetch("/api/v1/films").catch(() => null)
+  const films = answer?.ok ? (await answer.json()).films : []
+  const newest = [...films, ...recordings()].filter(({ stream }) => stream === name).sort((a, b) => b.started - a.started)[0]
+  if (newest && view.kind === "stage" && view.name === name && !stage.item) stage.openRun(newest.run, null)
 }
 
 /** The address follows the playhead when it is let go; seq null: live, or the end. */
@@ -296,7 +255,7 @@ function moved(run, seq) {
 function openRecording() {
   const recording = recordings().find(({ id }) => id === view.id)
   if (recording) stage.openRecording(recording)
-  else if (!line.first) location.replace("#/recordings")
+  else if (!link.first) location.replace("#/recordings")
 }
 
 history.scrollRestoration = "manual"
@@ -358,7 +317,7 @@ function openFilter() {
 
 function tellFacts() {
   const how = rendition === "live" ? "Pictures: H.264 when opened, JPEG on the wall" : `Pictures: JPEG (${why_jpeg})`
-  put($("#help-facts"), { text: `${how}. taesd-stream ${line.version} at ${host}.` })
+  put($("#help-facts"), { text: `${how}. taesd-stream ${link.version} at ${host}.` })
 }
 
 const help = $("#help")
@@ -421,7 +380,7 @@ async function begin() {
   try {
     const answers = await Promise.all(["streams", "recordings"].map((what) => fetch(`/api/v1/${what}`)))
     const [{ streams }, { recordings }] = await Promise.all(answers.map((answer) => answer.json()))
-    if (line.first && streams && recordings) takeState({ ...daemon, streams, recordings })
+    if (link.first && streams && recordings) takeState({ ...daemon, streams, recordings })
   } catch {
     // Nobody answers: the socket says so, and tries again.
   }

@@ -7,8 +7,8 @@ const GROUPS_MAX = 6 // fetched ones, compressed
 const THUMB_PX = 80
 
 /** The pictures around a step: [{seq, index, keyframe, pts, bytes}], bytes as they are decoded. */
-async function fetchGroup(run, seq) {
-  const answer = await fetch(`/api/v1/runs/${run}/film/${seq}`)
+async function fetchGroup(run, seq, part) {
+  const answer = await fetch(`/api/v1/runs/${run}/film/${seq}${part ? `?part=${part}` : ""}`)
   if (!answer.ok) throw Object.assign(new Error(`step ${seq}: ${answer.status}`), { gone: true })
   const buffer = await answer.arrayBuffer()
   const length = new DataView(buffer).getUint32(0)
@@ -69,6 +69,7 @@ export class Film {
   /** on: {picture(image, width, height, seq), clip([{header, bytes}]), strip(seq, image)}; each image is closed behind the call. */
   constructor(run, on) {
     Object.assign(this, { run, on, groups: new Map(), wanted: null, shown: null, busy: false, thumbs: new Set(), strip_busy: false })
+    this.part = null // of a batch whose pictures have a film each: which one, from 1
     this.walker = new Walker()
     this.strip_walker = new Walker()
     this.decodes = "VideoDecoder" in self
@@ -82,23 +83,27 @@ export class Film {
       this.groups.set(key, group) // the one that was used last goes last
       return group
     }
-    const group = await fetchGroup(this.run, seq)
+    const { part } = this
+    const group = await fetchGroup(this.run, seq, part)
+    if (part !== this.part) return group
     this.groups.set(group[0].seq, group)
     while (this.groups.size > GROUPS_MAX) this.groups.delete(this.groups.keys().next().value)
     return group
   }
 
   /** Show a step; of several asked for while one is on its way, the last. */
-  async show(seq) {
-    this.wanted = seq
+  async show(seq, part = null) {
+    if (part !== this.part) this.groups.clear()
+    if (part !== this.part) this.shown = null
+    Object.assign(this, { wanted: seq, part })
     if (this.busy) return
     this.busy = true
     while (this.wanted !== null && this.wanted !== this.shown) {
-      const seq = this.wanted
+      const { wanted: seq, part } = this
       try {
         if (this.decodes) await this.decoded(seq)
         else await this.image(seq)
-        this.shown = seq
+        if (part === this.part) this.shown = seq
       } catch (error) {
         if (error.gone || !this.decodes) break
         this.decodes = false // a decoder that fails: the daemon makes images of steps
@@ -120,7 +125,7 @@ export class Film {
   }
 
   async image(seq) {
-    const answer = await fetch(`/api/v1/runs/${this.run}/film/${seq}.jpg`)
+    const answer = await fetch(`/api/v1/runs/${this.run}/film/${seq}.jpg${this.part ? `?part=${this.part}` : ""}`)
     if (!answer.ok) throw new Error(`step ${seq}: ${answer.status}`)
     const image = await createImageBitmap(await answer.blob())
     if (this.wanted === seq) this.on.picture(image, image.width, image.height, seq)

@@ -46,7 +46,7 @@ export class Pictures {
       case "screen": return this.screens.set(message.screen, this.screen(message.screen, message.canvas))
       case "strip": return (screen.strips = new Strip(message.canvas))
       case "open": return this.open(screen, message.stream)
-      case "replay": return screen.replay(message.run, message.seq)
+      case "replay": return screen.replay(message.run, message.seq, message.part)
       case "cells": return this.lay(screen, message)
       case "crop": return screen.crop(message.part)
       case "watch": return this.watch(message.streams)

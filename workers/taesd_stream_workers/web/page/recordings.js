@@ -2,10 +2,11 @@
 
 import { $, make, put, stamp } from "./dom.js"
 import { bytesText, clockText, plural, whenText } from "./format.js"
-import { fileOf } from "./stage.js"
 
 const FILMS_MAX = 100
 const ENDS_EARLY = "Ends early: the daemon stopped while recording."
+
+export const fileOf = (id) => `/api/v1/recordings/${encodeURIComponent(id)}/file`
 
 export class RecordingList {
   rows = new Map() // id -> its li
@@ -52,11 +53,11 @@ export class RecordingList {
     put($("#view-recordings > h1"), { class: shown.length ? "" : "unseen" })
   }
 
-  add({ id, stream, name }) {
+  add({ id, stream, name, part, parts }) {
     const row = stamp("#recording")
     row.dataset.id = id
     put($(".rec-open", row), { href: `#/r/${id}` })
-    put($("b", row), { text: stream })
+    put($("b", row), { text: part ? `${stream}, picture ${part} of ${parts}` : stream })
     put($("[data-act=download]", row), { "aria-label": `Download ${name}` })
     put($("[data-act=delete]", row), { "aria-label": `Delete ${name}` })
     $("img", row).onerror = ({ target }) => put(target, { hidden: true })

@@ -98,7 +98,8 @@ export class Screen extends Sink {
       picture: (image, width, height, seq) => {
         if (!this.replaying) return
         this.loop.close()
-        this.draw(image, width, height)
+        if (this.film.part) super.draw(image, width, height)
+        else this.draw(image, width, height)
         this.on.step(run, seq)
       },
       clip: (pictures) => this.replaying && pictures.forEach(({ header, bytes }) => this.loop.take({ header: { ...header, replayed: true }, bytes })),
@@ -106,15 +107,15 @@ export class Screen extends Sink {
     }))
   }
 
-  /** Show a step of a run; seq null: the live pictures again. */
-  replay(run, seq) {
+  /** Show a step of a run; seq null: the live pictures again. part: of a batch whose pictures have a film each, from 1. */
+  replay(run, seq, part = null) {
     const was = this.replaying
     this.replaying = seq !== null
     if (was !== this.replaying) {
       this.loop.close()
       this.time.close()
     }
-    if (this.replaying) return this.filmOf(run).show(seq)
+    if (this.replaying) return this.filmOf(run).show(seq, part)
     if (this.film) this.film.wanted = this.film.shown = null
     if (!was || !this.stream) return // else: what came meanwhile was not shown
     if (this.last) this.again(this.last)

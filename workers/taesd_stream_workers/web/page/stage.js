@@ -1,81 +1,15 @@
 // One opened stream, or one recording, on the stage; its numbers beside it.
 
-import { $, copyText, icon, make, put, stamp } from "./dom.js"
-import { bytesText, clockText, fpsText, msText, plural, sigmaText, spanText, whenText } from "./format.js"
-import { Latency, STAGES } from "./latency.js"
+import { $, icon, make, put, stamp } from "./dom.js"
+import { bytesText, clockText, fpsText, plural, sigmaText, spanText, whenText } from "./format.js"
+import { factsOf, figures, latencySection, notice, pairs, promptSection, section } from "./inspector.js"
+import { Latency } from "./latency.js"
+import { fileOf } from "./recordings.js"
 import { Scrubber } from "./scrubber.js"
 import { putBadge, putBar, putButtons, putSay, stateOf, stepText } from "./states.js"
 
-const FACT_NAMES = { latent_format: "Latents", cfg: "Guidance", guidance_scale: "Guidance", cfg_scale: "Guidance", negative_prompt: "Negative" }
-const TOLD_APART = ["prompt", "kind", "sampler", "scheduler", "pid", "host"]
-const FACTS_MAX = 24
 const DRAG_PX = 12
 const GRID_GAP_PX = 4 // as the daemon lays out a batch
-
-export const fileOf = (id) => `/api/v1/recordings/${encodeURIComponent(id)}/file`
-
-/** name, value pairs of the meta that a person may want to read. */
-function factsOf(meta) {
-  const facts = [["Sampler", [meta.sampler, meta.scheduler].filter(Boolean).join(", ")]]
-  for (const [key, value] of Object.entries(meta)) {
-    if (TOLD_APART.includes(key)) continue
-    const words = key.replaceAll("_", " ")
-    const text = value !== null && typeof value === "object" ? JSON.stringify(value) : `${value ?? ""}`
-    facts.push([FACT_NAMES[key] ?? words[0]?.toUpperCase() + words.slice(1), text])
-  }
-  facts.push(["From", [meta.pid && `pid ${meta.pid}`, meta.host && `on ${meta.host}`].filter(Boolean).join(" ")])
-  return facts.filter(([, text]) => text).slice(0, FACTS_MAX)
-}
-
-// --- parts of the inspector ---
-
-const section = (title, ...children) => make("section", {}, make("h2", { text: title }), ...children)
-const notice = (level, text) => make("p", { class: `notice ${level}` }, icon(level === "danger" ? "fail" : "warn"), make("span", { text }))
-const pairs = (name, list) => make("dl", { class: name }, ...list.flatMap(([term, text]) => [make("dt", { text: term }), make("dd", { text })]))
-
-/** Four big numbers: {root, tell({name: [main, small]})}. */
-function figures(names) {
-  const parts = Object.fromEntries(names.map((name) => [name, [make("span"), make("small")]]))
-  const root = make("dl", { class: "figures" }, ...names.map((name) => make("div", {}, make("dt", { text: name }), make("dd", {}, ...parts[name]))))
-  const tell = (values) => {
-    for (const [name, texts] of Object.entries(values)) parts[name].forEach((part, index) => put(part, { text: texts[index] ?? "" }))
-  }
-  return { root, tell }
-}
-
-function promptSection(prompt) {
-  const copy = make("button", { title: "Copy the prompt", "aria-label": "Copy the prompt" }, icon("copy"))
-  const part = section("Prompt", make("p", { class: "prose", dir: "auto", text: prompt }))
-  copy.onclick = () => copyText(prompt)
-  part.firstElementChild.append(copy)
-  return part
-}
-
-/** The table of stages, and one bar of them: {root, tell(summary)}. */
-function latencySection() {
-  const bars = STAGES.map(() => make("i"))
-  const cells = STAGES.map(() => make("td"))
-  const rows = STAGES.map((text, index) => make("tr", {}, make("th", { scope: "row", text }), cells[index]))
-  const total = make("td")
-  const foot = make("tfoot", {}, make("tr", {}, make("th", { scope: "row", text: "Sampler to screen" }), total))
-  const bar = make("div", { class: "spans", "aria-hidden": "true" }, ...bars)
-  const root = section("Latency, last 5 s", bar, make("table", {}, make("tbody", {}, ...rows), foot))
-  const tell = (found) => {
-    const stages_ms = found?.stages_ms ?? STAGES.map(() => null)
-    const slowest = Math.max(...stages_ms)
-    put(bar, { hidden: !found || found.differ })
-    stages_ms.forEach((ms, index) => {
-      const name = ms > 0 && ms === slowest ? "slow" : ""
-      put(bars[index], { class: name })
-      bars[index].style.flexGrow = ms ?? 0
-      put(rows[index], { class: name })
-      put(cells[index], { text: ms === null ? "–" : msText(ms) })
-    })
-    const none = found?.total_ms == null ? "–" : found.differ ? "clocks differ" : null
-    put(total, { text: none ?? `${msText(found.total_ms)} · p95 ${msText(found.p95_ms)}` })
-  }
-  return { root, tell }
-}
 
 export class Stage {
   item = null // the opened stream's Item, or
@@ -83,6 +17,7 @@ export class Stage {
   run = null // the opened run that is no stream's any more
   last = null // header of the live picture on the stage
   row = null // of the film: the step that is shown instead
+  film_part = 0 // of a batch whose pictures have a film each: which one
 
   /** on: {tell(message), act(kind, item or recording or {run, name}), moved(run, seq or null)} */
   constructor(on) {
@@ -150,7 +85,7 @@ export class Stage {
 
   close() {
     if (this.item || this.run) this.on.tell({ do: "open", screen: "stage", stream: null })
-    Object.assign(this, { item: null, recording: null, run: null, last: null, row: null, sought: null, part: null, built_parts: "", figures: null })
+    Object.assign(this, { item: null, recording: null, run: null, last: null, row: null, film_part: 0, sought: null, part: null, built_parts: "", figures: null })
     this.scrubber.open([])
     this.note("")
     put(this.video, { src: null, hidden: true })
@@ -213,12 +148,19 @@ export class Stage {
   /** row: of the film, null: what is live again. released: the hand is off. */
   replay(row, released) {
     const { lead } = this.scrubber
-    if (this.run || this.item?.gone) row ??= this.scrubber.end // no live picture will come
-    if (row !== this.row) this.on.tell({ do: "replay", screen: "stage", run: lead.run, seq: row?.seq ?? null })
-    this.row = row
+    const { item } = this
+    if (this.run || item?.gone || (item?.ended && item.data.seq === null)) row ??= this.scrubber.end // no live picture will come
+    if (row !== this.row) this.show(row)
     if (released) this.on.moved(lead.run, row?.seq ?? null)
     if (this.item) this.update()
     else if (this.run) this.tellStep()
+  }
+
+  show(row) {
+    this.row = row
+    const part = this.apart ? this.film_part + 1 : null
+    this.on.tell({ do: "replay", screen: "stage", run: this.scrubber.lead.run, seq: row?.seq ?? null, part })
+    this.tellParts()
   }
 
   /** The worker has drawn a step. */
@@ -231,7 +173,8 @@ export class Stage {
     const { item, row, scrubber } = this
     const away = row && row !== scrubber.end
     put(this.parts.pill, { hidden: !away })
-    if (away) put(this.parts.pill.firstElementChild, { text: `${stepText(item, this.numbers)}. ${item.ended ? "The last is" : "Live is at"} ${scrubber.lead.number(scrubber.end)}` })
+    const which = this.apart ? `, picture ${this.film_part + 1} of ${this.apart}` : ""
+    if (away) put(this.parts.pill.firstElementChild, { text: `${stepText(item, this.numbers)}${which}. ${item.ended ? "The last is" : "Live is at"} ${scrubber.lead.number(scrubber.end)}` })
   }
 
   get numbers() {
@@ -250,26 +193,39 @@ export class Stage {
 
   // --- batches ---
 
-  /** Over each picture of a batch lies a button that shows it alone; over that one, a button back. */
+  /** How many pictures a replayed step has in files of their own: they are shown one at a time; 0: it is one picture. */
+  get apart() {
+    const parts = this.scrubber.lead?.head?.parts ?? 1
+    return this.row && parts > 1 ? parts : 0
+  }
+
+  /** Over each picture of a batch lies a button that shows it alone; over that one, a button back, or to the next. */
   tellParts() {
     const { grid } = this.parts
-    const { parts = 1, columns = 1, width, height } = this.last ?? {}
-    const alone = this.part !== null
+    const { apart } = this
+    const { parts = 1, columns = 1, width, height } = apart ? { parts: apart } : this.last ?? {}
+    const alone = apart > 0 || this.part !== null
     const shown = alone ? { count: 1, aspect: 0 } : { count: parts, aspect: width / height }
     put(grid, { hidden: parts < 2 })
     if (parts < 2) return
     const { clientWidth, clientHeight } = grid.parentElement
     const box = shown.aspect ? Math.min(clientWidth, clientHeight * shown.aspect) : clientWidth
     Object.assign(grid.style, { width: `${box}px`, height: `${shown.aspect ? box / shown.aspect : clientHeight}px`, gridTemplateColumns: `repeat(${alone ? 1 : columns}, 1fr)` })
-    if (this.built_parts === `${alone} ${parts}`) return
-    this.built_parts = `${alone} ${parts}`
-    const labels = alone ? [`Show all ${parts} pictures`] : Array.from({ length: parts }, (_, at) => `Show picture ${at + 1} of ${parts} alone`)
+    const built = `${alone} ${parts} ${apart && this.film_part}`
+    if (this.built_parts === built) return
+    this.built_parts = built
+    const labels = apart ? [`Picture ${this.film_part + 1} of ${apart}. Show the next`] : alone ? [`Show all ${parts} pictures`] : Array.from({ length: parts }, (_, at) => `Show picture ${at + 1} of ${parts} alone`)
     const had_focus = grid.contains(document.activeElement)
     grid.replaceChildren(...labels.map((label) => make("button", { "aria-label": label, title: label })))
     if (had_focus) grid.firstElementChild.focus()
   }
 
   choosePart(at) {
+    if (this.apart) {
+      this.film_part = (this.film_part + 1) % this.apart
+      this.show(this.row)
+      return this.item && this.tellPill()
+    }
     const { parts, columns } = this.last
     this.part = this.part === null ? at : null
     const full_width = this.item.data.width * columns + GRID_GAP_PX * (columns - 1)
@@ -383,7 +339,7 @@ export class Stage {
     this.figures = figures(kind === "live" ? ["Frame", "Pictures", "Size"] : ["Step", "Sigma", "Step time", "Pictures", "Size"])
     this.latencyPart = latencySection()
     this.built = built
-    const recorded = files.map((id) => make("a", { href: `#/r/${id}` }, icon("play"), "Play the recording"))
+    const recorded = files.map((id, at) => make("a", { href: `#/r/${id}` }, icon("play"), files.length > 1 ? `Play recording ${at + 1}` : "Play the recording"))
     const chosen = decoder_reason ? [["Why this decoder", decoder_reason]] : []
     const facts = [...factsOf(meta), ["Latents", latent_format], ["Decoder", decoder || "–"], ...chosen, ["Watched by", plural(viewers ?? 0, "page")]]
     const parts = [
@@ -418,8 +374,9 @@ export class Stage {
     } else this.note("Still being recorded. It can be played when the run has ended.")
     const big = figures(["Frames", "Length", "Size", "File"])
     big.tell({ Frames: [frames], Length: [duration_s ? clockText(duration_s) : "–"], Size: width ? [width, `× ${height}`] : ["–"], File: [bytesText(bytes)] })
+    const batch = recording.part ? [["Picture", `${recording.part} of ${recording.parts}`]] : []
     const missing = gaps?.length ? [["Missing", plural(gaps.length, "frame")]] : []
-    const facts = [...factsOf(meta), ...missing, ["Started", new Date(started * 1000).toLocaleString()], ["Name", name]]
+    const facts = [...batch, ...factsOf(meta), ...missing, ["Started", new Date(started * 1000).toLocaleString()], ["Name", name]]
     const parts = [error && notice("danger", error), big.root, section("Step by step", make("div", { class: "files" }, make("a", { href: `#/s/${recording.run}/${recording.first_seq}` }, icon("play"), "Walk through the steps"))), meta.prompt && promptSection(`${meta.prompt}`), section("Run", pairs("facts", facts))]
     this.parts.inspector.replaceChildren(...parts.filter(Boolean))
   }
