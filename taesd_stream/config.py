@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
+from urllib.parse import urlsplit
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -202,6 +203,27 @@ class PushTo(_Section):
     """Where it goes: rtsp://host/name, rtmp://host/app/name or rtmps://…"""
 
 
+class PeerDaemon(_Section):
+    """Another daemon, whose streams and recordings this one's page shows beside its own."""
+
+    url: str = Field(min_length=1)
+    """Where its page is: http://host:port. Its own peers' streams do not come with it."""
+    token_file: str = ""
+    """File of that page's token, where it asks for one; only its owner may read it."""
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        try:
+            is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_one = False
+        if not is_one or "@" in parts.netloc or parts.path.strip("/") or parts.query or parts.fragment:
+            raise ValueError("expected http://host:port, without a path, a name or a token")
+        return f"{parts.scheme}://{parts.netloc}"
+
+
 class Config(BaseSettings):
     """The whole configuration, resolved."""
 
@@ -216,6 +238,7 @@ class Config(BaseSettings):
     security: SecurityConfig = SecurityConfig()
     rules: tuple[Rule, ...] = ()
     pushes: tuple[PushTo, ...] = ()
+    peers: tuple[PeerDaemon, ...] = ()
 
     def rule_of(self, stream: str) -> Rule:
         """What all rules together say of a stream; a key that none sets is None. `~N` behind a name counts for none."""
@@ -267,7 +290,8 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
 }
 
 
-TABLES: Mapping[str, type[BaseModel]] = {"rules": Rule, "pushes": PushTo}  # of which there may be many
+# Of these there may be many.
+TABLES: Mapping[str, type[BaseModel]] = {"rules": Rule, "pushes": PushTo, "peers": PeerDaemon}
 
 
 def load_config(file: Path | None = None, sets: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:

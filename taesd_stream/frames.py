@@ -72,7 +72,7 @@ class LatentFrame:
     """
 
     run: str
-    seq: int  # from 0 in a run, one a publish()
+    seq: int  # from 0, one a publish(); a run that continues another one at another daemon counts on
     index: int
     step: int  # 0-based, the `i` of a k-diffusion callback
     total_steps: int | None
