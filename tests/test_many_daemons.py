@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
+import shutil
 import signal
+import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -24,12 +27,12 @@ from taesd_stream.frames import LatentFrame, RecordMode, StreamInfo
 from taesd_stream.integrations.training import _films, publish_sample
 from taesd_stream.keys import load_keys
 from taesd_stream.latent_log import read_messages
+from taesd_stream.message_fields import MAX_META_BYTES
 from taesd_stream.messages import End, PublisherHello
-from taesd_stream.wire import MAX_META_BYTES
-from taesd_stream_workers.key_files import make_client
+from taesd_stream_workers.key_files import make_client, revoke
 from tests.broker_peer import BrokerPeer
 from tests.broker_role import BrokerRole
-from tests.daemon import Daemon, wait_for
+from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.pictures import decode_file, sd1_latents_of
 
 FOX = ["tcp://10.0.0.1:5760", "tcp://10.0.0.2:5760", "tcp://10.0.0.3:5760"]
@@ -264,15 +267,17 @@ def test_a_daemon_that_hangs_is_left_too(farm: list[BrokerPeer], open_run: Any) 
 
 
 def test_a_run_that_nobody_has_keeps_its_id(farm: list[BrokerPeer], open_run: Any) -> None:
-    """The first choice was never there: the run opens at the next one as it is, and continues nothing."""
+    """The first choice was never there: the run opens at the next one as it is, which says what is kept of it."""
     one, two, _ = farm
     one.close()
-    publisher = open_run(record="all")
+    publisher = open_run(record=None)
     run = publisher.run
     publish(publisher, 2)
     info = two.opened()
-    assert (info.run, "continues" in info.meta, publisher.run) == (run, False, run)
-    assert two.frame(0).step == 0
+    assert (info.run, "continues" in info.meta, publisher.run, info.record) == (run, False, run, None)
+    two.demand(run, "every", record="all")
+    two.frame(1, kept=True)
+    assert two.seqs() == [0, 1]
 
 
 def test_a_run_that_nobody_else_has_stays_where_it_is(farm: list[BrokerPeer], open_run: Any) -> None:
@@ -539,6 +544,91 @@ def test_three_brokers_miss_no_frame(tmp_path: Path, hasty: None, caplog: pytest
         first.start()
         assert first.stats().runs[former]["last_seq"] == len(has) - 1
         wait_for(lambda: first.stats().runs[former]["ended"], of="the end of the part that it has")
+
+
+@pytest.mark.slow
+def test_a_program_that_stood_still_leaves_nobody(tmp_path: Path, hasty: None) -> None:
+    """A call that holds the GIL for long while the broker answers late: what is there by then counts, the run stays."""
+    with contextlib.ExitStack() as stack:
+        brokers: dict[str, BrokerRole] = {}
+        for name in "ab":
+            (tmp_path / name).mkdir()
+            one = stack.enter_context(BrokerRole(tmp_path / name))
+            brokers[one.front] = one
+        publisher = LatentPublisher([*brokers], stream="fox", latent_format="sd1", record="all")
+        run, pulse = publisher.run, publisher._link._pulse
+        broker = brokers[publisher.address]
+        wait_for(lambda: pulse.is_heard, of="the first answer")
+        os.kill(broker.process.pid, signal.SIGSTOP)
+        with subprocess.Popen(["sh", "-c", f"sleep 1.2; kill -CONT {broker.process.pid}"]):
+            wait_for(lambda: pulse._asked_s, of="a question that is not answered")
+            ctypes.PyDLL(None).usleep(3_000_000)
+        publish(publisher, 3)
+        assert publisher.wait_until_acked(30), publisher.error
+        publisher.close()
+        assert (publisher.run, brokers[publisher.address]) == (run, broker)
+
+
+@pytest.mark.slow
+def test_a_key_that_is_refused_is_said_and_one_of_another_farm_is_passed_over(tmp_path: Path) -> None:
+    """A daemon that knows us not is the answer; one that is encrypted for others is as good as gone, and it is said."""
+    client = make_client(tmp_path / "keys", "laptop", "samplers")
+    shutil.copytree(tmp_path / "keys", tmp_path / "revoked")
+    revoke(tmp_path / "revoked", "laptop")
+    make_client(tmp_path / "foreign", "laptop", "samplers")
+    with contextlib.ExitStack() as stack:
+        at = {}
+        for name in ("keys", "revoked", "foreign"):
+            (tmp_path / f"at-{name}").mkdir()
+            role = BrokerRole(tmp_path / f"at-{name}", f"security.keys_folder={tmp_path / name}")
+            at[name] = stack.enter_context(role).front
+
+        def opened(first: str) -> LatentPublisher:
+            pair = [at[first], at["keys"]]
+            stream = next(name for name in map(str, range(100)) if ranked(pair, name)[0] == at[first])
+            options: dict[str, Any] = {"latent_format": "sd1", "record": "all", "keys_folder": client}
+            publisher = LatentPublisher(pair, stream=stream, **options)
+            publish(publisher, 1)
+            return publisher
+
+        revoked, foreign = opened("revoked"), opened("foreign")
+        wait_for(lambda: "refuses this key" in (revoked.error or ""), of="the refusal")
+        wait_for(lambda: "breaks off every handshake" in (foreign.error or ""), of="the other one's")
+        assert foreign.wait_until_acked(20), foreign.error
+        assert (foreign.address, revoked.address) == (at["keys"], at["revoked"])
+        assert "refuses this key" in (revoked.error or "")
+        foreign.close()
+        revoked.close(0.0)
+
+
+@pytest.mark.slow
+def test_a_file_is_published_to_whichever_daemon_is_there(daemon: Daemon, tmp_path: Path) -> None:
+    """`publish --connect` with several addresses: one that nobody answers at costs seconds, not the file."""
+    np.save(tmp_path / "three.npy", np.zeros((3, 4, 8, 8), np.float32))
+    words = [
+        "publish",
+        str(tmp_path / "three.npy"),
+        "--latent-format",
+        "sd1",
+        "--stream",
+        "whichever",
+        "--record",
+        "all",
+    ]
+    command = [*COMMAND, *words, "--connect", f"tcp://127.0.0.1:9,{daemon.broker}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean_environment(tmp_path), check=False)
+    assert done.returncode == 0, done.stderr
+    assert daemon.recording(daemon.streams()["whichever"]["run"])["frames"] == 3
+    nobody = subprocess.run(
+        [*command[:-1], "tcp://127.0.0.1:9,tcp://127.0.0.1:10"],
+        capture_output=True,
+        text=True,
+        env=clean_environment(tmp_path),
+        check=False,
+    )
+    assert nobody.returncode == 69
+    assert "127.0.0.1:9:" in nobody.stderr
+    assert "127.0.0.1:10:" in nobody.stderr
 
 
 FRAMES = 60
