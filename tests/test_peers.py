@@ -8,11 +8,9 @@ import signal
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import av
@@ -24,59 +22,10 @@ from taesd_stream.config import load_config
 from taesd_stream.errors import ConfigError
 from taesd_stream_workers.start_checks import check_start
 from tests.daemon import Daemon, free_port, wait_for
+from tests.farm import COLOURS, Farm, assert_shows, peers
 from tests.page_socket import PageSocket
 from tests.peer_standin import PICTURE, ROW, RUN, STATS, STREAM, PeerStandin
-from tests.pictures import PATCHES, decode_h264, decode_jpeg, sd1_latents_of
-
-COLOURS = {"one": PATCHES["red"], "two": PATCHES["green"], "three": PATCHES["blue"]}
-
-
-def peers(*urls: str) -> dict[str, str]:
-    """The environment of a daemon that has these peers."""
-    return {"TAESD_STREAM_PEERS": json.dumps([{"url": url} for url in urls])}
-
-
-class Farm:
-    """Three daemons. The second has the first as its peer too, so that something could go round."""
-
-    def __init__(self, folder: Path) -> None:
-        self._port = free_port()
-        self.folder = folder
-        self.second = self._daemon("second", peers(f"http://127.0.0.1:{self._port}"))
-        self.third = self._daemon("third", {})
-
-    def _daemon(self, name: str, environment: Mapping[str, str], *sets: str) -> Daemon:
-        folder = self.folder / name
-        folder.mkdir()
-        return Daemon(folder, "decoder.threads=1", *sets, environment=environment)
-
-    def __enter__(self) -> Farm:
-        self._stack = ExitStack()
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(self._stack.enter_context, (self.second, self.third)))
-        bind = f"web.bind=127.0.0.1:{self._port}"
-        self.first = self._daemon("first", peers(self.second.web, self.third.web), bind)
-        self._stack.enter_context(self.first)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
-
-    @property
-    def daemons(self) -> dict[str, Daemon]:
-        return {"one": self.first, "two": self.second, "three": self.third}
-
-    def publish(self, stack: ExitStack, prefix: str, **options: Any) -> dict[str, LatentPublisher]:
-        """A stream at each daemon, each of one colour: one/PREFIX at the first, two/PREFIX, three/PREFIX."""
-        publishers = {}
-        for name, daemon in self.daemons.items():
-            publisher = LatentPublisher(daemon.broker, stream=f"{name}/{prefix}", latent_format="sd1", **options)
-            publishers[name] = stack.enter_context(publisher)
-            publisher.publish(sd1_latents_of(COLOURS[name]), step=0)
-        wait_for(lambda: {one.stream for one in publishers.values()} <= self.first.streams().keys(), of="all streams")
-        return publishers
+from tests.pictures import decode_h264, decode_jpeg, sd1_latents_of
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +33,6 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
     """Three daemons for all tests that do not harm them."""
     with Farm(tmp_path_factory.mktemp("farm")) as started:
         yield started
-
-
-def assert_shows(picture: Any, name: str) -> None:
-    """A picture is of the colour of a daemon's stream."""
-    assert np.abs(picture.mean(axis=(0, 1)) - COLOURS[name]).max() <= 8, name
 
 
 def test_one_page_shows_all(farm: Farm) -> None:
