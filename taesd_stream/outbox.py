@@ -212,6 +212,15 @@ class Outbox:
             self.slot.pop()
         return True
 
+    def oldest_ns(self) -> int | None:
+        """When the oldest frame was published that a broker who knows nothing of the run gets; None: none is here."""
+        with self.changed:
+            self.place()
+            waiting: list[Offered | LatentFrame] = [*self.pending, *self._undecided, *self.slot]
+        kept = self.kept.read(self.kept.first_seq or 0)
+        waiting += [frame for frame in (self._newest, kept) if frame is not None]
+        return min((one.sent_ns for one in waiting), default=None)
+
     def show_again(self) -> None:
         """A broker that does not know the run has no picture of it: send the newest once more."""
         if self._newest is not None and not self.slot:

@@ -1,6 +1,6 @@
 """Many samplers, daemons and workers as an event simulation: what waits, what is replaced, how busy everybody is.
 
-Each sampler steps at a pace of its own, belongs to one daemon by rendezvous hash and there to one worker, and is idle,
+Each sampler steps at a pace of its own, belongs to one daemon (`daemons.ranked`) and there to one worker, and is idle,
 watched or kept. A broker takes what has come, then gives jobs to workers with credit, of what is watched the newest; a
 worker does one job after the other, its pictures go to the first encoder that is free, then to the streamer. Waits,
 batches and replaced frames come of that; service times are those of `Times`, each time the same. The seed is fixed.
@@ -13,12 +13,12 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any, Final
 
 import numpy as np
 
 from taesd_stream.capacity import LOAD_FACTOR, bottleneck, sent_per_s
+from taesd_stream.daemons import ranked
 from taesd_stream.frames import Demand
 from taesd_stream.scheduling import RECORD_PATIENCE_NS
 from taesd_stream_workers.runs import MAX_LIVE_IN_FLIGHT
@@ -115,11 +115,11 @@ class Farm:
 
     def _place(self, streams: Sequence[Stream]) -> dict[str, Worker]:
         """Each stream's daemon by rendezvous hash; there, as the broker does, the worker with the least to do."""
+        by_address = {f"tcp://host-{number}:5760": daemon for number, daemon in enumerate(self._daemons)}
         home: dict[str, Worker] = {}
         loads = {id(worker): 0.0 for daemon in self._daemons for worker in daemon.workers}
         for stream in streams:
-            number = max(range(len(self._daemons)), key=lambda one: _weight(one, stream.name))
-            daemon = self._daemons[number]
+            daemon = by_address[ranked(list(by_address), stream.name)[0]]
             worker = min(daemon.workers, key=lambda one: loads[id(one)])
             loads[id(worker)] += 0.0 if stream.use == "idle" else 1 / stream.interval_s
             home[stream.name] = worker
@@ -310,10 +310,6 @@ def samplers(
         Stream(f"sampler/{number}", 1 / sent_per_s(float(pace), use, max_fps=max_fps), use)
         for number, (pace, use) in enumerate(zip(paces, uses, strict=True))
     ]
-
-
-def _weight(daemon: int, name: str) -> bytes:
-    return blake2b(f"{daemon} {name}".encode(), digest_size=8).digest()
 
 
 def _ms(times_s: Sequence[float], percentile: float) -> float | None:

@@ -338,7 +338,7 @@ def melting_latents(shape: tuple[int, int, int], count: int) -> Tensor:
     rng = torch.Generator().manual_seed(11)
     coarse = torch.randn(2, shape[0], 5, 5, generator=rng)
     soft = torch.nn.functional.interpolate(coarse, shape[1:], mode="bicubic", align_corners=True)
-    first, last = soft + 0.15 * torch.randn(2, *shape, generator=rng)
+    first, last = soft + 0.3 * torch.randn(2, *shape, generator=rng)  # about 10 KiB of 512x512 pixels, as previews take
     melting: Tensor = torch.lerp(first, last, torch.linspace(0, 1, count).reshape(-1, 1, 1, 1))
     return melting
 

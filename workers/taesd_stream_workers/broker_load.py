@@ -43,7 +43,7 @@ HELLO_S: Final = 0.5
 ANSWER_S: Final = 20  # for any answer, on a machine that has other work too
 ANSWER_MS: Final = 1000 * ANSWER_S
 WAITING_BYTES: Final = 16 << 20  # of one burst to samplers that nobody watches
-BURST: Final = 4  # frames of each of them
+BURST: Final = 12  # frames of each of them, then a HELLO, whose answer ends it; a connection holds 16
 FORMAT: Final = "bench"  # of no table: the broker only asks that it has three axes
 
 
@@ -163,7 +163,17 @@ class BrokerLoad:
         self._hello_s = 0.0
 
     def __enter__(self) -> BrokerLoad:
-        front, inside = self._facts["bind"], self._facts["workers_bind"]
+        try:
+            self._connect(self._facts["bind"], self._facts["workers_bind"])
+        except BaseException:  # Ctrl-C too: sockets that stay would hold up the end of the process
+            self._context.destroy(linger=0)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._context.destroy(linger=0)
+
+    def _connect(self, front: str, inside: str) -> None:
         self._worker = dial(self._context, zmq.DEALER, inside, hwm=1000, identity=b"bench-worker")
         self._streamer = dial(self._context, zmq.DEALER, inside, hwm=1000, identity=b"bench-streamer")
         self._watched = [Sampler(self._context, front, f"watched/{number}") for number in range(SAMPLERS)]
@@ -178,10 +188,6 @@ class BrokerLoad:
         self._wait_for_state()
         for sampler in (*self._watched, *self._unwatched):
             sampler.open()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._context.destroy(linger=0)
 
     def measure(self, nbytes: int, seconds: float) -> BrokerRates:
         """All of it for frames of so many bytes (a multiple of 32); takes about `seconds`."""
@@ -202,9 +208,7 @@ class BrokerLoad:
             for _ in range(BURST):
                 sampler.publish(payload)
 
-        hello_s = 1 / self._rounds_per_s(seconds / 4, count, lambda _: None)
-        each_s = 1 / self._rounds_per_s(seconds * 3 / 4, count, burst)  # of a burst, and the HELLO that ends it
-        return BURST / max(each_s - hello_s, each_s / 10)
+        return BURST * self._rounds_per_s(seconds, count, burst)
 
     def _rounds_per_s(self, seconds: float, count: int, publish: Callable[[Sampler], None]) -> float:
         """Samplers a second: `publish`, HELLO, and its answer, which comes when all before it was taken."""
@@ -228,10 +232,10 @@ class BrokerLoad:
             sampler.publish(payload)
         began_s = time.monotonic()
         until_s, under_way, ages_ms = began_s + seconds, len(samplers), []
-        while under_way:
-            for item in self._take_job():
+        while under_way > 0:
+            for item in (one for one in self._take_job() if one.run in chosen):
                 ages_ms.append((time.monotonic_ns() - item.sent_ns) / 1e6)
-                if item.run in chosen and time.monotonic() < until_s:
+                if time.monotonic() < until_s:
                     self._by_run[item.run].publish(payload)
                 else:
                     under_way -= 1
