@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, expect
 
-from tests.farm import COLOURS, Farm
 from tests.page_fixture import await_colour, opening
+from tests.three_daemons import COLOURS, ThreeDaemons
 
 ARTIFACTS = Path(__file__).parent.parent / "artifacts" / "page"
 
 
 @pytest.fixture(scope="module")
-def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
+def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreeDaemons]:
     """Three daemons."""
-    with Farm(tmp_path_factory.mktemp("farm")) as started:
+    with ThreeDaemons(tmp_path_factory.mktemp("farm")) as started:
         yield started
 
 
 @pytest.mark.browser
-def test_the_page_of_several_daemons(farm: Farm, browser: Browser) -> None:
+def test_the_page_of_several_daemons(farm: ThreeDaemons, browser: Browser) -> None:
     """In Chromium: tiles of all daemons in their colours, a filter by daemon, a stage that says whose stream it is."""
     with ExitStack() as stack:
         farm.publish(stack, "seen", total_steps=8)

@@ -24,7 +24,7 @@ def peers(*urls: str) -> dict[str, str]:
     return {"TAESD_STREAM_PEERS": json.dumps([{"url": url} for url in urls])}
 
 
-class Farm:
+class ThreeDaemons:
     """Three daemons. The second has the first as its peer too, so that something could go round."""
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +38,7 @@ class Farm:
         folder.mkdir()
         return Daemon(folder, "decoder.threads=1", *sets, environment=environment)
 
-    def __enter__(self) -> Farm:
+    def __enter__(self) -> ThreeDaemons:
         self._stack = ExitStack()
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(self._stack.enter_context, (self.second, self.third)))
