@@ -258,6 +258,45 @@ def test_one_that_is_back_in_time_keeps_its_run(farm: list[BrokerPeer], open_run
         publisher.close(0.0)
 
 
+def test_where_all_was_acked_the_next_daemon_waits_for_nothing(
+    farm: list[BrokerPeer], open_run: Any, beside: ThreadPoolExecutor
+) -> None:
+    """It is told that keeping begins with the next publish, so that it takes that one when it comes."""
+    one, two, _ = farm
+    publisher = open_run(record="all")
+    run = taken_by(one)
+    publish(publisher, 5)
+    one.frame(4)
+    one.ack(run, 4)
+    assert publisher.wait_until_acked(10)
+    one.close()
+    info = continued_at(two, run)
+    hello = two.next(PublisherHello).runs[info.run]
+    assert (hello.next_seq, hello.kept_from) == (5, 5)
+    publish(publisher, 1, first=5)
+    assert two.frame(5, kept=True).index == 5
+    two.ack(info.run, 5)
+    closed = beside.submit(publisher.close)
+    assert two.finish().last_seq == 5
+    closed.result(20)
+
+
+def test_the_word_end_alone_begins_no_run(farm: list[BrokerPeer], open_run: Any) -> None:
+    """All was acked, then the daemon died: close() ends without another daemon's hearing of the stream."""
+    one, two, three = farm
+    publisher = open_run(record="all")
+    run = taken_by(one)
+    publish(publisher, 2)
+    one.frame(1)
+    one.ack(run, 1)
+    assert publisher.wait_until_acked(10)
+    one.close()
+    publisher.close(20.0)
+    assert (publisher.run, publisher.error) == (run, None)
+    assert not two._socket.poll(0)
+    assert not three._socket.poll(0)
+
+
 @pytest.mark.slow
 def test_a_second_death_leads_to_the_third(farm: list[BrokerPeer], open_run: Any) -> None:
     """Each run names the one before it, and what none of them acked is in the last one."""
