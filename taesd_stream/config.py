@@ -78,13 +78,15 @@ class DecoderConfig(_Section):
     device: str = "auto"
     """Devices, a decode worker each: "auto", "cpu", "cuda:0,cuda:1"…; auto leaves busy GPUs to their samplers."""
     choice: DecoderChoice = "auto"
-    """Decoder of live views: "tiny", "nano" or "linear"; "auto": the best that keeps up, on the CPU nano first."""
+    """Decoder of live views: "tiny", "nano" or "linear"; "auto": the best that gives a picture within max_job_s."""
     max_batch_size: int = Field(default=16, ge=1, le=256)
     """Most frames in one batch. Higher: more throughput, more memory, longer waits."""
     max_job_s: float = Field(default=0.25, gt=0, le=10)
-    """Longest job in seconds: what a newer frame of another stream may have to wait."""
+    """Longest job in seconds: what another stream's newer frame may have to wait. Clips are decoded in such slices."""
     latency_budget_s: float = Field(default=4.0, ge=0)
     """A live picture that would take longer is shown by a cheaper decoder; 0: never. Choice "auto" alone."""
+    float8: bool = False
+    """Live views on a Hopper GPU compute their largest layers in float8: a fifth faster, not quite as exact."""
     memory_bytes: int = Field(default=1 << 30, ge=64 << 20)
     """Most bytes of activations at once; larger batches are decoded in slices."""
     min_free_bytes: int = Field(default=4 << 30, ge=0)

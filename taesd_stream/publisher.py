@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, SupportsFloat
 
-from taesd_stream import wire
+from taesd_stream import message_fields, wire
 from taesd_stream.current_run import continued
 from taesd_stream.daemons import Addresses, Daemons, addresses_of
 from taesd_stream.errors import ConfigError, WireError
@@ -299,11 +299,11 @@ def _checked_numbers(step: Any, total_steps: Any, sigma: Any) -> tuple[int, int 
     """Numbers of any kind as the wire takes them; a tensor on a device stays there. Raises: ValueError and its like."""
     step = int(step)
     total_steps = None if total_steps is None else int(total_steps)
-    wire.check(LatentFrame, step=step, total_steps=total_steps)
+    message_fields.check(LatentFrame, step=step, total_steps=total_steps)
     if sigma is None or (is_on_device(sigma) and sigma.numel() == 1):
         return step, total_steps, sigma
     sigma = float(sigma)
     if not math.isfinite(sigma):
         return step, total_steps, None
-    wire.check(LatentFrame, sigma=sigma)
+    message_fields.check(LatentFrame, sigma=sigma)
     return step, total_steps, sigma

@@ -19,6 +19,7 @@ from taesd_stream.frames import EndReason, StreamInfo
 from taesd_stream.keys import Keys
 from taesd_stream.latent_log import LogError
 from taesd_stream.line import Line, checked_line
+from taesd_stream.message_fields import MAX_TEXT_CHARS
 from taesd_stream.messages import Ack, DemandUpdate, Echo, End, PublisherHello, Refused, RunHello, StopRun
 from taesd_stream.outbox import Outbox, is_final
 from taesd_stream.pace import Pace
@@ -97,7 +98,7 @@ class PublisherLink:
         """Send what is left, then END, and stop the thread; do not wait for it."""
         if self._end is None:
             self._give_up_s = time.monotonic() + timeout_s
-            text = text.encode("utf-8", "replace").decode()[: wire.MAX_TEXT_CHARS]  # text from outside may be no UTF-8
+            text = text.encode("utf-8", "replace").decode()[:MAX_TEXT_CHARS]  # text from outside may be no UTF-8
             self._end = End(run=self.run.first.run, last_seq=self._outbox.close(), reason=reason, text=text)
             self.wakes.wake()
 

@@ -35,10 +35,11 @@ def test_what_is_held_is_70_percent_of_the_slowest_part(tmp_path: Path) -> None:
     assert done.stderr == ""
     report = json.loads(done.stdout)
     assert report["is_whole"]
-    found = [report[part] for part in ("broker", "hellos_s", "decode", "encode", "worker", "held")]
+    found = [report[part] for part in ("broker", "hellos", "decode", "encode", "worker")]
     assert all(min(numbers(part)) > 0 for part in found)
     assert {row["rendition"] for row in report["encode"]} == {"live", "thumb"}
     (held,) = report["held"]
+    assert min(held[name] for name in RATES) > 0
     assert held["held_s"] == pytest.approx(LOAD_FACTOR * min(held[name] for name in RATES), rel=1e-3, abs=0.01)
     assert held["streams_at_2_s"] == int(held["held_s"] / 2)
     assert held["limit"] in ("broker", "decode", "encode")

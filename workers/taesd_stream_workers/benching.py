@@ -42,7 +42,7 @@ Step: TypeAlias = tuple[str, Callable[[], None]]  # what it measures, in words
 STREAMS: Final = 16  # that a worker's jobs are of: enough for its encoders to take them for many
 BATCHES: Final = (1, 4, 16)
 PICTURES: Final = 8  # different ones that an encoder gets in turn
-LEAST_RUNS: Final = 3
+LEAST_RUNS: Final = 3  # of whatever is slow
 PACES_PER_S: Final = (2, 5)  # of samplers: a typical one of pictures, and a quick one
 GPU_WARM_UP_S: Final = 3.0  # kernels that were compiled once are there by then
 
@@ -78,7 +78,7 @@ class Bench:
 
     def __init__(self, config: Config, formats: list[str], sizes_px: list[int], seconds: float) -> None:
         """Open the device. Raises: ConfigError when it is not there."""
-        self._config = config
+        self._config = config.model_copy(update={"rules": ()})  # a rule could choose another decoder than is measured
         self._seconds = seconds
         self._formats, self._sizes_px = formats, sizes_px
         self._device, self._why_device = choose_device(config.decoder.device, config.decoder.min_free_bytes)
@@ -87,7 +87,7 @@ class Bench:
         self._sizes = Sizes(config.streamer.live_max_px, config.streamer.thumb_max_px)
         self._engines: dict[tuple[str, Kind], Engine] = {}
         self._broker: list[Row] = []
-        self._hellos_s: float | None = None
+        self._hellos: list[Row] = []
         self._decode: list[Row] = []
         self._encode: list[Row] = []
         self._worker: list[Row] = []
@@ -119,7 +119,7 @@ class Bench:
                 "torch": torch.__version__,
             },
             "broker": self._broker,
-            "hellos_s": self._hellos_s,
+            "hellos": self._hellos,
             "decode": self._decode,
             "encode": self._encode,
             "worker": self._worker,
@@ -158,15 +158,18 @@ class Bench:
             loads.append(stack.enter_context(BrokerLoad(stack.enter_context(running_broker()))))
 
         def hellos() -> None:
-            self._hellos_s = round(loads[0].hellos_per_s(self._seconds / 2), 1)
+            rate = loads[0].hellos(self._seconds / 2)
+            self._hellos.append({"per_s": round(rate.per_s, 1), "thread_ms": _rounded(rate.thread_ms)})
 
         def frames(nbytes: int) -> None:
             rates = loads[0].measure(nbytes, 2 * self._seconds)
             self._broker.append(
                 {
                     "bytes": nbytes,
-                    "frames_s": round(rates.frames_s, 1),
-                    "waiting_s": round(rates.waiting_s, 1),
+                    "frames_s": round(rates.frames.per_s, 1),
+                    "thread_ms": _rounded(rates.frames.thread_ms),
+                    "waiting_s": round(rates.waiting.per_s, 1),
+                    "waiting_thread_ms": _rounded(rates.waiting.thread_ms),
                     **_percentiles([age / 1000 for age in rates.ages_ms]),
                 }
             )
@@ -230,37 +233,38 @@ class Bench:
     def _measure_encode(self, case: Case) -> None:
         """Pictures of this decoder, each unlike the one before, through one encoder; all threads do so side by side."""
         for rendition, planes in self._planes(case).items():
-            encoder = encoder_for(rendition, is_one_of_many=True)
-            turn = itertools.count()
-            nbytes: list[int] = []
+            times_s, kib = self._encode_all(rendition, planes)
+            rate = _rate(float(np.median(times_s)) / processors())
+            words = {**self._words(case), "rendition": rendition, "kib": kib}
+            self._encode.append({**words, **_percentiles(times_s), **rate})
 
-            def encode(encoder: Any = encoder, turn: Any = turn, planes: Any = planes, nbytes: Any = nbytes) -> None:
-                number = next(turn)
-                picture = planes[number % len(planes)]
-                is_jpeg = isinstance(encoder, JpegEncoder)
-                encoded = encoder.encode(picture) if is_jpeg else encoder.encode(picture, 9000 * number)
-                nbytes.append(len(encoded.payload))
+    def _encode_all(self, rendition: Rendition, planes: list[Planes]) -> tuple[list[float], float]:
+        """Seconds of each picture, and KiB of the middle one."""
+        encoder = encoder_for(rendition, is_one_of_many=True)
+        turn = itertools.count()
+        nbytes: list[int] = []
 
-            times_s = self._timed(encode, self._seconds / 2)
-            encoder.close()
-            picture_s = float(np.median(times_s)) / processors()
-            self._encode.append(
-                {
-                    **self._words(case),
-                    "rendition": rendition,
-                    "kib": round(sum(nbytes) / len(nbytes) / 1024, 1),
-                    **_percentiles(times_s),
-                    **_rate(picture_s),
-                }
-            )
+        def encode() -> None:
+            number = next(turn)
+            picture = planes[number % len(planes)]
+            if isinstance(encoder, JpegEncoder):
+                encoded = encoder.encode(picture)
+            else:
+                encoded = encoder.encode(picture, 9000 * number)
+            nbytes.append(len(encoded.payload))
+
+        times_s = self._timed(encode, self._seconds / 2)
+        encoder.close()
+        return times_s, round(float(np.median(nbytes)) / 1024, 1)
 
     def _planes(self, case: Case) -> dict[Rendition, list[Planes]]:
         """Pictures as the encoders get them, forth and back so that each is like its neighbours."""
         found: dict[Rendition, list[Planes]] = {"live": [], "thumb": []}
         copies = HostCopies(self._device)
         engine = self._engine(case)
-        latents = melting_latents(case.shape, PICTURES)
-        for latent in latents:
+        frame_s = next(row["p50_ms"] for row in self._decode if row.items() >= self._words(case).items()) / 1000
+        count = max(LEAST_RUNS, min(PICTURES, round(2 * self._seconds / frame_s)))  # no minute for a slow decoder's
+        for latent in melting_latents(case.shape, count):
             for _, rgb in engine.decode(latent[None], budget_bytes=self._config.decoder.memory_bytes):
                 for one in render(list(rgb), [tuple(found)], self._sizes, copies):
                     one.copy.wait()
@@ -399,6 +403,10 @@ def _next(done: queue.SimpleQueue[JobRun], worker: JobDecoder) -> JobRun:
         if run.failed is not None:
             raise BrokenPartError(f"decode worker: {run.failed.text}")
         return run
+
+
+def _rounded(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else round(milliseconds, 4)
 
 
 def _percentiles(times_s: list[float]) -> Row:

@@ -53,7 +53,7 @@ class BrokerSilentError(TaesdStreamError):
 
 @contextmanager
 def running_broker() -> Iterator[dict[str, Any]]:
-    """A broker of its own, on free loopback ports, in a folder that goes afterwards. Yields: its addresses.
+    """A broker of its own, on free loopback ports, in a folder that goes afterwards. Yields: its addresses and `pid`.
 
     Raises: BrokerSilentError when it does not start.
     """
@@ -69,7 +69,8 @@ def running_broker() -> Iterator[dict[str, Any]]:
                 except queue.Empty:
                     raise BrokerSilentError(f"the broker was not ready within {ANSWER_S} s") from None
                 role.take(pid, report)
-            yield role.facts
+            assert role.process is not None
+            yield role.facts | {"pid": role.process.pid}
         finally:
             role.ask_to_stop()
             role.wait_or_kill(time.monotonic() + 5.0)
@@ -139,17 +140,32 @@ class Sampler:
 
 
 @dataclass(frozen=True, slots=True)
+class Rate:
+    """How many a second, and what each cost the broker's thread, milliseconds; None where the system does not say."""
+
+    per_s: float
+    thread_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class BrokerRates:
     """What a broker did with frames of one size.
 
-    frames_s: from samplers to a worker. waiting_s: of samplers that nobody watches, into its memory.
+    frames: from samplers to a worker. waiting: of samplers that nobody watches, into its memory.
     ages_ms: of single frames while nothing else was under way, from publish to the worker.
     """
 
-    nbytes: int
-    frames_s: float
-    waiting_s: float
+    frames: Rate
+    waiting: Rate
     ages_ms: list[float]
+
+
+def thread_s(pid: int) -> float | None:
+    """Processor time of a process's first thread so far, seconds (Linux); None where the system does not say."""
+    try:
+        return int((Path("/proc") / str(pid) / "task" / str(pid) / "schedstat").read_text().split()[0]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 class BrokerLoad:
@@ -192,28 +208,44 @@ class BrokerLoad:
     def measure(self, nbytes: int, seconds: float) -> BrokerRates:
         """All of it for frames of so many bytes (a multiple of 32); takes about `seconds`."""
         payload = os.urandom(nbytes)
+        self._settle()
         self._through(self._watched, payload, seconds / 8)  # warm
-        frames, spent_s, _ = self._through(self._watched, payload, seconds / 2)
-        _, _, ages_ms = self._through(self._watched[:1], payload, seconds / 8)
-        return BrokerRates(nbytes, frames / spent_s, self._waiting_per_s(payload, seconds / 4), ages_ms)
+        self._settle()
+        began = self._clocks()
+        frames = self._rate(began, len(self._through(self._watched, payload, seconds / 2)))
+        waiting = self._waiting(payload, seconds / 4)
+        self._settle()
+        return BrokerRates(frames, waiting, self._through(self._watched[:1], payload, seconds / 8))
 
-    def hellos_per_s(self, seconds: float) -> float:
-        """How many HELLOs of samplers it answers, when nothing else is to do."""
-        return self._rounds_per_s(seconds, len(self._unwatched), lambda _: None)
+    def hellos(self, seconds: float) -> Rate:
+        """HELLOs of samplers and their answers, when nothing else is to do."""
+        return self._rounds(seconds, len(self._unwatched), 1, lambda _: None)
 
-    def _waiting_per_s(self, payload: bytes, seconds: float) -> float:
+    def _clocks(self) -> tuple[float, float | None]:
+        """Now, and the processor time of the broker's thread so far, seconds."""
+        return time.monotonic(), thread_s(self._facts["pid"])
+
+    def _rate(self, began: tuple[float, float | None], count: int) -> Rate:
+        now_s, worked_s = self._clocks()
+        is_known = worked_s is not None and began[1] is not None
+        return Rate(
+            per_s=count / (now_s - began[0]),
+            thread_ms=1000 * (worked_s - began[1]) / count if is_known else None,  # type: ignore[operator]
+        )
+
+    def _waiting(self, payload: bytes, seconds: float) -> Rate:
         count = max(1, min(SAMPLERS, WAITING_BYTES // (BURST * len(payload))))
 
         def burst(sampler: Sampler) -> None:
             for _ in range(BURST):
                 sampler.publish(payload)
 
-        return BURST * self._rounds_per_s(seconds, count, burst)
+        return self._rounds(seconds, count, BURST, burst)
 
-    def _rounds_per_s(self, seconds: float, count: int, publish: Callable[[Sampler], None]) -> float:
-        """Samplers a second: `publish`, HELLO, and its answer, which comes when all before it was taken."""
-        began_s, rounds = time.monotonic(), 0
-        while rounds == 0 or time.monotonic() - began_s < seconds:
+    def _rounds(self, seconds: float, count: int, each: int, publish: Callable[[Sampler], None]) -> Rate:
+        """`publish` of so many samplers, `each` messages; a HELLO behind them is answered when they were taken."""
+        began, rounds = self._clocks(), 0
+        while rounds == 0 or time.monotonic() - began[0] < seconds:
             for sampler in self._unwatched[:count]:
                 publish(sampler)
                 sampler.hello()
@@ -222,16 +254,14 @@ class BrokerLoad:
                 sampler.drain()
             self._stay()
             rounds += 1
-        return rounds * count / (time.monotonic() - began_s)
+        return self._rate(began, rounds * count * each)
 
-    def _through(self, samplers: Sequence[Sampler], payload: bytes, seconds: float) -> tuple[int, float, list[float]]:
-        """One frame of each sampler under way, for so long. Returns: frames, the seconds they took, each one's age."""
-        self._settle()
+    def _through(self, samplers: Sequence[Sampler], payload: bytes, seconds: float) -> list[float]:
+        """One frame of each sampler under way, for so long. Returns: the age of each at the worker, milliseconds."""
         chosen = {one.run for one in samplers}
         for sampler in samplers:
             sampler.publish(payload)
-        began_s = time.monotonic()
-        until_s, under_way, ages_ms = began_s + seconds, len(samplers), []
+        until_s, under_way, ages_ms = time.monotonic() + seconds, len(samplers), []
         while under_way > 0:
             for item in (one for one in self._take_job() if one.run in chosen):
                 ages_ms.append((time.monotonic_ns() - item.sent_ns) / 1e6)
@@ -240,7 +270,7 @@ class BrokerLoad:
                 else:
                     under_way -= 1
             self._stay()
-        return len(ages_ms), time.monotonic() - began_s, ages_ms
+        return ages_ms
 
     def _take_job(self) -> Sequence[Any]:
         """The items of the next job, which is done at once."""

@@ -27,11 +27,13 @@ PIPE_WIDTH: Final = 120  # of tables that nobody's terminal bounds
 # Of each table of the report: its title, and its columns with their heads.
 TABLES: Final[dict[str, tuple[str, dict[str, str]]]] = {
     "broker": (
-        "Broker: frames of samplers to a worker; of samplers that nobody watches, into memory; one frame alone",
+        "Broker: frames to a worker; of samplers that nobody watches, into memory; a frame alone",
         {
             "bytes": "bytes",
             "frames_s": "frames/s",
+            "thread_ms": "its thread, ms",
             "waiting_s": "unwatched/s",
+            "waiting_thread_ms": "its thread, ms",
             "p50_ms": "alone p50 ms",
             "p95_ms": "p95 ms",
         },
@@ -195,8 +197,8 @@ def _print(report: dict[str, Any]) -> None:
     for name, (title, columns) in TABLES.items():
         if report[name]:
             _print_table(console, title, columns, report[name])
-        if name == "broker" and report["hellos_s"] is not None:
-            console.print(f"It answers {report['hellos_s']:,.0f} HELLOs a second; each sampler says one.")
+        for row in report["hellos"] if name == "broker" else ():
+            console.print(f"It answers {row['per_s']:,.0f} HELLOs a second; each sampler says one.")
 
 
 def _print_table(console: Console, title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> None:
@@ -212,6 +214,8 @@ def _print_table(console: Console, title: str, columns: dict[str, str], rows: li
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
     return value if isinstance(value, str) else f"{value:,}"

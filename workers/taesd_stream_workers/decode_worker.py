@@ -137,8 +137,9 @@ class DecodeWorker:
             device=f"{self._device} ({self._device_reason})",
             credits=GPU_CREDITS if self._device.type == "cuda" else CREDITS,
             draining=self._drains_since_s is not None,
-            engines=self._decoder.engines(),
-            memories=self._decoder.memories(),
+            engines=self._decoder.engines.told(),
+            memories=self._decoder.engines.memories(),
+            encoders=self._decoder.encoders(),
             echo_ns=time.monotonic_ns(),
             offset_ns=self._clock.offset_ns or 0,
         )

@@ -27,6 +27,7 @@ class StreamRow(_Answer):
     kind: Kind
     latent_format: str
     decoder: str | None
+    decoder_reason: str | None
     width: int | None
     """Of the decoded picture, px."""
     height: int | None

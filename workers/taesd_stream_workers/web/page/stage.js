@@ -331,16 +331,17 @@ export class Stage {
 
   /** What changes seldom is built anew when it changes. */
   inspect({ data }, state) {
-    const { run, kind, meta, note, end_text, decoder, files, viewers, latent_format } = data
+    const { run, kind, meta, note, end_text, decoder, decoder_reason, files, viewers, latent_format } = data
     const apart = note !== state.left ? note : null
-    const built = JSON.stringify([run, kind, meta, apart, end_text, decoder, files, viewers, latent_format])
+    const built = JSON.stringify([run, kind, meta, apart, end_text, decoder, decoder_reason, files, viewers, latent_format])
     if (built === this.built) return
     this.counted = kind === "live" ? "Frame" : "Step"
     this.figures = figures(kind === "live" ? ["Frame", "Pictures", "Size"] : ["Step", "Sigma", "Step time", "Pictures", "Size"])
     this.latencyPart = latencySection()
     this.built = built
     const recorded = files.map((id, at) => make("a", { href: `#/r/${id}` }, icon("play"), files.length > 1 ? `Play recording ${at + 1}` : "Play the recording"))
-    const facts = [...factsOf(meta), ["Latents", latent_format], ["Decoder", decoder || "–"], ["Watched by", plural(viewers ?? 0, "page")]]
+    const chosen = decoder_reason ? [["Why this decoder", decoder_reason]] : []
+    const facts = [...factsOf(meta), ["Latents", latent_format], ["Decoder", decoder || "–"], ...chosen, ["Watched by", plural(viewers ?? 0, "page")]]
     const parts = [
       end_text && notice("danger", end_text),
       apart && notice("warn", apart),
