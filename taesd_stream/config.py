@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
+from urllib.parse import urlsplit
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -77,13 +78,15 @@ class DecoderConfig(_Section):
     device: str = "auto"
     """Devices, a decode worker each: "auto", "cpu", "cuda:0,cuda:1"…; auto leaves busy GPUs to their samplers."""
     choice: DecoderChoice = "auto"
-    """Decoder of live views: "tiny", "nano" or "linear"; "auto": the best that keeps up, on the CPU nano first."""
+    """Decoder of live views: "tiny", "nano" or "linear"; "auto": the best that gives a picture within max_job_s."""
     max_batch_size: int = Field(default=16, ge=1, le=256)
     """Most frames in one batch. Higher: more throughput, more memory, longer waits."""
     max_job_s: float = Field(default=0.25, gt=0, le=10)
-    """Longest job in seconds: what a newer frame of another stream may have to wait."""
+    """Longest job in seconds: what another stream's newer frame may have to wait. Clips are decoded in such slices."""
     latency_budget_s: float = Field(default=4.0, ge=0)
     """A live picture that would take longer is shown by a cheaper decoder; 0: never. Choice "auto" alone."""
+    float8: bool = False
+    """Live views on a Hopper GPU compute their largest layers in float8: a fifth faster, not quite as exact."""
     memory_bytes: int = Field(default=1 << 30, ge=64 << 20)
     """Most bytes of activations at once; larger batches are decoded in slices."""
     min_free_bytes: int = Field(default=4 << 30, ge=0)
@@ -200,6 +203,27 @@ class PushTo(_Section):
     """Where it goes: rtsp://host/name, rtmp://host/app/name or rtmps://…"""
 
 
+class PeerDaemon(_Section):
+    """Another daemon, whose streams and recordings this one's page shows beside its own."""
+
+    url: str = Field(min_length=1)
+    """Where its page is: http://host:port. Its own peers' streams do not come with it."""
+    token_file: str = ""
+    """File of that page's token, where it asks for one; only its owner may read it."""
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        try:
+            is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_one = False
+        if not is_one or "@" in parts.netloc or parts.path.strip("/") or parts.query or parts.fragment:
+            raise ValueError("expected http://host:port, without a path, a name or a token")
+        return f"{parts.scheme}://{parts.netloc}"
+
+
 class Config(BaseSettings):
     """The whole configuration, resolved."""
 
@@ -214,6 +238,7 @@ class Config(BaseSettings):
     security: SecurityConfig = SecurityConfig()
     rules: tuple[Rule, ...] = ()
     pushes: tuple[PushTo, ...] = ()
+    peers: tuple[PeerDaemon, ...] = ()
 
     def rule_of(self, stream: str) -> Rule:
         """What all rules together say of a stream; a key that none sets is None. `~N` behind a name counts for none."""
@@ -265,7 +290,8 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
 }
 
 
-TABLES: Mapping[str, type[BaseModel]] = {"rules": Rule, "pushes": PushTo}  # of which there may be many
+# Of these there may be many.
+TABLES: Mapping[str, type[BaseModel]] = {"rules": Rule, "pushes": PushTo, "peers": PeerDaemon}
 
 
 def load_config(file: Path | None = None, sets: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:

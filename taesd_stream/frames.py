@@ -49,6 +49,7 @@ class StreamInfo:
     record: None follows the daemon's `recording.default`. fps: pictures a second of `clip` and `live`.
     opened_ns: the publisher's time.monotonic_ns() at its opening: the origin of the run's picture times.
     owner: name of the key that opened it, None where no keys are asked for; the broker's word, no publisher's.
+    meta: what people read beside the picture; `continues`: the run, at another daemon, that this one goes on from.
     """
 
     stream: str
@@ -72,7 +73,7 @@ class LatentFrame:
     """
 
     run: str
-    seq: int  # from 0 in a run, one a publish()
+    seq: int  # from 0, one a publish(); a run that continues another one at another daemon counts on
     index: int
     step: int  # 0-based, the `i` of a k-diffusion callback
     total_steps: int | None

@@ -8,6 +8,7 @@ read, and published again, alone. A torn tail is cut when the file is opened nex
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -165,8 +166,8 @@ class RunLog:
             first = segment.first_seq
             if first is not None and first <= seq < first + len(segment.offsets):
                 offset = segment.offsets[seq - first]
-                behind = (later for later in segment.offsets[seq - first + 1 :] if later >= 0)
-                return next(behind, segment.end) - offset if offset >= 0 else 0
+                behind = itertools.islice(segment.offsets, seq - first + 1, None)
+                return next((later for later in behind if later >= 0), segment.end) - offset if offset >= 0 else 0
         return 0
 
     def release(self, before_seq: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from typing import Final
 
 import zmq
@@ -11,6 +12,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from taesd_stream.keys import Keys
 from taesd_stream.sockets import close, dial
+from taesd_stream.wire import DEFAULT_ADDRESS
 
 FIRST_KNOCK_S: Final = 1.0  # then twice as long each time
 MAX_KNOCK_S: Final = 30.0
@@ -68,6 +70,18 @@ class Line:
         self.error = f"{self.address}: {text}"
         self._knock_later()
 
+    @property
+    def is_broken_off(self) -> bool:
+        """Whether handshakes are only broken off: a key may be wrong, or what listens there is no daemon (any more)."""
+        return self._broken_off_s is not None
+
+    def move(self, address: str) -> None:
+        """Dial another address: `socket` is a new one. Raises: zmq.ZMQError for an address that is none."""
+        self.close()
+        self.address = address
+        self.error, self._broken_off_s, self._wait_s = None, None, FIRST_KNOCK_S
+        self._dial()
+
     def close(self, linger_ms: int = 0) -> None:
         """Close the socket and what watches it."""
         close(self.socket, linger_ms)
@@ -94,6 +108,7 @@ class Line:
             if now - self._broken_off_s > BROKEN_OFF_S:
                 self.error = f"{self.address} breaks off every handshake: {self._doubt()}"
             return
+        self._broken_off_s = None
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             self.error = f"{self.address} refuses this key: it was never allowed there, or was revoked"
         else:
@@ -111,3 +126,21 @@ class Line:
                 "it asks for a key, which `taesd-stream keys new NAME` makes there; or what listens there is no daemon"
             )
         return "is the key in server.pub another daemon's, or is that one without keys?"
+
+
+def checked_line(
+    context: zmq.Context[zmq.Socket[bytes]], address: str, others: Iterable[str], *, keys: Keys | None
+) -> Line:
+    """A DEALER's line to `address`; the others are only looked at, so that one that is none is said now, not when due.
+
+    Raises: ValueError that names the address that is none.
+    """
+    at = address
+    try:
+        for at in others:
+            if at != address:
+                close(dial(context, zmq.DEALER, at))
+        at = address
+        return Line(context, zmq.DEALER, address, keys=keys)
+    except zmq.ZMQError as error:
+        raise ValueError(f"address: expected one such as {DEFAULT_ADDRESS}, got {at!r}: {error}") from error

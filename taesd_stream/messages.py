@@ -101,6 +101,7 @@ class Echo:
 class WorkerHello:
     """worker -> broker, each second. engines: latent format -> {decoder, reason, history}; memories: run -> next index.
 
+    encoders: runs whose encoders it has open; of those that went to another worker meanwhile FORGET is the answer.
     history: latents that a `live` frame needs before it where the run's memory is not there; 0 for pictures.
     draining: it wants to go: no more jobs, its streams move, and DRAIN is the answer once it holds none.
     """
@@ -111,6 +112,7 @@ class WorkerHello:
     draining: bool = False
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
     memories: dict[str, int] = field(default_factory=dict)
+    encoders: tuple[str, ...] = ()
     echo_ns: int = 0
     offset_ns: int = 0
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, SupportsFloat
 
-from taesd_stream import wire
+from taesd_stream import message_fields, wire
+from taesd_stream.current_run import continued
+from taesd_stream.daemons import Addresses, Daemons, addresses_of
 from taesd_stream.errors import ConfigError, WireError
 from taesd_stream.frames import (
     DTYPE_BYTES,
@@ -46,11 +48,6 @@ CLOSED: Final = "the publisher is closed"
 FORKED: Final = "this process was forked from the one that opened the publisher: a forked child must open its own"
 
 
-def default_address() -> str:
-    """The broker's address: $TAESD_STREAM_ADDRESS, else the daemon's default."""
-    return os.environ.get("TAESD_STREAM_ADDRESS") or wire.DEFAULT_ADDRESS
-
-
 def own_log_folder() -> Path:
     """Where frames go that no broker took: a folder of the user's state, by the platform's custom."""
     if sys.platform == "win32":
@@ -65,7 +62,9 @@ def own_log_folder() -> Path:
 class LatentPublisher:
     """One run of a stream: give it each step's latents, and whoever watches sees them.
 
-    address: the broker's, else $TAESD_STREAM_ADDRESS, else tcp://127.0.0.1:5760. No daemon there is no error.
+    address: the broker's, else $TAESD_STREAM_ADDRESS, else tcp://127.0.0.1:5760. No daemon there is no error. Several,
+        as a sequence or between commas: a hash of the stream's name chooses one. When that is gone for 5 s the stream
+        goes on at the next, as a new run with everything unacked, whose meta says `continues`: the former run's id.
     stream: up to 4 parts joined by "/", each of letters, digits, ".", "_", "-".
     latent_format: a key of taesd_stream.latent_formats.LATENT_FORMATS, or a name that the daemon was taught.
     kind: "steps" (a picture a publish), "clip" (a whole video a publish), "live" (appended in video time).
@@ -79,7 +78,7 @@ class LatentPublisher:
 
     def __init__(
         self,
-        address: str | None = None,
+        address: Addresses | None = None,
         *,
         stream: str,
         latent_format: str,
@@ -90,11 +89,13 @@ class LatentPublisher:
         wire_dtype: WireDtype | None = None,
         keys_folder: str | os.PathLike[str] | None = None,
     ) -> None:
+        addresses = addresses_of(address)
         info = _checked_info(stream, latent_format, kind, fps, record, dict(meta or {}))
+        if len(addresses) > 1:
+            _check_travels(continued(info, info.run, info.opened_ns))  # its meta says more
         if wire_dtype is not None and wire_dtype not in DTYPE_BYTES:
             raise ValueError(f"wire_dtype: expected one of {', '.join(DTYPE_BYTES)}, got {wire_dtype!r}")
         keys = _checked_keys(keys_folder)
-        self.address = address or default_address()
         self._wire_dtype = wire_dtype
         self._format = LATENT_FORMATS.get(latent_format)
         self._kind = kind
@@ -104,7 +105,7 @@ class LatentPublisher:
         self._fault: str | None = None  # the last publish's
         self._is_closed = False
         self._outbox = Outbox(info, ring_bytes=RING_BYTES, log_folder=own_log_folder())
-        self._link = PublisherLink(self.address, info, self._outbox, keys)
+        self._link = PublisherLink(Daemons(addresses, stream, time.monotonic()), info, self._outbox, keys)
         self._wake = self._link.wakes.wake
         self._link.start()
         end_at_exit(self._link)
@@ -115,12 +116,17 @@ class LatentPublisher:
     @property
     def stream(self) -> str:
         """The stream's name; the broker may have added ~2 where another run of that name lives."""
-        return self._link.info.stream
+        return self._link.run.info.stream
+
+    @property
+    def address(self) -> str:
+        """The broker that has the stream, or, until one answers, is tried."""
+        return self._link.address
 
     @property
     def run(self) -> str:
-        """This opening of the stream, 16 hex digits."""
-        return self._link.info.run
+        """This opening of the stream, 16 hex digits; another one once the stream goes on at another daemon."""
+        return self._link.run.info.run
 
     @property
     def stopped(self) -> bool:
@@ -263,11 +269,15 @@ def _checked_info(
         meta=_plain(meta),
         opened_ns=time.monotonic_ns(),
     )
+    _check_travels(info)
+    return info
+
+
+def _check_travels(info: StreamInfo) -> None:
     try:
         wire.unpack(wire.pack(info), (StreamInfo,))
     except WireError as error:
         raise ValueError(str(error)) from error
-    return info
 
 
 def _plain(value: Any) -> Any:
@@ -289,11 +299,11 @@ def _checked_numbers(step: Any, total_steps: Any, sigma: Any) -> tuple[int, int 
     """Numbers of any kind as the wire takes them; a tensor on a device stays there. Raises: ValueError and its like."""
     step = int(step)
     total_steps = None if total_steps is None else int(total_steps)
-    wire.check(LatentFrame, step=step, total_steps=total_steps)
+    message_fields.check(LatentFrame, step=step, total_steps=total_steps)
     if sigma is None or (is_on_device(sigma) and sigma.numel() == 1):
         return step, total_steps, sigma
     sigma = float(sigma)
     if not math.isfinite(sigma):
         return step, total_steps, None
-    wire.check(LatentFrame, sigma=sigma)
+    message_fields.check(LatentFrame, sigma=sigma)
     return step, total_steps, sigma

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from taesd_stream.scheduling import desired_workers
+from taesd_stream.capacity import servers_needed
 
 WAIT_S: Final = 0.5  # frames that wait longer...
 WAIT_FOR_S: Final = 5.0  # ...for so long ask for one more
@@ -26,7 +26,7 @@ class Scaling:
 
         loads: each stream's share of one worker. oldest_wait_s: of what waits for one. workers: how many there are.
         """
-        needed = desired_workers(loads)
+        needed = servers_needed(sum(loads))
         self._waits_since_s = _since(self._waits_since_s, now_s, holds=workers > 0 and oldest_wait_s > WAIT_S)
         if self._waits_since_s is not None and now_s - self._waits_since_s >= WAIT_FOR_S:
             needed = max(needed, workers + 1)  # the measured times are too good to be true

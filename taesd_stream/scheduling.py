@@ -2,12 +2,11 @@
 
 Rules: a stream stays on the worker that has its encoder and its temporal memory; another one gets the history along.
 Frames of one latent format, shape and dtype go together, of every run one before any has two; what waited longest goes
-first, live pictures a little before recordings; no job is longer than `max_job_s`.
+first, live pictures a little before recordings; no job is longer than `max_job_s`, but of clips, which workers cut.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ class Candidate:
     since_ns: when it began to wait. worker: the only one that may take it (it holds the encoder), None: any.
     is_suspect: a job with it has failed: it goes alone, so that a second failure tells whose fault it is.
     attempt: of its recording, or of a `live` run's order: an answer about another one is late.
+    is_clip: a whole video, which a worker decodes in slices: no other kind waits for it in its job.
     memory: the worker that holds the memory of the `live` run up to this frame. history_bytes: what goes along to a
     worker that does not; 0 where nothing is needed. is_repeat: shown already, once more for a late viewer.
     """
@@ -41,6 +41,7 @@ class Candidate:
     since_ns: int
     worker: bytes | None = None
     is_suspect: bool = False
+    is_clip: bool = False
     attempt: int = 0
     memory: bytes | None = None
     history_bytes: int = 0
@@ -62,20 +63,18 @@ class Candidate:
 class WorkerLimits:
     """What one worker can take of one group.
 
-    seconds_per_byte: measured; None: not known yet. memory_frames: how many fit its memory at once, None: any number.
+    seconds_per_byte: measured; None: not known yet.
     """
 
     worker: bytes
     max_batch_size: int
     max_job_s: float
     seconds_per_byte: float | None = None
-    memory_frames: int | None = None
 
     def takes(self, frames: int, nbytes: int) -> bool:
         """Whether a job of so many frames and bytes is within every bound."""
         seconds = nbytes * (self.seconds_per_byte or 0.0)
-        most = self.max_batch_size if self.memory_frames is None else min(self.max_batch_size, self.memory_frames)
-        return frames <= most and nbytes <= MAX_JOB_BYTES and seconds <= self.max_job_s
+        return frames <= self.max_batch_size and nbytes <= MAX_JOB_BYTES and seconds <= self.max_job_s
 
 
 def first_due(candidates: Iterable[Candidate], worker: bytes) -> Candidate | None:
@@ -95,12 +94,12 @@ def next_job(candidates: Iterable[Candidate], limits: WorkerLimits) -> tuple[Can
         return ()
     if mine[0].is_suspect:
         return (mine[0],)
-    group = mine[0].group
+    group, is_clip = mine[0].group, mine[0].is_clip
     passed_over: set[str] = set()  # runs whose later frames must not overtake
     turns: Counter[str] = Counter()
     in_turn: list[tuple[int, int]] = []
     for place, one in enumerate(mine):
-        if one.group != group or one.is_suspect or one.run in passed_over:
+        if one.group != group or one.is_clip != is_clip or one.is_suspect or one.run in passed_over:
             passed_over.add(one.run)
             continue
         in_turn.append((turns[one.run], place))
@@ -128,11 +127,3 @@ def history_due(job: Sequence[Candidate], worker: bytes) -> tuple[bool, ...]:
 
 def _due(one: Candidate) -> tuple[int, int]:
     return one.due_ns, one.seq
-
-
-def desired_workers(loads_s: Sequence[float], headroom: float = 1.3) -> int:
-    """How many workers the offered load needs.
-
-    loads_s: for each stream, frames a second that it offers times seconds a frame takes: its share of one worker.
-    """
-    return max(1, math.ceil(headroom * sum(loads_s)))

@@ -20,6 +20,7 @@ Relative folders are taken from where the daemon is started; ~ is your home."""
 _EXAMPLES: Final[dict[str, dict[str, Any]]] = {
     "rules": {"stream": "comfy/*", "record": "all", "batch": "each", "film": "off", "decoder": "linear"},
     "pushes": {"stream": "my-run", "url": "rtsp://127.0.0.1:8554/my-run"},
+    "peers": {"url": "http://gpu-2:8765", "token_file": "~/.config/taesd-stream/gpu-2-token"},
 }
 _LIMITS: Final = {"ge": "at least", "gt": "over", "le": "at most", "lt": "under"}
 

@@ -7,6 +7,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +36,12 @@ def wait_for(what: Callable[[], T | None], timeout_s: float = 20.0, *, of: str =
         select.select([], [], [], 0.05)
 
 
+def free_port() -> int:
+    """A port that nobody has now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 def clean_environment(folder: Path) -> dict[str, str]:
     """This process's environment with a home of its own and no settings of ours."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("TAESD_STREAM_")}
@@ -46,7 +53,12 @@ class Daemon:
     """`with Daemon(folder) as daemon:` runs one; it must end by Ctrl-C with exit code 0."""
 
     def __init__(
-        self, folder: Path, *sets: str, command: str = "up", environment: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        *sets: str,
+        command: str = "up",
+        options: Iterable[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.recordings_folder = folder / "recordings"
@@ -56,7 +68,7 @@ class Daemon:
             f"recording.folder={self.recordings_folder}",
             *sets,
         ]
-        self._command = command
+        self._command = (command, *options)
         self._environment = {**clean_environment(folder), **(environment or {})}
 
     def __enter__(self) -> Daemon:
@@ -72,7 +84,7 @@ class Daemon:
 
     def start(self, *more_sets: str) -> None:
         """Start it and wait until every role is ready."""
-        self.facts = self._spawn(self._command, "--json", sets=(*self._sets, *more_sets))
+        self.facts = self._spawn(*self._command, "--json", sets=(*self._sets, *more_sets))
         self.web: str = self.facts["web"]
         self.broker: str = self.facts["broker"]
 

@@ -125,6 +125,7 @@ GOLDEN: Final[dict[str, tuple[Any, Table]]] = {
             credits=2,
             engines={"sd1": {"decoder": "taesd", "reason": "weights found", "history": 0}},
             memories={RUN: 17},
+            encoders=(RUN,),
             echo_ns=1,
             offset_ns=2,
         ),

@@ -55,6 +55,16 @@ class PageSocket:
                 continue
             self._take_text(json.loads(message))
 
+    def next_state(self, timeout_s: float = 20.0) -> dict[str, Any]:
+        """The next state that is told; pictures that come before it are passed over."""
+        self.state = {}
+        deadline_s = time.monotonic() + timeout_s
+        while not self.state:
+            message = self._socket.recv(timeout=max(0.01, deadline_s - time.monotonic()))
+            if isinstance(message, str):
+                self._take_text(json.loads(message))
+        return self.state
+
     def _take_text(self, message: dict[str, Any]) -> None:
         if message["type"] == "state":
             self.state = message

@@ -25,6 +25,7 @@ FOLDERS: Final = {
 WITHOUT_WORDS: Final = {  # files that cannot say what they are, and those whose first line is a title
     "configs/default.toml": "Every setting of the daemon at its default, explained.",
     "deploy/Dockerfile.dockerignore": "What the image is not made of.",
+    "docs/capacity.md": "How many streams a machine holds: arithmetic, what was measured, 10,000 samplers simulated.",
     "docs/running.md": "How to run it day by day: roles, folders, ports, exit codes, logs, a full disk.",
     "docs/wire.md": "The protocol, for other languages.",
     "taesd_stream/data/README.md": "Where the data files come from, and their licences.",

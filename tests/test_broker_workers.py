@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from taesd_stream import LatentPublisher
-from taesd_stream.messages import Drain, Forget, Gap, JobItem
+from taesd_stream.messages import Cursor, Drain, Echo, Forget, Gap, JobItem
+from taesd_stream_workers.dispatcher import STREAMER_GONE_S
+from taesd_stream_workers.runs import RECORD_STUCK_S
 from tests.broker_role import BrokerRole, frame, new_run
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.pictures import decode_file, sd1_latents_of
@@ -128,6 +130,133 @@ def test_a_frame_that_ended_two_jobs_is_left_out(broker: BrokerRole) -> None:
         assert [item.seq for item in later] == [1, 2]
         assert broker.stats().stats["counts"]["gaps"] == 1
         assert "left out" in broker.row("poison")["note"]
+
+
+def test_the_last_credit_of_a_worker_is_no_clips(broker: BrokerRole) -> None:
+    """While it is at work on a clip, a worker of two credits gets another stream's picture, not the next clip."""
+    clip = (3, 4, 8, 8)
+    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker() as worker:
+        runs = {name: new_run() for name in ("clip/one", "clip/two", "beside")}
+        for name, run in runs.items():
+            streamer.watch(name)
+            publisher.open(run, name, kind="steps" if name == "beside" else "clip")
+        publisher.say(frame(runs["clip/one"], 0, shape=clip))
+        first = worker.job()
+        publisher.say(frame(runs["clip/two"], 0, shape=clip))
+        worker.no_job(0.3)
+        publisher.say(frame(runs["beside"], 0))
+        beside = worker.job()
+        assert [item.stream for item in beside.items] == ["beside"]
+        worker.done(first)
+        second = worker.job()
+        assert [item.stream for item in second.items] == ["clip/two"]
+        worker.done(second)
+        worker.done(beside)
+
+
+def test_a_worker_is_told_what_moved_away_while_it_was_silent(broker: BrokerRole) -> None:
+    """HELLO with encoders of runs that another worker shows: FORGET of each, of its own runs and unknown ones none."""
+    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker("one") as one:
+        runs = {name: new_run() for name in ("moved", "stays")}
+        for name, run in runs.items():
+            streamer.watch(name)
+            publisher.open(run, name)
+        publisher.say(frame(runs["moved"], 0))
+        one.done(one.job())
+        one.hello(credits=0, draining=True)
+        with broker.worker("two") as two:
+            publisher.say(frame(runs["moved"], 1))
+            two.done(two.job())
+            one.drained()
+            one.drain()
+            one.heard.clear()
+            two.hello(credits=0)
+            one.hello(credits=2, draining=False)
+            publisher.say(frame(runs["stays"], 0))
+            one.done(one.job())
+            one.hello(encoders=(runs["moved"], runs["stays"], new_run()))
+            one.next(Forget)
+            one.ask(one.said, Echo)
+            told = {message.run for message in one.heard if isinstance(message, Forget)}
+    assert told == {runs["moved"]}
+
+
+def test_live_and_record_are_one_item_where_the_recording_is_at_the_newest(broker: BrokerRole) -> None:
+    """Further behind, the newest frame is decoded apart for viewers, and the file's frames in their order for it."""
+    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker(credits=0) as worker:
+        run = new_run()
+        streamer.watch("both")
+        publisher.open(run, "both", record="all")
+        for seq in range(3):
+            publisher.say(frame(run, seq, kept=True))
+        publisher.ack(run, 2)
+        worker.hello(credits=2)
+        behind: list[JobItem] = []
+        while len(behind) < 4:
+            job = worker.job()
+            worker.done(job)
+            behind += job.items
+        assert sorted((item.seq, item.renditions) for item in behind) == [
+            (0, ("record",)),
+            (1, ("record",)),
+            (2, ("live",)),
+            (2, ("record",)),
+        ]
+        streamer.written(run, behind[-1].attempt, 2)
+        publisher.say(frame(run, 3, kept=True))
+        publisher.ack(run, 3)
+        (item,) = worker.job().items
+        assert (item.seq, item.renditions) == (3, ("live", "record"))
+
+
+@pytest.mark.slow
+def test_without_a_streamer_nothing_is_decoded(broker: BrokerRole) -> None:
+    """No HELLO of it for 3 s: no jobs, what is kept is acked and waits; the next one's cursor begins a new attempt."""
+    with broker.publisher() as publisher, broker.worker() as worker:
+        run = new_run()
+        publisher.open(run, "waits", record="all")
+        with broker.streamer():
+            for seq in range(2):
+                publisher.say(frame(run, seq, kept=True))
+            publisher.ack(run, 1)
+            sent: list[JobItem] = []
+            while len(sent) < 2:
+                job = worker.job()
+                worker.done(job)
+                sent += job.items
+        worker.no_job(STREAMER_GONE_S)
+        publisher.say(frame(run, 2, kept=True))
+        publisher.ack(run, 2)
+        worker.no_job(1.0)
+        with broker.streamer() as streamer:
+            streamer.hello(Cursor(run=run, attempt=sent[-1].attempt, written=0, synced=0))
+            again: list[JobItem] = []
+            while not again or again[-1].seq < 2:
+                job = worker.job()
+                worker.done(job)
+                again += [item for item in job.items if item.attempt > sent[-1].attempt]
+            assert {item.seq for item in again} >= {1, 2}
+
+
+@pytest.mark.slow
+def test_a_move_does_not_wait_for_a_disk_that_stands_still(broker: BrokerRole) -> None:
+    """What was decoded of a recording never reaches its file: the next worker does it again, after some seconds."""
+    with broker.publisher() as publisher, broker.streamer(), broker.worker() as leaving:
+        run = new_run()
+        publisher.open(run, "stuck", record="all")
+        for seq in range(2):
+            publisher.say(frame(run, seq, kept=True))
+        publisher.ack(run, 1)
+        sent: list[JobItem] = []
+        while len(sent) < 2:
+            job = leaving.job()
+            leaving.done(job)
+            sent += job.items
+        with broker.worker() as staying:
+            wait_for(lambda: len(broker.stats().workers) == 2, of="both workers")
+            leaving.hello(draining=True)
+            job = staying.job(RECORD_STUCK_S / 2)
+            assert [(item.seq, item.attempt > sent[-1].attempt) for item in job.items] == [(0, True), (1, True)]
 
 
 @contextlib.contextmanager

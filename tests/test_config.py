@@ -50,7 +50,7 @@ def test_default_toml_is_what_the_models_say() -> None:
 def test_default_toml_has_every_key_at_its_default() -> None:
     """configs/default.toml, read by a TOML parser, has each section and key with the value that none would give."""
     values = tomllib.loads(DEFAULT_TOML.read_text(encoding="utf-8"))
-    assert values | {"rules": (), "pushes": ()} == load_config().model_dump()
+    assert values | {"rules": (), "pushes": (), "peers": ()} == load_config().model_dump()
 
 
 def test_the_rule_that_default_toml_shows_is_one(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ PEER = b"one"
 DEADLINE_S = 0.3
 
 
-def item(seq: int) -> Candidate:
+def item(seq: int, *, is_clip: bool = False, is_suspect: bool = False) -> Candidate:
     """A frame to decode."""
     return Candidate(
         run="00000000000000aa",
@@ -25,6 +25,8 @@ def item(seq: int) -> Candidate:
         renditions=("record",),
         nbytes=512,
         since_ns=0,
+        is_clip=is_clip,
+        is_suspect=is_suspect,
     )
 
 
@@ -79,3 +81,37 @@ def test_jobs_of_another_broker_are_nothing(crew: Crew) -> None:
     other = Crew(DEADLINE_S)
     other.hello(PEER, HELLO)
     assert other.assign(other.workers[PEER], (item(0),)) != mine
+
+
+@pytest.mark.parametrize(
+    ("credits_", "held", "taken"),
+    [
+        (2, [], ["clip", "other", "suspect clip", "suspect other"]),
+        (2, ["other"], ["clip", "other", "suspect clip", "suspect other"]),
+        (2, ["clip"], ["other"]),
+        (4, ["clip", "clip"], ["clip", "other", "suspect clip"]),
+        (4, ["clip", "clip", "clip"], ["other"]),
+        (4, ["suspect clip"], ["clip", "suspect clip"]),
+        (4, ["suspect other"], ["other", "suspect other"]),
+    ],
+)
+def test_what_goes_beside_what_a_worker_holds(credits_: int, held: list[str], taken: list[str]) -> None:
+    """The last credit is never a clip's; and a suspected frame is never where a death would not tell whose it was."""
+    crew = Crew(DEADLINE_S)
+    crew.hello(PEER, WorkerHello(device="cpu", credits=credits_))
+    for name in held:
+        crew.assign(worker_of(crew), (named(name),))
+    offered = [named(name) for name in ("clip", "other", "suspect clip", "suspect other")]
+    assert list(worker_of(crew).takes_beside(offered)) == [named(name) for name in taken]
+
+
+def named(name: str) -> Candidate:
+    """A frame of that sort."""
+    return item(0, is_clip="clip" in name, is_suspect="suspect" in name)
+
+
+def test_a_dead_worker_may_have_been_at_two_jobs(crew: Crew) -> None:
+    """Between a clip's slices it takes others up: its oldest clip and its oldest other job, of whatever place, are."""
+    for number, is_clip in enumerate([False, False, True, True]):
+        crew.assign(worker_of(crew), (item(number, is_clip=is_clip),))
+    assert sorted(job.items[0].seq for job in worker_of(crew).at_hand()) == [0, 2]

@@ -17,6 +17,7 @@ from taesd_stream_workers.degrading import CHEAPER, LEAST_BYTES, Pace, is_out_of
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
 
+KEEPS_UP = "decoder.max_job_s=10"  # however busy this machine is, "auto" takes the full decoder
 SIDE = 96  # of the latents: one map of 64 channels at full size is 144 MiB
 
 
@@ -68,7 +69,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def slow_daemon(tmp_path: Path, weights: Path) -> Iterator[Daemon]:
     """A daemon whose full decoder is over every latency budget."""
-    with Daemon(tmp_path, f"weights.folder={weights}", "decoder.latency_budget_s=0.000001") as one:
+    with Daemon(tmp_path, f"weights.folder={weights}", "decoder.latency_budget_s=0.000001", KEEPS_UP) as one:
         yield one
 
 
@@ -103,7 +104,7 @@ def test_a_decoder_that_is_too_slow_is_replaced_for_some_steps(slow_daemon: Daem
 @pytest.mark.timeout(300)
 def test_short_of_memory_a_step_is_shown_all_the_same(tmp_path: Path, weights: Path) -> None:
     """Under a real limit of its memory the worker shows a step in small pieces or cheaper, flagged; then whole."""
-    sets = (f"weights.folder={weights}", "decoder.latency_budget_s=0", "decoder.threads=1")
+    sets = (f"weights.folder={weights}", "decoder.latency_budget_s=0", "decoder.threads=1", KEEPS_UP)
     with (
         Daemon(tmp_path, *sets) as daemon,
         LatentPublisher(daemon.broker, stream="short", latent_format="sd1") as publisher,

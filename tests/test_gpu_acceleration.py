@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taesd_stream.decoding.acceleration import AcceleratedDecoder, accelerated, lacks_for_kernels, latent_channels
+from taesd_stream.decoding.acceleration import AcceleratedDecoder, accelerated, latent_channels
 from taesd_stream.decoding.colour import video_planes
 from taesd_stream.decoding.cuda_graphs import MAX_GRAPHS
 from taesd_stream.decoding.kernels.cubins import kernel_cubin
+from taesd_stream.decoding.kernels.later import lacks_for_kernels
 from taesd_stream.models import build_decoder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from taesd_stream.decoding.acceleration import accelerated, check, lacks_for_kernels, latent_channels
+from taesd_stream.decoding.acceleration import accelerated, check, latent_channels
 from taesd_stream.decoding.colour import video_planes
 from taesd_stream.decoding.cuda_graphs import MAX_BATCH, batches
 from taesd_stream.decoding.decoder_plan import UnsupportedNetworkError, decoder_plan
 from taesd_stream.decoding.float8 import blocks_in_float8
 from taesd_stream.decoding.kernels.cubins import KernelsUnavailableError, cubin_path, kernel_cubin, kernel_source
+from taesd_stream.decoding.kernels.later import lacks_for_kernels
 from taesd_stream.decoding.kernels.launching import KERNELS, choose_tile, shared_bytes
 from taesd_stream.decoding.kernels.packing import (
     LARGEST_8,

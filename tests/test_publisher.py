@@ -19,7 +19,7 @@ import torch
 from taesd_stream import LatentPublisher
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.messages import PublisherHello, StopRun
-from taesd_stream.publisher_link import MAX_UNHEARD_BYTES
+from taesd_stream.pulse import MAX_UNHEARD_BYTES
 from tests.broker_peer import BrokerPeer
 from tests.daemon import wait_for
 
@@ -678,7 +678,7 @@ def test_a_broker_that_hangs_fills_no_memory(peer: BrokerPeer, open_run: Any) ->
         publisher.publish(big, step=step)
         return step
 
-    wait_for(lambda: fill() and publisher._link._is_silent(time.monotonic()), 60.0, of="the publisher's patience")
+    wait_for(lambda: fill() and publisher._link._pulse.is_silent(time.monotonic()), 60.0, of="the publisher's patience")
     newest = max(fill() for _ in range(20))
     last = peer.next(LatentFrame, lambda frame: frame.step == newest)
     assert np.unique(np.frombuffer(last.payload, np.float32)).tolist() == [newest]

@@ -7,6 +7,8 @@ import multiprocessing
 import signal
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -424,6 +426,27 @@ def test_a_broker_that_is_killed_and_back_misses_nothing(tmp_path: Path) -> None
         publisher.close()
         assert publisher.error is None
         assert broker.frames(publisher.run) == list(range(300))
+
+
+@pytest.mark.slow
+def test_a_broker_that_is_gone_for_a_minute_misses_nothing(tmp_path: Path) -> None:
+    """The sampler goes on all the while, at its pace; the broker that comes back has every frame once, in order."""
+    pace, step = threading.Event(), 0
+    with BrokerProcess(tmp_path) as broker:
+        publisher = LatentPublisher(broker.address, stream="a", latent_format="sd1", record="all")
+        publisher.publish(LATENTS, step=0)
+        assert publisher.wait_until_acked(30), publisher.error
+        broker.kill()
+        gone_until_s = time.monotonic() + 60.0
+        while time.monotonic() < gone_until_s:
+            step += 1
+            publisher.publish(LATENTS, step=step)
+            pace.wait(0.05)
+        broker.start()
+        assert publisher.wait_until_acked(60), publisher.error
+        publisher.close()
+        assert publisher.error is None
+        assert broker.frames(publisher.run) == list(range(step + 1))
 
 
 def test_last_is_one_frame_in_the_recording(daemon: Daemon) -> None:

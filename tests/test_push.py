@@ -16,19 +16,12 @@ import pytest
 from taesd_stream import LatentPublisher
 from taesd_stream.errors import ConfigError
 from taesd_stream_workers.push import format_of, shown
-from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
+from tests.daemon import COMMAND, Daemon, clean_environment, free_port, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import sd1_latents_of, to_rgb
 
 pytestmark = pytest.mark.timeout(180)
 GREEN = (60, 170, 60)
-
-
-def free_port() -> int:
-    """A port that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

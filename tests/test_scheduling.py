@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +14,6 @@ from taesd_stream.scheduling import (
     Candidate,
     Group,
     WorkerLimits,
-    desired_workers,
     first_due,
     history_due,
     next_job,
@@ -46,6 +44,7 @@ def run_candidates(draw: st.DrawFn, run: str) -> list[Candidate]:
     worker = draw(st.sampled_from([None, *WORKERS]))
     record_since = draw(st.integers(0, 1000)) * MS
     groups = draw(st.lists(st.sampled_from(GROUPS), max_size=5))
+    is_clip = draw(st.booleans())
     found = [
         Candidate(
             run=run,
@@ -56,13 +55,14 @@ def run_candidates(draw: st.DrawFn, run: str) -> list[Candidate]:
             since_ns=record_since,
             worker=worker,
             is_suspect=draw(st.integers(0, 9)) == 0,
+            is_clip=is_clip,
         )
         for seq, group in enumerate(groups)
     ]
     if draw(st.booleans()):
         group = draw(st.sampled_from(GROUPS))
         since = draw(st.integers(0, 1000)) * MS
-        found.append(candidate(run, 100, group=group, since_ns=since, worker=worker))
+        found.append(candidate(run, 100, group=group, since_ns=since, worker=worker, is_clip=is_clip))
     return found
 
 
@@ -83,9 +83,9 @@ any_limits = st.builds(
 @given(candidates, any_limits)
 @settings(max_examples=400)
 def test_a_job_is_one_that_the_worker_can_take(offered: list[Candidate], worker: WorkerLimits) -> None:
-    """A job shares one group, is within batch, bytes and time where it has more than one item, and holds none twice."""
+    """A job is of one group, all clips or none, within its bounds where it has several items, none of them twice."""
     job = next_job(offered, worker)
-    assert len({one.group for one in job}) <= 1
+    assert len({(one.group, one.is_clip) for one in job}) <= 1
     assert len(job) <= worker.max_batch_size
     assert len(set(job)) == len(job)
     assert set(job) <= set(offered)
@@ -210,12 +210,6 @@ def test_one_frame_over_every_limit_is_taken_alone() -> None:
     assert job == (giant,)
 
 
-@pytest.mark.parametrize(("loads", "wanted"), [([], 1), ([0.1], 1), ([0.8], 2), ([0.5] * 6, 4), ([1.0, 1.0], 3)])
-def test_desired_workers_follow_the_load(loads: list[float], wanted: int) -> None:
-    """The shares of a worker that all streams need, with a third to spare, and never none."""
-    assert desired_workers(loads) == wanted
-
-
 @given(candidates, any_limits)
 @settings(max_examples=400)
 def test_every_run_has_its_first_before_any_has_its_second(offered: list[Candidate], worker: WorkerLimits) -> None:
@@ -229,7 +223,8 @@ def test_every_run_has_its_first_before_any_has_its_second(offered: list[Candida
     mine = [one for one in offered if one.worker in (None, worker.worker)]
     firsts = [min((one for one in mine if one.run == run), key=lambda one: (one.due_ns, one.seq)) for run in runs(mine)]
     left_out = [one for one in firsts if one.run not in counts]
-    assert all(one.group != job[0].group or one.is_suspect for one in left_out)
+    alike = [one for one in left_out if (one.group, one.is_clip) == (job[0].group, job[0].is_clip)]
+    assert all(one.is_suspect for one in alike)
 
 
 def runs(offered: list[Candidate]) -> set[str]:
@@ -254,12 +249,6 @@ def test_history_counts_in_a_jobs_bytes() -> None:
     assert next_job([new, other], limits()) == (new,)
     known = dataclasses.replace(new, memory=WORKERS[0])
     assert next_job([known, other], limits()) == (known, other)
-
-
-@given(candidates, any_limits, st.integers(1, 5))
-def test_a_job_fits_the_workers_memory(offered: list[Candidate], worker: WorkerLimits, frames: int) -> None:
-    """No job has more frames than the worker can hold at once."""
-    assert len(next_job(offered, dataclasses.replace(worker, memory_frames=frames))) <= max(1, frames)
 
 
 @given(candidates, any_limits)

@@ -22,7 +22,7 @@ from taesd_stream import LatentPublisher
 from taesd_stream.folder_lock import FolderLock
 from taesd_stream_workers.supervisor import SILENT_S
 from tests.commands import run_command
-from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
+from tests.daemon import COMMAND, Daemon, clean_environment, free_port, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import decode_file
 from tests.processes import Terminal, children_of, lives, role_pid
@@ -390,12 +390,6 @@ def _lines(shown: str) -> list[str]:
     """What stays on a terminal: without colours, and without what was wiped away."""
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
     return [last for line in plain.split("\r\n") if (last := line.rpartition("\r")[2]) and "Starting" not in last]
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def test_roles_alone_make_a_daemon(tmp_path: Path) -> None:

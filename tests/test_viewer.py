@@ -37,6 +37,7 @@ STREAM = PACKET.stream
 KEY = PACKET
 DELTA = replace(PACKET, is_keyframe=False, seq=8)
 THUMB = replace(PACKET, rendition="thumb")
+STATES = ("waiting", "live", "done", "stopped", "failed", "lost")
 
 
 class Clock:
@@ -400,3 +401,26 @@ def test_a_late_whole_picture_of_a_replaced_run_is_not_shown(streamer: LoneStrea
     assert page.picture() == ("other", RUN, 7)
     status, body = streamer.get(f"/streams/{STREAM}/latest.jpg?rendition=thumb")
     assert (status, body) == (200, bytes(PACKET.payload))
+
+
+def test_a_worker_that_is_back_soon_alarms_nobody() -> None:
+    """`No decode worker` is said, as an alert and on living tiles, once none was there for 10 s, not before."""
+    clock = Clock()
+    hub = Hub(Latency(), lambda _: None, clock)
+    rows = [state(0, name=word, run=f"{number:016x}", state=word).streams[0] for number, word in enumerate(STATES)]
+
+    async def told(*workers: dict[str, Any]) -> tuple[list[str], list[str]]:
+        hub.attach(asyncio.get_running_loop())
+        hub.offer_state(State(streams=rows, runs={}, workers=list(workers), stats={}, desired_workers=1, now_ns=0))
+        await asyncio.sleep(0)
+        noted = [row["name"] for row in hub.streams() if row["note"] == "No decode worker."]
+        return [alert["code"] for alert in hub.alerts()], noted
+
+    assert asyncio.run(told()) == ([], [])
+    clock.now_s += 9.9
+    assert asyncio.run(told()) == ([], [])
+    clock.now_s += 0.1
+    assert asyncio.run(told()) == (["no_worker"], ["waiting", "live"])
+    assert asyncio.run(told({"engines": {}})) == ([], [])
+    clock.now_s += 60
+    assert asyncio.run(told()) == ([], [])

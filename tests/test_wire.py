@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taesd_stream import wire
+from taesd_stream import message_fields, wire
 from taesd_stream.errors import WireError
 from taesd_stream.frames import DTYPE_BYTES, LatentFrame, Stamps, WireDtype
 from taesd_stream.messages import Degraded, JobItem, RunHello
@@ -38,7 +38,7 @@ def test_golden_bytes_are_unpacked_to_the_message(name: str) -> None:
 
 def test_every_message_class_has_a_golden_one() -> None:
     """No class of the protocol is without golden bytes."""
-    assert {type(message) for message, _ in GOLDEN.values()} == set(wire.FIELDS) - set(INNER_TABLES)
+    assert {type(message) for message, _ in GOLDEN.values()} == set(message_fields.FIELDS) - set(INNER_TABLES)
 
 
 def test_every_class_may_come_some_way() -> None:
@@ -51,14 +51,14 @@ def test_every_class_may_come_some_way() -> None:
         wire.TO_STREAMER,
         wire.FROM_WORKER_TO_STREAMER,
     )
-    assert {cls for way in ways for cls in way} == set(wire.FIELDS) - set(INNER_TABLES)
+    assert {cls for way in ways for cls in way} == set(message_fields.FIELDS) - set(INNER_TABLES)
 
 
-@pytest.mark.parametrize("cls", wire.FIELDS, ids=wire.type_name)
+@pytest.mark.parametrize("cls", message_fields.FIELDS, ids=message_fields.type_name)
 def test_fields_are_those_of_the_class(cls: type) -> None:
     """Each field of a message but its payload has exactly one checker."""
     fields = {field.name for field in dataclasses.fields(cls)}
-    assert set(wire.FIELDS[cls]) == fields - {"payload", "payloads"}
+    assert set(message_fields.FIELDS[cls]) == fields - {"payload", "payloads"}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -168,7 +168,7 @@ def test_any_value_in_any_field_is_taken_or_named(data: st.DataObject) -> None:
     """Whatever msgpack can hold in one field gives a message or a WireError; what is taken can be packed again."""
     name = data.draw(st.sampled_from(sorted(GOLDEN)))
     message, allowed = GOLDEN[name]
-    fields = list(wire.FIELDS[type(message)]) or ["v"]
+    fields = list(message_fields.FIELDS[type(message)]) or ["v"]
     parts = changed(name, {data.draw(st.sampled_from(fields)): data.draw(JUNK)})
     with contextlib.suppress(WireError):
         again = wire.unpack(parts, allowed)
@@ -218,9 +218,9 @@ def test_times_of_two_hosts_add_up_within_the_limits() -> None:
 
 def test_an_own_frame_is_checked_before_it_is_sent() -> None:
     """check() says of our own values what a peer would say of them, so that a publisher complains at home."""
-    wire.check(LatentFrame, shape=[4, 3, 4], step=0, total_steps=None, sigma=1.0)
+    message_fields.check(LatentFrame, shape=[4, 3, 4], step=0, total_steps=None, sigma=1.0)
     with pytest.raises(WireError, match="FRAME step"):
-        wire.check(LatentFrame, step=-1)
+        message_fields.check(LatentFrame, step=-1)
 
 
 def test_the_document_tells_every_field_and_limit() -> None:
@@ -234,8 +234,9 @@ def test_the_document_tells_every_field_and_limit() -> None:
 def test_the_document_leaves_nothing_out() -> None:
     """Each class and each limit of the wire has its place in the tables."""
     told = {cls for classes in wire_document.CHAPTERS.values() for cls in classes}
-    assert told == set(wire.FIELDS)
-    assert set(wire_document.LIMITS) == {name for name in dir(wire) if name.startswith("MAX_")} | {"VERSION"}
+    assert told == set(message_fields.FIELDS)
+    limits = {name for name in (*vars(wire), *vars(message_fields)) if name.startswith("MAX_")}
+    assert set(wire_document.LIMITS) == limits | {"VERSION"}
 
 
 def test_golden_bytes_speak_for_themselves() -> None:

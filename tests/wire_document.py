@@ -1,4 +1,4 @@
-"""The message tables of docs/wire.md, made from wire.FIELDS. `python -m tests.wire_document` writes them anew."""
+"""The message tables of docs/wire.md, made from FIELDS. `python -m tests.wire_document` writes them anew."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from taesd_stream import wire
+from taesd_stream import message_fields, wire
 from taesd_stream.frames import LatentFrame, Packet, Stamps
 from taesd_stream.messages import Degraded, Job, JobItem, RunHello
 
@@ -56,13 +56,15 @@ def table(cls: type) -> str:
     meaning = DIRECTION.sub("", " ".join((cls.__doc__ or "").split()))
     meaning = meaning[0].upper() + meaning[1:]
     role = getattr(cls, "ROLE", None)
-    head = [f"### {wire.type_name(cls)} (`{cls.__name__}`)", "", f"{meaning}", "", f"{_parts(cls)}."]
+    head = [f"### {message_fields.type_name(cls)} (`{cls.__name__}`)", "", f"{meaning}", "", f"{_parts(cls)}."]
     if cls in CHAPTERS["Maps inside messages"]:
         head = [f"### `{cls.__name__}`", "", meaning]
     if role:
         head[-1] += f' The header also has `role`: "{role}".'
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    rows = [f"| `{name}` | {check.says} | {_default(fields[name])} |" for name, check in wire.FIELDS[cls].items()]
+    rows = [
+        f"| `{name}` | {check.says} | {_default(fields[name])} |" for name, check in message_fields.FIELDS[cls].items()
+    ]
     if rows:
         rows = ["", "| field | must be | when absent |", "|---|---|---|", *rows]
     return "\n".join([*head, *rows, ""])
@@ -70,7 +72,8 @@ def table(cls: type) -> str:
 
 def tables() -> str:
     """All that stands between the two marks of the document."""
-    limits = [f"| `{name}` | {getattr(wire, name)} | {meaning} |" for name, meaning in LIMITS.items()]
+    values = {**vars(wire), **vars(message_fields)}
+    limits = [f"| `{name}` | {values[name]} | {meaning} |" for name, meaning in LIMITS.items()]
     lines = ["## Limits", "", "| name | value | of |", "|---|---|---|", *limits, ""]
     told: set[type] = set()
     for chapter, classes in CHAPTERS.items():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Final, Literal, Protocol, TypeAlias
 
@@ -15,11 +12,10 @@ from taesd_stream.decoding.colour import video_planes
 from taesd_stream.decoding.cuda_graphs import GraphedBody
 from taesd_stream.decoding.decoder_plan import UnsupportedNetworkError
 from taesd_stream.decoding.hopper_decoder import HopperDecoder
-from taesd_stream.decoding.kernels.cubins import KernelsUnavailableError, forget, kernel_cubin
+from taesd_stream.decoding.kernels.cubins import KernelsUnavailableError
+from taesd_stream.decoding.kernels.later import KernelsLater
 from taesd_stream.decoding.kernels.launching import Kernels
 from taesd_stream.decoding.stock_decoder import StockDecoder
-
-logger = logging.getLogger(__name__)
 
 # Both round to float16 after each layer, in other orders: measured 1e-3 against each other, a wrong tap is 1e-1.
 LARGEST_ERROR: Final = 4e-3
@@ -37,28 +33,25 @@ class AcceleratedDecoder:
     """A decoder by fused calls and CUDA graphs; on a Hopper GPU by our own kernels, as soon as they are compiled.
 
     Used by one thread. It decodes at once, by stock calls; the kernels are compiled in a thread behind it, checked
-    against the stock calls by the caller's next decode, and take over then. `reason` says what runs, and why.
+    against the stock calls by the caller's next decode, and take over then.
     """
 
     def __init__(
         self, network: nn.Module, device: torch.device, *, is_float8: bool = False, cache: Path | None = None
     ) -> None:
         """network: float16, on the device. Raises: UnsupportedNetworkError if no fused call fits it."""
-        self.reason = ""
         self._is_float8 = is_float8
         self._network = network
         self._device = device
-        self._cache = cache
         self._stock = StockDecoder(network)
         self._channels = latent_channels(network)
-        self._cubin: Future[bytes] | None = None
-        self._use(self._stock, "cuDNN's fused calls")
-        lacks = lacks_for_kernels(torch.cuda.get_device_capability(device))
-        if lacks is None:
-            self._cubin = compile_behind(cache)
-            self.reason += " until our own kernels are compiled"
-        else:
-            self.reason += f": {lacks}"
+        self._bodies = self._bodies_of(self._stock)
+        self._kernels = KernelsLater(device, cache, self._use)
+
+    @property
+    def reason(self) -> str:
+        """What runs, and why."""
+        return self._kernels.reason
 
     def rgb(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) on the device, as the network takes them -> (N, 3, H, W) float16 in [0, 1]."""
@@ -70,47 +63,27 @@ class AcceleratedDecoder:
 
     def wait(self) -> None:
         """Wait until the kernels are compiled, checked and in use, or refused: for benchmarks and tests."""
-        if self._cubin is not None:
-            self._cubin.exception()
-            self._take_over()
+        self._kernels.take_over(wait=True)
 
     @torch.inference_mode()
     def _run(self, latents: Tensor, output: _Output) -> Tensor:
         with torch.cuda.device(self._device):
-            if self._cubin is not None and self._cubin.done():
-                self._take_over()
+            self._kernels.take_over()
             return self._bodies[output](latents.to(device=self._device, dtype=torch.float16))
 
-    def _use(self, decoder: _Decoder, reason: str) -> None:
-        self._bodies: dict[_Output, GraphedBody] = {
+    def _bodies_of(self, decoder: _Decoder) -> dict[_Output, GraphedBody]:
+        return {
             "rgb": GraphedBody(decoder.rgb, self._stock.spatial_factor),
             "planes": GraphedBody(decoder.planes, self._stock.spatial_factor),
         }
-        self.reason = reason
 
-    @torch.inference_mode()
-    def _take_over(self) -> None:
-        """Load the compiled kernels and use them if they give the stock calls' picture; say why if not."""
-        assert self._cubin is not None
-        cubin, self._cubin = self._cubin, None
-        try:
-            with torch.cuda.device(self._device):
-                decoder = HopperDecoder(self._network, self._load(cubin.result()), is_float8=self._is_float8)
-                largest_error = LARGEST_ERROR_8 if self._is_float8 else LARGEST_ERROR
-                check(decoder, self._stock, self._channels, self._device, largest_error=largest_error)
-        except (KernelsUnavailableError, OSError, RuntimeError) as error:  # RuntimeError: also out of memory
-            self.reason = f"cuDNN's fused calls: {error}"
-            logger.warning("kernels_not_used reason=%s", error)
-        else:
-            self._use(decoder, "our own kernels, float8" if self._is_float8 else "our own kernels")
-            logger.info("kernels_used device=%s", torch.cuda.get_device_name(self._device))
-
-    def _load(self, cubin: bytes) -> Kernels:
-        try:
-            return Kernels(cubin, self._device)
-        except KernelsUnavailableError:
-            forget(self._cache)  # broken on disk, perhaps: the next start compiles anew
-            raise
+    def _use(self, kernels: Kernels) -> str:
+        """Use them if they give the stock calls' picture. Raises: KernelsUnavailableError if not."""
+        decoder = HopperDecoder(self._network, kernels, is_float8=self._is_float8)
+        largest_error = LARGEST_ERROR_8 if self._is_float8 else LARGEST_ERROR
+        check(decoder, self._stock, self._channels, self._device, largest_error=largest_error)
+        self._bodies = self._bodies_of(decoder)
+        return "our own kernels, float8" if self._is_float8 else "our own kernels"
 
 
 def accelerated(
@@ -136,28 +109,6 @@ def accelerated(
     except UnsupportedNetworkError as error:
         return None, f"the plain network: {error}"
     return decoder, decoder.reason
-
-
-def compile_behind(cache: Path | None) -> Future[bytes]:
-    """Compile in a thread that a process which ends does not wait for: a compilation cannot be broken off."""
-    future: Future[bytes] = Future()
-
-    def compile_kernels() -> None:
-        try:
-            future.set_result(kernel_cubin(cache))
-        except (KernelsUnavailableError, OSError, RuntimeError) as error:
-            future.set_exception(error)
-
-    threading.Thread(target=compile_kernels, name="kernels", daemon=True).start()
-    return future
-
-
-def lacks_for_kernels(capability: tuple[int, int]) -> str | None:
-    """Why a GPU of this compute capability cannot run our own kernels, None if it can."""
-    major, minor = capability
-    if (major, minor) == (9, 0):
-        return None
-    return f"our own kernels need a Hopper GPU (compute capability 9.0), this one has {major}.{minor}"
 
 
 def latent_channels(network: nn.Module) -> int:

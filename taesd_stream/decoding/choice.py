@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-import torch
 from torch import nn
 
 from taesd_stream.decoding.engine import Engine
@@ -31,7 +30,6 @@ _KINDS: Final = {"image": "an image decoder", "video": "a video decoder"}
 _FIT: Final = "`taesd-stream fit` makes a projection from pairs of latents and pictures"
 _NO_NANO: Final = "no nano decoder is known; `taesd-stream distill` makes one"
 _BEST_FIRST: Final[tuple[Kind, ...]] = ("tiny", "nano", "linear")
-_QUICK_FIRST: Final[tuple[Kind, ...]] = ("nano", "tiny", "linear")  # a processor keeps up with nano alone
 
 
 class NoDecoderError(TaesdStreamError):
@@ -45,37 +43,36 @@ def open_engine(
     choice: Choice = "auto",
     device: str = "cpu",
     is_fast: bool = False,
+    is_float8: bool = False,
 ) -> Engine:
     """Choose and load a decoder for the format.
 
     choice: "tiny" is the format's own decoder, "nano" and "linear" those that come with the package or that a user
-    made, each of them or nothing; "auto" takes the first of tiny, nano, linear that can be had, for a live view on a
-    processor the first of nano, tiny, linear; `reason` says why.
+    made, each of them or nothing; "auto" takes the first of tiny, nano, linear that can be had, and `reason` says why.
     is_fast: for live views: a processor computes in bfloat16 where that is faster. What is kept is decoded in float32.
+    is_float8: for live views too, of pictures: as Engine's.
     Raises: NoDecoderError with the way out; WeightsError if `weights_folder` is no folder.
     """
     known, fitted = _find_format(latent_format, weights_folder)
-    is_live_on_cpu = is_fast and torch.device(device).type == "cpu"
-    order = (choice,) if choice != "auto" else _QUICK_FIRST if is_live_on_cpu else _BEST_FIRST
+    order = (choice,) if choice != "auto" else _BEST_FIRST
     refusals: list[str] = []
     for kind in order:
         found = _open(kind, known, fitted, weights_folder)
         if not isinstance(found, str):
             network, reason = found
-            why = _why(kind, choice, is_live_on_cpu, refusals)
-            return _engine(kind, known, network, "; ".join(filter(None, (why, reason))), device, is_fast=is_fast)
+            why = _why(kind, choice, refusals)
+            reason = "; ".join(filter(None, (why, reason)))
+            return _engine(kind, known, network, reason, device, is_fast=is_fast, is_float8=is_float8)
         if found != _NO_NANO or choice == "nano":
             refusals.append(found)
     said = [] if choice in ("auto", "tiny") else [f"decoder.choice is {choice}"]
     raise NoDecoderError(f"No decoder for {latent_format}: {', and '.join(said + refusals)}")
 
 
-def _why(kind: Kind, choice: Choice, is_live_on_cpu: bool, refusals: list[str]) -> str:
+def _why(kind: Kind, choice: Choice, refusals: list[str]) -> str:
     """Why this kind, beyond where it comes from."""
     if choice != "auto":
         return "" if kind == "tiny" else f"decoder.choice is {choice}"
-    if kind == "nano" and is_live_on_cpu:
-        return "a live view on a processor, which keeps up with nano"
     return "; ".join(refusals) if kind != "tiny" else ""
 
 
@@ -134,14 +131,25 @@ def _open_fitted(fitted: UserFormat) -> nn.Module:
         raise NoDecoderError(f"No decoder for {fitted.format.name}: {error}") from error
 
 
-def _engine(kind: Kind, known: LatentFormat, network: nn.Module, reason: str, device: str, *, is_fast: bool) -> Engine:
+def _engine(
+    kind: Kind, known: LatentFormat, network: nn.Module, reason: str, device: str, *, is_fast: bool, is_float8: bool
+) -> Engine:
     is_full = kind == "tiny"
     decoder = (known.decoder or "") if is_full else "nano" if isinstance(network, NanoDecoder) else "linear"
     if isinstance(network, VideoDecoder):
         return VideoEngine(known, network, decoder=decoder, reason=reason, is_full=True, device=device, is_fast=is_fast)
     if is_full and decoder == RGBA_FAMILY:
         network = nn.Sequential(network, OverWhite())
-    return Engine(known, network, decoder=decoder, reason=reason, is_full=is_full, device=device, is_fast=is_fast)
+    return Engine(
+        known,
+        network,
+        decoder=decoder,
+        reason=reason,
+        is_full=is_full,
+        device=device,
+        is_fast=is_fast,
+        is_float8=is_float8 and is_full,
+    )
 
 
 def _open_tiny(known: LatentFormat, folder: Path | None) -> tuple[nn.Module | None, str]:

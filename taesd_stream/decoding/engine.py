@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import torch
@@ -16,7 +16,7 @@ from taesd_stream.decoding.cpu_choice import cpu_choice
 from taesd_stream.decoding.folding import fold_upsampling
 from taesd_stream.decoding.nano_tiles import decode_in_strips
 from taesd_stream.decoding.payloads import check_finite
-from taesd_stream.decoding.slicing import bytes_per_latent_px, slices
+from taesd_stream.decoding.slicing import Most, bytes_per_latent_px, cut, slices
 from taesd_stream.decoding.tiling import BudgetError, decode_tiled, is_tileable
 from taesd_stream.latent_formats import LatentFormat
 from taesd_stream.models.nano import NanoDecoder
@@ -34,6 +34,7 @@ class Engine:
     temporal_factor: frames of a video that one latent stands for; None of pictures.
     is_full: whether it is the format's own tiny decoder. dtype: what it computes in: on a processor
     float32, or with `is_fast` what is fastest there. history: latents that a frame needs before it; 0 for pictures.
+    is_float8: whether our own GPU kernels, where they run, compute their largest layers in float8.
     bytes_per_latent_px: memory that decoding one latent cell takes, at its worst moment.
     """
 
@@ -47,6 +48,7 @@ class Engine:
         is_full: bool,
         device: str,
         is_fast: bool = False,
+        is_float8: bool = False,
     ) -> None:
         self.latent_format = latent_format.name
         self.temporal_factor = latent_format.temporal_factor
@@ -54,6 +56,7 @@ class Engine:
         self.reason = reason
         self.is_full = is_full
         self.history = 0
+        self.is_float8 = is_float8
         self._format = latent_format
         self._scale = latent_format.decoder_scale if is_full else None
         self._device = torch.device(device)
@@ -64,7 +67,7 @@ class Engine:
         network = network.to(device=self._device, dtype=self.dtype).eval().requires_grad_(False)
         self._network: nn.Module = network.to(memory_format=self._memory_format)  # type: ignore[call-overload]
         self.bytes_per_latent_px = bytes_per_latent_px(network, latent_format.channels, self.dtype)
-        self._fast, self._plain_reason = accelerated(self._network, self._device)
+        self._fast, self._plain_reason = accelerated(self._network, self._device, is_float8=is_float8)
 
     @property
     def speed_reason(self) -> str:
@@ -72,24 +75,25 @@ class Engine:
         return self._plain_reason if self._fast is None else self._fast.reason
 
     def decode(
-        self, latents: NDArray[Any] | Tensor, *, budget_bytes: int, are_finite: bool = False
+        self, latents: NDArray[Any] | Tensor, *, budget_bytes: int, most: Most | None = None, are_finite: bool = False
     ) -> Iterator[tuple[slice, Tensor]]:
         """Decode a batch, slice by slice, in order; each slice is decoded when it is asked for.
 
         latents: (N, C, h, w), floating point, any device; z as the scheduler holds it, FLUX.2 also patchified.
         budget_bytes: memory for one slice; a frame that alone needs more is decoded in tiles (`tiling`), and one that
         even so needs more in the smallest. A network without exact tiles (linear, RGBA) decodes it whole.
+        most: how many frames the next slice may hold, however much memory there is.
         are_finite: the caller knows that they hold no NaN; to find out, a GPU would have to be waited for.
         Returns: (which of the N, (n, 3, H, W) float32 in [0, 1] on the engine's device, NCHW contiguous).
         Raises: ValueError, before anything is decoded, for a wrong shape, dtype or budget, or NaN (`check_finite`).
         """
-        return self._decode(latents, budget_bytes, self._rgb, _plain, are_finite=are_finite)
+        return self._decode(latents, budget_bytes, most, self._rgb, _plain, are_finite=are_finite)
 
     def decode_planes(
-        self, latents: NDArray[Any] | Tensor, *, budget_bytes: int, are_finite: bool = False
+        self, latents: NDArray[Any] | Tensor, *, budget_bytes: int, most: Most | None = None, are_finite: bool = False
     ) -> Iterator[tuple[slice, Tensor]]:
         """As `decode`, but I420 planes for video, (n, H*3//2, W) uint8 as `colour.video_planes`; no RGB on a GPU."""
-        return self._decode(latents, budget_bytes, self._planes, video_planes, are_finite=are_finite)
+        return self._decode(latents, budget_bytes, most, self._planes, video_planes, are_finite=are_finite)
 
     def picture_size(self, latents: Tensor) -> tuple[int, int]:
         """Height and width, pixels, of the pictures that latents (..., h, w) give."""
@@ -110,6 +114,7 @@ class Engine:
         self,
         latents: NDArray[Any] | Tensor,
         budget_bytes: int,
+        most: Most | None,
         whole: Callable[[Tensor], Tensor],
         of_tiles: Callable[[Tensor], Tensor],
         *,
@@ -124,11 +129,11 @@ class Engine:
         pieces = list(slices(count, frame_bytes, budget_bytes))
         if frame_bytes > budget_bytes and (isinstance(self._network, NanoDecoder) or is_tileable(self._network)):
             return self._decode_tiled(self._format.unfold(tensor), budget_bytes, of_tiles)
-        return self._decode_slices(self._format.unfold(tensor), pieces, whole)
+        return self._decode_slices(self._format.unfold(tensor), cut(pieces, most), whole)
 
     @torch.inference_mode()
     def _decode_slices(
-        self, latents: Tensor, pieces: Sequence[slice], finish: Callable[[Tensor], Tensor]
+        self, latents: Tensor, pieces: Iterable[slice], finish: Callable[[Tensor], Tensor]
     ) -> Iterator[tuple[slice, Tensor]]:
         for piece in pieces:
             yield piece, finish(self._prepared(latents[piece]))

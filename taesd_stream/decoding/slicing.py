@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from taesd_stream.decoding.live_bytes import LiveBytes
+
+Most: TypeAlias = Callable[[], int]  # how many items the next slice may hold, asked before each
 
 _PROBE_CELLS = 16  # side of the latent that is measured; the bytes grow with its area
 
@@ -37,3 +40,13 @@ def slices(count: int, bytes_per_item: int, budget_bytes: int) -> Iterator[slice
     parts = -(-count // most)
     for part in range(parts):
         yield slice(count * part // parts, count * (part + 1) // parts)
+
+
+def cut(pieces: Iterable[slice], most: Most | None) -> Iterator[slice]:
+    """Cut slices further, each only when it is asked for: none holds more than `most()` says then; None is no limit."""
+    for piece in pieces:
+        start = piece.start
+        while start < piece.stop:
+            stop = piece.stop if most is None else min(piece.stop, start + max(1, most()))
+            yield slice(start, stop)
+            start = stop

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
 
-from taesd_stream.decoding.acceleration import LARGEST_ERROR, compile_behind, lacks_for_kernels
+from taesd_stream.decoding.acceleration import LARGEST_ERROR
 from taesd_stream.decoding.decoder_plan import UnsupportedNetworkError
 from taesd_stream.decoding.kernels.cubins import KernelsUnavailableError
+from taesd_stream.decoding.kernels.later import KernelsLater
 from taesd_stream.decoding.kernels.launching import Kernels
 from taesd_stream.decoding.video_plan import VideoPlan
 from taesd_stream.models.tiny_video import VideoDecoder
-
-logger = logging.getLogger(__name__)
 
 MAX_GRAPHS: Final = 3  # each holds memories of all its streams
 _CHECK_SIZE: Final = (2, 5, 9)  # streams, h, w: odd, and every tile has an edge in it
@@ -26,7 +23,7 @@ Step: TypeAlias = Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, list[Tensor
 
 
 class AcceleratedVideo:
-    """Steps streams together, one latent of each. Used by one thread. `reason` says what runs, and why."""
+    """Steps streams together, one latent of each. Used by one thread."""
 
     def __init__(self, network: VideoDecoder, device: torch.device, *, cache: Path | None = None) -> None:
         """network: float16, on the device. Raises: UnsupportedNetworkError if it is not laid out as TAEHV."""
@@ -34,14 +31,12 @@ class AcceleratedVideo:
         self._device = device
         self._stock = VideoPlan(network)
         self._step = _GraphedStep(self._stock.rgb)
-        self.reason = "cuDNN's fused calls"
-        self._cubin: Future[bytes] | None = None
-        lacks = lacks_for_kernels(torch.cuda.get_device_capability(device))
-        if lacks is None:
-            self._cubin = compile_behind(cache)
-            self.reason += " until our own kernels are compiled"
-        else:
-            self.reason += f": {lacks}"
+        self._kernels = KernelsLater(device, cache, self._use)
+
+    @property
+    def reason(self) -> str:
+        """What runs, and why."""
+        return self._kernels.reason
 
     def step(self, latents: Tensor, memories: Sequence[Sequence[Tensor]]) -> tuple[Tensor, list[list[Tensor]]]:
         """The next latents of N streams, (N, C, h, w) float16 on the device.
@@ -50,30 +45,19 @@ class AcceleratedVideo:
         in [0, 1], also those that a family hides, and each stream's next memory; all of it the caller's own.
         """
         with torch.cuda.device(self._device):
-            if self._cubin is not None and self._cubin.done():
-                self._take_over()
+            self._kernels.take_over()
             return self._step(latents, memories)
 
     def wait(self) -> None:
         """Wait until the kernels are compiled, checked and in use, or refused: for benchmarks and tests."""
-        if self._cubin is not None:
-            self._cubin.exception()
-            self._take_over()
+        self._kernels.take_over(wait=True)
 
-    @torch.inference_mode()
-    def _take_over(self) -> None:
-        assert self._cubin is not None
-        cubin, self._cubin = self._cubin, None
-        try:
-            with torch.cuda.device(self._device):
-                plan = VideoPlan(self._network, Kernels(cubin.result(), self._device))
-                self._check(plan)
-        except (KernelsUnavailableError, OSError, RuntimeError) as error:  # RuntimeError: also out of memory
-            self.reason = f"cuDNN's fused calls: {error}"
-            logger.warning("kernels_not_used reason=%s", error)
-        else:
-            self._step = _GraphedStep(plan.rgb)
-            self.reason = "our own kernels"
+    def _use(self, kernels: Kernels) -> str:
+        """Use them if they give the fused calls' frames. Raises: KernelsUnavailableError if not."""
+        plan = VideoPlan(self._network, kernels)
+        self._check(plan)
+        self._step = _GraphedStep(plan.rgb)
+        return "our own kernels"
 
     def _check(self, plan: VideoPlan) -> None:
         """Raises: KernelsUnavailableError if frames or memories differ from the fused calls' by more than rounding."""

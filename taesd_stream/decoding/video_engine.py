@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from taesd_stream.decoding.engine import Engine
 from taesd_stream.decoding.live_bytes import LiveBytes
-from taesd_stream.decoding.slicing import slices
+from taesd_stream.decoding.slicing import Most, cut, slices
 from taesd_stream.decoding.stream_memories import StreamMemories, StreamMemory
 from taesd_stream.decoding.video_acceleration import AcceleratedVideo, accelerated_video
 from taesd_stream.latent_formats import LatentFormat
@@ -92,17 +92,20 @@ class VideoEngine(Engine):
         """How many frames the latents of a live run show before its latent `index`."""
         return self._video.family.frames_of_stream(index, self._video.frames_per_latent)
 
-    def decode_clip(self, latents: Tensor, *, budget_bytes: int) -> Iterator[Tensor]:
-        """Decode a clip, cut in time by the budget; each piece is decoded when it is asked for.
+    def decode_clip(
+        self, latents: Tensor, *, budget_bytes: int, most: Most | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Decode a clip, cut in time by the budget, and by `most` as `decode`: exact, for the memories go along.
 
-        latents: (T, C, h, w), floating point, any device. Returns: frames in order, (t', 3, H, W) float32 in [0, 1].
+        latents: (T, C, h, w), floating point, any device; each slice is decoded when it is asked for.
+        Returns: (which of the T, their frames (t', 3, H, W) float32 in [0, 1]), in order.
         Raises: ValueError, before anything is decoded, for a wrong shape, dtype or budget, or NaN.
         """
         self._check(latents)
         length, _, height, width = self._format.check_shape("clip", latents.shape)
         shown = self._video.family.shown_latents(length)
         pieces = list(slices(shown, self.bytes_per_step_px * height * width, self._for_tensors(budget_bytes)))
-        return self._decode_pieces(latents, pieces)
+        return self._decode_pieces(latents, cut(pieces, most))
 
     def decode_live(self, parts: Sequence[LivePart], *, budget_bytes: int) -> Iterator[list[LiveFrames]]:
         """Decode the next latents of live runs together, as many streams at once as the budget allows.
@@ -139,11 +142,11 @@ class VideoEngine(Engine):
         return kept is not None and kept.next_index == index and kept.size == size
 
     @torch.inference_mode()
-    def _decode_pieces(self, latents: Tensor, pieces: Sequence[slice]) -> Iterator[Tensor]:
+    def _decode_pieces(self, latents: Tensor, pieces: Iterable[slice]) -> Iterator[tuple[slice, Tensor]]:
         memory: Memory | None = None
         for piece in pieces:
             frames, memory = self._video.step(self._ready(latents[None, piece]), memory, clip_length=len(latents))
-            yield frames[0].float().contiguous()
+            yield piece, frames[0].float().contiguous()
 
     @torch.inference_mode()
     def _decode_rounds(

@@ -215,7 +215,7 @@ class _Writer:
     def _pictures(self, engine: Engine, latents: Tensor) -> Iterator[Tensor]:
         """(3, H, W) each: the frames of a clip, or one picture a step, of a batch one sheet."""
         if isinstance(engine, VideoEngine) and self._kind == "clip":
-            for frames in engine.decode_clip(latents, budget_bytes=self._budget_bytes):
+            for _, frames in engine.decode_clip(latents, budget_bytes=self._budget_bytes):
                 yield from frames
             return
         batch = latents if latents.ndim == 4 else latents.unsqueeze(0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from taesd_stream.frames import Kind
 
 if TYPE_CHECKING:
+    from taesd_stream.daemons import Addresses
     from taesd_stream.publisher import LatentPublisher
 
 DEFAULT_PAGE: Final = "http://127.0.0.1:8765"
@@ -20,7 +21,7 @@ class _Film:
     samples: int = 0
 
 
-_films: Final[dict[tuple[str, str], _Film]] = {}  # by address and stream; they end with the program
+_films: Final[dict[tuple[tuple[str, ...], str], _Film]] = {}  # by address and stream; they end with the program
 
 
 def publish_sample(
@@ -31,7 +32,7 @@ def publish_sample(
     latent_format: str,
     kind: Kind = "steps",
     fps: float | None = None,
-    address: str | None = None,
+    address: Addresses | None = None,
     page: str = DEFAULT_PAGE,
     meta: Mapping[str, Any] | None = None,
 ) -> str:
@@ -40,13 +41,15 @@ def publish_sample(
     Every sample is kept; the first call of a program opens the stream, the program's end ends it. Call it from one
     process of a distributed run, and from one thread. Never raises for a daemon that is not there.
     latents: what the sampler ended with, as LatentPublisher.publish takes them: a batch is shown as a grid.
-    step: the trainer's global step. meta: of the stream, the first call's.
+    step: the trainer's global step. meta: of the stream, the first call's. address: as LatentPublisher takes it; the
+        link is to the run of now, which a sample leaves whose daemon is gone before it has it.
     page: the address at which people reach the page.
     Raises: ValueError for a bad name or format, at the first call.
     """
-    from taesd_stream.publisher import LatentPublisher, default_address
+    from taesd_stream.daemons import addresses_of
+    from taesd_stream.publisher import LatentPublisher
 
-    key = (address or default_address(), stream)
+    key = (addresses_of(address), stream)
     if key not in _films:
         publisher = LatentPublisher(
             address,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any, Final
 
 import zmq
@@ -23,6 +24,17 @@ def greet_broker(address: str, keys: Keys | None = None) -> None:
     Raises: UnreachableError when none answers or lets us in, ConfigError for what is no address.
     """
     _ask(address, PublisherHello(runs={}, echo_ns=time.monotonic_ns()), Echo, keys)
+
+
+def greet_any_broker(addresses: Iterable[str], keys: Keys | None = None) -> None:
+    """Make sure that one of several brokers takes publishers. Raises: as greet_broker, when none does."""
+    silent: list[str] = []
+    for address in addresses:
+        try:
+            return greet_broker(address, keys)
+        except UnreachableError as error:
+            silent.append(str(error))
+    raise UnreachableError("; ".join(silent))
 
 
 def broker_state(workers_address: str, keys: Keys | None = None) -> State:

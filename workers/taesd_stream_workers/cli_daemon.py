@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +18,8 @@ from taesd_stream_workers.cli_options import ConfigOption, InsecureOption, SetOp
 if TYPE_CHECKING:
     from taesd_stream.config import Config
     from taesd_stream_workers.demo import DemoSamplers
-    from taesd_stream_workers.supervisor import Addresses, Supervisor
+    from taesd_stream_workers.host_daemons import HostDaemons
+    from taesd_stream_workers.supervisor import Addresses
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,9 @@ def add_commands(app: typer.Typer) -> None:
 def up(
     config: ConfigOption = None,
     sets: SetOption = [],  # noqa: B006 typer copies it
+    daemons: Annotated[
+        int, typer.Option(min=1, max=64, help="Run so many side by side, for more latents than one broker carries.")
+    ] = 1,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
     insecure: InsecureOption = False,
@@ -43,7 +48,7 @@ def up(
 
     Example: taesd-stream up --set weights.folder=~/ComfyUI/models/vae_approx --set recording.default=all
     """
-    _run_daemon(config, said_insecure(sets, insecure), as_json=as_json, verbose=verbose, start_samplers=None)
+    _run_daemons(config, said_insecure(sets, insecure), count=daemons, as_json=as_json, verbose=verbose)
 
 
 def demo(
@@ -68,43 +73,62 @@ def demo(
             open_browser(link)
         return samplers
 
-    _run_daemon(config, sets, as_json=as_json, verbose=verbose, start_samplers=start_samplers)
+    _run_daemons(config, sets, as_json=as_json, verbose=verbose, start_samplers=start_samplers)
 
 
-def _run_daemon(
-    file: Path | None, sets: list[str], *, as_json: bool, verbose: bool, start_samplers: Samplers | None
+def _run_daemons(
+    file: Path | None,
+    sets: list[str],
+    *,
+    count: int = 1,
+    as_json: bool,
+    verbose: bool,
+    start_samplers: Samplers | None = None,
 ) -> None:
     from taesd_stream.config import load_config
     from taesd_stream.log import set_up_logging
+    from taesd_stream_workers.host_daemons import HostDaemons, configs_of
     from taesd_stream_workers.start_checks import check_start
-    from taesd_stream_workers.supervisor import Supervisor, stopped_by_signals
-    from taesd_stream_workers.web_token import is_token_needed, page_link, token_file
+    from taesd_stream_workers.supervisor import stopped_by_signals
+    from taesd_stream_workers.web_token import page_link
 
     # On a terminal the greeting says what the log would; later lines would only push the page's address away.
     is_quiet = sys.stderr.isatty() and not verbose
     set_up_logging("up", is_verbose=verbose, is_quiet=is_quiet)
     config = load_config(file, sets)
     check_start(config)
-    supervisor = Supervisor(config, options=["--verbose"] if verbose else ["--quiet"] if is_quiet else [])
-    with stopped_by_signals(supervisor.stop), supervisor:
+    configs = configs_of(config, count)
+    for other in configs[1:]:
+        check_start(other)
+    daemons = HostDaemons(configs, options=["--verbose"] if verbose else ["--quiet"] if is_quiet else [])
+    with stopped_by_signals(daemons.stop), daemons:
         with _starting():
-            addresses = supervisor.start()
+            addresses = daemons.start()
         if addresses is None:  # told to stop before all were ready
             return
-        link = page_link(config, addresses.web)
+        link = page_link(config, addresses[0].web)
         if as_json:
-            facts = {name: getattr(addresses, name) for name in ("web", "broker", "workers", "packets")}
-            facts["token_file"] = str(token_file(config)) if is_token_needed(config) else None
-            sys.stdout.write(json.dumps({**facts, "roles": supervisor.status()}) + "\n")
+            sys.stdout.write(json.dumps(_facts(addresses, daemons, config)) + "\n")
             sys.stdout.flush()
         else:
-            _greet(addresses, link, supervisor, config, is_demo=start_samplers is not None)
-        _watch_over(supervisor, start_samplers(addresses, link, config) if start_samplers else None)
+            _greet(addresses, link, daemons, configs, is_demo=start_samplers is not None)
+        _watch_over(daemons, start_samplers(addresses[0], link, config) if start_samplers else None)
 
 
-def _watch_over(supervisor: Supervisor, samplers: DemoSamplers | None) -> None:
+def _facts(addresses: list[Addresses], daemons: HostDaemons, config: Config) -> dict[str, Any]:
+    """Of the first daemon; where there are others, of each of them in `others`."""
+    from dataclasses import asdict
+
+    from taesd_stream_workers.web_token import is_token_needed, token_file
+
+    first, *others = [{**asdict(at), "roles": roles} for at, roles in zip(addresses, daemons.status(), strict=True)]
+    token = str(token_file(config)) if is_token_needed(config) else None
+    return {**first, "token_file": token, **({"others": others} if others else {})}
+
+
+def _watch_over(daemons: HostDaemons, samplers: DemoSamplers | None) -> None:
     try:
-        supervisor.run()
+        daemons.run()
     finally:
         if sys.stderr.isatty():
             say("Stopping: closing every file.")
@@ -121,16 +145,23 @@ def _starting() -> AbstractContextManager[Any]:
     return console.status("Starting broker, streamer and decode worker") if console.is_terminal else nullcontext()
 
 
-def _greet(addresses: Addresses, link: str, supervisor: Supervisor, config: Config, *, is_demo: bool) -> None:
+def _greet(
+    addresses: list[Addresses], link: str, daemons: HostDaemons, configs: list[Config], *, is_demo: bool
+) -> None:
     """Who is ready, and last, where to look."""
     from rich.console import Console
 
-    decoders = [f"{row['device']}: {row['reason']}" for row in supervisor.status() if "device" in row]
+    from taesd_stream_workers.addresses import dialled
+
+    brokers = [one.broker for one in addresses]
+    decoders = [f"{row['device']}: {row['reason']}" for roles in daemons.status() for row in roles if "device" in row]
+    several = f"export TAESD_STREAM_ADDRESS={','.join(map(dialled, brokers))}"
     lines = {
-        "Broker": f"ready at {addresses.broker}",
-        "Streamer": f"ready, recordings in {config.recording_folder}",
+        "Broker": f"ready at {', '.join(brokers)}",
+        "Streamer": f"ready, recordings in {', '.join(str(one.recording_folder) for one in configs)}",
         "Decoder": f"ready on {'; '.join(decoders)}",
-        "Publish": "" if is_demo else PUBLISH_LINE.format(addresses.broker),
+        "Share": f"the {len(configs)} daemons have {os.cpu_count()} processors together" if len(configs) > 1 else "",
+        "Publish": "" if is_demo else several if len(brokers) > 1 else PUBLISH_LINE.format(brokers[0]),
         "Stop": "Ctrl-C; files are closed properly",
     }
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -64,9 +64,9 @@ def distill(
         if not encoder.exists():
             raise ConfigError(f"--encoder {encoder}: there is no such file")
         material = from_pictures(name, pictures, family, encoder, where, pixels=pixels, smallest=smallest)
-    say(f"{material.count} pictures to train on, {len(material.held_out)} held out; {where} ({why})")
     checkpoint = path.with_name(f"{name}.distilling.safetensors")
     with _until_interrupted() as is_stopped, _progress(steps) as on_step:
+        say(f"{material.count} pictures to train on, {len(material.held_out)} held out; {where} ({why})")
         training = distil(material, Settings(steps=steps), where, checkpoint, is_stopped=is_stopped, on_step=on_step)
     if not training.is_over:
         say(f"stopped after {training.done} of {steps} steps, kept in {checkpoint}; the same command goes on")

@@ -50,7 +50,7 @@ def publish(
     ] = None,
     loop: Annotated[bool, typer.Option("--loop", help="Begin again at the end, until Ctrl-C.")] = False,
     batch: Annotated[bool, typer.Option("--batch", help="The first axis is a grid of pictures, not time.")] = False,
-    connect: Annotated[str | None, typer.Option(metavar="ADDRESS", help="The broker's address.")] = None,
+    connect: Annotated[str | None, typer.Option(metavar="ADDRESS", help="The broker's; several by commas.")] = None,
     keys: KeysOption = None,
 ) -> None:
     """Publish latents from a file as a sampler would, and wait until what is kept is safe.
@@ -59,9 +59,10 @@ def publish(
 
     Example: taesd-stream publish latents.safetensors --latent-format flux2 --record all --fps 8
     """
+    from taesd_stream.daemons import addresses_of
     from taesd_stream.frames import is_stream_name
-    from taesd_stream.publisher import LatentPublisher, default_address, keys_in
-    from taesd_stream_workers.broker_probe import greet_broker
+    from taesd_stream.publisher import LatentPublisher, keys_in
+    from taesd_stream_workers.broker_probe import greet_any_broker
     from taesd_stream_workers.latent_files import info_of_log
 
     info = info_of_log(file)
@@ -75,8 +76,8 @@ def publish(
     if stream is not None and not is_stream_name(stream):
         raise ConfigError(f"--stream {stream}: {NAME_RULE}")
     own_keys = keys_in(keys)
-    greet_broker(connect or default_address(), own_keys)
     try:
+        greet_any_broker(addresses_of(connect), own_keys)
         publisher = LatentPublisher(
             connect,
             stream=stream or (info.stream.partition("~")[0] if info else _name_from(file)),

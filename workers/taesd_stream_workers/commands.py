@@ -18,6 +18,7 @@ import typer
 from taesd_stream import __version__
 from taesd_stream.errors import ConfigError, StreamAbsentError, TaesdStreamError, UnreachableError
 from taesd_stream_workers import (
+    cli_bench,
     cli_client,
     cli_comfyui,
     cli_daemon,
@@ -58,6 +59,7 @@ app = typer.Typer(
 cli_daemon.add_commands(app)
 cli_client.add_commands(app)
 cli_files.add_commands(app)
+cli_bench.add_commands(app)
 cli_weights.add_commands(app)
 cli_fit.add_commands(app)
 cli_distill.add_commands(app)

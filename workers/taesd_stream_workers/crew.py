@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -23,6 +24,16 @@ class JobHeld:
     latent_format: str
     nbytes: int
     deadline_s: float
+
+    @property
+    def is_clip(self) -> bool:
+        """Whether it is of whole videos: decoded in slices, between which its worker takes up other jobs."""
+        return self.items[0].is_clip
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it is to tell if its one frame is poison."""
+        return self.items[0].is_suspect
 
 
 @dataclass(slots=True)
@@ -51,6 +62,27 @@ class Worker:
             max_job_s=max_job_s,
             seconds_per_byte=self.seconds_per_byte.get(latent_format),
         )
+
+    def takes_beside(self, offered: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Those that may go to it beside what it holds.
+
+        Its last credit is never a clip's: other streams' jobs go between the slices. Where a frame is suspected, clips
+        and others do not mix, for a death would not tell whose fault it was.
+        """
+        clips = sum(job.is_clip for job in self.jobs.values())
+        others = len(self.jobs) - clips
+        is_suspect = any(job.is_suspect for job in self.jobs.values())
+        if not clips and not is_suspect:
+            return offered
+        takes_clips = clips < max(1, self.hello.credits - 1) and not (others and is_suspect)
+        takes_others = not (clips and is_suspect)
+        return [
+            one for one in offered if (takes_clips if one.is_clip else takes_others and not (clips and one.is_suspect))
+        ]
+
+    def at_hand(self) -> list[JobHeld]:
+        """What it may be working on: its oldest clip, its oldest other job. What waits behind does no harm."""
+        return list({job.is_clip: job for job in reversed(self.jobs.values())}.values())
 
     def to_state(self) -> dict[str, Any]:
         """The worker's row of STATE."""

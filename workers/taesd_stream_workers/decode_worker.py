@@ -51,8 +51,7 @@ class DecodeWorker:
         self._held: list[JobRun] = []  # done, but their credit waits for room
         self._device, self._device_reason = choose_device(config.decoder.device, config.decoder.min_free_bytes)
         self._near = stay_near(self._device.index or 0) if self._device.type == "cuda" else None
-        threads = max(2, min(MAX_ENCODE_THREADS, _processors()))
-        self._decoder = JobDecoder(config, self._device, self._now_ns, self._pass, threads=threads)
+        self._decoder = JobDecoder(config, self._device, self._now_ns, self._pass, threads=encode_threads())
         self._drains_since_s: float | None = None  # told to go; the broker moves its streams first
         self._is_let_go = False
         self._has_news = False  # for the next HELLO, at once
@@ -138,8 +137,9 @@ class DecodeWorker:
             device=f"{self._device} ({self._device_reason})",
             credits=GPU_CREDITS if self._device.type == "cuda" else CREDITS,
             draining=self._drains_since_s is not None,
-            engines=self._decoder.engines(),
-            memories=self._decoder.memories(),
+            engines=self._decoder.engines.told(),
+            memories=self._decoder.engines.memories(),
+            encoders=self._decoder.encoders(),
             echo_ns=time.monotonic_ns(),
             offset_ns=self._clock.offset_ns or 0,
         )
@@ -202,7 +202,12 @@ class DecodeWorker:
         return time.monotonic_ns() + (self._clock.offset_ns or 0)
 
 
-def _processors() -> int:
+def encode_threads() -> int:
+    """How many threads of a worker encode."""
+    return max(2, min(MAX_ENCODE_THREADS, processors()))
+
+
+def processors() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -67,6 +67,11 @@ class Pace:
             before = self._s_per_cell.get(engine, seconds / cells)
             self._s_per_cell[engine] = (before + seconds / cells) / 2
 
+    def latents_within(self, engine: str, cells: int, seconds: float) -> int:
+        """How many latents of so many cells it decodes in that time, at least 1; 1 also while nothing is known."""
+        known = self._s_per_cell.get(engine, 0.0)
+        return max(1, int(seconds / (known * cells))) if known else 1
+
     def is_over(self, engine: str, cells: int, budget_s: float) -> bool:
         """Whether a frame of so many cells would take longer; 0 is no budget. What is spared is slowly forgotten."""
         known = self._s_per_cell.get(engine, 0.0)

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 STREAMER_GONE_S: Final = 3.0
 RETRY_S: Final = 1.0
+SETTLED_S: Final = 60.0  # so long after a start publishers still come back
 NO_HISTORY: Final = History(count=0, payload=b"")
 
 
@@ -68,6 +69,7 @@ class Dispatcher:
         self._crew = Crew(config.decoder.job_deadline_s)
         self._placer = Placer(registry, self._crew, links)
         self._scaling = Scaling()
+        self._started_s = time.monotonic()
         self._offers: dict[str, list[Candidate]] = {}  # by run: what could be decoded now
         self._offered_bytes = 0  # of recordings in them
 
@@ -88,7 +90,22 @@ class Dispatcher:
         for run in self._registry.by_run.values():
             if run.live is not None:
                 run.on_memory_told(peer, hello.memories.get(run.info.run))
+        for run_id in self._moved_away(peer, hello):
+            self._links.to_inside(peer, Forget(run=run_id))
         self._links.to_inside(peer, Echo(echo_ns=hello.echo_ns, now_ns=time.monotonic_ns()))
+
+    def _moved_away(self, peer: bytes, hello: WorkerHello) -> list[str]:
+        """Runs whose encoders a worker still has, though another one shows them: it was silent when they moved.
+
+        Of a run that is not known, nothing is said while its publisher may still come back to this broker.
+        """
+        is_settled = time.monotonic() - self._started_s > SETTLED_S
+        found: list[str] = []
+        for run_id in hello.encoders:
+            run = self._registry.by_run.get(run_id)
+            if is_settled if run is None else run.worker not in (None, peer):
+                found.append(run_id)
+        return found
 
     def _drain(self, peer: bytes, hello: WorkerHello) -> bool:
         """A worker wants to go: no more jobs. Returns whether it holds none any more, and so is let go."""
@@ -174,7 +191,7 @@ class Dispatcher:
             self._blame(run, item)
         elif kept is None:
             if failed.code == "bad_frame" and run.live is not None:
-                run.failures[item.seq] = MAX_TRIES
+                run.failed(item.seq, MAX_TRIES)
                 run.show_again(item)  # what follows it, for the worker has stopped there
         elif failed.code == "no_decoder":
             kept.blocked = failed.text  # the frames stay in the log
@@ -187,8 +204,7 @@ class Dispatcher:
 
     def _blame(self, run: Run, item: Candidate) -> None:
         """A frame that ended a job is tried again, alone; one that ended two is poison: nobody gets it any more."""
-        run.failures[item.seq] = run.failures.get(item.seq, 0) + 1
-        is_poison = run.failures[item.seq] >= MAX_TRIES
+        is_poison = run.failed(item.seq) >= MAX_TRIES
         if is_poison:
             run.say(f"frame {item.seq} ended {MAX_TRIES} decode jobs and is left out")
         elif run.live is not None:
@@ -246,8 +262,7 @@ class Dispatcher:
         for run in self._registry.by_run.values():
             if run.worker == peer:
                 run.drop_worker()
-        at_hand = next(iter(worker.jobs.values()), None)  # what waited behind it did no harm
-        for item in at_hand.items if at_hand else ():
+        for item in [item for job in worker.at_hand() for item in job.items]:
             owner = self._registry.by_run.get(item.run)
             if owner is not None:
                 self._blame(owner, item)
@@ -298,11 +313,12 @@ class Dispatcher:
 
     def _give_job(self, worker: Worker, candidates: list[Candidate]) -> bool:
         """Give a worker its next job; the runs in it leave `candidates`, for they belong to that worker now."""
-        first = first_due(candidates, worker.id)
+        offered = worker.takes_beside(candidates)
+        first = first_due(offered, worker.id)
         if first is None:
             return False
         limits = worker.limits(first.group, self._decoder.max_batch_size, self._decoder.max_job_s)
-        items = next_job(candidates, limits)
+        items = next_job(offered, limits)
         taken = [(item, run, frame) for item in items for run, frame in self._look_up(item)]
         if not taken:
             self._registry.touch_all()

@@ -105,6 +105,11 @@ class EncodePool:
             for key in [key for key in self._chains if key[0] == run]:
                 self._queue(self._chains.pop(key), None)
 
+    def runs(self) -> list[str]:
+        """Those that have encoders here, the oldest first. Any thread."""
+        with self._room:
+            return list(dict.fromkeys(run for run, _ in self._chains))
+
     def close(self) -> None:
         """Encode what is queued, then join the threads."""
         with self._room:

@@ -21,6 +21,8 @@ from taesd_stream_workers.viewer import Viewer
 
 SIGNAL_AGE_S: Final = 2.0
 RATE_S: Final = 2.0
+NO_WORKER_S: Final = 10.0  # one that is restarted is back sooner
+NO_WORKER: Final = "No decode worker."
 MAX_STOPS: Final = 1000
 
 
@@ -50,6 +52,27 @@ class Rate:
         since_s = self._clock_s() - RATE_S
         while self._times_s and self._times_s[0] < since_s:
             self._times_s.popleft()
+
+
+class Lasting:
+    """Something that counts once it has lasted for a while: what mends itself soon alarms nobody."""
+
+    def __init__(self, for_s: float, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._for_s = for_s
+        self._clock_s = clock_s
+        self._since_s: float | None = None
+
+    def note(self, is_so: bool) -> None:
+        """Whether it is so at this moment."""
+        if not is_so:
+            self._since_s = None
+        elif self._since_s is None:
+            self._since_s = self._clock_s()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it has lasted."""
+        return self._since_s is not None and self._clock_s() - self._since_s >= self._for_s
 
 
 class Hub:
@@ -82,6 +105,7 @@ class Hub:
         self._wishes = RecordWishes(tell_broker)
         self._stops: dict[str, str] = {}  # by stream: the run that a person wants stopped
         self.rate = Rate(clock_s)
+        self._no_worker = Lasting(NO_WORKER_S, clock_s)
 
     # --- the streamer's thread ---
 
@@ -148,6 +172,7 @@ class Hub:
 
     def _take_state(self, state: State) -> None:
         self.state, self.state_at_s = state, time.monotonic()
+        self._no_worker.note(not state.workers)
         alive = {row["run"] for row in state.streams}
         names = {row["name"] for row in state.streams}
         for run in [run for run in self._newest if run not in alive]:
@@ -199,8 +224,13 @@ class Hub:
             if row["width"] is None and packet is not None:  # of a format that the broker does not know
                 row = {**row, "width": packet.width, "height": packet.height}
             latency_ms = self._latency_ms.get(row["run"])
+            engine = self._engine_of(row["latent_format"])
+            decoder = packet.decoder if packet else engine.get("decoder")
             extra = {
-                "decoder": packet.decoder if packet else self._engine_of(row["latent_format"]),
+                "note": row.get("note")
+                or (NO_WORKER if self.has_no_worker and row["state"] in ("waiting", "live") else None),
+                "decoder": decoder,
+                "decoder_reason": engine.get("reason") if decoder == engine.get("decoder") else None,
                 "latency_ms": round(latency_ms, 1) if latency_ms is not None and row["state"] == "live" else None,
                 "files": files[row["run"]],
                 "film": last_seqs.get(row["run"]),
@@ -217,19 +247,24 @@ class Hub:
             found.append({"code": "recording_failed", "text": text})
         if self.state is not None and time.monotonic() - self.state_at_s > SIGNAL_AGE_S + 1:
             found.append({"code": "no_broker", "text": "The broker does not answer; it is being restarted."})
-        elif self.state is not None and not self.state.workers:
-            found.append({"code": "no_worker", "text": "No decode worker."})
+        elif self.has_no_worker:
+            found.append({"code": "no_worker", "text": NO_WORKER})
         return found
 
     def _broker_alerts(self) -> dict[str, str]:
         return self.state.stats.get("alerts", {}) if self.state else {}
 
-    def _engine_of(self, latent_format: str) -> str | None:
-        for worker in self.state.workers if self.state else []:
-            engine = worker.get("engines", {}).get(latent_format)
-            if engine:
-                return str(engine.get("decoder"))
-        return None
+    def _engine_of(self, latent_format: str) -> dict[str, Any]:
+        """What a worker says of the engine that shows the format; {} where none has one."""
+        engines = (
+            worker.get("engines", {}).get(latent_format) for worker in (self.state.workers if self.state else [])
+        )
+        return next((engine for engine in engines if engine), {})
+
+    @property
+    def has_no_worker(self) -> bool:
+        """Whether nobody decodes, and has not for a while."""
+        return self.state is not None and self._no_worker.is_due
 
     def stats(self) -> dict[str, Any]:
         """What the page's header shows."""

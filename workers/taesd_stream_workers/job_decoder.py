@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ from taesd_stream.decoding.payloads import (
     rows_not_finite,
     torch_dtype,
 )
+from taesd_stream.decoding.slicing import Most
 from taesd_stream.decoding.video_engine import VideoEngine
 from taesd_stream.frames import RENDITIONS
 from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
@@ -32,15 +31,17 @@ from taesd_stream.media.encoder import VIDEO_RENDITIONS
 from taesd_stream.messages import Failed, JobItem, Progress
 from taesd_stream_workers.degrading import Pace, is_out_of_memory, ways
 from taesd_stream_workers.encode_pool import EncodePool, EncodeTask
+from taesd_stream_workers.engines import Engines, Shape
 from taesd_stream_workers.job_pictures import Entry, Rows, can_be_planes, pictures_of, planes_of
 from taesd_stream_workers.job_run import JobRun
+from taesd_stream_workers.job_turns import JobTurns
 from taesd_stream_workers.live_items import begin_anew, lacks_memory
 from taesd_stream_workers.rendering import Sizes, render
 from taesd_stream_workers.shower import Outlet, Shower
 
 logger = logging.getLogger(__name__)
 
-MAX_MEMORIES: Final = 4096  # that one HELLO holds
+MAX_ENCODERS: Final = 4096  # that one HELLO names
 WARM_UP_FORMAT: Final = "sd1"  # any one with rgb factors
 Wanted: TypeAlias = tuple[JobItem, Rows, Any]  # an item, its latents (n,C,h,w), and which renditions to make
 
@@ -48,8 +49,9 @@ Wanted: TypeAlias = tuple[JobItem, Rows, Any]  # an item, its latents (n,C,h,w),
 class JobDecoder:
     """A device and its thread; an EncodePool takes what it decodes.
 
+    A clip is decoded in slices of at most `decoder.max_job_s`, as far as was measured; other jobs go between them.
     pass_on: called in any thread with PROGRESS, with (endpoint, packet), and with a JobRun that is over.
-    error: why it could not even begin.
+    engines: what decodes. error: why it could not even begin.
     """
 
     def __init__(
@@ -63,13 +65,13 @@ class JobDecoder:
     ) -> None:
         self.is_warm = False
         self.error: Exception | None = None
-        self._config, self._weights_folder, self._decoder = config, config.weights_folder, config.decoder
+        self.engines = Engines(config, device)
+        self._config, self._decoder = config, config.decoder
         self._device = device
         sizes = Sizes(config.streamer.live_max_px, config.streamer.thumb_max_px)
         self._outlet = Outlet(sizes, HostCopies(device), EncodePool(threads), now_ns, pass_on)
         self._slice_since_s = float("inf")
-        self._jobs: queue.SimpleQueue[JobRun | None] = queue.SimpleQueue()
-        self._engines: dict[tuple[str, str, bool], Engine] = {}
+        self._turns = JobTurns()
         self._pace = Pace()
         self._thread = threading.Thread(target=self._run, name="device")
 
@@ -88,52 +90,24 @@ class JobDecoder:
 
     def submit(self, run: JobRun) -> None:
         """Queue a job."""
-        self._jobs.put(run)
+        self._turns.put(run)
 
     def forget(self, run: str) -> None:
         """Drop the encoders and memories of a run."""
         self._outlet.pool.forget(run)
-        for engine in list(self._engines.values()):
-            engine.forget(run)
+        self.engines.forget(run)
         for rendition in RENDITIONS:
             self._outlet.last.pop((run, rendition), None)
 
+    def encoders(self) -> tuple[str, ...]:
+        """Runs whose encoders are open. Any thread."""
+        return tuple(self._outlet.pool.runs()[-MAX_ENCODERS:])
+
     def close(self) -> None:
-        """Finish the job at hand and its pictures, then join the threads; what is queued is for another worker."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._jobs.get_nowait()
-        self._jobs.put(None)
+        """Finish the job at hand, or of a clip the slice, then join the threads; the rest is for another worker."""
+        self._turns.close()
         self._thread.join()
         self._outlet.pool.close()
-
-    def engines(self) -> dict[str, dict[str, Any]]:
-        """What decodes each latent format, and why: the live view's engine, else the recordings'. Any thread."""
-        chosen = (self._decoder.choice, "auto")  # not the cheaper ones that stood in
-        engines = sorted(
-            (entry for entry in self._engines.items() if entry[0][1] in chosen), key=lambda entry: entry[0][2]
-        )
-        history: dict[str, int] = {}
-        for (latent_format, _, _), engine in engines:
-            history[latent_format] = max(engine.history, history.get(latent_format, 0))
-        return {
-            latent_format: {
-                "decoder": engine.decoder,
-                "reason": engine.reason,
-                "is_full": engine.is_full,
-                "history": history[latent_format],
-            }
-            for (latent_format, _, _), engine in engines
-        }
-
-    def memories(self) -> dict[str, int]:
-        """Where each `live` run would go on. Any thread."""
-        found: dict[str, int] = {}
-        for engine in list(self._engines.values()):
-            if isinstance(engine, VideoEngine):
-                for run, index in engine.memories.next_indices().items():
-                    found[run] = max(index, found.get(run, 0))
-        return dict(list(found.items())[-MAX_MEMORIES:])
 
     def _run(self) -> None:
         try:
@@ -141,19 +115,32 @@ class JobDecoder:
         except Exception as error:  # noqa: BLE001 the worker ends with it
             self.error = error
             return
-        while (run := self._jobs.get()) is not None:
-            self._slice_since_s = run.started_s = time.monotonic()
-            try:
-                self._decode(run)
-            except NoDecoderError as error:
-                run.fail("no_decoder", error, retry=False)
-            except torch.OutOfMemoryError as error:
-                run.fail("memory", error, retry=True)
-            except Exception as error:  # the worker's outermost loop: this job is lost, the next may do
-                logger.exception("job_failed job=%d", run.job.job)
-                run.fail("internal", error, retry=True)
+        while (run := self._turns.next()) is not None:
+            self._slice_since_s = time.monotonic()
+            is_over = self._go_on(run)
             self._slice_since_s = float("inf")
-            self._outlet.part_done(run)
+            if is_over:
+                self._turns.over(run)
+                self._outlet.part_done(run)
+
+    def _go_on(self, run: JobRun) -> bool:
+        """Decode the next slice of a clip, or the whole of another job. Returns whether the job is over."""
+        run.goes_on()
+        if run.slices is None:
+            run.slices = self._decode(run)
+        try:
+            for _ in run.slices:
+                if run.is_clip:
+                    run.pauses()
+                    return False
+        except NoDecoderError as error:
+            run.fail("no_decoder", error, retry=False)
+        except torch.OutOfMemoryError as error:
+            run.fail("memory", error, retry=True)
+        except Exception as error:  # the worker's outermost loop: this job is lost, the next may do
+            logger.exception("job_failed job=%d", run.job.job)
+            run.fail("internal", error, retry=True)
+        return True
 
     def _warm_up(self) -> None:
         """Make every kind of picture once: what torch and FFmpeg load at first use would hold up the first stream."""
@@ -179,7 +166,8 @@ class JobDecoder:
         self._outlet.pool.forget("")
         self.is_warm = True
 
-    def _decode(self, run: JobRun) -> None:
+    def _decode(self, run: JobRun) -> Iterator[None]:
+        """Each next one is a slice."""
         job = run.job
         parts = list(job.parts())
         first = job.items[0]
@@ -208,7 +196,7 @@ class JobDecoder:
         choices = {self._choice_for(item.stream) for item, _ in good}
         for for_record, choice in itertools.product((False, True), sorted(choices)):
             items = [(item, rows) for item, rows in good if self._choice_for(item.stream) == choice]
-            self._decode_with(run, items, choice, for_record)
+            yield from self._decode_with(run, items, choice, for_record)
 
     def _choice_for(self, stream: str) -> DecoderChoice:
         """The decoder of a stream's live view, as rules and `decoder.choice` say."""
@@ -232,7 +220,7 @@ class JobDecoder:
 
     def _decode_with(
         self, run: JobRun, items: list[tuple[JobItem, Rows]], choice: DecoderChoice, for_record: bool
-    ) -> None:
+    ) -> Iterator[None]:
         """Decode what one engine serves: live pictures by `choice`, recordings by the full decoder, exactly.
 
         Where both are the same network, an item that is recorded is decoded once, exactly, for all its renditions.
@@ -243,8 +231,8 @@ class JobDecoder:
         is_shown = any(item.renditions != ("record",) for item, _ in items)
         if not (for_record or is_shown):
             return
-        live = self._engine(latent_format, choice, is_fast=True) if is_shown else None
-        engine = self._engine(latent_format, "auto", is_fast=False) if for_record or live is None else live
+        live = self.engines.of_view(latent_format, choice, _shape_of(items[0][1])) if is_shown else None
+        engine = self.engines.of_recordings(latent_format) if for_record or live is None else live
         mine: list[Wanted] = []
         for item, rows in items:
             is_recorded = "record" in item.renditions
@@ -257,14 +245,14 @@ class JobDecoder:
             if wanted:
                 mine.append((item, rows, wanted))
         if mine:
-            self._decode_somehow(run, engine, mine, choice, is_recorded=for_record)
+            yield from self._decode_somehow(run, engine, mine, choice, is_recorded=for_record)
 
     def _decode_somehow(
         self, run: JobRun, best: Engine, mine: list[Wanted], choice: DecoderChoice, *, is_recorded: bool
-    ) -> None:
+    ) -> Iterator[None]:
         """Decode the best way that memory and time allow. Raises: torch.OutOfMemoryError where none does."""
         settings = self._decoder
-        cells = _cells_of(mine[0][1])
+        cells = len(mine[0][1]) * _cells_of(mine)
         is_still = not isinstance(best, VideoEngine)  # of a `live` run latents are left out instead
         is_late = is_still and not is_recorded and self._pace.is_over(best.decoder, cells, settings.latency_budget_s)
         shown: set[int] = set()  # places of those that have given their pictures
@@ -273,12 +261,12 @@ class JobDecoder:
             places = [place for place in range(len(mine)) if place not in shown]
             left = [mine[place] for place in places]
             try:
-                engine = best if way.choice is None else self._engine(best.latent_format, way.choice, is_fast=True)
+                engine = best if way.choice is None else self.engines.open(best.latent_format, way.choice, is_fast=True)
                 if way.choice is not None and engine.decoder == best.decoder:
                     continue
-                started_s = time.monotonic()
-                for place in self._decode_batch(run, engine, left, way.budget_bytes):
-                    shown.add(places[place])
+                for finished in self._decode_batch(run, engine, left, way.budget_bytes):
+                    shown.update(places[place] for place in finished)
+                    yield
             except NoDecoderError:
                 continue
             except Exception as error:
@@ -286,7 +274,6 @@ class JobDecoder:
                     raise  # what is in the file already must not come again in this attempt
                 reason = str(error)[:300]  # the error itself would keep the tensors of its frames
             else:
-                self._pace.measured(engine.decoder, cells * len(left), time.monotonic() - started_s)
                 for item, _, _ in left if way.code else ():
                     run.degrade(item.run, way.code, way.text)
                 return
@@ -296,12 +283,12 @@ class JobDecoder:
 
     def _records_as_it_shows(self, live: Engine | None) -> bool:
         """Whether recordings of the format are decoded by the network that shows it live."""
-        return live is not None and self._engine(live.latent_format, "auto", is_fast=False).decoder == live.decoder
+        return live is not None and self.engines.of_recordings(live.latent_format).decoder == live.decoder
 
-    def _decode_batch(self, run: JobRun, engine: Engine, mine: list[Wanted], budget_bytes: int) -> Iterator[int]:
+    def _decode_batch(self, run: JobRun, engine: Engine, mine: list[Wanted], budget_bytes: int) -> Iterator[list[int]]:
         """Decode for the renditions that are wanted of each; what is video in full size alone, straight to planes.
 
-        Yields: the place of each that has given its last picture.
+        Yields: after each slice the places of those that have given their last picture.
         """
         lacking = lacks_memory(engine, [item for item, _, _ in mine])
         if lacking:
@@ -309,7 +296,7 @@ class JobDecoder:
             text = "the memory of a live stream is not here: its history is needed"
             bad = run.failed.items if run.failed else []
             run.failed = Failed(job=run.job.job, items=[*bad, *places], code="no_memory", text=text, retry=True)
-            yield from lacking
+            yield lacking
             kept_places = [place for place in range(len(mine)) if place not in lacking]
             mine = [mine[place] for place in kept_places]
         else:
@@ -320,21 +307,35 @@ class JobDecoder:
         others: list[Entry] = []
         for place, (item, rows, wanted) in enumerate(mine):
             (straight if self._is_straight(engine, item, rows, wanted) else others).append((place, item, rows))
+        most = self._most(engine, mine) if run.is_clip else None
         sources = [
-            planes_of(engine, straight, budget_bytes) if straight else iter(()),
-            pictures_of(engine, others, budget_bytes, histories) if others else iter(()),
+            planes_of(engine, straight, budget_bytes, most) if straight else iter(()),
+            pictures_of(engine, others, budget_bytes, histories, most) if others else iter(()),
         ]
         shower = Shower(self._outlet, run, engine.decoder, [(item, wanted) for item, _, wanted in mine])
+        started_s = time.monotonic()
         for shown in itertools.chain.from_iterable(sources):
             for picture in shown.pictures:
                 if picture.is_approximate:
                     run.degrade(mine[picture.place][0].run, "approximate", "Colours approximate.")
             shower.show(shown)
+            self._measure(run, engine, shown.latents * _cells_of(mine), started_s)
             self._slice_since_s = time.monotonic()
             self._outlet.pass_on(Progress(job=run.job.job))
-            for picture in shown.pictures:
-                if picture.index == picture.count - 1:
-                    yield kept_places[picture.place]
+            yield [kept_places[one.place] for one in shown.pictures if one.index == one.count - 1]
+            started_s = time.monotonic()
+
+    def _most(self, engine: Engine, mine: list[Wanted]) -> Most:
+        """How many latents of a clip the next slice may hold."""
+        cells = _cells_of(mine)
+        return lambda: self._pace.latents_within(engine.decoder, cells, self._decoder.max_job_s)
+
+    def _measure(self, run: JobRun, engine: Engine, cells: int, started_s: float) -> None:
+        """A slice is done. One engine has one pace: a network of videos does other work for what is no clip."""
+        if run.is_clip and self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # what is launched is not yet decoded
+        if run.is_clip or not isinstance(engine, VideoEngine):
+            self._pace.measured(engine.decoder, cells, time.monotonic() - started_s)
 
     def _is_straight(self, engine: Engine, item: JobItem, rows: Rows, wanted: Any) -> bool:
         height, width = engine.picture_size(rows.batch)
@@ -343,28 +344,13 @@ class JobDecoder:
             for rendition in wanted
         )
 
-    def _engine(self, latent_format: str, choice: Any, *, is_fast: bool) -> Engine:
-        key = (latent_format, choice, is_fast)
-        if key not in self._engines:
-            engine = open_engine(
-                latent_format,
-                weights_folder=self._weights_folder,
-                choice=choice,
-                device=str(self._device),
-                is_fast=is_fast,
-            )
-            same = next((one for one in self._engines.values() if _is_same(one, engine)), engine)
-            self._engines[key] = same
-            if same is engine:
-                what = f"format={latent_format} decoder={engine.decoder} dtype={engine.dtype}"
-                logger.info("engine_opened %s %s", what, engine.reason)
-        return self._engines[key]
+
+def _cells_of(mine: list[Wanted]) -> int:
+    """Of one latent."""
+    height, width = mine[0][1].batch.shape[-2:]
+    return int(height) * int(width)
 
 
-def _cells_of(rows: Rows) -> int:
-    height, width = rows.batch.shape[-2:]
-    return len(rows) * int(height) * int(width)
-
-
-def _is_same(one: Engine, other: Engine) -> bool:
-    return (one.latent_format, one.decoder, one.dtype) == (other.latent_format, other.decoder, other.dtype)
+def _shape_of(rows: Rows) -> Shape:
+    channels, height, width = rows.batch.shape[-3:]
+    return int(channels), int(height), int(width)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from taesd_stream.decoding.engine import Engine
 from taesd_stream.decoding.sheet import grid
+from taesd_stream.decoding.slicing import Most
 from taesd_stream.decoding.video_engine import LivePart, VideoEngine
 from taesd_stream.frames import Rendition
 from taesd_stream.messages import JobItem
@@ -42,9 +43,11 @@ class Shown:
     """What one slice shows: RGB, (3,H,W) in [0, 1] a picture; or, all of one size, their planes for video at once.
 
     planes: (n, H*3//2, W) uint8 I420 on the engine's device; size: width and height as shown.
+    latents: how many the slice decoded; 0: of `live` runs, which are never cut in time.
     """
 
     pictures: Sequence[Picture]
+    latents: int = 0
     rgb: Sequence[Tensor] = ()
     planes: Tensor | None = None
     size: tuple[int, int] = (0, 0)
@@ -90,31 +93,39 @@ def can_be_planes(engine: Engine, item: JobItem, rows: Rows, wanted: tuple[Rendi
     return not is_sheet and (item.kind == "steps" or not isinstance(engine, VideoEngine))
 
 
-def planes_of(engine: Engine, entries: Sequence[Entry], budget_bytes: int) -> Iterator[Shown]:
-    """Decode entries that `can_be_planes`, all of one shape, straight to planes for video in full size."""
+def planes_of(engine: Engine, entries: Sequence[Entry], budget_bytes: int, most: Most | None = None) -> Iterator[Shown]:
+    """Decode entries that `can_be_planes`, all of one shape, straight to planes for video in full size.
+
+    most: how many latents the next slice may hold; None: whatever the budget allows.
+    """
     pictures = [picture for entry in entries for picture in _pictures_of_stills(engine, entry)]
     latents = joined([rows for _, _, rows in entries])
     height, width = engine.picture_size(latents)
-    for part, planes in engine.decode_planes(latents, budget_bytes=budget_bytes, are_finite=True):
-        yield Shown(pictures[part], planes=planes, size=(width, height))
+    for part, planes in engine.decode_planes(latents, budget_bytes=budget_bytes, most=most, are_finite=True):
+        yield Shown(pictures[part], part.stop - part.start, planes=planes, size=(width, height))
 
 
 def pictures_of(
-    engine: Engine, entries: Sequence[Entry], budget_bytes: int, histories: Mapping[int, Tensor] = NO_HISTORIES
+    engine: Engine,
+    entries: Sequence[Entry],
+    budget_bytes: int,
+    histories: Mapping[int, Tensor] = NO_HISTORIES,
+    most: Most | None = None,
 ) -> Iterator[Shown]:
     """Decode entries, all of one latent format and shape; one answer a slice, the pictures of an item in order.
 
-    histories: by place, the latents (k,C,h,w) before those of a `live` item, where they came along.
+    most: as `planes_of`, of all but `live` items. histories: by place, the latents (k,C,h,w) before those of a `live`
+    item, where they came along.
     """
     if not isinstance(engine, VideoEngine):
-        yield from _stills(engine, entries, budget_bytes)
+        yield from _stills(engine, entries, budget_bytes, most)
         return
     stills = [entry for entry in entries if entry[1].kind == "steps"]
     if stills:
-        yield from _stills(engine, stills, budget_bytes)
+        yield from _stills(engine, stills, budget_bytes, most)
     for entry in entries:
         if entry[1].kind == "clip":
-            yield from _clip(engine, entry, budget_bytes)
+            yield from _clip(engine, entry, budget_bytes, most)
     yield from _live(engine, [entry for entry in entries if entry[1].kind == "live"], budget_bytes, histories)
 
 
@@ -131,14 +142,14 @@ def _pictures_of_stills(engine: Engine, entry: Entry) -> list[Picture]:
     return [Picture(place, index, len(rows), (first + index) * ticks) for index in range(len(rows))]
 
 
-def _stills(engine: Engine, entries: Sequence[Entry], budget_bytes: int) -> Iterator[Shown]:
+def _stills(engine: Engine, entries: Sequence[Entry], budget_bytes: int, most: Most | None) -> Iterator[Shown]:
     """One picture a latent; of `steps` those of a batch become one sheet, behind the ones that are recorded singly."""
     owners = [
         (number, picture) for number, entry in enumerate(entries) for picture in _pictures_of_stills(engine, entry)
     ]
     latents = joined([rows for _, _, rows in entries])
     sheets: dict[int, list[tuple[Picture, Tensor]]] = {}
-    for part, rgb in engine.decode(latents, budget_bytes=budget_bytes, are_finite=True):
+    for part, rgb in engine.decode(latents, budget_bytes=budget_bytes, most=most, are_finite=True):
         shown: list[tuple[Picture, Tensor]] = []
         for (number, picture), one in zip(owners[part], rgb, strict=True):
             place, item, mine = entries[number]
@@ -151,15 +162,15 @@ def _stills(engine: Engine, entries: Sequence[Entry], budget_bytes: int) -> Iter
                 shown += sheets.pop(number) if mine.is_each else []
                 sheet = Picture(place, 0, 1, item.pts, is_recorded=not mine.is_each)
                 shown.append((sheet, grid(torch.stack([part for _, part in parts]))))
-        yield Shown([picture for picture, _ in shown], rgb=[one for _, one in shown])
+        yield Shown([picture for picture, _ in shown], part.stop - part.start, rgb=[one for _, one in shown])
 
 
-def _clip(engine: VideoEngine, entry: Entry, budget_bytes: int) -> Iterator[Shown]:
+def _clip(engine: VideoEngine, entry: Entry, budget_bytes: int, most: Most | None) -> Iterator[Shown]:
     place, item, rows = entry
     count, index = engine.frames_of_clip(len(rows)), 0
-    for frames in engine.decode_clip(rows.latents, budget_bytes=budget_bytes):
-        places = range(index, index + len(frames))
-        yield Shown([Picture(place, one, count, one * item.picture_ticks) for one in places], rgb=list(frames))
+    for part, frames in engine.decode_clip(rows.latents, budget_bytes=budget_bytes, most=most):
+        pictures = [Picture(place, one, count, one * item.picture_ticks) for one in range(index, index + len(frames))]
+        yield Shown(pictures, part.stop - part.start, rgb=list(frames))
         index += len(frames)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -11,16 +12,36 @@ from taesd_stream.messages import Degraded, Failed, Job
 
 
 class JobRun:
-    """A job in work: how many pictures are still to be encoded, and what went wrong. Any thread."""
+    """A job in work: how many pictures are still to be encoded, and what went wrong. Any thread.
+
+    started_s: when it began, time.monotonic(), later by what others took between its slices. slices: its work, of which
+    each next one is a slice; the device thread's.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.started_s = time.monotonic()
+        self.slices: Iterator[None] | None = None
+        self._paused_s: float | None = None
         self.failed: Failed | None = None
         self.degraded: dict[tuple[str, str], Degraded] = {}
         self.histories: dict[str, Tensor] = {}  # by run: the latents (k,C,h,w) before its first item here
         self._waiting = 1  # one for the decoding itself
         self._lock = threading.Lock()
+
+    @property
+    def is_clip(self) -> bool:
+        """Whether it is of whole videos: long, and decoded in slices. They share no job with others."""
+        return self.job.items[0].kind == "clip"
+
+    def goes_on(self) -> None:
+        """Its first slice begins, or the next one."""
+        now = time.monotonic()
+        self.started_s = now if self._paused_s is None else self.started_s + now - self._paused_s
+
+    def pauses(self) -> None:
+        """A slice is done."""
+        self._paused_s = time.monotonic()
 
     def add(self, pictures: int) -> None:
         """So many pictures more go to the encoders."""

@@ -12,6 +12,7 @@ from taesd_stream.latent_log import RunLog
 
 READ_AHEAD_FRAMES: Final = 16
 READ_AHEAD_BYTES: Final = 16 << 20
+LEAST_FRAMES: Final = 2  # on their way or ready, however large: one is decoded while another is written
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,7 +33,7 @@ class KeptRun:
     told: int = -1  # last seq in the file, as the streamer last said, of whatever attempt
     blocked: str | None = None  # why it waits: no decoder, say
     gaps: set[int] = field(default_factory=set)  # seqs that give no picture: the cursor passes them
-    _ahead: deque[LatentFrame] = field(default_factory=deque)
+    _ahead: list[LatentFrame] = field(default_factory=list)
 
     def send(self, frame: LatentFrame) -> None:
         """A worker has this frame now: it is on its way into the file."""
@@ -46,25 +47,31 @@ class KeptRun:
     def is_damaged(self) -> bool:
         """Whether the log has not what it should have: the next frame cannot be read."""
         is_due = self.next_seq <= self.logged and self.next_seq not in self.gaps and not self.in_flight
-        return is_due and self.blocked is None and not self.ahead(1)
+        is_here = is_due and (self.held(self.next_seq) or self.log.read(self.next_seq))
+        return is_due and self.blocked is None and not is_here
 
-    def ahead(self, room_bytes: int = READ_AHEAD_BYTES) -> deque[LatentFrame]:
-        """The next frames to decode, read from the log, in order; the first whatever the room."""
-        while self._ahead and self._ahead[0].seq < self.next_seq:
-            self._ahead.popleft()
-        if self._ahead and self._ahead[0].seq != self.next_seq:
-            self._ahead.clear()
-        seq = self._ahead[-1].seq + 1 if self._ahead else self.next_seq
-        held = sum(frame.nbytes for frame in self._ahead)
-        limit = min(room_bytes, READ_AHEAD_BYTES)
-        while seq <= self.logged and len(self._ahead) < READ_AHEAD_FRAMES and (held < limit or not self._ahead):
-            frame = self.log.read(seq)
+    def ahead(self, room_bytes: int) -> list[LatentFrame]:
+        """The next frames to decode, in order, up to a gap; read from the log, and held until they are sent.
+
+        room_bytes: as much of them as may be held, but two with those on their way, however large. What was held and
+        has no more room is let go.
+        """
+        before, self._ahead = {frame.seq: frame for frame in self._ahead}, []
+        room_bytes = min(room_bytes, READ_AHEAD_BYTES)
+        last = min(self.logged, self.next_seq + READ_AHEAD_FRAMES - 1)
+        for seq in range(self.next_seq, last + 1):
+            known = before.get(seq)
+            room_bytes -= known.nbytes if known is not None else self.log.size_of(seq)
+            is_over = room_bytes < 0 and len(self.in_flight) + len(self._ahead) >= LEAST_FRAMES
+            frame = None if is_over or seq in self.gaps else known or self.log.read(seq)
             if frame is None:
                 break
             self._ahead.append(frame)
-            held += frame.nbytes
-            seq += 1
         return self._ahead
+
+    def held(self, seq: int) -> LatentFrame | None:
+        """A frame that `ahead` gave, if it is still to be sent."""
+        return next((frame for frame in self._ahead if frame.seq == seq >= self.next_seq), None)
 
     def pass_gap(self, seq: int) -> None:
         """This frame gives no picture: a new attempt, that leaves it out. The file is told when it is its turn."""

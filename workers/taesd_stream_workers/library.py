@@ -46,7 +46,11 @@ class Library:
 
     def holds(self, run: str, last_seq: int) -> bool:
         """Whether a finished file has this run up to `last_seq`."""
-        return any(row["run"] == run and row["last_seq"] >= last_seq for row in self.rows())
+        return self.last_seq(run) >= last_seq
+
+    def last_seq(self, run: str) -> int:
+        """The last frame of this run in finished files, -1 for none."""
+        return max((int(row["last_seq"]) for row in self.rows() if row["run"] == run), default=-1)
 
     def path_of(self, recording_id: str) -> Path | None:
         """The finished file of an id that `rows` gave; ids from outside are only looked up, never made into paths."""

@@ -10,6 +10,7 @@ from taesd_stream.messages import Forget
 from taesd_stream.placement import BASE_LOAD, StreamLoad, least_loaded, loads_of, next_move
 from taesd_stream.scheduling import Candidate
 from taesd_stream_workers.crew import Crew
+from taesd_stream_workers.kept_run import KeptRun
 from taesd_stream_workers.links import Links
 from taesd_stream_workers.registry import Registry
 from taesd_stream_workers.runs import Run
@@ -17,6 +18,7 @@ from taesd_stream_workers.runs import Run
 logger = logging.getLogger(__name__)
 
 SETTLE_S: Final = 10.0  # a run that was moved stays so long
+PATIENCE_S: Final = 2.0  # a move waits no longer for a file that does not grow
 BACKLOG_FRAMES: Final = 16  # a recording so far behind takes all of a worker that it gets
 
 
@@ -50,11 +52,20 @@ class Placer:
         """Move it, if nothing of it is under way."""
         if run.moves_to not in self._loads:
             run.moves_to = None
-        elif not run.items_out and not (run.kept and run.kept.in_flight):
+        elif not run.items_out and self._is_written(run.kept):
             assert run.worker is not None
             self._links.to_inside(run.worker, Forget(run=run.info.run))
             self._links.counts["streams_moved"] += 1
             run.move()
+
+    def _is_written(self, kept: KeptRun | None) -> bool:
+        """Whether what was decoded of a recording is in its file, or does not get there: then it is done again."""
+        if kept is None or not kept.in_flight:
+            return True
+        if time.monotonic() - kept.moved_s < PATIENCE_S:
+            return False
+        kept.restart(kept.written, kept.attempt)  # the move begins a new attempt
+        return True
 
     def tick(self) -> None:
         """Twice a second: what every worker has to do, and at most one move."""

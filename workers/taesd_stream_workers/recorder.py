@@ -218,7 +218,7 @@ class Recorder:
         if packet.rendition == "film":
             return self._write_film(packet)
         try:
-            recording = self._recording(packet.run, packet.attempt)
+            recording = self._recording(packet.run, packet.attempt, packet.seq)
             is_written = recording is not None and recording.write(packet)
         except RecordingError as error:
             return self._fail(packet.run, str(error))  # the cursor stays: the broker sends the frame again
@@ -229,7 +229,7 @@ class Recorder:
 
     def _skip(self, gap: Gap) -> None:
         try:
-            recording = self._recording(gap.run, gap.attempt)
+            recording = self._recording(gap.run, gap.attempt, gap.seq)
             if recording is not None:
                 recording.skip(gap.seq, gap.attempt)
                 self._tell(recording)
@@ -297,13 +297,17 @@ class Recorder:
             raise
         return film
 
-    def _recording(self, run: str, attempt: int) -> Recording | None:
+    def _recording(self, run: str, attempt: int, seq: int) -> Recording | None:
         if run not in self._open:
             if attempt <= self._finished.get(run, -1):
                 return None  # late, of a file that is finished
             row = self._runs.get(run)
             if row is None or (row["ended"] and self.library.holds(run, row["last_seq"])):
                 return None  # a run that the broker no longer keeps, or whose file is finished
+            if (last := self.library.last_seq(run)) >= seq:
+                # it comes again, for its ACK was lost with the broker: the rest of the run goes to another file
+                self._tell_broker(Cursor(run=run, attempt=attempt, written=last, synced=last))
+                return None
             film = self._take_film(run, row["kept_from"]) if row["takes_film"] else None
             self._open[run] = film or Recording.open(
                 self.folder,

@@ -20,6 +20,7 @@ LOST_AFTER_S: Final = 10.0
 MAX_LIVE_IN_FLIGHT: Final = 2
 MAX_VIDEO_IN_FLIGHT: Final = 8  # frames of a `live` run that nobody keeps: none of them may be passed over
 MAX_TRIES: Final = 2  # jobs that may end on one frame
+MAX_FAILURES: Final = 256  # frames of one run
 RECORD_STUCK_S: Final = 15.0  # packets that were sent and never written: a new attempt
 NOTE_S: Final = 1.0  # so long at least a person can read what was wrong
 
@@ -112,6 +113,13 @@ class Run:
         if is_due:
             self.note = None
         return is_due
+
+    def failed(self, seq: int, times: int = 1) -> int:
+        """So many jobs more ended on a frame. Returns how many have; of the newest MAX_FAILURES frames it is known."""
+        self.failures[seq] = self.failures.get(seq, 0) + times
+        if len(self.failures) > MAX_FAILURES:
+            del self.failures[min(self.failures)]
+        return self.failures.get(seq, times)
 
     def take(self, frame: LatentFrame, received_ns: int, *, is_watched: bool, share_bytes: int) -> int:
         """A frame came in: it is the newest, unless it was sent again.
@@ -206,14 +214,7 @@ class Run:
             return []
         if time.monotonic() < kept.not_before_s:
             return []
-        frames: list[LatentFrame] = []
-        for frame in kept.ahead(room_bytes):
-            within = frame.nbytes <= room_bytes or len(kept.in_flight) + len(frames) < 2
-            if not within or frame.seq in kept.gaps:
-                break
-            room_bytes -= frame.nbytes
-            frames.append(frame)
-        return frames
+        return kept.ahead(room_bytes)
 
     def _candidate(
         self,
@@ -240,6 +241,7 @@ class Run:
             since_ns=max(since_ns, not_before_ns),
             worker=self.worker,
             is_suspect=frame.seq in self.failures,
+            is_clip=self.info.kind == "clip",
             attempt=self._attempt(is_record=is_record),
             memory=memory,
             history_bytes=self._history_bytes(frame),
@@ -286,8 +288,7 @@ class Run:
     def frame_of(self, candidate: Candidate) -> LatentFrame | None:
         """The frame that a candidate stands for, if it is still here."""
         if candidate.is_record and self.kept is not None:
-            read = self.kept.ahead(0)  # no more than what the candidates were made of
-            return next((frame for frame in read if frame.seq == candidate.seq), None)
+            return self.kept.held(candidate.seq)
         found = self.live.get(candidate.seq) if self.live is not None else None
         if found is not None:
             return found

@@ -18,7 +18,7 @@ from taesd_stream.keys import load_keys
 from taesd_stream_workers.addresses import check_inner_addresses, require_guarded, web_address
 from taesd_stream_workers.key_files import AllowList
 from taesd_stream_workers.push import format_of
-from taesd_stream_workers.web_token import load_token
+from taesd_stream_workers.web_token import load_token, peer_tokens
 
 ROLES: Final = ("broker", "streamer", "worker")
 
@@ -33,6 +33,7 @@ def check_start(config: Config, roles: Sequence[str] = ROLES) -> None:
         load_token(config)
         for push in config.pushes:
             format_of(push.url)
+        peer_tokens(config)
         _check_folder(config.recording_folder, "recording.folder")
     if "broker" in roles:
         check_free("broker.bind", require_guarded(config, "broker.bind", config.broker.bind))
@@ -44,6 +45,26 @@ def check_start(config: Config, roles: Sequence[str] = ROLES) -> None:
 
 def check_free(key: str, address: str) -> None:
     """Raises: ConfigError when an address cannot be bound now."""
+    try:
+        _try_to_bind(address)
+    except OSError as error:
+        port_0 = f"{address.rpartition(':')[0]}:0"
+        raise ConfigError(
+            f"{key} = {address}: {error.strerror}; another daemon may be running; "
+            f"choose another port, or a free one by --set {key}={port_0}"
+        ) from error
+
+
+def is_free(address: str) -> bool:
+    """Whether an address can be bound now."""
+    try:
+        _try_to_bind(address)
+    except OSError:
+        return False
+    return True
+
+
+def _try_to_bind(address: str) -> None:
     parts = urlsplit(address if "://" in address else f"tcp://{address}")
     if parts.scheme == "ipc" or not parts.port:
         return
@@ -51,14 +72,7 @@ def check_free(key: str, address: str) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, parts.port))
-        except OSError as error:
-            port_0 = address[: -len(str(parts.port))] + "0"
-            raise ConfigError(
-                f"{key} = {address}: {error.strerror}; another daemon may be running; "
-                f"choose another port, or a free one by --set {key}={port_0}"
-            ) from error
+        probe.bind((host, parts.port))
 
 
 def _check_folder(folder: Path, key: str) -> None:

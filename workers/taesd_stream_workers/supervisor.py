@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from taesd_stream.config import AUTO, Config
+from taesd_stream.config import AUTO, Config, PeerDaemon
 from taesd_stream.errors import ConfigError, TaesdStreamError
 from taesd_stream_workers.addresses import MAX_IPC_PATH_BYTES
 from taesd_stream_workers.gpus import devices
@@ -70,6 +70,10 @@ class Supervisor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def add_peers(self, peers: Sequence[PeerDaemon]) -> None:
+        """Daemons whose streams the page shows too; before `start`."""
+        self._config = self._config.model_copy(update={"peers": (*self._config.peers, *peers)})
 
     def start(self) -> Addresses | None:
         """Start every role and wait until each is ready.

@@ -14,6 +14,7 @@ from typing import Any, Final
 from taesd_stream.frames import Packet, Rendition
 from taesd_stream_workers.broken_chains import ASK_AGAIN_S
 from taesd_stream_workers.latency import Latency
+from taesd_stream_workers.web import finite_json
 
 LIVE_BYTES: Final = 2 << 20  # of one stream's chain waiting for one viewer; past it, drop to the next keyframe
 LIVE_PACKETS: Final = 30
@@ -214,5 +215,19 @@ def to_message(packet: Packet, streamed_ns: int) -> bytes:
             "streamed_us": streamed_ns // 1000,
         },
     }
+    return pack_picture(header, bytes(packet.payload))
+
+
+def pack_picture(header: dict[str, Any], payload: bytes) -> bytes:
+    """The binary message of a picture."""
     head = json.dumps(header, separators=(",", ":")).encode()
-    return struct.pack(">I", len(head)) + head + bytes(packet.payload)
+    return struct.pack(">I", len(head)) + head + payload
+
+
+def unpack_picture(message: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and payload of a picture's binary message. Raises: ValueError, struct.error for what is none."""
+    (length,) = struct.unpack_from(">I", message)
+    header = finite_json.parse(message[4 : 4 + length])
+    if not isinstance(header, dict):
+        raise ValueError("a picture's header: expected an object")
+    return header, message[4 + length :]

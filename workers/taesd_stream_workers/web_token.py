@@ -36,20 +36,21 @@ def load_token(config: Config) -> str | None:
     """
     if not is_token_needed(config):
         return None
-    path = token_file(config)
+    path, key = token_file(config), "web.token_file"
     try:
         _make_if_absent(path)
-        mode, token = stat.S_IMODE(path.stat().st_mode), path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"web.token_file = {path}: {error}; choose another with --set web.token_file=…") from error
-    if os.name != "nt" and mode & 0o077:
-        raise ConfigError(f"web.token_file = {path}: others can read it (mode {mode:04o}): chmod 600 {path}")
-    if len(token) < MIN_CHARACTERS or not token.isascii() or not token.isprintable():
-        raise ConfigError(
-            f"web.token_file = {path}: expected at least {MIN_CHARACTERS} letters and digits; "
-            "delete it, and the next start makes a good one"
-        )
-    return token
+    except OSError as error:
+        raise ConfigError(f"{key} = {path}: {error}; choose another with --set {key}=…") from error
+    return _read(path, key, "delete it, and the next start makes a good one")
+
+
+def peer_tokens(config: Config) -> list[str | None]:
+    """The token of each peer, None for one that asks for none. Raises: ConfigError as `load_token`."""
+    files = [Path(peer.token_file).expanduser() if peer.token_file else None for peer in config.peers]
+    return [
+        _read(file, f"peers.{number}.token_file", "copy it from the peer's host") if file else None
+        for number, file in enumerate(files)
+    ]
 
 
 def page_link(config: Config, url: str) -> str:
@@ -66,3 +67,16 @@ def _make_if_absent(path: Path) -> None:
         return
     with os.fdopen(fd, "w", encoding="utf-8") as file:
         file.write(secrets.token_urlsafe(32) + "\n")
+
+
+def _read(path: Path, key: str, way_out: str) -> str:
+    """The token in a file. key: that names it in the configuration. way_out: from a token that is none."""
+    try:
+        mode, token = stat.S_IMODE(path.stat().st_mode), path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key} = {path}: {error}; choose another file") from error
+    if os.name != "nt" and mode & 0o077:
+        raise ConfigError(f"{key} = {path}: others can read it (mode {mode:04o}): chmod 600 {path}")
+    if len(token) < MIN_CHARACTERS or not token.isascii() or not token.isprintable():
+        raise ConfigError(f"{key} = {path}: expected at least {MIN_CHARACTERS} letters and digits; {way_out}")
+    return token

@@ -45,7 +45,10 @@ class PreviewStream:
             "record": ([FOLLOW, *RECORD_MODES], {"tooltip": "Which steps become a film: off, last (one), all."}),
         },
         "optional": {
-            "address": ("STRING", {"default": "", "tooltip": "The daemon's, such as tcp://127.0.0.1:5760."}),
+            "address": (
+                "STRING",
+                {"default": "", "tooltip": "The daemon's, as tcp://127.0.0.1:5760; several by commas."},
+            ),
             "prompt": ("BOOLEAN", {"default": True, "tooltip": "Tell the prompt's text beside the picture."}),
         },
     }

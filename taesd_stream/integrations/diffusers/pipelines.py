@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -20,6 +20,9 @@ from taesd_stream.integrations.diffusers.step_hook import StepHook
 from taesd_stream.integrations.frame_rates import usual_fps
 from taesd_stream.latent_formats import latent_format as format_named
 
+if TYPE_CHECKING:
+    from taesd_stream.daemons import Addresses
+
 logger = logging.getLogger(__name__)
 
 
@@ -29,7 +32,7 @@ class Preview:
     def __init__(
         self,
         pipe: Any,
-        address: str | None = None,
+        address: Addresses | None = None,
         *,
         stream: str | None = None,
         save: str | Path | None = None,
@@ -158,7 +161,7 @@ class Preview:
         return sinks
 
 
-def preview(pipe: Any, address: str | None = None, **options: Any) -> Preview:
+def preview(pipe: Any, address: Addresses | None = None, **options: Any) -> Preview:
     """`with preview(pipe):` shows every call of a diffusers pipeline in the block: at each step x0, after guidance.
 
     The pipeline's results are the same bit for bit, whether anybody watches, nobody does, or the daemon dies.
@@ -180,7 +183,7 @@ class PreviewCallback:
     this object is dropped where the call fails.
     """
 
-    def __init__(self, pipe: Any, address: str | None = None, **options: Any) -> None:
+    def __init__(self, pipe: Any, address: Addresses | None = None, **options: Any) -> None:
         self.preview = Preview(pipe, address, **options)
         self.preview.attach()
         self._end = weakref.finalize(self, self.preview.let_go)

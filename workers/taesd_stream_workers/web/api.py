@@ -30,7 +30,9 @@ from taesd_stream_workers.web.docs import POLICY as DOCS_POLICY
 from taesd_stream_workers.web.docs import docs_page
 from taesd_stream_workers.web.errors import ERROR_RESPONSES, ApiError, answer_errors
 from taesd_stream_workers.web.films import add_films, last_picture
+from taesd_stream_workers.web.forwarding import Forwarding
 from taesd_stream_workers.web.health import add_health
+from taesd_stream_workers.web.peers import Peers
 from taesd_stream_workers.web.players import MJPEG_TYPE, TS_TYPE, motion_jpeg, transport_stream
 from taesd_stream_workers.web.sockets import serve_page
 
@@ -94,8 +96,8 @@ class Page:
         )
 
 
-def make_app(hub: Hub, recorder: Recorder) -> FastAPI:
-    """The application, its routes bound to one hub and one recorder."""
+def make_app(hub: Hub, recorder: Recorder, peers: Peers) -> FastAPI:
+    """The application, its routes bound to one hub, one recorder, and the daemons beside them."""
     app = FastAPI(
         title="taesd-stream", version=__version__, responses={**ERROR_RESPONSES}, docs_url=None, redoc_url=None
     )
@@ -103,12 +105,15 @@ def make_app(hub: Hub, recorder: Recorder) -> FastAPI:
     page = Page()
     _add_page(app, page)
     _add_docs(app)
+    _add_lists(app, peers)
     _add_streams(app, hub)
     _add_players(app, hub, recorder)
-    _add_recordings(app, hub, recorder)
-    add_films(app, hub, recorder)
+    _add_recordings(app, recorder)
+    add_films(app, hub, recorder, peers)
     add_health(app, hub)
-    app.router.routes.append(WebSocketRoute("/ws", partial(serve_page, hub=hub, page_version=page.version)))
+    socket = partial(serve_page, hub=hub, peers=peers, page_version=page.version)
+    app.router.routes.append(WebSocketRoute("/ws", socket))
+    app.add_middleware(Forwarding, peers=peers, errors=hub.latency.http_errors)
     return app
 
 
@@ -152,13 +157,31 @@ def _known(hub: Hub, name: str) -> dict[str, Any]:
     return row
 
 
+def _add_lists(app: FastAPI, peers: Peers) -> None:
+    @app.get("/api/v1/streams", responses=_says(schema.Streams))
+    async def streams(request: Request) -> dict[str, Any]:
+        """Every stream, its newest run."""
+        return {"streams": peers.asked_by(request.headers).streams()}
+
+    @app.get("/api/v1/recordings", responses=_says(schema.Recordings))
+    async def recordings(request: Request) -> dict[str, Any]:
+        """Every recording, growing and finished."""
+        return {"recordings": peers.asked_by(request.headers).recordings()}
+
+    @app.get("/api/v1/runs/{run}", responses=_says(schema.Run))
+    async def one_run(run: str, request: Request) -> dict[str, Any]:
+        """A run by its id: how it stands, and its recordings."""
+        listed = peers.asked_by(request.headers)
+        row = next((row for row in listed.streams() if row["run"] == run), None)
+        recordings = [one for one in listed.recordings() if one["run"] == run]
+        if row is None and not recordings:
+            raise ApiError(404, "no_run", f"There is no run {run}.")
+        name = row["name"] if row else recordings[0]["stream"]
+        return {"run": run, "name": name, "stream": row, "recordings": recordings}
+
+
 def _add_streams(app: FastAPI, hub: Hub) -> None:
     known = partial(_known, hub)
-
-    @app.get("/api/v1/streams", responses=_says(schema.Streams))
-    async def streams() -> dict[str, Any]:
-        """Every stream, its newest run."""
-        return {"streams": hub.streams()}
 
     @app.post("/api/v1/streams/{name:path}/record", responses=_says(schema.Done))
     async def record(name: str, request: RecordRequest) -> dict[str, Any]:
@@ -183,16 +206,6 @@ def _add_streams(app: FastAPI, hub: Hub) -> None:
         file = f"{name.replace('/', '-')}-{packet.run[:6]}-{packet.seq}.jpg"
         headers = {**_NO_STORE, "content-disposition": f'attachment; filename="{file}"'}
         return Response(bytes(packet.payload), media_type="image/jpeg", headers=headers)
-
-    @app.get("/api/v1/runs/{run}", responses=_says(schema.Run))
-    async def one_run(run: str) -> dict[str, Any]:
-        """A run by its id: how it stands, and its recordings."""
-        row = next((row for row in hub.streams() if row["run"] == run), None)
-        recordings = [one for one in hub.recordings if one["run"] == run]
-        if row is None and not recordings:
-            raise ApiError(404, "no_run", f"There is no run {run}.")
-        name = row["name"] if row else recordings[0]["stream"]
-        return {"run": run, "name": name, "stream": row, "recordings": recordings}
 
     @app.get("/api/v1/workers", responses=_says(schema.Workers))
     async def workers() -> dict[str, Any]:
@@ -250,18 +263,13 @@ def _add_players(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
         return StreamingResponse(motion_jpeg(hub, name), media_type=MJPEG_TYPE, headers=_NO_STORE)
 
 
-def _add_recordings(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
+def _add_recordings(app: FastAPI, recorder: Recorder) -> None:
     def path_of(recording_id: str) -> Path:
         """Looks at every file of the folder: not for the loop's thread."""
         path = recorder.path_of(recording_id)
         if path is None:
             raise ApiError(404, "no_recording", f"There is no recording {recording_id}.")
         return path
-
-    @app.get("/api/v1/recordings", responses=_says(schema.Recordings))
-    async def recordings() -> dict[str, Any]:
-        """Every recording, growing and finished."""
-        return {"recordings": hub.recordings}
 
     @app.get("/api/v1/recordings/{recording_id:path}/file", response_class=Response, responses=_content("video/mp4"))
     async def file(recording_id: str, frames: FrameCount = None, part: Part = None, inline: bool = False) -> Response:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Final, TypeVar
 
 import av
-from fastapi import FastAPI, Query, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi import Path as PathParameter
 
 from taesd_stream.errors import TaesdStreamError
@@ -19,6 +19,7 @@ from taesd_stream_workers.hub import Hub
 from taesd_stream_workers.library import picture_of_step
 from taesd_stream_workers.recorder import Recorder
 from taesd_stream_workers.web.errors import ApiError
+from taesd_stream_workers.web.peers import Peers
 
 PICTURES_TYPE: Final = "application/octet-stream"
 MAX_SEQ: Final = (1 << 53) - 1
@@ -30,18 +31,18 @@ Seq = Annotated[int, PathParameter(ge=0, le=MAX_SEQ)]
 Part = Annotated[int, Query(ge=1, le=1 << 20)]
 
 
-def add_films(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
+def add_films(app: FastAPI, hub: Hub, recorder: Recorder, peers: Peers) -> None:
     """Add the routes."""
 
     @app.get("/api/v1/films")
-    async def films() -> dict[str, Any]:
+    async def films(request: Request) -> dict[str, Any]:
         """Every film: what was shown of runs that nobody recorded, newest first."""
-        known = sorted(recorder.films.films.values(), key=lambda film: film.started, reverse=True)
         rows = [
             {"run": one.run, "stream": one.stream, "started": one.started, "bytes": one.nbytes, "meta": one.meta}
-            for one in known
+            for one in recorder.films.films.values()
         ]
-        return {"films": rows}
+        rows += await peers.asked_by(request.headers).films()
+        return {"films": sorted(rows, key=lambda film: film["started"], reverse=True)}
 
     @app.get("/api/v1/runs/{run}/film")
     async def film(run: RunId, after: int = -1) -> dict[str, Any]:

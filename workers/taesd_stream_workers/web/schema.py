@@ -27,6 +27,7 @@ class StreamRow(_Answer):
     kind: Kind
     latent_format: str
     decoder: str | None
+    decoder_reason: str | None
     width: int | None
     """Of the decoded picture, px."""
     height: int | None
@@ -58,6 +59,8 @@ class StreamRow(_Answer):
     """Ids of its recordings."""
     film: int | None
     """Last seq in the film of what was shown; None: there is no film."""
+    daemon: str | None = None
+    """The page of the daemon that has it, if that is another than this one."""
 
 
 class RecordingRow(_Answer):
@@ -86,6 +89,8 @@ class RecordingRow(_Answer):
     meta: dict[str, Any]
     error: str | None
     """Why it does not grow, or cannot be finished, at the moment."""
+    daemon: str | None = None
+    """The page of the daemon that has it, if that is another than this one."""
 
 
 class Streams(_Answer):

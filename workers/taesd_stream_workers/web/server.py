@@ -16,6 +16,7 @@ from taesd_stream_workers.hub import Hub
 from taesd_stream_workers.recorder import Recorder
 from taesd_stream_workers.web.api import make_app
 from taesd_stream_workers.web.guard import Guard
+from taesd_stream_workers.web.peers import Peers, peers_of
 from taesd_stream_workers.web.sockets import MAX_TEXT_BYTES
 from taesd_stream_workers.web_token import load_token
 
@@ -32,6 +33,7 @@ class WebServer:
         self._config = config
         self._hub = hub
         self._recorder = recorder
+        self._peers = Peers(hub, peers_of(config))
         self._thread = threading.Thread(target=self._run, name="web")
         self._server: uvicorn.Server | None = None
 
@@ -57,7 +59,7 @@ class WebServer:
         url = f"http://[{shown}]:{self.port}" if ":" in shown else f"http://{shown}:{self.port}"
         own_names = [socket.gethostname(), f"{socket.gethostname()}.local"] if token else []
         guarded = Guard(
-            make_app(self._hub, self._recorder),
+            make_app(self._hub, self._recorder, self._peers),
             port=self.port,
             hosts=[host, *own_names],
             proxies=self._config.web.hosts,
@@ -87,6 +89,7 @@ class WebServer:
         """Close every connection and join the thread."""
         if self._server is not None:
             self._hub.call(self._hub.close)
+            self._hub.call(self._peers.close)
             self._server.should_exit = True
             self._thread.join(GRACE_S + 2)
 
@@ -96,7 +99,8 @@ class WebServer:
     async def _serve(self) -> None:
         assert self._server is not None
         self._hub.attach(asyncio.get_running_loop())
-        await self._server.serve(sockets=[self._socket])
+        async with self._peers.following():
+            await self._server.serve(sockets=[self._socket])
 
 
 def reachable_host(host: str) -> str:

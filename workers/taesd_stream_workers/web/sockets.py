@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
-import secrets
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -15,6 +15,10 @@ from taesd_stream import __version__
 from taesd_stream.frames import Rendition, is_stream_name
 from taesd_stream_workers.hub import Hub
 from taesd_stream_workers.viewer import Viewer, to_message
+from taesd_stream_workers.web import finite_json
+from taesd_stream_workers.web.page_links import PageLinks
+from taesd_stream_workers.web.peer import OWN_HEADER, PICTURES
+from taesd_stream_workers.web.peers import DAEMON, Peers
 
 STATE_S: Final = 0.25
 MAX_WATCHED: Final = 1000
@@ -22,40 +26,64 @@ STALLED_S: Final = 10.0
 TRY_LATER: Final = 1013  # RFC 6455's registry: the page comes back by itself
 MAX_NUMBER: Final = (1 << 63) - 1  # of a page's counts and times
 MAX_TEXT_BYTES: Final = 256 << 10
+_GONE: Final = (WebSocketDisconnect, RuntimeError, OSError, TimeoutError)  # the page went, or stalled for too long
 _RENDITIONS: Final[tuple[Rendition, ...]] = ("thumb", "live", "jpeg")
-_DAEMON: Final = secrets.token_hex(8)  # one start of the daemon: a page sees that it was restarted
 
 
-async def serve_page(socket: WebSocket, *, hub: Hub, page_version: str) -> None:
+async def serve_page(socket: WebSocket, *, hub: Hub, peers: Peers, page_version: str) -> None:
     """Serve one page until it goes."""
     await socket.accept()
     if hub.is_full:
         await socket.close(TRY_LATER, "too many viewers")
         return
     viewer = Viewer(hub.latency)
+    peers = peers.asked_by(socket.headers)
     hub.join(viewer)
-    hello = {"type": "hello", "version": __version__, "daemon": _DAEMON, "page": page_version}
-    reader = asyncio.create_task(_read(socket, hub, viewer))
+    peers.join(viewer)
+
+    async def send_theirs(message: bytes) -> None:
+        try:
+            await asyncio.wait_for(socket.send_bytes(message), STALLED_S)
+        except _GONE:
+            reader.cancel()
+
+    links = PageLinks(hub, peers, viewer, send_theirs)
+    hello = {"type": "hello", "version": __version__, "daemon": DAEMON, "page": page_version}
+    reader = asyncio.create_task(_read(socket, hub, viewer, links))
+    state = None if socket.headers.get(OWN_HEADER) == PICTURES else partial(_state, peers)
     try:
         await socket.send_text(json.dumps(hello))
-        await _send(socket, hub, viewer, reader)
-    except (WebSocketDisconnect, RuntimeError, OSError, TimeoutError):
-        pass  # the page went, or stalled for too long: it comes back by itself
+        await _send(socket, hub, viewer, links, reader, state)
+    except _GONE:
+        pass  # it comes back by itself
     finally:
         reader.cancel()
-        hub.watch(viewer, viewer.want({}), {})
+        links.close()
+        peers.leave(viewer)
         hub.leave(viewer)
 
 
-async def _send(socket: WebSocket, hub: Hub, viewer: Viewer, reader: asyncio.Task[None]) -> None:
-    """serve: Packet -> viewer; when full, `live` drops to its next keyframe, whole pictures to the newest."""
+async def _send(
+    socket: WebSocket,
+    hub: Hub,
+    viewer: Viewer,
+    links: PageLinks,
+    reader: asyncio.Task[None],
+    state: Callable[[], str] | None,
+) -> None:
+    """serve: Packet -> viewer; when full, `live` drops to its next keyframe, whole pictures to the newest.
+
+    state: makes what is told of streams and recordings; None for who wants pictures alone.
+    """
     next_state_s = 0.0
     while not reader.done():
         now = time.monotonic()
         if viewer.is_state_dirty and now >= next_state_s:
             viewer.is_state_dirty = False
             next_state_s = now + STATE_S
-            await asyncio.wait_for(socket.send_text(_state(hub)), STALLED_S)
+            await links.spread()
+            if state is not None:
+                await asyncio.wait_for(socket.send_text(state()), STALLED_S)
         for packet, streamed_ns in viewer.take():
             await asyncio.wait_for(socket.send_bytes(to_message(packet, streamed_ns)), STALLED_S)
         for starved in viewer.starved():
@@ -63,43 +91,31 @@ async def _send(socket: WebSocket, hub: Hub, viewer: Viewer, reader: asyncio.Tas
         await viewer.wait(max(0.01, next_state_s - time.monotonic()) if viewer.is_state_dirty else 1.0)
 
 
-def _state(hub: Hub) -> str:
+def _state(peers: Peers) -> str:
     return json.dumps(
         {
             "type": "state",
-            "streams": hub.streams(),
-            "recordings": hub.recordings,
-            "stats": hub.stats(),
-            "alerts": hub.alerts(),
+            "streams": peers.streams(),
+            "recordings": peers.recordings(),
+            "stats": peers.stats(),
+            "alerts": peers.alerts(),
         }
     )
 
 
-async def _read(socket: WebSocket, hub: Hub, viewer: Viewer) -> None:
+async def _read(socket: WebSocket, hub: Hub, viewer: Viewer, links: PageLinks) -> None:
     while True:
         try:
             text = await socket.receive_text()
         except (WebSocketDisconnect, KeyError, RuntimeError):
             return
         try:
-            message = _parse(text) if len(text) <= MAX_TEXT_BYTES else None
-            answer = _handle(message, hub, viewer)
+            message = finite_json.parse(text) if len(text) <= MAX_TEXT_BYTES else None
+            answer = await _handle(message, hub, viewer, links)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             answer = {"type": "error", "text": f"not understood: {error}"}
         if answer is not None:
             await socket.send_text(json.dumps(answer))
-
-
-def _parse(text: str) -> Any:
-    """JSON, without the numbers that are none: they would go back to the page, which cannot read them. ValueError."""
-    return json.loads(text, parse_float=_finite, parse_constant=_finite)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is no finite number")
-    return value
 
 
 def _whole(value: Any) -> int:
@@ -108,26 +124,29 @@ def _whole(value: Any) -> int:
     return int(value)
 
 
-def _handle(message: Any, hub: Hub, viewer: Viewer) -> dict[str, Any] | None:
+async def _handle(message: Any, hub: Hub, viewer: Viewer, links: PageLinks) -> dict[str, Any] | None:
     """One wish of the page. Raises: ValueError, TypeError, KeyError, AttributeError for what is none."""
     kind = message["type"]
     if kind == "watch":
-        streams = _watched(message["streams"])
-        hub.watch(viewer, viewer.want(streams), streams)
+        await links.watch(_watched(message["streams"]))
+    elif kind == "ping":
+        return {"type": "pong", "t": message["t"], "now_us": hub.clock_ns() // 1000}
+    elif kind not in ("credit", "keyframe", "shown"):
+        raise ValueError(f"type {kind!r}")
+    elif link := links.of(stream := str(message["stream"])):
+        if kind == "shown":
+            await link.shown(stream, str(message["run"]), _whole(message["seq"]), _whole(message["shown_us"]))
+        else:
+            await link.say(kind, stream=stream)
     elif kind == "credit":
-        viewer.credit(str(message["stream"]))
+        viewer.credit(stream)
     elif kind == "keyframe":
-        stream = str(message["stream"])
         if viewer.wants.get(stream) == "live":
             viewer.restart_chain(stream)
             hub.keyframe(stream)
-    elif kind == "shown":
-        seq, shown_us = _whole(message["seq"]), _whole(message["shown_us"])
-        viewer.shown(str(message["stream"]), str(message["run"]), seq, shown_us * 1000)
-    elif kind == "ping":
-        return {"type": "pong", "t": message["t"], "now_us": hub.clock_ns() // 1000}
     else:
-        raise ValueError(f"type {kind!r}")
+        seq, shown_us = _whole(message["seq"]), _whole(message["shown_us"])
+        viewer.shown(stream, str(message["run"]), seq, shown_us * 1000)
     return None
 
 

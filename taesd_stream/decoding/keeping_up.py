@@ -1,0 +1,47 @@
+"""The best decoder that keeps up with a live view: measured on the device at hand, not guessed from what it is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from taesd_stream.decoding.engine import Engine
+
+_LARGEST_PROBE: Final = 16  # cells a side: a larger picture's time is this one's by area, so that measuring stays short
+_TIMES: Final = 3  # the first one also pays for what is made once; something else may run in any of them
+
+
+def best_that_keeps_up(seconds: Sequence[float], most_s: float) -> int:
+    """Which of several decoders shows a live view. seconds: what a picture takes each, the best decoder first.
+
+    Returns: the first that takes at most `most_s`; where none does, the fastest, and of equals the better one.
+    """
+    for place, one in enumerate(seconds):
+        if one <= most_s:
+            return place
+    return min(range(len(seconds)), key=seconds.__getitem__)
+
+
+def seconds_a_picture(engine: Engine, shape: tuple[int, int, int], *, enough_s: float, budget_bytes: int) -> float:
+    """How long the engine takes for a picture of latents of that shape (C, h, w): the least of some measurements.
+
+    enough_s: it is measured no more once it is as fast. Raises: RuntimeError when memory is short.
+    """
+    channels, *size = shape
+    height, width = (min(side, _LARGEST_PROBE) for side in size)
+    noise = torch.randn((1, channels, height, width), generator=torch.Generator().manual_seed(0))
+    larger = math.prod(size) / (height * width)
+    least_s = float("inf")
+    for _ in range(_TIMES):
+        started_s = time.monotonic()
+        for _, rgb in engine.decode(noise, budget_bytes=budget_bytes, are_finite=True):
+            if rgb.is_cuda:
+                torch.cuda.synchronize(rgb.device)
+        least_s = min(least_s, (time.monotonic() - started_s) * larger)
+        if least_s <= enough_s:
+            break
+    return least_s

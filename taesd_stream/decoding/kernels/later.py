@@ -1,0 +1,85 @@
+"""Our own kernels, as soon as they are compiled: until then, and where they are refused, a decoder runs without."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from taesd_stream.decoding.kernels.cubins import KernelsUnavailableError, forget, kernel_cubin
+from taesd_stream.decoding.kernels.launching import Kernels
+
+logger = logging.getLogger(__name__)
+
+WITHOUT: Final = "cuDNN's fused calls"
+
+
+class KernelsLater:
+    """Compiles in a thread behind the caller, and hands the kernels over in the caller's own. Used by one thread.
+
+    reason: what runs, and why.
+    """
+
+    def __init__(self, device: torch.device, cache: Path | None, use: Callable[[Kernels], str]) -> None:
+        """use: takes the kernels into use, having checked them, and returns what runs then, in words.
+
+        It may raise KernelsUnavailableError, or RuntimeError of torch.
+        """
+        self._device = device
+        self._cache = cache
+        self._use = use
+        self._cubin: Future[bytes] | None = None
+        lacks = lacks_for_kernels(torch.cuda.get_device_capability(device))
+        if lacks is None:
+            self._cubin = _compile_behind(cache)
+            self.reason = f"{WITHOUT} until our own kernels are compiled"
+        else:
+            self.reason = f"{WITHOUT}: {lacks}"
+
+    def take_over(self, *, wait: bool = False) -> None:
+        """Use the kernels if they are compiled by now; wait: until they are, or are refused."""
+        if self._cubin is None or not (wait or self._cubin.done()):
+            return
+        cubin, self._cubin = self._cubin, None
+        try:
+            with torch.inference_mode(), torch.cuda.device(self._device):
+                self.reason = self._use(self._load(cubin.result()))
+        except (KernelsUnavailableError, OSError, RuntimeError) as error:  # RuntimeError: also out of memory
+            self.reason = f"{WITHOUT}: {error}"
+            logger.warning("kernels_not_used reason=%s", error)
+        else:
+            logger.info("kernels_used device=%s", torch.cuda.get_device_name(self._device))
+
+    def _load(self, cubin: bytes) -> Kernels:
+        try:
+            return Kernels(cubin, self._device)
+        except KernelsUnavailableError:
+            forget(self._cache)  # broken on disk, perhaps: the next start compiles anew
+            raise
+
+
+def _compile_behind(cache: Path | None) -> Future[bytes]:
+    """Compile in a thread that a process which ends does not wait for: a compilation cannot be broken off."""
+    future: Future[bytes] = Future()
+
+    def compile_kernels() -> None:
+        try:
+            future.set_result(kernel_cubin(cache))
+        except (KernelsUnavailableError, OSError, RuntimeError) as error:
+            future.set_exception(error)
+
+    threading.Thread(target=compile_kernels, name="kernels", daemon=True).start()
+    return future
+
+
+def lacks_for_kernels(capability: tuple[int, int]) -> str | None:
+    """Why a GPU of this compute capability cannot run our own kernels, None if it can."""
+    major, minor = capability
+    if (major, minor) == (9, 0):
+        return None
+    return f"our own kernels need a Hopper GPU (compute capability 9.0), this one has {major}.{minor}"

@@ -1,0 +1,166 @@
+"""The best decoder that keeps up with a live view: measured, chosen, said; and a rule's word for one stream."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from taesd_stream import LatentPublisher
+from taesd_stream.config import load_config
+from taesd_stream.decoding.choice import open_engine
+from taesd_stream.decoding.keeping_up import best_that_keeps_up, seconds_a_picture
+from taesd_stream.models import build_decoder
+from taesd_stream_workers.engines import Engines
+from tests.daemon import Daemon, wait_for
+from tests.page_socket import PageSocket
+
+EVERYTHING_S, NOTHING_S = "decoder.max_job_s=10", "decoder.max_job_s=0.000001"  # what keeps up
+SHAPE = (32, 8, 8)
+seconds = st.lists(st.floats(0, 100), min_size=1, max_size=4)
+bars = st.floats(0, 100)
+
+
+@given(seconds, bars)
+def test_the_best_that_keeps_up_is_taken(took: list[float], most_s: float) -> None:
+    """What is chosen keeps up and nothing better does; where none does, nothing is faster."""
+    place = best_that_keeps_up(took, most_s)
+    if took[place] <= most_s:
+        assert all(better > most_s for better in took[:place])
+    else:
+        assert all(one > most_s for one in took)
+        assert took[place] == min(took)
+
+
+@given(seconds, bars, bars)
+def test_more_time_never_means_a_worse_decoder(took: list[float], one: float, other: float) -> None:
+    """With a higher bar the choice is the same or better, once anything keeps up at all."""
+    low, high = sorted((one, other))
+    if min(took) <= low:
+        assert best_that_keeps_up(took, high) <= best_that_keeps_up(took, low)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with FLUX.2's full decoder, weights of our own."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(5)
+    save_file(build_decoder("taef2").state_dict(), folder / "taef2_decoder.safetensors")
+    return folder
+
+
+def engines(weights: Path | None, *sets: str, clock_s: Callable[[], float] = time.monotonic) -> Engines:
+    """A worker's, on the processor."""
+    folder = [f"weights.folder={weights}"] if weights is not None else []
+    return Engines(load_config(sets=[*folder, *sets]), torch.device("cpu"), clock_s)
+
+
+def test_a_larger_picture_takes_longer() -> None:
+    """A large picture is not measured whole: its time is a smaller one's, by area."""
+    engine = open_engine("flux2", weights_folder=None, choice="nano")
+    small, large = (
+        seconds_a_picture(engine, (32, side, side), enough_s=0.0, budget_bytes=1 << 30) for side in (4, 512)
+    )
+    assert large > 16 * small
+
+
+def test_the_choice_is_by_what_is_measured(weights: Path) -> None:
+    """Where all keep up a live view takes the full decoder, where none does the fastest; recordings always the full."""
+    fast, slow = engines(weights, EVERYTHING_S), engines(weights, NOTHING_S)
+    assert fast.of_view("flux2", "auto", SHAPE).decoder == "taef2"
+    assert slow.of_view("flux2", "auto", (32, 64, 64)).decoder in ("nano", "linear")
+    assert slow.of_recordings("flux2").decoder == "taef2"
+    for one, bar in ((fast, "10 s"), (slow, "1e-06 s")):
+        told = one.told()["flux2"]
+        assert f"may take {bar} in a live view" in told["reason"]
+        assert "taef2" in told["reason"]
+    assert "linear" in slow.told()["flux2"]["reason"]
+
+
+def test_each_size_has_its_own_choice(weights: Path) -> None:
+    """A choice stands for its size: another size is measured anew, the first is not."""
+    one = engines(weights, EVERYTHING_S)
+    first = one.of_view("flux2", "auto", SHAPE)
+    reason = one.told()["flux2"]["reason"]
+    one.of_view("flux2", "auto", (32, 40, 40))
+    assert one.told()["flux2"]["reason"] != reason
+    assert one.of_view("flux2", "auto", SHAPE) is first
+    assert one.told()["flux2"]["reason"] == reason
+
+
+def test_a_choice_that_is_not_the_best_is_measured_again(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The machine may have been busy: after 10 s, 20 more, 40 more. The best one is measured no more."""
+    now_s = [0.0]
+    one = engines(weights, NOTHING_S, clock_s=lambda: now_s[0])
+    best = engines(weights, EVERYTHING_S, clock_s=lambda: now_s[0])
+    caplog.set_level(logging.INFO)
+    for at_s, measured in ((0, 1), (9.9, 1), (10, 2), (29.9, 2), (30, 3), (69.9, 3), (70, 4)):
+        now_s[0] = at_s
+        one.of_view("flux2", "auto", (32, 64, 64))
+        assert sum(record.message.startswith("view_chosen") for record in caplog.records) == measured
+    caplog.clear()
+    for at_s in (100, 10_000):
+        now_s[0] = at_s
+        best.of_view("flux2", "auto", SHAPE)
+    assert sum(record.message.startswith("view_chosen") for record in caplog.records) == 1
+
+
+def test_where_there_is_one_decoder_nothing_is_measured() -> None:
+    """A format that has factors alone is shown by them, and the reason tells how to get better."""
+    one = engines(None, NOTHING_S)
+    assert one.of_view("sd1", "auto", (4, 8, 8)).decoder == "linear"
+    reason = one.told()["sd1"]["reason"]
+    assert "no weights of taesd were found" in reason
+    assert "in a live view" not in reason
+
+
+def test_float8_is_never_a_recordings(weights: Path) -> None:
+    """With decoder.float8 a live view's engine is another one than the recordings', which stay exact."""
+    one = engines(weights, "decoder.float8=true", "decoder.choice=tiny")
+    assert one.of_view("flux2", "tiny", SHAPE).is_float8
+    assert not one.of_recordings("flux2").is_float8
+
+
+@pytest.fixture(scope="module")
+def ruled(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[Daemon]:
+    """A daemon on which everything keeps up, with a rule for some streams."""
+    rules = json.dumps([{"stream": "quick/*", "decoder": "linear"}])
+    sets = (f"weights.folder={weights}", EVERYTHING_S)
+    folder = tmp_path_factory.mktemp("ruled")
+    with Daemon(folder, *sets, environment={"TAESD_STREAM_RULES": rules}) as one:
+        yield one
+
+
+def shown_by(daemon: Daemon, stream: str) -> str:
+    """Which decoder shows a stream's step."""
+    with (
+        LatentPublisher(daemon.broker, stream=stream, latent_format="flux2") as publisher,
+        PageSocket(daemon) as page,
+    ):
+        wait_for(lambda: stream in daemon.streams(), of="the stream")
+        page.watch({stream: "live"})
+        publisher.publish(np.zeros(SHAPE, np.float32), step=0)
+        return str(page.picture(60)[0]["decoder"])
+
+
+def test_a_rule_gives_a_stream_its_decoder(ruled: Daemon) -> None:
+    """`[[rules]]` with `decoder`: what its pattern fits is shown by that one, everything else by the choice."""
+    assert shown_by(ruled, "quick/one") == "linear"
+    assert shown_by(ruled, "other") == "taef2"
+
+
+def test_the_reason_is_told_to_people(ruled: Daemon) -> None:
+    """A stream's row names its decoder and why it is this one, from what was measured on this machine."""
+    assert shown_by(ruled, "why") == "taef2"
+    row = wait_for(lambda: (one := ruled.streams()["why"])["decoder_reason"] and one, of="the reason")
+    assert row["decoder"] == "taef2"
+    assert "may take 10 s in a live view" in row["decoder_reason"]

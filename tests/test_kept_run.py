@@ -1,0 +1,81 @@
+"""What of a kept run is read ahead of its recording, and so held in memory: a window of bytes, never a whole log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from taesd_stream.frames import LatentFrame, StreamInfo
+from taesd_stream.latent_log import RunLog
+from taesd_stream_workers.kept_run import LEAST_FRAMES, READ_AHEAD_FRAMES, KeptRun
+from taesd_stream_workers.runs import MAX_FAILURES, Run
+from tests.broker_role import frame, new_run
+
+SHAPE = (4, 32, 32)
+NBYTES = 8192
+COUNT = 40
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[KeptRun]:
+    """A run of which COUNT frames are logged, and nothing is recorded."""
+    run = new_run()
+    info = StreamInfo(stream="a", run=run, kind="steps", latent_format="sd1")
+    log = RunLog(tmp_path, info, first_seq=0)
+    for seq in range(COUNT):
+        log.append(frame(run, seq, kept=True, shape=SHAPE))
+    yield KeptRun(log=log, queued=COUNT - 1, logged=COUNT - 1, next_seq=0, written=-1)
+    log.close()
+
+
+def seqs(frames: list[LatentFrame]) -> list[int]:
+    """Their numbers."""
+    return [one.seq for one in frames]
+
+
+def test_no_more_is_read_than_there_is_room_for(kept: KeptRun) -> None:
+    """As many frames as fit, records' heads counted; two, however small the room; what lost its room is let go."""
+    assert seqs(kept.ahead(6 * NBYTES)) == [0, 1, 2, 3, 4]
+    assert kept.held(4) is not None
+    assert seqs(kept.ahead(3 * NBYTES + 1000)) == [0, 1, 2]
+    assert kept.held(4) is None
+    assert seqs(kept.ahead(-5 * NBYTES)) == list(range(LEAST_FRAMES))
+    assert seqs(kept.ahead(1000 * NBYTES)) == list(range(READ_AHEAD_FRAMES))
+
+
+def test_what_is_on_its_way_counts_among_the_least(kept: KeptRun) -> None:
+    """Without room a run has two frames on their way and ready together: its file grows, and no memory does."""
+    for expected in ([0, 1], [1], []):
+        frames = kept.ahead(0)
+        assert seqs(frames) == expected
+        if frames:
+            kept.send(frames[0])
+    kept.on_cursor(0)
+    assert seqs(kept.ahead(0)) == [2]
+
+
+def test_what_was_sent_is_held_no_longer(kept: KeptRun) -> None:
+    """A frame that a worker has is not given again; a new attempt reads on from what the file holds."""
+    first = kept.ahead(4 * NBYTES)[0]
+    kept.send(first)
+    assert kept.held(0) is None
+    kept.restart(-1, 2)
+    assert seqs(kept.ahead(4 * NBYTES))[0] == 0
+
+
+def test_a_gap_ends_what_is_read(kept: KeptRun) -> None:
+    """Frames behind one that gives no picture wait until the file has passed it."""
+    kept.pass_gap(2)
+    assert seqs(kept.ahead(1000 * NBYTES)) == [0, 1]
+
+
+def test_failures_of_old_frames_are_forgotten() -> None:
+    """A run whose every frame ends a job remembers the newest ones, and of those how often each failed."""
+    run = Run(StreamInfo(stream="a", run=new_run(), kind="steps", latent_format="sd1"), peer=None, record="off")
+    for seq in range(2 * MAX_FAILURES):
+        assert run.failed(seq) == 1
+        assert run.failed(seq) == 2
+    assert len(run.failures) == MAX_FAILURES
+    assert min(run.failures) == MAX_FAILURES

@@ -1,0 +1,98 @@
+"""The streamer's writing thread: what comes again, after the broker's death, makes no second file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taesd_stream.config import load_config
+from taesd_stream.messages import Cursor, State
+from taesd_stream_workers.recorder import Recorder
+from tests.daemon import wait_for
+from tests.test_recording import META, RUN, chain, read
+
+
+def state(*, ended: bool, last_seq: int = -1, kept_from: int = 0, attempt: int = 1) -> State:
+    """A STATE that keeps RUN."""
+    row = {
+        "stream": "demo/a",
+        "meta": META,
+        "kind": "steps",
+        "latent_format": "sd1",
+        "started": 1.0,
+        "takes_film": True,
+        "ended": ended,
+        "last_seq": last_seq,
+        "kept_from": kept_from,
+        "attempt": attempt,
+    }
+    return State(streams=[], runs={RUN: row}, workers=[], stats={}, desired_workers=1, now_ns=0)
+
+
+NOTHING = State(streams=[], runs={}, workers=[], stats={}, desired_workers=1, now_ns=0)
+
+
+@pytest.fixture
+def told() -> list[Any]:
+    """What the broker is told."""
+    return []
+
+
+def finished(told: list[Any]) -> Callable[[], bool]:
+    """Whether the file is finished, as far as the broker has been told since it was last asked."""
+
+    def ask() -> bool:
+        found = any(isinstance(one, Cursor) and one.finished for one in told)
+        if found:
+            told.clear()
+        return found
+
+    return ask
+
+
+def test_frames_of_a_finished_file_that_come_again_make_no_second_one(tmp_path: Path, told: list[Any]) -> None:
+    """The broker dies with the last ACK: it knows nothing, and is sent frames that a file has. They are not recorded
+    twice; the broker hears how far the file is, and that it is finished."""
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None)
+    recorder.start()
+    try:
+        recorder.put(state(ended=False))
+        for packet in chain(0, 5):
+            recorder.put(packet)
+        recorder.put(state(ended=True, last_seq=5))
+        wait_for(finished(told), of="the file")
+        recorder.put(NOTHING)
+        recorder.put(state(ended=False, last_seq=3, kept_from=4))
+        for packet in chain(4, 5):
+            recorder.put(packet)
+        wait_for(lambda: any(one.written == 5 and one.attempt == 1 for one in told), of="the cursor")
+        recorder.put(state(ended=True, last_seq=5, kept_from=4))
+        wait_for(finished(told), of="the word that it is finished")
+    finally:
+        recorder.close()
+    (path,) = (path for path in tmp_path.rglob("*") if path.is_file() and ".films" not in path.parts)
+    assert [number for number, _ in read(path)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_follows_a_finished_file_is_another_one(tmp_path: Path, told: list[Any]) -> None:
+    """Frames behind the last one of a finished file are recorded, in a file of their own."""
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None)
+    recorder.start()
+    try:
+        recorder.put(state(ended=False))
+        for packet in chain(0, 2):
+            recorder.put(packet)
+        recorder.put(state(ended=True, last_seq=2))
+        wait_for(finished(told), of="the first file")
+        recorder.put(state(ended=False, kept_from=7, attempt=2))
+        for packet in chain(7, 8, attempt=2):
+            recorder.put(packet)
+        recorder.put(state(ended=True, last_seq=8, kept_from=7, attempt=2))
+        wait_for(finished(told), of="the second file")
+    finally:
+        recorder.close()
+    files = list(tmp_path.rglob("*.mp4"))
+    assert sorted([number for number, _ in read(path)] for path in files) == [[0, 1, 2], [7, 8]]

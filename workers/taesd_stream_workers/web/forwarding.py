@@ -1,0 +1,190 @@
+"""Requests for what a peer has go on to it, and its answer comes back as it is made; all others are for our routes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import parse_qsl, quote, urlencode
+
+from prometheus_client import Counter
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from taesd_stream.frames import is_stream_name
+from taesd_stream_workers.web.peer import OWN_HEADER, Peer
+from taesd_stream_workers.web.peers import Peers
+
+if TYPE_CHECKING:
+    from httpx2 import Response
+
+logger = logging.getLogger(__name__)
+
+_STREAM: Final = re.compile(
+    r"(/api/v1)?/streams/(?P<name>.+)/(?P<act>record|stop|snapshot|live\.ts|live\.mjpeg|latest\.jpg)"
+)
+_RUN: Final = re.compile(r"/api/v1/runs/(?P<run>[0-9a-f]{16})/(film(/[0-9]{1,16}(\.jpg)?)?|keep)")
+_RECORDING: Final = re.compile(r"/api/v1/recordings/(?P<id>.+?)(?P<part>/file|/thumb)?")
+# All that is passed on, so neither our cookie nor our token; and of the answer nothing that speaks for our address.
+_ASKED: Final = ("accept", "content-type", "range", "if-range", "if-none-match", "if-modified-since")
+_ANSWERED: Final = (
+    *("content-type", "content-length", "content-range", "content-disposition", "accept-ranges"),
+    *("etag", "last-modified", "cache-control"),
+)
+
+
+class Forwarding:
+    """ASGI middleware. errors: counts the answers of its own by status and code."""
+
+    def __init__(self, app: ASGIApp, *, peers: Peers, errors: Counter) -> None:
+        self._app = app
+        self._peers = peers
+        self._errors = errors
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        if scope["type"] != "http" or self._peers.are_none:
+            return await self._app(scope, receive, send)
+        request = Request(scope, receive)
+        if OWN_HEADER in request.headers:
+            return await self._app(scope, receive, send)
+        peers, path = self._who(scope["path"])
+        try:
+            if peers:
+                await self._forward(request, send, peers, path)
+            elif self._is_for_all(scope["path"]):
+                await self._app(scope, await self._tell_all(request), send)
+            else:
+                await self._app(scope, receive, send)
+        except ClientDisconnect:
+            pass
+        except HTTPException as error:  # of a body that is too large
+            await self._refuse(request, send, error.status_code, "too_large", error.detail)
+        return None
+
+    def _who(self, path: str) -> tuple[Sequence[Peer], str]:
+        """Whom to ask, one after the other, and for which path there; nobody: it is ours."""
+        if match := _STREAM.fullmatch(path):
+            peer = self._peers.owners().get(match["name"])
+            return [peer] if peer else [], f"{match[1] or ''}/streams/{quote(match['name'])}/{match['act']}"
+        if match := _RUN.fullmatch(path):
+            return self._peers.of_run(match["run"]), path
+        if (match := _RECORDING.fullmatch(path)) and (found := self._peers.of_recording(match["id"])):
+            peer, own_id = found
+            return [peer], f"/api/v1/recordings/{quote(own_id)}{match['part'] or ''}"
+        return [], path
+
+    def _is_for_all(self, path: str) -> bool:
+        """Record of a stream that is not there yet: its next run may come up at any daemon."""
+        match = _STREAM.fullmatch(path)
+        if match is None or match["act"] != "record":
+            return False
+        return is_stream_name(match["name"]) and not self._peers.knows(match["name"])
+
+    async def _tell_all(self, request: Request) -> Receive:
+        """Say it to every peer. Returns: the request's body once more, for ourselves."""
+        body = await request.body()
+        path = quote(request.scope["path"])
+
+        async def tell(peer: Peer) -> None:
+            if (answer := await self._ask(peer, request, path, body)) is not None:
+                await answer.aclose()
+
+        await asyncio.gather(*(tell(peer) for peer in self._peers.here))
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        return receive
+
+    async def _forward(self, request: Request, send: Send, peers: Sequence[Peer], path: str) -> None:
+        body = await request.body()
+        text = ""
+        for peer in peers:
+            answer = await self._ask(peer, request, path, body) if peer.is_here else None
+            if answer is None:
+                text = f"The daemon at {peer.url} does not answer."
+            elif answer.has_redirect_location or answer.status_code in (401, 403):
+                await answer.aclose()
+                text = f"The daemon at {peer.url} refuses this one: HTTP status {answer.status_code}."
+            elif answer.status_code == 404 and peer is not peers[-1]:
+                await answer.aclose()
+            elif request.scope["path"].endswith("/keep") and answer.status_code == 200:
+                return await _pass_kept(answer, peer, request, send)
+            else:
+                return await self._pass_back(answer, request, send)
+        await self._refuse(request, send, 502, "peer_away", text)
+        return None
+
+    async def _ask(self, peer: Peer, request: Request, path: str, body: bytes) -> Response | None:
+        """The beginning of a peer's answer; None where it gives none."""
+        from httpx2 import HTTPError
+
+        query = [(key, value) for key, value in parse_qsl(request.url.query) if key != "token"]
+        headers = {name: request.headers[name] for name in _ASKED if name in request.headers}
+        headers |= {"accept-encoding": "identity", OWN_HEADER: "all", **peer.bearer}
+        url = f"{peer.url}{path}{'?' if query else ''}{urlencode(query)}"
+        http = self._peers.http
+        try:
+            return await http.send(
+                http.build_request(request.method, url, headers=headers, content=body or None), stream=True
+            )
+        except HTTPError as error:
+            logger.debug("peer_not_reached url=%s error=%s", peer.url, error)
+            return None
+
+    async def _pass_back(self, answer: Response, request: Request, send: Send) -> None:
+        """All of an answer, until it ends, the client goes, or the daemon stops."""
+        headers = [
+            (name.encode(), answer.headers[name].encode("latin-1")) for name in _ANSWERED if name in answer.headers
+        ]
+        await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
+        copying = asyncio.create_task(_copy(answer, send))
+        gone = asyncio.create_task(_gone(request.receive))
+        try:
+            ends: set[asyncio.Future[Any]] = {copying, gone, self._peers.closing}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            is_whole = copying.done() and copying.result()
+        finally:
+            copying.cancel()
+            gone.cancel()
+            await asyncio.gather(copying, gone, return_exceptions=True)
+            await answer.aclose()
+        if is_whole or "content-length" not in answer.headers:  # else the connection breaks off, as the peer's did
+            await send({"type": "http.response.body", "body": b""})
+
+    async def _refuse(self, request: Request, send: Send, status: int, code: str, text: str) -> None:
+        self._errors.labels(status, code).inc()
+        await JSONResponse({"code": code, "text": text}, status)(request.scope, request.receive, send)
+
+
+async def _copy(answer: Response, send: Send) -> bool:
+    """Returns: whether the answer came whole."""
+    from httpx2 import HTTPError
+
+    try:
+        async for piece in answer.aiter_raw():
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+    except HTTPError as error:
+        logger.debug("answer_broke_off url=%s error=%s", answer.url, error)
+        return False
+    return True
+
+
+async def _gone(receive: Receive) -> None:
+    """Return when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _pass_kept(answer: Response, peer: Peer, request: Request, send: Send) -> None:
+    """The answer to `keep`: the new recording's id, as it is called here."""
+    kept = json.loads(await answer.aread()).get("id")
+    await answer.aclose()
+    told = {"id": kept if kept is None else peer.our_id(kept)}
+    await JSONResponse(told)(request.scope, request.receive, send)
