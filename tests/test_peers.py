@@ -8,11 +8,9 @@ import signal
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import av
@@ -26,72 +24,18 @@ from taesd_stream_workers.start_checks import check_start
 from tests.daemon import Daemon, free_port, wait_for
 from tests.page_socket import PageSocket
 from tests.peer_standin import PICTURE, ROW, RUN, STATS, STREAM, PeerStandin
-from tests.pictures import PATCHES, decode_h264, decode_jpeg, sd1_latents_of
-
-COLOURS = {"one": PATCHES["red"], "two": PATCHES["green"], "three": PATCHES["blue"]}
-
-
-def peers(*urls: str) -> dict[str, str]:
-    """The environment of a daemon that has these peers."""
-    return {"TAESD_STREAM_PEERS": json.dumps([{"url": url} for url in urls])}
-
-
-class Farm:
-    """Three daemons. The second has the first as its peer too, so that something could go round."""
-
-    def __init__(self, folder: Path) -> None:
-        self._port = free_port()
-        self.folder = folder
-        self.second = self._daemon("second", peers(f"http://127.0.0.1:{self._port}"))
-        self.third = self._daemon("third", {})
-
-    def _daemon(self, name: str, environment: Mapping[str, str], *sets: str) -> Daemon:
-        folder = self.folder / name
-        folder.mkdir()
-        return Daemon(folder, "decoder.threads=1", *sets, environment=environment)
-
-    def __enter__(self) -> Farm:
-        self._stack = ExitStack()
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(self._stack.enter_context, (self.second, self.third)))
-        bind = f"web.bind=127.0.0.1:{self._port}"
-        self.first = self._daemon("first", peers(self.second.web, self.third.web), bind)
-        self._stack.enter_context(self.first)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
-
-    @property
-    def daemons(self) -> dict[str, Daemon]:
-        return {"one": self.first, "two": self.second, "three": self.third}
-
-    def publish(self, stack: ExitStack, prefix: str, **options: Any) -> dict[str, LatentPublisher]:
-        """A stream at each daemon, each of one colour: one/PREFIX at the first, two/PREFIX, three/PREFIX."""
-        publishers = {}
-        for name, daemon in self.daemons.items():
-            publisher = LatentPublisher(daemon.broker, stream=f"{name}/{prefix}", latent_format="sd1", **options)
-            publishers[name] = stack.enter_context(publisher)
-            publisher.publish(sd1_latents_of(COLOURS[name]), step=0)
-        wait_for(lambda: {one.stream for one in publishers.values()} <= self.first.streams().keys(), of="all streams")
-        return publishers
+from tests.pictures import decode_h264, decode_jpeg, sd1_latents_of
+from tests.three_daemons import COLOURS, ThreeDaemons, assert_shows, peers
 
 
 @pytest.fixture(scope="module")
-def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
+def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreeDaemons]:
     """Three daemons for all tests that do not harm them."""
-    with Farm(tmp_path_factory.mktemp("farm")) as started:
+    with ThreeDaemons(tmp_path_factory.mktemp("farm")) as started:
         yield started
 
 
-def assert_shows(picture: Any, name: str) -> None:
-    """A picture is of the colour of a daemon's stream."""
-    assert np.abs(picture.mean(axis=(0, 1)) - COLOURS[name]).max() <= 8, name
-
-
-def test_one_page_shows_all(farm: Farm) -> None:
+def test_one_page_shows_all(farm: ThreeDaemons) -> None:
     """The first daemon lists the streams of all, says whose each is, and gives pictures of it, by socket and HTTP."""
     with ExitStack() as stack:
         publishers = farm.publish(stack, "shown")
@@ -119,7 +63,7 @@ def test_one_page_shows_all(farm: Farm) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_goes_round(farm: Farm) -> None:
+def test_nothing_goes_round(farm: ThreeDaemons) -> None:
     """Of two daemons that are each other's peers, each tells the other what is its own, and not what its peers have."""
     with ExitStack() as stack:
         farm.publish(stack, "round")
@@ -136,7 +80,7 @@ def test_nothing_goes_round(farm: Farm) -> None:
 
 
 @pytest.mark.slow
-def test_record_and_stop_through_the_first(farm: Farm) -> None:
+def test_record_and_stop_through_the_first(farm: ThreeDaemons) -> None:
     """Record and Stop of a peer's stream reach its sampler; the file comes through the first daemon, by Range too."""
     with LatentPublisher(farm.second.broker, stream="two/kept", latent_format="sd1") as publisher:
         assert not publisher.stopped
@@ -169,7 +113,7 @@ def test_record_and_stop_through_the_first(farm: Farm) -> None:
 
 
 @pytest.mark.slow
-def test_a_player_reads_a_peer_s_stream(farm: Farm) -> None:
+def test_a_player_reads_a_peer_s_stream(farm: ThreeDaemons) -> None:
     """live.ts of a peer's stream plays through the first daemon, in the right colour, and ends when the player goes."""
     with ExitStack() as stack:
         farm.publish(stack, "played")
@@ -187,7 +131,7 @@ def test_a_player_reads_a_peer_s_stream(farm: Farm) -> None:
 
 
 @pytest.mark.slow
-def test_films_of_a_peer(farm: Farm) -> None:
+def test_films_of_a_peer(farm: ThreeDaemons) -> None:
     """A film that only a peer has is listed, its steps come through the first daemon, and it can be kept from there."""
     with ExitStack() as stack:
         publisher = stack.enter_context(LatentPublisher(farm.third.broker, stream="three/film", latent_format="sd1"))
@@ -211,7 +155,7 @@ def test_films_of_a_peer(farm: Farm) -> None:
 
 
 @pytest.mark.slow
-def test_record_before_the_stream_is_there(farm: Farm) -> None:
+def test_record_before_the_stream_is_there(farm: ThreeDaemons) -> None:
     """Record for a name that no daemon knows holds at whichever daemon the stream comes up."""
     farm.first.json("/api/v1/streams/three/early/record", method="POST", body={"mode": "all"})
     with LatentPublisher(farm.third.broker, stream="three/early", latent_format="sd1") as publisher:
@@ -220,7 +164,7 @@ def test_record_before_the_stream_is_there(farm: Farm) -> None:
 
 
 @pytest.mark.slow
-def test_what_no_daemon_has(farm: Farm) -> None:
+def test_what_no_daemon_has(farm: ThreeDaemons) -> None:
     """Unknown streams, runs and recordings are refused as a daemon alone refuses them."""
     for method, path, code in (
         ("GET", "/streams/nobody/latest.jpg", "no_stream"),
@@ -242,7 +186,7 @@ def alerts(daemon: Daemon) -> list[str]:
 @pytest.mark.faults
 def test_a_peer_that_dies_and_comes_back(tmp_path: Path) -> None:
     """A peer is killed: it is said, its streams are lost, all else goes on; it is back by itself, with its pictures."""
-    with Farm(tmp_path) as farm, ExitStack() as stack:
+    with ThreeDaemons(tmp_path) as farm, ExitStack() as stack:
         farm.publish(stack, "x", record="off")
         with PageSocket(farm.first) as page:
             page.watch({f"{name}/x": "thumb" for name in COLOURS})
@@ -269,7 +213,7 @@ def test_a_peer_that_dies_and_comes_back(tmp_path: Path) -> None:
 @pytest.mark.faults
 def test_a_stream_that_goes_to_another_daemon(tmp_path: Path) -> None:
     """A name that opens anew at another daemon, its first run lost, is shown from there to a page that watched it."""
-    with Farm(tmp_path) as farm, ExitStack() as stack, PageSocket(farm.first) as page:
+    with ThreeDaemons(tmp_path) as farm, ExitStack() as stack, PageSocket(farm.first) as page:
         before = stack.enter_context(LatentPublisher(farm.third.broker, stream="moving", latent_format="sd1"))
         before.publish(sd1_latents_of(COLOURS["three"]), step=0)
         page.watch({"moving": "live"})
@@ -288,7 +232,7 @@ def test_a_stream_that_goes_to_another_daemon(tmp_path: Path) -> None:
 @pytest.mark.faults
 def test_a_peer_that_hangs(tmp_path: Path) -> None:
     """A peer whose streamer stands still is away after some seconds; the first daemon's own pictures go on."""
-    with Farm(tmp_path) as farm, ExitStack() as stack, PageSocket(farm.first) as page:
+    with ThreeDaemons(tmp_path) as farm, ExitStack() as stack, PageSocket(farm.first) as page:
         publisher = farm.publish(stack, "x")["one"]
         page.watch({f"{name}/x": "live" for name in COLOURS})
         assert {page.picture()[0]["stream"] for _ in COLOURS} == {f"{name}/x" for name in COLOURS}
@@ -388,7 +332,7 @@ def test_a_daemon_that_is_its_own_peer(tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
-def test_a_deaf_page_delays_nobody(farm: Farm) -> None:
+def test_a_deaf_page_delays_nobody(farm: ThreeDaemons) -> None:
     """A page that reads nothing holds up no page beside it; when it reads again it comes to the newest picture."""
     noise = np.random.default_rng(0).standard_normal((8, 4, 64, 64)).astype(np.float32)
     with (

@@ -17,8 +17,8 @@ from taesd_stream_workers.cli_options import ConfigOption, InsecureOption, SetOp
 
 if TYPE_CHECKING:
     from taesd_stream.config import Config
-    from taesd_stream_workers.daemons import Daemons
     from taesd_stream_workers.demo import DemoSamplers
+    from taesd_stream_workers.host_daemons import HostDaemons
     from taesd_stream_workers.supervisor import Addresses
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def _run_daemons(
 ) -> None:
     from taesd_stream.config import load_config
     from taesd_stream.log import set_up_logging
-    from taesd_stream_workers.daemons import Daemons, configs_of
+    from taesd_stream_workers.host_daemons import HostDaemons, configs_of
     from taesd_stream_workers.start_checks import check_start
     from taesd_stream_workers.supervisor import stopped_by_signals
     from taesd_stream_workers.web_token import page_link
@@ -100,7 +100,7 @@ def _run_daemons(
     configs = configs_of(config, count)
     for other in configs[1:]:
         check_start(other)
-    daemons = Daemons(configs, options=["--verbose"] if verbose else ["--quiet"] if is_quiet else [])
+    daemons = HostDaemons(configs, options=["--verbose"] if verbose else ["--quiet"] if is_quiet else [])
     with stopped_by_signals(daemons.stop), daemons:
         with _starting():
             addresses = daemons.start()
@@ -115,7 +115,7 @@ def _run_daemons(
         _watch_over(daemons, start_samplers(addresses[0], link, config) if start_samplers else None)
 
 
-def _facts(addresses: list[Addresses], daemons: Daemons, config: Config) -> dict[str, Any]:
+def _facts(addresses: list[Addresses], daemons: HostDaemons, config: Config) -> dict[str, Any]:
     """Of the first daemon; where there are others, of each of them in `others`."""
     from dataclasses import asdict
 
@@ -126,7 +126,7 @@ def _facts(addresses: list[Addresses], daemons: Daemons, config: Config) -> dict
     return {**first, "token_file": token, **({"others": others} if others else {})}
 
 
-def _watch_over(daemons: Daemons, samplers: DemoSamplers | None) -> None:
+def _watch_over(daemons: HostDaemons, samplers: DemoSamplers | None) -> None:
     try:
         daemons.run()
     finally:
@@ -145,7 +145,9 @@ def _starting() -> AbstractContextManager[Any]:
     return console.status("Starting broker, streamer and decode worker") if console.is_terminal else nullcontext()
 
 
-def _greet(addresses: list[Addresses], link: str, daemons: Daemons, configs: list[Config], *, is_demo: bool) -> None:
+def _greet(
+    addresses: list[Addresses], link: str, daemons: HostDaemons, configs: list[Config], *, is_demo: bool
+) -> None:
     """Who is ready, and last, where to look."""
     from rich.console import Console
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus, WebSocketException
 
 from taesd_stream.errors import TaesdStreamError
-from taesd_stream.frames import is_stream_name
+from taesd_stream.frames import Kind, RecordMode, RunState, is_stream_name
 from taesd_stream.sockets import ClockOffset
 from taesd_stream_workers.web import finite_json, schema
 
@@ -30,6 +30,10 @@ ALIVE: Final = ("waiting", "live")
 
 Row = dict[str, Any]
 
+# Every key that a row of ours has: a peer of another version may not know them all.
+_NO_STREAM: Final[Row] = dict.fromkeys(schema.StreamRow.model_fields)
+_NO_RECORDING: Final[Row] = dict.fromkeys(schema.RecordingRow.model_fields)
+
 
 class PeerError(TaesdStreamError):
     """What a peer says cannot be used, and in words why."""
@@ -37,6 +41,31 @@ class PeerError(TaesdStreamError):
 
 # UnicodeError: of a host's name that is none.
 PEER_ERRORS: Final = (OSError, UnicodeError, WebSocketException, PeerError)
+
+
+class _Stream(BaseModel):
+    """What nobody can do without; of another version more may be there, or less."""
+
+    name: str
+    run: str = Field(pattern=schema.ID_PATTERN)
+    state: RunState
+    flags: list[str]
+    kind: Kind
+    record: RecordMode
+    files: list[str]
+    meta: dict[str, Any]
+    started: float
+    ended: float | None
+
+
+class _Recording(BaseModel):
+    id: str
+    run: str | None
+    state: str
+    frames: int
+    bytes: int
+    meta: dict[str, Any]
+    started: float
 
 
 class _Alert(BaseModel):
@@ -53,8 +82,8 @@ class _Stats(BaseModel):
 class _Told(BaseModel):
     """The part of a state that is used."""
 
-    streams: list[schema.StreamRow]
-    recordings: list[schema.RecordingRow]
+    streams: list[_Stream]
+    recordings: list[_Recording]
     alerts: list[_Alert]
     stats: _Stats
 
@@ -155,11 +184,13 @@ class Peer:
         """A whole state; ValidationError is a ValueError."""
         _Told.model_validate(state)
         self.streams = [
-            {**row, "daemon": self.url, "files": [self.our_id(one) for one in row["files"]]}
+            {**_NO_STREAM, **row, "daemon": self.url, "files": [self.our_id(one) for one in row["files"]]}
             for row in state["streams"]
             if is_stream_name(row["name"])
         ]
-        self.recordings = [{**row, "daemon": self.url, "id": self.our_id(row["id"])} for row in state["recordings"]]
+        self.recordings = [
+            {**_NO_RECORDING, **row, "daemon": self.url, "id": self.our_id(row["id"])} for row in state["recordings"]
+        ]
         self.alerts = [{"code": one["code"], "text": f"{self.name}: {one['text']}"} for one in state["alerts"]]
         self.stats = state["stats"]
         if not self.is_here:

@@ -8,8 +8,8 @@ const FACT_NAMES = { latent_format: "Latents", cfg: "Guidance", guidance_scale: 
 const TOLD_APART = ["prompt", "kind", "sampler", "scheduler", "pid", "host"]
 const FACTS_MAX = 24
 
-/** name, value pairs of the meta that a person may want to read. */
-export function factsOf(meta) {
+/** name, value pairs of the meta that a person may want to read; daemon: the page of another one that has the run. */
+export function factsOf(meta, daemon = null) {
   const facts = [["Sampler", [meta.sampler, meta.scheduler].filter(Boolean).join(", ")]]
   for (const [key, value] of Object.entries(meta)) {
     if (TOLD_APART.includes(key)) continue
@@ -18,7 +18,8 @@ export function factsOf(meta) {
     facts.push([FACT_NAMES[key] ?? words[0]?.toUpperCase() + words.slice(1), text])
   }
   facts.push(["From", [meta.pid && `pid ${meta.pid}`, meta.host && `on ${meta.host}`].filter(Boolean).join(" ")])
-  return facts.filter(([, text]) => text).slice(0, FACTS_MAX)
+  const where = daemon ? [["Daemon", new URL(daemon).host]] : []
+  return [...facts.filter(([, text]) => text).slice(0, FACTS_MAX), ...where]
 }
 
 export const section = (title, ...children) => make("section", {}, make("h2", { text: title }), ...children)

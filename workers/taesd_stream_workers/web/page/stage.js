@@ -331,9 +331,9 @@ export class Stage {
 
   /** What changes seldom is built anew when it changes. */
   inspect({ data }, state) {
-    const { run, kind, meta, note, end_text, decoder, decoder_reason, files, viewers, latent_format } = data
+    const { run, kind, meta, note, end_text, decoder, decoder_reason, files, viewers, latent_format, daemon } = data
     const apart = note !== state.left ? note : null
-    const built = JSON.stringify([run, kind, meta, apart, end_text, decoder, decoder_reason, files, viewers, latent_format])
+    const built = JSON.stringify([run, kind, meta, apart, end_text, decoder, decoder_reason, files, viewers, latent_format, daemon])
     if (built === this.built) return
     this.counted = kind === "live" ? "Frame" : "Step"
     this.figures = figures(kind === "live" ? ["Frame", "Pictures", "Size"] : ["Step", "Sigma", "Step time", "Pictures", "Size"])
@@ -341,7 +341,7 @@ export class Stage {
     this.built = built
     const recorded = files.map((id, at) => make("a", { href: `#/r/${id}` }, icon("play"), files.length > 1 ? `Play recording ${at + 1}` : "Play the recording"))
     const chosen = decoder_reason ? [["Why this decoder", decoder_reason]] : []
-    const facts = [...factsOf(meta), ["Latents", latent_format], ["Decoder", decoder || "–"], ...chosen, ["Watched by", plural(viewers ?? 0, "page")]]
+    const facts = [...factsOf(meta, daemon), ["Latents", latent_format], ["Decoder", decoder || "–"], ...chosen, ["Watched by", plural(viewers ?? 0, "page")]]
     const parts = [
       end_text && notice("danger", end_text),
       apart && notice("warn", apart),
@@ -376,7 +376,7 @@ export class Stage {
     big.tell({ Frames: [frames], Length: [duration_s ? clockText(duration_s) : "–"], Size: width ? [width, `× ${height}`] : ["–"], File: [bytesText(bytes)] })
     const batch = recording.part ? [["Picture", `${recording.part} of ${recording.parts}`]] : []
     const missing = gaps?.length ? [["Missing", plural(gaps.length, "frame")]] : []
-    const facts = [...batch, ...factsOf(meta), ...missing, ["Started", new Date(started * 1000).toLocaleString()], ["Name", name]]
+    const facts = [...batch, ...factsOf(meta, recording.daemon), ...missing, ["Started", new Date(started * 1000).toLocaleString()], ["Name", name]]
     const parts = [error && notice("danger", error), big.root, section("Step by step", make("div", { class: "files" }, make("a", { href: `#/s/${recording.run}/${recording.first_seq}` }, icon("play"), "Walk through the steps"))), meta.prompt && promptSection(`${meta.prompt}`), section("Run", pairs("facts", facts))]
     this.parts.inspector.replaceChildren(...parts.filter(Boolean))
   }

@@ -55,7 +55,8 @@ export class Item {
   }
 
   matches(words) {
-    const text = `${this.name} ${this.data.meta.prompt ?? ""} ${this.data.latent_format}`.toLowerCase()
+    const { meta, latent_format, daemon } = this.data
+    const text = `${this.name} ${meta.prompt ?? ""} ${latent_format} ${daemon ?? ""}`.toLowerCase()
     return words.every((word) => text.includes(word))
   }
 }

@@ -14,7 +14,7 @@ import pytest
 from taesd_stream import LatentPublisher
 from taesd_stream.config import load_config
 from taesd_stream.folder_lock import FolderLock
-from taesd_stream_workers.daemons import configs_of
+from taesd_stream_workers.host_daemons import configs_of
 from tests.commands import run_command
 from tests.daemon import Daemon, clean_environment, wait_for
 from tests.page_socket import PageSocket
@@ -70,6 +70,14 @@ def test_several_daemons_as_one(tmp_path: Path) -> None:
             status, jpeg = daemon.get(f"/streams/s{number}/latest.jpg")
             assert status == 200
             assert np.abs(decode_jpeg(jpeg).mean(axis=(0, 1)) - colour).max() <= 8
+        chosen = [
+            stack.enter_context(LatentPublisher(brokers, stream=f"any/{number}", latent_format="sd1"))
+            for number in range(12)
+        ]
+        for publisher in chosen:
+            publisher.publish(sd1_latents_of(COLOURS[0]), step=0)
+        wait_for(lambda: {one.stream for one in chosen} <= daemon.streams().keys(), of="streams spread by their names")
+        assert len({row["daemon"] for name, row in daemon.streams().items() if name.startswith("any/")}) > 1
         with PageSocket(daemon) as page:
             page.watch(dict.fromkeys(("s0", "s1", "s2"), "thumb"))
             assert {page.picture()[0]["stream"] for _ in COLOURS} == {"s0", "s1", "s2"}

@@ -25,7 +25,7 @@ MAX_PORT: Final = 65535
 T = TypeVar("T")
 
 
-class Daemons:
+class HostDaemons:
     """Supervisors side by side, a thread each. `with` stops all at its end. The first has the page that people open."""
 
     def __init__(self, configs: Sequence[Config], *, options: Sequence[str] = ()) -> None:
@@ -33,7 +33,7 @@ class Daemons:
         # The first is made first: it takes the service manager's socket, and speaks for all.
         self._first, *self._others = [Supervisor(config, options=options) for config in configs]
 
-    def __enter__(self) -> Daemons:
+    def __enter__(self) -> HostDaemons:
         return self
 
     def __exit__(self, *_: object) -> None:
