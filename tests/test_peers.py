@@ -183,6 +183,41 @@ def alerts(daemon: Daemon) -> list[str]:
         return [one["text"] for one in page.next_state()["alerts"]]
 
 
+@pytest.mark.slow
+def test_a_peer_that_asks_for_its_token(tmp_path: Path) -> None:
+    """A peer on every interface is shown by its token's file; without the token the alert says the way out."""
+    folders = [tmp_path / name for name in ("peer", "with", "without")]
+    for folder in folders:
+        folder.mkdir()
+    with Daemon(folders[0], "web.bind=0.0.0.0:0") as peer, ExitStack() as stack:
+        url = f"http://127.0.0.1:{peer.web.rpartition(':')[2]}"
+        publisher = stack.enter_context(LatentPublisher(peer.broker, stream="guarded", latent_format="sd1"))
+        publisher.publish(sd1_latents_of(COLOURS["two"]), step=0)
+        known = json.dumps([{"url": url, "token_file": peer.facts["token_file"]}])
+        first = stack.enter_context(Daemon(folders[1], environment={"TAESD_STREAM_PEERS": known}))
+        wait_for(lambda: "guarded" in first.streams(), of="the stream")
+        assert_shows(decode_jpeg(first.get("/streams/guarded/latest.jpg")[1]), "two")
+        page = stack.enter_context(PageSocket(first))
+        page.watch({"guarded": "live"})
+        assert_shows(decode_h264([page.picture()[1]])[0], "two")
+        other = stack.enter_context(Daemon(folders[2], environment=peers(url)))
+        wait_for(lambda: any("give its token's file in [[peers]]" in text for text in alerts(other)), of="the alert")
+
+
+@pytest.mark.faults
+def test_endless_answers_do_not_hold_the_exit(tmp_path: Path) -> None:
+    """A daemon that passes a peer's endless streams on ends as quickly and quietly as one without."""
+    with ThreeDaemons(tmp_path) as farm, ExitStack() as stack:
+        farm.publish(stack, "x")
+        for name in ("live.ts", "live.mjpeg"):
+            answer = stack.enter_context(urllib.request.urlopen(f"{farm.first.web}/streams/two/x/{name}", timeout=15))  # noqa: S310
+            assert answer.read(100)
+        assert farm.first.stop() == 0
+        assert "role_killed" not in farm.first.log()
+        assert "ERROR" not in farm.first.log()
+        farm.first.start()
+
+
 @pytest.mark.faults
 def test_a_peer_that_dies_and_comes_back(tmp_path: Path) -> None:
     """A peer is killed: it is said, its streams are lost, all else goes on; it is back by itself, with its pictures."""
