@@ -212,11 +212,17 @@ class Outbox:
             self.slot.pop()
         return True
 
-    def oldest_ns(self) -> int | None:
-        """When the oldest frame was published that a broker who knows nothing of the run gets; None: none is here."""
+    def hand_over(self) -> int | None:
+        """Another broker, which has nothing yet, takes the run over; the side thread alone.
+
+        Returns: when the first frame was published that it gets; None where none is here.
+        """
         with self.changed:
             self.place()
             waiting: list[Offered | LatentFrame] = [*self.pending, *self._undecided, *self.slot]
+            if self.kept_from is not None and not self.kept.count:  # what was acked will not come there
+                coming = (one.seq for one in self.pending if one.seq >= self.kept_from)
+                self.kept_from = min(coming, default=self.next_seq)
         kept = self.kept.read(self.kept.first_seq or 0)
         waiting += [frame for frame in (self._newest, kept) if frame is not None]
         return min((one.sent_ns for one in waiting), default=None)

@@ -116,7 +116,7 @@ class LatentPublisher:
     @property
     def stream(self) -> str:
         """The stream's name; the broker may have added ~2 where another run of that name lives."""
-        return self._link.info.stream
+        return self._link.run.info.stream
 
     @property
     def address(self) -> str:
@@ -126,7 +126,7 @@ class LatentPublisher:
     @property
     def run(self) -> str:
         """This opening of the stream, 16 hex digits; another one once the stream goes on at another daemon."""
-        return self._link.info.run
+        return self._link.run.info.run
 
     @property
     def stopped(self) -> bool:

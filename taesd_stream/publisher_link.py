@@ -49,7 +49,7 @@ class PublisherLink:
         self.is_stoppable = False
         self.is_over = False  # the thread has ended
         self._daemons = daemons
-        self._run = CurrentRun(info)
+        self.run = CurrentRun(info)
         self._keys = keys
         self._address_fault: ValueError | None = None
         self._is_connecting = threading.Event()
@@ -83,11 +83,6 @@ class PublisherLink:
             raise self._address_fault
 
     @property
-    def info(self) -> StreamInfo:
-        """The run of now, under the name that its broker gave it."""
-        return self._run.info
-
-    @property
     def address(self) -> str:
         """Of the daemon that has the stream, or is tried."""
         return self._daemons.current
@@ -104,12 +99,12 @@ class PublisherLink:
         if self._end is None:
             self._give_up_s = time.monotonic() + timeout_s
             text = text.encode("utf-8", "replace").decode()[:MAX_TEXT_CHARS]  # text from outside may be no UTF-8
-            self._end = End(run=self._run.first.run, last_seq=self._outbox.close(), reason=reason, text=text)
+            self._end = End(run=self.run.first.run, last_seq=self._outbox.close(), reason=reason, text=text)
             self.wakes.wake()
 
     def forget(self) -> None:
         """In a forked child: the run is the parent's. No lock is taken here or later, for it may be held for ever."""
-        self._end = self._end or End(run=self.info.run, last_seq=-1, reason="done")
+        self._end = self._end or End(run=self.run.info.run, last_seq=-1, reason="done")
         self.wakes.close()
         self._outbox.is_closed = self._outbox.wanted = True
 
@@ -132,7 +127,7 @@ class PublisherLink:
                 self._address_fault = error
             else:
                 self.error = "the publisher failed: see its log"
-                logger.exception("publisher_failed stream=%s (the run goes on, unseen)", self.info.stream)
+                logger.exception("publisher_failed stream=%s (the run goes on, unseen)", self.run.info.stream)
         finally:
             self._finish()
             if line is not None:
@@ -146,13 +141,15 @@ class PublisherLink:
         poller.register(self.wakes.fileno(), zmq.POLLIN)
         while not self._is_finished():
             if self._must_leave(line):
+                if self._end is not None and not self._outbox.pending and not self._outbox.kept.count:
+                    return  # END alone is no reason for another run
                 self._leave(line, poller)
             else:
                 self._watch(line, poller)
             socket = line.socket
             end = self._end  # before collect(): what was published before close() is said before END
             self._outbox.collect()
-            self._outbox.spill_if_full(self._run.first)
+            self._outbox.spill_if_full(self.run.first)
             self._send_all(socket, end)
             is_blocked = self._pulse.blocked_since_s is not None
             poller.register(socket, zmq.POLLIN | (zmq.POLLOUT if is_blocked else 0))
@@ -171,7 +168,7 @@ class PublisherLink:
         self._not_let_in = line.error
         self._is_key_refused = line.error is not None and not line.is_broken_off
         if line.error is not None and line.error != before:
-            self._on_refused(Refused(stream=self.info.stream, run=self.info.run, code="key", text=line.error))
+            self._on_refused(Refused(stream=self.run.info.stream, run=self.run.info.run, code="key", text=line.error))
         elif line.error is None and before is not None:
             self._next_hello_s = 0.0  # it is open now
 
@@ -205,7 +202,7 @@ class PublisherLink:
         line.move(self._daemons.current)
         if is_news:
             why = "has no room" if self._has_no_room else "is gone"
-            logger.warning("daemon_left stream=%s %s %s; next is %s", self.info.stream, former, why, line.address)
+            logger.warning("daemon_left stream=%s %s %s; next is %s", self.run.info.stream, former, why, line.address)
         self._is_open = self._is_refused = self._has_no_room = self._is_end_sent = False
         self._pulse, self._clock = Pulse(), ClockOffset()
         self._not_let_in, self._next_hello_s = None, 0.0
@@ -260,17 +257,17 @@ class PublisherLink:
     def _send_open(self, socket: zmq.Socket[bytes]) -> None:
         if self._is_open:
             return
-        if self._run.is_anothers(self.address):
+        if self.run.is_anothers(self.address):
             if not socket.poll(0, zmq.POLLOUT):
                 raise zmq.Again  # nobody is there yet: the run may still go on where it is
-            self._run.begin_anew(self.address, self._outbox.oldest_ns())
+            self.run.begin_anew(self.address, self._outbox.hand_over())
         # the last word on keeping wins, also where a new broker has not heard it
-        _send(socket, dataclasses.replace(self.info, record=self._outbox.mode))
+        _send(socket, dataclasses.replace(self.run.info, record=self._outbox.mode))
         self._is_open, self._is_refused = True, False
         self._next_hello_s = 0.0
         self._window.rewind()
         self._outbox.show_again()
-        self._run.said(self.address)
+        self.run.said(self.address)
 
     def _send_hello(self, socket: zmq.Socket[bytes], now: float) -> None:
         if now < self._next_hello_s:
@@ -279,14 +276,14 @@ class PublisherLink:
         # the oldest unacked one first: a broker that sees it jump knows that what it has before is whole
         kept_from = outbox.kept.first_seq if outbox.kept.count else outbox.kept_from
         row = RunHello(next_seq=outbox.next_seq, kept_from=kept_from, stoppable=self.is_stoppable)
-        _send(socket, PublisherHello(runs={self.info.run: row}, echo_ns=time.monotonic_ns(), offset_ns=offset_ns))
+        _send(socket, PublisherHello(runs={self.run.info.run: row}, echo_ns=time.monotonic_ns(), offset_ns=offset_ns))
         self._next_hello_s = now + HELLO_S
         self._pulse.asked(now)
 
     def _send_slot(self, socket: zmq.Socket[bytes], now: float, *, is_ending: bool) -> None:
         slot = self._outbox.slot
         while slot and (now >= self._pace.next_s or is_final(slot[0]) or is_ending) and not self._pulse.is_silent(now):
-            _send(socket, self._run.frame(slot[0]))
+            _send(socket, self.run.frame(slot[0]))
             self._pulse.sent(slot.popleft().nbytes)
             self._pace.sent(now)
             self._rest()
@@ -299,7 +296,7 @@ class PublisherLink:
 
     def _send_kept(self, socket: zmq.Socket[bytes], now: float) -> None:
         while (frame := self._window.next(now)) is not None:
-            _send(socket, self._run.frame(frame))
+            _send(socket, self.run.frame(frame))
             self._window.sent(frame, now)
 
     def _send_end(self, socket: zmq.Socket[bytes], end: End | None) -> None:
@@ -307,7 +304,7 @@ class PublisherLink:
         is_undecided = outbox.mode is None and outbox.next_seq > 0
         if end is None or self._is_end_sent or is_undecided or outbox.pending or outbox.slot or outbox.kept.count:
             return
-        _send(socket, self._run.end(end))
+        _send(socket, self.run.end(end))
         self._is_end_sent = True
 
     def _receive_all(self, socket: zmq.Socket[bytes]) -> None:
@@ -323,12 +320,12 @@ class PublisherLink:
             except WireError as error:
                 self._bad_messages += 1
                 if self._bad_messages == 1:
-                    logger.warning("broker_message_bad stream=%s error=%s (said once)", self.info.stream, error)
+                    logger.warning("broker_message_bad stream=%s error=%s (said once)", self.run.info.stream, error)
 
     def _handle(self, message: Any) -> None:
         if isinstance(message, Echo):
             self._clock.add(message.echo_ns, message.now_ns, time.monotonic_ns())
-        elif message.run != self.info.run:
+        elif message.run != self.run.info.run:
             return
         elif isinstance(message, Ack):
             self._on_ack(message)
@@ -340,13 +337,13 @@ class PublisherLink:
             self._on_refused(message)
 
     def _on_ack(self, ack: Ack) -> None:
-        self._run.taken()
+        self.run.taken()
         if self._window.ack(ack.seq, time.monotonic()):
             self._notify()
         self._is_end_acked = self._is_end_acked or (ack.ended and self._is_end_sent)
 
     def _on_demand(self, demand: DemandUpdate) -> None:
-        self._run.taken()
+        self.run.taken()
         is_late = self._end is not None and self._outbox.mode is not None
         if not is_late and self._outbox.settle(demand.record):
             self._next_hello_s = 0.0  # say kept_from at once
@@ -363,9 +360,9 @@ class PublisherLink:
             self._clock = ClockOffset()
         elif refused.code == "taken" and refused.use:
             logger.warning("stream_name_taken stream=%s now=%s", refused.stream, refused.use)
-            self._run.rename(refused.use)
+            self.run.rename(refused.use)
         elif refused.code == "limit" and self._daemons.has_fresh(time.monotonic()):
-            self._run.not_wanted()
+            self.run.not_wanted()
             self._has_no_room = True
         else:
             if refused.text != self.error:
@@ -381,7 +378,7 @@ class PublisherLink:
 
     def _finish(self) -> None:
         """Whatever happened, what no broker took is not thrown away, and nobody waits for this thread any more."""
-        info = self._run.first
+        info = self.run.first
         end = self._end or End(run=info.run, last_seq=self._outbox.close(), reason="failed")
         try:
             paths = self._outbox.stop(info, end, is_end_sent=self._is_end_sent)
@@ -392,7 +389,7 @@ class PublisherLink:
             self.error = f"kept frames were not taken; `taesd-stream publish` sends {files}" if paths else self.error
         if self._outbox.kept.count:
             logger.error(
-                "frames_not_taken stream=%s frames=%d %s", self.info.stream, self._outbox.kept.count, self.error
+                "frames_not_taken stream=%s frames=%d %s", self.run.info.stream, self._outbox.kept.count, self.error
             )
         self.is_over = True
         self._notify()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from taesd_stream.frames import Stamps
 from taesd_stream.media.clock import PROVISIONAL_TICKS, ForwardPts, PlayerClock, picture_ticks, steps_pts
 from taesd_stream.outbox import NS_PER_TICK
 from tests.test_recording import packet
@@ -61,6 +62,16 @@ def test_a_players_clock_goes_on_through_repeats_and_then_fits_again() -> None:
         180_000,
         225_000,
     ]
+
+
+def test_a_late_players_next_step_comes_when_it_does() -> None:
+    """The first picture waited 20 s for its player: the step published 30 s after it is 10 s later for that player."""
+    clock = PlayerClock()
+    waited = Stamps(received_ns=SECOND_NS, started_ns=21 * SECOND_NS)
+    first = replace(packet(0, b"-", is_keyframe=True, pts=0), stamps=waited)
+    told = [clock.stamp(first, second * SECOND_NS) for second in (40, 41)]
+    told.append(clock.stamp(replace(first, pts=30 * 90_000, stamps=Stamps()), 50 * SECOND_NS))
+    assert told == [0, 90_000, 900_000]
 
 
 def test_a_players_clock_goes_on_in_the_next_run() -> None:

@@ -323,5 +323,6 @@ def test_films_outlive_the_daemon_and_can_be_off(tmp_path: Path) -> None:
         assert status == 200
         assert np.abs(decode_jpeg(picture).astype(int) - COLOURS[2]).max() <= 12
         dark = watched_run(daemon, "film/dark", COLOURS[:2])
+        wait_for(lambda: "film/dark" in daemon.streams(), of="the stream")
         assert daemon.streams()["film/dark"]["film"] is None
         assert steps(daemon, dark) == []

@@ -74,24 +74,30 @@ def test_every_daemon_has_a_fair_share(addresses: list[str]) -> None:
 def test_one_that_was_left_is_avoided_for_a_while_by_all() -> None:
     """Every publisher of the process passes it over at once, until it answers somebody or the time is up."""
     addresses = ["tcp://avoid-a:1", "tcp://avoid-b:1", "tcp://avoid-c:1"]
+    first, second, third = ranked(addresses, "fox")
     one = Daemons(addresses, "fox", 100.0)
-    first, second, third = one.ranked
-    assert one.current == first
-    assert one.leave(100.0)
-    assert one.current == second
+    one.leave(100.0)
     other = Daemons(addresses, "fox", 101.0)
-    assert (other.current, other.has_fresh(101.0)) == (second, True)
+    assert (one.current, other.current, other.has_fresh(101.0)) == (second, second, True)
     other.leave(101.0)
+    assert (other.current, other.has_fresh(101.0)) == (third, False)
     other.leave(102.0)
     assert other.current == first  # all were left: the one that was left first is due first
-    assert not other.has_fresh(102.0)
+    assert Daemons(addresses, "fox", 100.0 + AVOID_S).current == first
     other.answered()
-    assert Daemons(addresses, "fox", 102.0).current == first
-    assert Daemons(addresses[::-1], "fox", 101.0 + AVOID_S).ranked[1] == second
-    assert one.leave(103.0)  # each is worth a word once …
-    other.leave(104.0)
-    assert not other.leave(105.0) or other.current != first  # … until one answers
-    assert third in one.ranked
+    other.leave(103.0)
+    assert Daemons(addresses, "fox", 104.0).current == second  # left before the first was
+    one.answered()
+    assert Daemons(addresses, "fox", 104.0).current == second  # it is there: it answered
+
+
+def test_a_daemon_that_is_left_is_told_of_once() -> None:
+    """While nobody answers each is worth one line of the log, however often it is tried; then again."""
+    addresses = ["tcp://told-a:1", "tcp://told-b:1"]
+    one = Daemons(addresses, "fox", 100.0)
+    assert [one.leave(101.0 + number) for number in range(4)] == [True, True, False, False]
+    one.answered()
+    assert one.leave(110.0)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +240,63 @@ def test_a_run_goes_on_at_the_next_daemon(
     assert logged == ["daemon_left", "stream_goes_on"]
 
 
+def test_one_that_is_back_in_time_keeps_its_run(farm: list[BrokerPeer], open_run: Any) -> None:
+    """A daemon that was only started again: the same run goes on there, and no other daemon hears of it."""
+    one, two, _ = farm
+    publisher = open_run(record="all")
+    run = taken_by(one)
+    publish(publisher, 2)
+    one.frame(1)
+    one.close()
+    with BrokerPeer(one.address) as back:
+        back.next(PublisherHello)
+        back.refuse(run, "unknown_run")
+        assert back.opened().run == run
+        back.frame(1)
+        assert (back.seqs()[-2:], publisher.address) == ([0, 1], one.address)
+        assert not two._socket.poll(0), "another daemon was asked"
+        publisher.close(0.0)
+
+
+def test_where_all_was_acked_the_next_daemon_waits_for_nothing(
+    farm: list[BrokerPeer], open_run: Any, beside: ThreadPoolExecutor
+) -> None:
+    """It is told that keeping begins with the next publish, so that it takes that one when it comes."""
+    one, two, _ = farm
+    publisher = open_run(record="all")
+    run = taken_by(one)
+    publish(publisher, 5)
+    one.frame(4)
+    one.ack(run, 4)
+    assert publisher.wait_until_acked(10)
+    one.close()
+    info = continued_at(two, run)
+    hello = two.next(PublisherHello).runs[info.run]
+    assert (hello.next_seq, hello.kept_from) == (5, 5)
+    publish(publisher, 1, first=5)
+    assert two.frame(5, kept=True).index == 5
+    two.ack(info.run, 5)
+    closed = beside.submit(publisher.close)
+    assert two.finish().last_seq == 5
+    closed.result(20)
+
+
+def test_the_word_end_alone_begins_no_run(farm: list[BrokerPeer], open_run: Any) -> None:
+    """All was acked, then the daemon died: close() ends without another daemon's hearing of the stream."""
+    one, two, three = farm
+    publisher = open_run(record="all")
+    run = taken_by(one)
+    publish(publisher, 2)
+    one.frame(1)
+    one.ack(run, 1)
+    assert publisher.wait_until_acked(10)
+    one.close()
+    publisher.close(20.0)
+    assert (publisher.run, publisher.error) == (run, None)
+    assert not two._socket.poll(0)
+    assert not three._socket.poll(0)
+
+
 @pytest.mark.slow
 def test_a_second_death_leads_to_the_third(farm: list[BrokerPeer], open_run: Any) -> None:
     """Each run names the one before it, and what none of them acked is in the last one."""
@@ -322,18 +385,12 @@ def test_a_daemon_without_room_sends_it_on(farm: list[BrokerPeer], open_run: Any
     two.demand(run, record="all")
     two.frame(0)
     two.refuse(run, "limit", "too many bytes")  # by now it has taken the run
-    assert three.frame(0).run == continued_at_any(three, run).run
+    info = continued_at(three, run)
+    assert three.frame(0).run == info.run
     three.refuse(publisher.run, "limit", "full as well")
     wait_for(lambda: publisher.error == "full as well", of="the last one's word")
     assert not publisher.wait_until_acked(10)
     assert publisher.address == three.address
-
-
-def continued_at_any(peer: BrokerPeer, former: str) -> StreamInfo:
-    """The OPEN that was heard, of the run that goes on here."""
-    info = next(message for message in peer.heard if isinstance(message, StreamInfo))
-    assert info.meta["continues"] == former
-    return info
 
 
 @pytest.mark.parametrize("code", ["key", "format"])

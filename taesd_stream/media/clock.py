@@ -28,7 +28,8 @@ def steps_pts(sent_ns: int, opened_ns: int) -> int:
 class PlayerClock:
     """The time of each picture for one player, whose clock goes on through repeats, new runs and clips that loop.
 
-    A picture keeps its own time where it can; else it comes as long after the last one as it really does.
+    A picture keeps its own time where it can; else it comes as long after the last one as it really does. The first one
+    may have waited for this player for long, and its run goes on from now: else the next step would lie in the future.
     """
 
     def __init__(self) -> None:
@@ -41,12 +42,20 @@ class PlayerClock:
     def stamp(self, packet: Packet, now_ns: int) -> int:
         """The time of the next picture. now_ns: a monotonic clock."""
         if packet.index == 0:
-            now = self._last + max(1, (now_ns - self._last_ns) * CLOCK_HZ // _NS_PER_S)
+            now = self._last + max(1, (now_ns - self._last_ns) * CLOCK_HZ // _NS_PER_S) if self._run else 0
             if packet.run != self._run:
-                self._base = (now if self._run else 0) - packet.pts
+                self._base = now - packet.pts - _waited_ticks(packet)
             self._shift = self._base if packet.pts + self._base > self._last else now - packet.pts
         self._run, self._last, self._last_ns = packet.run, packet.pts + self._shift, now_ns
         return self._last
+
+
+def _waited_ticks(packet: Packet) -> int:
+    """How long a frame waited at the broker before somebody wanted to see it; 0: not measured, or of video."""
+    stamps = packet.stamps
+    if packet.kind != "steps" or not stamps.received_ns:
+        return 0
+    return max(0, stamps.started_ns - stamps.received_ns) * CLOCK_HZ // _NS_PER_S
 
 
 class ForwardPts:
