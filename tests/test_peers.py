@@ -21,10 +21,11 @@ from taesd_stream import LatentPublisher
 from taesd_stream.config import load_config
 from taesd_stream.errors import ConfigError
 from taesd_stream_workers.start_checks import check_start
-from tests.daemon import Daemon, free_port, wait_for
+from tests.commands import run_command
+from tests.daemon import Daemon, clean_environment, free_port, wait_for
 from tests.page_socket import PageSocket
 from tests.peer_standin import PICTURE, ROW, RUN, STATS, STREAM, PeerStandin
-from tests.pictures import decode_h264, decode_jpeg, sd1_latents_of
+from tests.pictures import decode_file, decode_h264, decode_jpeg, sd1_latents_of
 from tests.three_daemons import COLOURS, ThreeDaemons, assert_shows, peers
 
 
@@ -110,6 +111,21 @@ def test_record_and_stop_through_the_first(farm: ThreeDaemons) -> None:
     assert [one["id"] for one in about["recordings"]] == about["stream"]["files"] == [row["id"]]
     farm.first.json(f"/api/v1/recordings/{row['id']}", method="DELETE")
     wait_for(lambda: not farm.second.json("/api/v1/recordings")["recordings"], of="its end")
+
+
+@pytest.mark.slow
+def test_the_command_line_records_a_peer_s_stream(farm: ThreeDaemons, tmp_path: Path) -> None:
+    """`taesd-stream record`, told of the first daemon alone, keeps and downloads what another one has."""
+    with LatentPublisher(farm.third.broker, stream="three/cli", latent_format="sd1", record="all") as publisher:
+        for step in range(3):
+            publisher.publish(sd1_latents_of(COLOURS["three"]), step=step)
+        wait_for(lambda: "three/cli" in farm.first.streams(), of="the stream")
+        words = ("record", "three/cli", "-o", tmp_path / "out.mp4", "--frames", "2", "--connect", farm.first.web)
+        done = run_command(*words, environment=clean_environment(tmp_path))
+        assert done.returncode == 0, done.stderr
+    pictures = decode_file(tmp_path / "out.mp4")
+    assert len(pictures) == 2
+    assert_shows(pictures[0], "three")
 
 
 @pytest.mark.slow
@@ -334,7 +350,7 @@ def test_a_peer_gets_what_is_meant_for_it_and_leads_nowhere(tmp_path: Path) -> N
     "state",
     [
         {"type": "state", "streams": [{"name": STREAM}], "recordings": [], "alerts": [], "stats": STATS},
-        {"type": "state", "streams": [ROW], "recordings": [], "alerts": [], "stats": STATS | {"workers": "many"}},
+        {"type": "state", "streams": [ROW], "recordings": [], "alerts": [], "stats": STATS | {"workers": "3"}},
         {"type": "state"},
         [1, 2],
     ],

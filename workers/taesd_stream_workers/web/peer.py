@@ -181,8 +181,8 @@ class Peer:
                 raise PeerError("is not understood: it may be of another version") from error
 
     def _take(self, state: dict[str, Any]) -> None:
-        """A whole state; ValidationError is a ValueError."""
-        _Told.model_validate(state)
+        """A whole state. Raises: ValidationError, a ValueError."""
+        _Told.model_validate(state, strict=True)  # what is checked here is used as it came
         self.streams = [
             {**_NO_STREAM, **row, "daemon": self.url, "files": [self.our_id(one) for one in row["files"]]}
             for row in state["streams"]
