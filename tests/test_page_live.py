@@ -142,6 +142,15 @@ def test_an_opened_stream_moves_and_records(daemon: Daemon, opened: Open, script
 
 
 @pytest.mark.browser
+def test_an_opened_stream_tells_why_this_decoder(daemon: Daemon, opened: Open) -> None:
+    """Beside the name of what decodes a stream stands why it is this one, and the way to a better one."""
+    with painting(daemon, "page/why"):
+        facts = opened("#/s/page/why").locator(".facts")
+        expect(facts).to_contain_text("Why this decoder")
+        expect(facts).to_contain_text("no weights of taesd were found")
+
+
+@pytest.mark.browser
 def test_colours_are_right_on_tiles(daemon: Daemon, opened: Open) -> None:
     """White, black and six patches read back as themselves from the canvases of the wall."""
     with contextlib.ExitStack() as publishers:

@@ -12,16 +12,16 @@ import torch
 from taesd_stream.decoding.engine import Engine
 
 _LARGEST_PROBE: Final = 16  # cells a side: a larger picture's time is this one's by area, so that measuring stays short
-_TIMES: Final = 3  # the first one also pays for what is made once; something else may run in any of them
+_TIMES: Final = 4  # the first ones also pay for what is made once; something else may run in any of them
 
 
-def best_that_keeps_up(seconds: Sequence[float], most_s: float) -> int:
+def best_that_keeps_up(seconds: Sequence[float], most_s: Sequence[float]) -> int:
     """Which of several decoders shows a live view. seconds: what a picture takes each, the best decoder first.
 
-    Returns: the first that takes at most `most_s`; where none does, the fastest, and of equals the better one.
+    most_s: what it may take each. Returns: the first that is as fast; where none is, the fastest, of equals the better.
     """
-    for place, one in enumerate(seconds):
-        if one <= most_s:
+    for place, (one, most) in enumerate(zip(seconds, most_s, strict=True)):
+        if one <= most:
             return place
     return min(range(len(seconds)), key=seconds.__getitem__)
 
