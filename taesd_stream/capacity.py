@@ -15,6 +15,9 @@ from taesd_stream.pace import IDLE_INTERVAL_S
 
 # Of what a stage could do at most. At 0.7 the mean wait of M/D/1 is 1.2 service times, at 0.8 2, at 0.9 4.5.
 LOAD_FACTOR: Final = 0.7
+RECENT: Final = 20  # jobs that JobCost remembers, the newer the better
+REACH: Final = 2.0  # how far beyond the largest job that it saw it believes its line
+ALIKE: Final = 0.05  # of their mean: sizes of jobs that spread less give no line
 
 
 def utilisation(per_s: float, service_s: float, servers: int = 1) -> float:
@@ -106,3 +109,60 @@ def batch_under_load(per_s: float, job_s: float, frame_s: float, max_batch_size:
     frames = per_s * job_s / room if room > 0 else math.inf
     frames = min(float(max_batch_size), max(1.0, frames))
     return frames, job_s + frames * frame_s
+
+
+class JobCost:
+    """What jobs of one kind take, learned from those that were done: about fixed + slope x units seconds.
+
+    Of the last RECENT jobs or so, by least squares with weights that fall by time. A batch spreads its fixed part: at
+    little load batches are small and a frame of theirs is dear, though there is room. Units are the caller's: bytes.
+    """
+
+    def __init__(self) -> None:
+        self._units = self._seconds = 0.0  # means
+        self._variance = self._covariance = 0.0
+        self._largest = 0.0  # of the recent jobs
+
+    def add(self, units: float, seconds: float) -> None:
+        """One job is done. units: above 0."""
+        if not self._units:
+            self._units, self._seconds, self._largest = units, seconds, units
+            return
+        share = 1 / RECENT
+        off = units - self._units
+        self._covariance = (1 - share) * (self._covariance + share * off * (seconds - self._seconds))
+        self._variance = (1 - share) * (self._variance + share * off * off)
+        self._units += share * off
+        self._seconds += share * (seconds - self._seconds)
+        self._largest = max(units, self._largest - share * (self._largest - self._units))
+
+    @property
+    def mean_s(self) -> float:
+        """Seconds a unit in jobs as they are now; 0 before the first one."""
+        return self._seconds / self._units if self._units else 0.0
+
+    def full_s(self, most_units: float) -> float:
+        """Seconds a unit in jobs of `most_units`, as far as can be told: no further than REACH times what was seen."""
+        if self._variance <= (ALIKE * self._units) ** 2:  # jobs of one size tell nothing of others
+            return self.mean_s
+        units = max(self._units, min(most_units, REACH * self._largest))
+        slope = min(self.mean_s, max(0.0, self._covariance / self._variance))
+        return slope + (self._seconds - slope * self._units) / units
+
+
+class Departures:
+    """What the jobs of one worker take of its time, learned from when each was given and done.
+
+    A worker decodes one job while it encodes the one before: how long a job is under way says little of how many it
+    can do. From one job's end to the next one's end does, if the next was there all the time.
+    """
+
+    def __init__(self) -> None:
+        self.costs: dict[str, JobCost] = {}  # by kind of job
+        self._last_s = -math.inf
+
+    def done(self, kind: str, units: float, *, given_s: float, now_s: float) -> None:
+        """A job is done."""
+        if given_s <= self._last_s:
+            self.costs.setdefault(kind, JobCost()).add(units, now_s - self._last_s)
+        self._last_s = now_s

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from taesd_stream.capacity import (
     LOAD_FACTOR,
+    Departures,
+    JobCost,
     batch_under_load,
     bottleneck,
     held_per_s,
@@ -121,3 +123,45 @@ def test_batches_hold_what_comes_meanwhile(load: float, frame_s: float, fixed: f
 def test_batches_are_full_past_the_limit() -> None:
     """Frames that come faster than a worker can do them alone fill every batch."""
     assert list(batch_under_load(1001.0, 0.01, 0.001, 16)) == pytest.approx([16, 0.026])
+
+
+@given(st.floats(0.0001, 0.01), st.floats(0.0001, 0.01), st.lists(st.integers(1, 16), min_size=40, max_size=80))
+def test_a_line_of_costs_is_found(fixed_s: float, frame_s: float, sizes: list[int]) -> None:
+    """From jobs of several sizes the cost of a frame in a full one: no dearer than now, no cheaper than it is."""
+    cost = JobCost()
+    assert cost.full_s(16) == 0
+    for size in sizes:
+        cost.add(size, fixed_s + size * frame_s)
+    real = fixed_s / 16 + frame_s
+    assert real * (1 - 1e-6) <= cost.full_s(16) <= cost.mean_s * (1 + 1e-6)
+    if len(set(sizes[-20:])) > 4 and max(sizes[-10:]) >= 12:
+        assert cost.full_s(16) == pytest.approx(real, rel=0.02)
+
+
+def test_jobs_of_one_size_promise_nothing() -> None:
+    """Where all jobs are alike, nothing is believed of larger ones."""
+    cost = JobCost()
+    for _ in range(50):
+        cost.add(2, 0.01)
+    assert cost.full_s(16) == cost.mean_s == pytest.approx(0.005)
+
+
+@given(st.lists(st.integers(1, 16), min_size=30, max_size=60), st.floats(0.0, 0.05))
+def test_what_overlaps_is_counted_once(sizes: list[int], encode_s: float) -> None:
+    """A worker that encodes one job while it decodes the next takes the decoding's time of each, however long both."""
+    departures, decoded_s = Departures(), 0.0
+    for size in sizes:
+        decoded_s += 0.001 + 0.0005 * size
+        departures.done("sd1", size, given_s=0.0, now_s=decoded_s + encode_s)
+    cost = departures.costs["sd1"]
+    assert cost.full_s(16) >= (0.0005 + 0.001 / 16) * (1 - 1e-6)
+    assert cost.full_s(16) <= cost.mean_s * (1 + 1e-6)
+    assert cost.mean_s <= 0.0015 * (1 + 1e-6)  # a frame of a job of its own
+
+
+def test_gaps_are_nobodys_work() -> None:
+    """From one job's end to the next one's is no service time where the next came only later."""
+    departures = Departures()
+    for number in range(10):
+        departures.done("sd1", 1, given_s=10.0 * number + 9, now_s=10.0 * number + 9.5)
+    assert departures.costs == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import time
 
 import pytest
 
@@ -33,7 +34,7 @@ def item(seq: int, *, is_clip: bool = False, is_suspect: bool = False) -> Candid
 @pytest.fixture
 def crew() -> Crew:
     """A crew of one worker, whose jobs may take DEADLINE_S without a word."""
-    one = Crew(DEADLINE_S)
+    one = Crew(DEADLINE_S, 16)
     one.hello(PEER, HELLO)
     return one
 
@@ -78,7 +79,7 @@ def test_what_it_still_holds_counts_against_its_credits(crew: Crew) -> None:
 def test_jobs_of_another_broker_are_nothing(crew: Crew) -> None:
     """Two brokers do not begin with the same job number."""
     mine = crew.assign(worker_of(crew), (item(0),))
-    other = Crew(DEADLINE_S)
+    other = Crew(DEADLINE_S, 16)
     other.hello(PEER, HELLO)
     assert other.assign(other.workers[PEER], (item(0),)) != mine
 
@@ -97,7 +98,7 @@ def test_jobs_of_another_broker_are_nothing(crew: Crew) -> None:
 )
 def test_what_goes_beside_what_a_worker_holds(credits_: int, held: list[str], taken: list[str]) -> None:
     """The last credit is never a clip's; and a suspected frame is never where a death would not tell whose it was."""
-    crew = Crew(DEADLINE_S)
+    crew = Crew(DEADLINE_S, 16)
     crew.hello(PEER, WorkerHello(device="cpu", credits=credits_))
     for name in held:
         crew.assign(worker_of(crew), (named(name),))
@@ -115,3 +116,17 @@ def test_a_dead_worker_may_have_been_at_two_jobs(crew: Crew) -> None:
     for number, is_clip in enumerate([False, False, True, True]):
         crew.assign(worker_of(crew), (item(number, is_clip=is_clip),))
     assert sorted(job.items[0].seq for job in worker_of(crew).at_hand()) == [0, 2]
+
+
+def test_two_jobs_at_once_are_not_counted_twice(crew: Crew) -> None:
+    """A frame's share of a worker comes of how often its jobs end, not of how long each of them is under way."""
+    first = crew.assign(worker_of(crew), (item(0),))
+    crew.finish(PEER, first, ms=900.0)
+    assert crew.slowest_s_per_frame("sd1", 512) == pytest.approx(0.9)  # all that is known
+    began_s = time.monotonic()
+    given = [crew.assign(worker_of(crew), (item(seq),)) for seq in (1, 2, 3)]
+    for job in given:
+        select.select([], [], [], 0.01)
+        crew.finish(PEER, job, ms=900.0)
+    spent_s = time.monotonic() - began_s
+    assert 0.01 <= crew.slowest_s_per_frame("sd1", 512) <= spent_s / 2

@@ -29,6 +29,7 @@ def test_a_farm_that_is_not_full_shows_all() -> None:
     assert found["p50_ms"] < 1000 * (2 * job_s + H200.encode_s + H200.serve_s + 3 * H200.hop_s)
     at_broker = utilisation(offered, H200.take_s + H200.give_s) + 300 * H200.hello_s
     assert found["loads"]["broker"] == pytest.approx(at_broker, rel=0.1)
+    assert found["desired_workers"] == 1
     assert found["loads"]["streamer"] == pytest.approx(utilisation(offered, H200.serve_s), rel=0.05)
     assert found["add"] == "nothing"
 
@@ -41,9 +42,16 @@ def test_a_farm_that_is_full_replaces() -> None:
     assert found["frames_s"] == pytest.approx(CAPACITY_PER_S, rel=0.03)
     assert found["replaced"] == pytest.approx(1 - CAPACITY_PER_S / offered, abs=0.05)
     assert found["loads"]["worker"] == pytest.approx(1.0, abs=0.02)
-    assert found["add"] == "a worker"
+    assert (found["add"], found["desired_workers"]) == ("a worker", 2)
     enough = servers_needed(offered / CAPACITY_PER_S)
     assert Farm(times, samplers(1500, watched=1.0, kept=0.0), 1, enough).run().figures()["replaced"] == 0
+
+
+@pytest.mark.parametrize("count", [100, 300, 500, 700, 850])
+def test_a_broker_asks_for_the_workers_that_are_needed(count: int) -> None:
+    """What a broker learns from its jobs' ends gives the number that service times and offered frames give."""
+    found = Farm(H200, samplers(count, watched=1.0, kept=0.0), 1, 1).run().figures()
+    assert found["desired_workers"] == servers_needed(offered_per_s(count, 1.0) / CAPACITY_PER_S)
 
 
 def test_kept_frames_are_never_replaced() -> None:

@@ -44,7 +44,7 @@ MEASURED: Final = (
     (2, 200, 3912, 3167, 46, 72),
     (2, 500, 7265, 2547, 56, 98),
 )
-KNEE: Final = (300, 500, 600, 700, 800, 850, 900, 950, 1000)  # watched samplers of one daemon with one worker
+KNEE: Final = (100, 300, 500, 600, 700, 800, 850, 900, 950, 1000)  # watched samplers of one daemon with one worker
 FARMS: Final = ((1, 4), (2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (5, 1), (10, 1))  # daemons, workers of each
 
 
@@ -111,13 +111,16 @@ def tables(results: dict[str, list[dict[str, Any]]]) -> str:
         ],
     )
     one = _table(
-        ("watched samplers", "frames/s", "load of broker / worker / streamer", "p50 / p99 ms", "replaced", "add first"),
-        [(row["watched"], *_cells(row)) for row in results["knee"]],
+        (
+            *("watched samplers", "frames/s", "load of broker / worker / streamer"),
+            *("p50 / p99 ms", "replaced", "add first", "`desired_workers`"),
+        ),
+        [(row["watched"], *_cells(row), row["desired_workers"]) for row in results["knee"]],
     )
     many = _table(
         (
             *("daemons", "workers of each", "frames/s", "load of broker / worker / streamer"),
-            *("p50 / p99 ms", "replaced", "kept: p99 s", "add first"),
+            *("p50 / p99 ms", "replaced", "kept: p99 s", "add first", "`desired_workers`, all"),
         ),
         [
             (
@@ -126,6 +129,7 @@ def tables(results: dict[str, list[dict[str, Any]]]) -> str:
                 *_cells(row)[:4],
                 "-" if row["kept_p99_ms"] is None else f"{row['kept_p99_ms'] / 1000:.2f}",
                 row["add"],
+                row["desired_workers"],
             )
             for row in results["farms"]
         ],

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from taesd_stream.capacity import LOAD_FACTOR, bottleneck, sent_per_s
+from taesd_stream.capacity import LOAD_FACTOR, Departures, JobCost, bottleneck, sent_per_s, servers_needed
 from taesd_stream.daemons import ranked
 from taesd_stream.frames import Demand
 from taesd_stream.scheduling import RECORD_PATIENCE_NS
@@ -74,11 +74,21 @@ class Worker:
     credits: int
     live: dict[str, Stream] = field(default_factory=dict)  # what waits, oldest first
     kept: deque[tuple[float, Stream]] = field(default_factory=deque)  # publishes
-    jobs: deque[list[tuple[float, Stream]]] = field(default_factory=deque)
+    jobs: deque[Job] = field(default_factory=deque)
     encoders: list[float] = field(default_factory=list)
     is_busy: bool = False
+    departures: Departures = field(default_factory=Departures)  # by which the broker learns what it can do
     frames: int = 0
     encode_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Job:
+    """Frames that a broker gave to a worker together, each with when it was published."""
+
+    worker: Worker
+    frames: list[tuple[float, Stream]]
+    given_s: float
 
 
 @dataclass(slots=True)
@@ -179,7 +189,7 @@ class Farm:
             for worker, job in given:
                 worker.credits -= 1
                 end_s += len(job) * times.give_s * slower
-                self._at(end_s + times.hop_s, "job", (worker, job))
+                self._at(end_s + times.hop_s, "job", Job(worker, job, given_s=end_s))
             free = [worker for worker, _ in given if worker.credits]
         daemon.busy_s += self._within(now_s, end_s) / slower
         daemon.is_busy = end_s > now_s
@@ -216,39 +226,38 @@ class Farm:
 
     # --- worker ---
 
-    def _job(self, now_s: float, what: tuple[Worker, list[tuple[float, Stream]]]) -> None:
-        worker, job = what
-        worker.jobs.append(job)
-        if not worker.is_busy:
-            self._begin(now_s, worker)
+    def _job(self, now_s: float, job: Job) -> None:
+        job.worker.jobs.append(job)
+        if not job.worker.is_busy:
+            self._begin(now_s, job.worker)
 
     def _begin(self, now_s: float, worker: Worker) -> None:
         worker.is_busy = bool(worker.jobs)
         if worker.jobs:
-            end_s = now_s + self._times.job_s + len(worker.jobs[0]) * self._times.frame_s
+            end_s = now_s + self._times.job_s + len(worker.jobs[0].frames) * self._times.frame_s
             self._at(end_s, "decoded", worker)
 
     def _decoded(self, now_s: float, worker: Worker) -> None:
         times = self._times
         job = worker.jobs.popleft()
-        worker.frames += len(job) if now_s >= self._from_s else 0
+        worker.frames += len(job.frames) if now_s >= self._from_s else 0
         last_s = now_s
-        for sent_s, stream in job:
+        for sent_s, stream in job.frames:
             begin_s = max(now_s, heapq.heappop(worker.encoders))
             end_s = begin_s + (times.record_s if stream.use == "every" else times.encode_s)
             heapq.heappush(worker.encoders, end_s)
             worker.encode_s += self._within(begin_s, end_s)
             last_s = max(last_s, end_s)
             self._at(end_s + times.hop_s, "packet", (worker.daemon, sent_s, stream))
-        self._at(last_s + times.hop_s, "done", (worker, job))
+        self._at(last_s + times.hop_s, "done", job)
         self._begin(now_s, worker)
 
-    def _done(self, now_s: float, what: tuple[Worker, list[tuple[float, Stream]]]) -> None:
-        worker, job = what
-        worker.credits += 1
-        for _, stream in job:
+    def _done(self, now_s: float, job: Job) -> None:
+        job.worker.credits += 1
+        job.worker.departures.done("frames", len(job.frames), given_s=job.given_s, now_s=now_s)
+        for _, stream in job.frames:
             stream.in_flight -= stream.use == "watched"
-        self._wake(now_s, worker.daemon)
+        self._wake(now_s, job.worker.daemon)
 
     # --- streamer ---
 
@@ -262,6 +271,11 @@ class Farm:
             (self.kept_s if stream.use == "every" else self.live_s).append(daemon.streamer_free_s - sent_s)
 
     # --- figures ---
+
+    def _told_load(self, worker: Worker) -> float:
+        """A worker's load as its broker sees it: frames/s times what departures say of a frame."""
+        cost = worker.departures.costs.get("frames", JobCost())
+        return worker.frames / SECONDS * cost.full_s(self._times.max_batch_size)
 
     def _within(self, begin_s: float, end_s: float) -> float:
         return max(0.0, min(end_s, self._until_s) - max(begin_s, self._from_s))
@@ -283,6 +297,9 @@ class Farm:
             "replaced": round(self.replaced / max(1, self.offered), 4),
             "kept_p99_ms": _ms(self.kept_s, 99),
             "loads": {name: round(load, 3) for name, load in loads.items()},
+            "desired_workers": sum(
+                servers_needed(sum(self._told_load(one) for one in daemon.workers)) for daemon in self._daemons
+            ),
             "add": what_to_add(loads),
         }
 

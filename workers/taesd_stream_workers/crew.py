@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from taesd_stream.capacity import Departures
 from taesd_stream.messages import WorkerHello
 from taesd_stream.scheduling import Candidate, Group, WorkerLimits
 from taesd_stream_workers.live_latents import MAX_HISTORY
@@ -23,6 +24,7 @@ class JobHeld:
     items: tuple[Candidate, ...]
     latent_format: str
     nbytes: int
+    given_s: float
     deadline_s: float
 
     @property
@@ -45,7 +47,8 @@ class Worker:
     heard_s: float
     jobs: dict[int, JobHeld] = field(default_factory=dict)  # in the order they were given
     overdue: set[int] = field(default_factory=set)  # given to others since, but still in its hands
-    seconds_per_byte: dict[str, float] = field(default_factory=dict)  # by latent format
+    seconds_per_byte: dict[str, float] = field(default_factory=dict)  # by latent format: how long jobs are under way
+    departures: Departures = field(default_factory=Departures)  # by latent format, in bytes: how much it can do
     frames: int = 0
 
     @property
@@ -99,9 +102,10 @@ class Worker:
 class Crew:
     """All workers, and all jobs on their way."""
 
-    def __init__(self, job_deadline_s: float) -> None:
+    def __init__(self, job_deadline_s: float, max_batch_size: int) -> None:
         self.workers: dict[bytes, Worker] = {}
         self._deadline_s = job_deadline_s
+        self._max_batch_size = max_batch_size
         self._next_job = 1 + secrets.randbits(32)  # an answer to a former broker must not pass for one to us
         self._overdue: dict[bytes, set[int]] = {}
 
@@ -120,7 +124,8 @@ class Crew:
         self._next_job += 1
         latent_format: str = items[0].group[0]
         nbytes = sum(item.nbytes for item in items)
-        worker.jobs[job] = JobHeld(items, latent_format, nbytes, time.monotonic() + self._deadline_s)
+        now_s = time.monotonic()
+        worker.jobs[job] = JobHeld(items, latent_format, nbytes, now_s, now_s + self._deadline_s)
         return job
 
     def progress(self, peer: bytes, job: int) -> None:
@@ -141,6 +146,8 @@ class Crew:
             measured = ms / 1000 / max(1, held.nbytes)
             before = worker.seconds_per_byte.get(held.latent_format, measured)
             worker.seconds_per_byte[held.latent_format] = 0.7 * before + 0.3 * measured
+            now_s = time.monotonic()
+            worker.departures.done(held.latent_format, max(1, held.nbytes), given_s=held.given_s, now_s=now_s)
         return held
 
     def _renew(self, peer: bytes) -> None:
@@ -172,6 +179,15 @@ class Crew:
         return max((need for need in told if isinstance(need, int) and 0 <= need <= MAX_HISTORY), default=MAX_HISTORY)
 
     def slowest_s_per_frame(self, latent_format: str, nbytes: int) -> float:
-        """Seconds a frame takes, from what was measured; 0 when nothing was."""
-        rates = [worker.seconds_per_byte.get(latent_format, 0.0) for worker in self.workers.values()]
+        """Seconds of a worker's time that a frame takes in full batches, from what was measured; 0 when nothing was.
+
+        Of a worker that never had two jobs on end it is how long one was under way, which is more.
+        """
+        most_bytes = self._max_batch_size * nbytes
+        rates = [
+            worker.departures.costs[latent_format].full_s(most_bytes)
+            if latent_format in worker.departures.costs
+            else worker.seconds_per_byte.get(latent_format, 0.0)
+            for worker in self.workers.values()
+        ]
         return max(rates, default=0.0) * nbytes

@@ -66,7 +66,7 @@ class Dispatcher:
         self._registry = registry
         self._streamer = streamer
         self._links = links
-        self._crew = Crew(config.decoder.job_deadline_s)
+        self._crew = Crew(config.decoder.job_deadline_s, config.decoder.max_batch_size)
         self._placer = Placer(registry, self._crew, links)
         self._scaling = Scaling()
         self._started_s = time.monotonic()
