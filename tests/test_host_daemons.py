@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,10 +18,11 @@ from taesd_stream.config import load_config
 from taesd_stream.folder_lock import FolderLock
 from taesd_stream_workers.host_daemons import configs_of
 from tests.commands import run_command
-from tests.daemon import Daemon, clean_environment, wait_for
+from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import PATCHES, decode_file, decode_jpeg, sd1_latents_of
 
+PLACES = ("broker.bind=tcp://127.0.0.1:0", "web.bind=127.0.0.1:0", "recording.folder={}/films")
 COLOURS = (PATCHES["red"], PATCHES["green"], PATCHES["blue"])
 
 
@@ -114,11 +117,40 @@ def test_a_daemon_of_several_heals(tmp_path: Path) -> None:
         assert daemon.get("/streams/there/latest.jpg")[0] == 200
 
 
+@pytest.mark.slow
+def test_what_is_said_to_a_person(tmp_path: Path) -> None:
+    """Without --json it prints the line to set for samplers, whose addresses are the brokers', and one page."""
+    words = [word for one in PLACES for word in ("--set", one.format(tmp_path))]
+    process = subprocess.Popen(
+        [*COMMAND, "up", "--daemons", "2", *words],
+        env=clean_environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        said = {}
+        while "Watch" not in said:
+            name, _, text = process.stdout.readline().partition(" ")
+            said[name] = text.strip()
+        assert said["Share"].startswith("the 2 daemons have ")
+        export = said["Publish"].removeprefix("export TAESD_STREAM_ADDRESS=")
+        assert f"ready at {export.replace(',', ', ')}" == said["Broker"]
+        assert said["Streamer"] == f"ready, recordings in {tmp_path / 'films'}, {tmp_path / 'films-2'}"
+        with urllib.request.urlopen(f"{said['Watch']}/api/v1/streams", timeout=15) as answer:  # noqa: S310 our own daemon
+            assert answer.read() == b'{"streams":[]}'
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(15) == 0
+        assert process.stdout is not None
+        process.stdout.close()
+
+
 def test_a_folder_that_another_daemon_uses(tmp_path: Path) -> None:
     """What one of several cannot have is one line that names it, and exit code 2, before any is started."""
     (tmp_path / "films-2").mkdir()
-    sets = ("broker.bind=tcp://127.0.0.1:0", "web.bind=127.0.0.1:0", f"recording.folder={tmp_path / 'films'}")
-    words = [word for one in sets for word in ("--set", one)]
+    words = [word for one in PLACES for word in ("--set", one.format(tmp_path))]
     with FolderLock(tmp_path / "films-2"):
         done = run_command("up", "--daemons", "2", *words, environment=clean_environment(tmp_path))
     assert done.returncode == 2

@@ -21,10 +21,11 @@ from taesd_stream import LatentPublisher
 from taesd_stream.config import load_config
 from taesd_stream.errors import ConfigError
 from taesd_stream_workers.start_checks import check_start
-from tests.daemon import Daemon, free_port, wait_for
+from tests.commands import run_command
+from tests.daemon import Daemon, clean_environment, free_port, wait_for
 from tests.page_socket import PageSocket
 from tests.peer_standin import PICTURE, ROW, RUN, STATS, STREAM, PeerStandin
-from tests.pictures import decode_h264, decode_jpeg, sd1_latents_of
+from tests.pictures import decode_file, decode_h264, decode_jpeg, sd1_latents_of
 from tests.three_daemons import COLOURS, ThreeDaemons, assert_shows, peers
 
 
@@ -113,6 +114,21 @@ def test_record_and_stop_through_the_first(farm: ThreeDaemons) -> None:
 
 
 @pytest.mark.slow
+def test_the_command_line_records_a_peer_s_stream(farm: ThreeDaemons, tmp_path: Path) -> None:
+    """`taesd-stream record`, told of the first daemon alone, keeps and downloads what another one has."""
+    with LatentPublisher(farm.third.broker, stream="three/cli", latent_format="sd1", record="all") as publisher:
+        for step in range(3):
+            publisher.publish(sd1_latents_of(COLOURS["three"]), step=step)
+        wait_for(lambda: "three/cli" in farm.first.streams(), of="the stream")
+        words = ("record", "three/cli", "-o", tmp_path / "out.mp4", "--frames", "2", "--connect", farm.first.web)
+        done = run_command(*words, environment=clean_environment(tmp_path))
+        assert done.returncode == 0, done.stderr
+    pictures = decode_file(tmp_path / "out.mp4")
+    assert len(pictures) == 2
+    assert_shows(pictures[0], "three")
+
+
+@pytest.mark.slow
 def test_a_player_reads_a_peer_s_stream(farm: ThreeDaemons) -> None:
     """live.ts of a peer's stream plays through the first daemon, in the right colour, and ends when the player goes."""
     with ExitStack() as stack:
@@ -181,6 +197,41 @@ def alerts(daemon: Daemon) -> list[str]:
     """What a page of the daemon warns of now."""
     with PageSocket(daemon) as page:
         return [one["text"] for one in page.next_state()["alerts"]]
+
+
+@pytest.mark.slow
+def test_a_peer_that_asks_for_its_token(tmp_path: Path) -> None:
+    """A peer on every interface is shown by its token's file; without the token the alert says the way out."""
+    folders = [tmp_path / name for name in ("peer", "with", "without")]
+    for folder in folders:
+        folder.mkdir()
+    with Daemon(folders[0], "web.bind=0.0.0.0:0") as peer, ExitStack() as stack:
+        url = f"http://127.0.0.1:{peer.web.rpartition(':')[2]}"
+        publisher = stack.enter_context(LatentPublisher(peer.broker, stream="guarded", latent_format="sd1"))
+        publisher.publish(sd1_latents_of(COLOURS["two"]), step=0)
+        known = json.dumps([{"url": url, "token_file": peer.facts["token_file"]}])
+        first = stack.enter_context(Daemon(folders[1], environment={"TAESD_STREAM_PEERS": known}))
+        wait_for(lambda: "guarded" in first.streams(), of="the stream")
+        assert_shows(decode_jpeg(first.get("/streams/guarded/latest.jpg")[1]), "two")
+        page = stack.enter_context(PageSocket(first))
+        page.watch({"guarded": "live"})
+        assert_shows(decode_h264([page.picture()[1]])[0], "two")
+        other = stack.enter_context(Daemon(folders[2], environment=peers(url)))
+        wait_for(lambda: any("give its token's file in [[peers]]" in text for text in alerts(other)), of="the alert")
+
+
+@pytest.mark.faults
+def test_endless_answers_do_not_hold_the_exit(tmp_path: Path) -> None:
+    """A daemon that passes a peer's endless streams on ends as quickly and quietly as one without."""
+    with ThreeDaemons(tmp_path) as farm, ExitStack() as stack:
+        farm.publish(stack, "x")
+        for name in ("live.ts", "live.mjpeg"):
+            answer = stack.enter_context(urllib.request.urlopen(f"{farm.first.web}/streams/two/x/{name}", timeout=15))  # noqa: S310
+            assert answer.read(100)
+        assert farm.first.stop() == 0
+        assert "role_killed" not in farm.first.log()
+        assert "ERROR" not in farm.first.log()
+        farm.first.start()
 
 
 @pytest.mark.faults
@@ -299,7 +350,7 @@ def test_a_peer_gets_what_is_meant_for_it_and_leads_nowhere(tmp_path: Path) -> N
     "state",
     [
         {"type": "state", "streams": [{"name": STREAM}], "recordings": [], "alerts": [], "stats": STATS},
-        {"type": "state", "streams": [ROW], "recordings": [], "alerts": [], "stats": STATS | {"workers": "many"}},
+        {"type": "state", "streams": [ROW], "recordings": [], "alerts": [], "stats": STATS | {"workers": "3"}},
         {"type": "state"},
         [1, 2],
     ],

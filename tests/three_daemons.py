@@ -51,6 +51,9 @@ class ThreeDaemons:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+        if kind is None:
+            for daemon in self.daemons.values():
+                assert "Traceback" not in daemon.log(), daemon.log()[-3000:]
 
     @property
     def daemons(self) -> dict[str, Daemon]:

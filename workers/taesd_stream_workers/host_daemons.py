@@ -21,6 +21,7 @@ from taesd_stream_workers.start_checks import is_free
 from taesd_stream_workers.supervisor import Addresses, Supervisor
 
 MAX_PORT: Final = 65535
+TURN_S: Final = 0.2  # Windows tells Python of Ctrl-C between two waits only
 
 T = TypeVar("T")
 
@@ -70,9 +71,9 @@ class HostDaemons:
             return []
         with ThreadPoolExecutor(len(supervisors)) as pool:
             acting = [pool.submit(act, one) for one in supervisors]
-            done, _ = wait(acting, return_when=FIRST_EXCEPTION)
-            if any(one.exception() for one in done):
-                self.stop()
+            while wait(acting, TURN_S, FIRST_EXCEPTION).not_done:
+                if any(one.done() and one.exception() for one in acting):
+                    self.stop()
             return [one.result() for one in acting]
 
 

@@ -53,14 +53,11 @@ class Forwarding:
         request = Request(scope, receive)
         if OWN_HEADER in request.headers:
             return await self._app(scope, receive, send)
-        peers, path = self._who(scope["path"])
         try:
-            if peers:
-                await self._forward(request, send, peers, path)
-            elif self._is_for_all(scope["path"]):
+            if self._is_for_all(scope["path"]):
                 await self._app(scope, await self._tell_all(request), send)
-            else:
-                await self._app(scope, receive, send)
+            elif receive_rest := await self._forward(request, send):
+                await self._app(scope, receive_rest, send)
         except ClientDisconnect:
             pass
         except HTTPException as error:  # of a body that is too large
@@ -68,10 +65,13 @@ class Forwarding:
         return None
 
     def _who(self, path: str) -> tuple[Sequence[Peer], str]:
-        """Whom to ask, one after the other, and for which path there; nobody: it is ours."""
+        """Whom to ask before ourselves, one after the other, and for which path there."""
         if match := _STREAM.fullmatch(path):
-            peer = self._peers.owners().get(match["name"])
-            return [peer] if peer else [], f"{match[1] or ''}/streams/{quote(match['name'])}/{match['act']}"
+            name, act = match["name"], match["act"]
+            owner = self._peers.owners().get(name)
+            is_forgotten = act == "latest.jpg" and not self._peers.knows(name)  # files may remember it
+            peers = [owner] if owner else self._peers.here if is_forgotten else []
+            return peers, f"{match[1] or ''}/streams/{quote(name)}/{act}"
         if match := _RUN.fullmatch(path):
             return self._peers.of_run(match["run"]), path
         if (match := _RECORDING.fullmatch(path)) and (found := self._peers.of_recording(match["id"])):
@@ -96,13 +96,13 @@ class Forwarding:
                 await answer.aclose()
 
         await asyncio.gather(*(tell(peer) for peer in self._peers.here))
+        return _again(body, request.receive)
 
-        async def receive() -> Message:
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        return receive
-
-    async def _forward(self, request: Request, send: Send, peers: Sequence[Peer], path: str) -> None:
+    async def _forward(self, request: Request, send: Send) -> Receive | None:
+        """Answer with what the peer that has it says. Returns: what to read where none has it, so that we answer."""
+        peers, path = self._who(request.scope["path"])
+        if not peers:
+            return request.receive
         body = await request.body()
         text = ""
         for peer in peers:
@@ -112,12 +112,14 @@ class Forwarding:
             elif answer.has_redirect_location or answer.status_code in (401, 403):
                 await answer.aclose()
                 text = f"The daemon at {peer.url} refuses this one: HTTP status {answer.status_code}."
-            elif answer.status_code == 404 and peer is not peers[-1]:
+            elif answer.status_code == 404:
                 await answer.aclose()
-            elif request.scope["path"].endswith("/keep") and answer.status_code == 200:
-                return await _pass_kept(answer, peer, request, send)
             else:
-                return await self._pass_back(answer, request, send)
+                pass_back = _pass_kept if path.endswith("/keep") and answer.status_code == 200 else self._pass_back
+                await pass_back(answer, peer, request, send)
+                return None
+        if not text:
+            return _again(body, request.receive)
         await self._refuse(request, send, 502, "peer_away", text)
         return None
 
@@ -138,7 +140,7 @@ class Forwarding:
             logger.debug("peer_not_reached url=%s error=%s", peer.url, error)
             return None
 
-    async def _pass_back(self, answer: Response, request: Request, send: Send) -> None:
+    async def _pass_back(self, answer: Response, _peer: Peer, request: Request, send: Send) -> None:
         """All of an answer, until it ends, the client goes, or the daemon stops."""
         headers = [
             (name.encode(), answer.headers[name].encode("latin-1")) for name in _ANSWERED if name in answer.headers
@@ -174,6 +176,16 @@ async def _copy(answer: Response, send: Send) -> bool:
         logger.debug("answer_broke_off url=%s error=%s", answer.url, error)
         return False
     return True
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A request whose body was read, for who reads it now."""
+    rest = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive_again() -> Message:
+        return next(rest, None) or await receive()
+
+    return receive_again
 
 
 async def _gone(receive: Receive) -> None:

@@ -181,8 +181,8 @@ class Peer:
                 raise PeerError("is not understood: it may be of another version") from error
 
     def _take(self, state: dict[str, Any]) -> None:
-        """A whole state; ValidationError is a ValueError."""
-        _Told.model_validate(state)
+        """A whole state. Raises: ValidationError, a ValueError."""
+        _Told.model_validate(state, strict=True)  # what is checked here is used as it came
         self.streams = [
             {**_NO_STREAM, **row, "daemon": self.url, "files": [self.our_id(one) for one in row["files"]]}
             for row in state["streams"]
@@ -206,10 +206,10 @@ class Peer:
         self.recordings, self.alerts, self.stats = [], [], {}
 
     def _explained(self, error: Exception) -> str:
-        if isinstance(error, InvalidStatus) and error.response.status_code == 401:
-            return "asks for its token: give its file as token_file in [[peers]]"
+        if isinstance(error, InvalidStatus) and error.response.status_code in (401, 403):
+            return "does not let this one in: give its token's file in [[peers]], and it must know its name (web.hosts)"
         if isinstance(error, InvalidStatus):
-            return f"refuses this one: HTTP status {error.response.status_code}"
+            return f"is no daemon's page: HTTP status {error.response.status_code}"
         return str(error) if isinstance(error, PeerError) else "does not answer"
 
     def our_id(self, recording_id: str) -> str:

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 DAEMON: Final = secrets.token_hex(8)  # one start of this daemon: a page sees that it was restarted
 CONNECT_S: Final = 3.0
+KEEP_S: Final = 2.0  # an idle connection; the peer's server closes it after 5
 ANSWER_S: Final = 60.0  # a growing file is copied before its first byte comes
 
 
@@ -56,10 +57,9 @@ class Peers:
         from httpx2 import AsyncClient, Limits, Timeout  # a daemon without peers does without it
 
         timeout = Timeout(ANSWER_S, connect=CONNECT_S, pool=None)
+        limits = Limits(max_connections=None, keepalive_expiry=KEEP_S)
         # No proxies, cookies or passwords of the environment; and where a peer points to, nobody follows.
-        async with AsyncClient(
-            trust_env=False, follow_redirects=False, timeout=timeout, limits=Limits(max_connections=None)
-        ) as self.http:
+        async with AsyncClient(trust_env=False, follow_redirects=False, timeout=timeout, limits=limits) as self.http:
             self.closing = asyncio.get_running_loop().create_future()
             tasks = [
                 asyncio.create_task(peer.follow(self._hub.clock_ns, DAEMON, self._tell_viewers)) for peer in self._peers
