@@ -167,3 +167,7 @@ class Departures:
         if given_s <= self._last_s:
             self.costs.setdefault(kind, JobCost()).add(units, now_s - self._last_s)
         self._last_s = now_s
+
+    def passed(self, now_s: float) -> None:
+        """A job is done, but the time since the last one was not its alone: nothing is learned of it."""
+        self._last_s = now_s

@@ -99,7 +99,8 @@ class Dispatcher:
         found: list[str] = []
         for run_id in hello.encoders:
             run = self._registry.by_run.get(run_id)
-            if is_settled if run is None else run.worker not in (None, peer):
+            is_elsewhere = run is not None and run.worker not in (None, peer)
+            if is_elsewhere or (run is None and is_settled):
                 found.append(run_id)
         return found
 
