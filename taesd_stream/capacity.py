@@ -103,7 +103,8 @@ def batch_under_load(per_s: float, job_s: float, frame_s: float, max_batch_size:
 
     A worker takes what came while it did its last job, so n = per_s T with T = job_s + n frame_s; together
     T = job_s / (1 - per_s frame_s). At least 1 frame, at most `max_batch_size`: from there on frames wait or are
-    replaced. A frame waits for the job at hand, T / 2 on average and T at most, and for its own: about 1.5 T, p99 2 T.
+    replaced. A frame waits for the jobs that were given before, as many as a worker has credits, and for its own. This
+    is of even arrivals: what bursts add, the simulation tells.
     """
     room = 1 - per_s * frame_s
     frames = per_s * job_s / room if room > 0 else math.inf
@@ -165,4 +166,8 @@ class Departures:
         """A job is done."""
         if given_s <= self._last_s:
             self.costs.setdefault(kind, JobCost()).add(units, now_s - self._last_s)
+        self._last_s = now_s
+
+    def passed(self, now_s: float) -> None:
+        """A job is done, but the time since the last one was not its alone: nothing is learned of it."""
         self._last_s = now_s

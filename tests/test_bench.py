@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from taesd_stream.capacity import LOAD_FACTOR
+from taesd_stream.capacity import LOAD_FACTOR, wait_s
 from tests.daemon import COMMAND, clean_environment, wait_for
 from tests.processes import children_of, lives
 from tests.test_cli import refusal, run
@@ -42,6 +42,9 @@ def test_what_is_held_is_70_percent_of_the_slowest_part(tmp_path: Path) -> None:
     assert min(held[name] for name in RATES) > 0
     assert held["held_s"] == pytest.approx(LOAD_FACTOR * min(held[name] for name in RATES), rel=1e-3, abs=0.01)
     assert held["streams_at_2_s"] == int(held["held_s"] / 2)
+    assert held["wait_p99_ms"] == pytest.approx(
+        1000 * wait_s(LOAD_FACTOR, 1.0) * LOAD_FACTOR / held["held_s"], rel=0.02
+    )
     assert held["limit"] in ("broker", "decode", "encode")
     (broker,) = report["broker"]
     assert (broker["bytes"], broker["frames_s"]) == (2 * 4 * 32 * 32, held["broker_s"])
@@ -99,9 +102,9 @@ def test_people_get_tables(tmp_path: Path) -> None:
     done = run(*["bench", "--formats", "flux2", "--sizes", "64,128", "--seconds", "0.05"], folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     *parts, held = done.stdout.split("\n\n")
-    assert [part.partition(":")[0] for part in parts[1:]] == ["Broker", "Decode", "Encode"]
+    assert [part.partition(":")[0] for part in parts[1:]] == ["Broker", "Decode", "Encode"]  # and then Held
     title, head, *rows = held.splitlines()
-    assert title.startswith("Held, all parts together at 70 % load")
+    assert title.startswith("Held: frames/s of all parts together at 70 % load")
     assert head.split()[:3] == ["format", "px", "decoder"]
     assert [row.split()[:3] for row in rows] == [
         ["flux2", str(size), decoder] for decoder in ("nano", "linear") for size in (64, 128)

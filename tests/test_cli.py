@@ -32,6 +32,7 @@ from tests.test_latent_files import Trap, write_log
 COMMANDS = (
     "up",
     "demo",
+    "bench",
     "health",
     "streams",
     "record",

@@ -130,3 +130,14 @@ def test_two_jobs_at_once_are_not_counted_twice(crew: Crew) -> None:
         crew.finish(PEER, job, ms=900.0)
     spent_s = time.monotonic() - began_s
     assert 0.01 <= crew.slowest_s_per_frame("sd1", 512) <= spent_s / 2
+
+
+def test_between_slices_nothing_is_learned_of_what_a_job_takes(crew: Crew) -> None:
+    """A clip and other jobs take turns: how far apart they end says nothing; behind the clip it does again."""
+    clip = crew.assign(worker_of(crew), (item(0, is_clip=True),))
+    others = [crew.assign(worker_of(crew), (item(seq),)) for seq in range(1, 4)]
+    for job in (others[0], others[1], clip):
+        assert crew.finish(PEER, job, ms=1.0) is not None
+        assert not worker_of(crew).departures.costs
+    assert crew.finish(PEER, others[2], ms=1.0) is not None
+    assert list(worker_of(crew).departures.costs) == ["sd1"]

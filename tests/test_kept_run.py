@@ -57,12 +57,14 @@ def test_what_is_on_its_way_counts_among_the_least(kept: KeptRun) -> None:
 
 
 def test_what_was_sent_is_held_no_longer(kept: KeptRun) -> None:
-    """A frame that a worker has is not given again; a new attempt reads on from what the file holds."""
+    """A frame that a worker has is not given again; a new attempt reads on behind the file; who waits holds none."""
     first = kept.ahead(4 * NBYTES)[0]
     kept.send(first)
     assert kept.held(0) is None
     kept.restart(-1, 2)
     assert seqs(kept.ahead(4 * NBYTES))[0] == 0
+    kept.let_go()
+    assert kept.held(0) is None
 
 
 def test_a_gap_ends_what_is_read(kept: KeptRun) -> None:

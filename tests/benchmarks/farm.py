@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from taesd_stream.capacity import LOAD_FACTOR, Departures, JobCost, bottleneck, sent_per_s, servers_needed
+from taesd_stream.capacity import LOAD_FACTOR, Departures, JobCost, bottleneck, sent_per_s, servers_needed, utilisation
 from taesd_stream.daemons import ranked
 from taesd_stream.frames import Demand
 from taesd_stream.scheduling import RECORD_PATIENCE_NS
@@ -287,7 +287,8 @@ class Farm:
         frame_s = times.job_s / times.max_batch_size + times.frame_s  # in full batches: they fill as they are needed
         loads = {
             "broker": max(one.busy_s / SECONDS + one.hello_share for one in self._daemons),
-            "worker": max(max(one.frames * frame_s, one.encode_s / times.encoders) for one in workers) / SECONDS,
+            "worker": max(max(utilisation(one.frames, frame_s), one.encode_s / times.encoders) for one in workers)
+            / SECONDS,
             "streamer": max(one.streamer_s for one in self._daemons) / SECONDS,
         }
         return {

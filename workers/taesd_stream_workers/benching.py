@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taesd_stream.capacity import LOAD_FACTOR, bottleneck, held_per_s, streams_held
+from taesd_stream.capacity import LOAD_FACTOR, bottleneck, held_per_s, streams_held, wait_s
 from taesd_stream.config import Config
 from taesd_stream.decoding.choice import Kind, NoDecoderError, open_engine
 from taesd_stream.decoding.engine import Engine
@@ -145,6 +145,7 @@ class Bench:
             **{f"{stage}_s": rate for stage, rate in rates.items()},
             "worker_s": worker["frames_s"],
             "held_s": round(held, 2),
+            "wait_p99_ms": round(1000 * wait_s(held, 1 / whole[limit]), 2),
             **streams,
             "limit": "broker" if limit == "broker" else min(("decode", "encode"), key=lambda stage: rates[stage]),
         }

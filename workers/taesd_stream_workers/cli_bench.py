@@ -65,7 +65,7 @@ TABLES: Final[dict[str, tuple[str, dict[str, str]]]] = {
         },
     ),
     "held": (
-        "Held, all parts together at 70 % load",
+        "Held: frames/s of all parts together at 70 % load",
         {
             "format": "format",
             "size_px": "px",
@@ -74,7 +74,8 @@ TABLES: Final[dict[str, tuple[str, dict[str, str]]]] = {
             "decode_s": "decode/s",
             "encode_s": "encode/s",
             "worker_s": "worker/s",
-            "held_s": "held frames/s",
+            "held_s": "held/s",
+            "wait_p99_ms": "wait p99 ms",
             "streams_at_2_s": "streams at 2/s",
             "streams_at_5_s": "at 5/s",
             "limit": "limit",

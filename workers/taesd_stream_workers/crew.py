@@ -147,7 +147,10 @@ class Crew:
             before = worker.seconds_per_byte.get(held.latent_format, measured)
             worker.seconds_per_byte[held.latent_format] = 0.7 * before + 0.3 * measured
             now_s = time.monotonic()
-            worker.departures.done(held.latent_format, max(1, held.nbytes), given_s=held.given_s, now_s=now_s)
+            if held.is_clip or any(job.is_clip for job in worker.jobs.values()):  # slices and other jobs took turns
+                worker.departures.passed(now_s)
+            else:
+                worker.departures.done(held.latent_format, max(1, held.nbytes), given_s=held.given_s, now_s=now_s)
         return held
 
     def _renew(self, peer: bytes) -> None:

@@ -9,7 +9,6 @@ from typing import Final
 
 from taesd_stream.config import Config
 from taesd_stream.frames import LatentFrame
-from taesd_stream.media.clock import picture_ticks, steps_pts
 from taesd_stream.messages import (
     Degraded,
     Done,
@@ -18,16 +17,14 @@ from taesd_stream.messages import (
     Failed,
     Forget,
     Gap,
-    History,
     Job,
-    JobItem,
-    Part,
     Progress,
     WorkerHello,
 )
 from taesd_stream.scaling import Scaling
-from taesd_stream.scheduling import Candidate, first_due, history_due, next_job
+from taesd_stream.scheduling import Candidate, first_due, next_job
 from taesd_stream_workers.crew import Crew, Worker
+from taesd_stream_workers.job_items import job_items_of
 from taesd_stream_workers.kept_run import KeptRun
 from taesd_stream_workers.links import Links
 from taesd_stream_workers.live_latents import LiveLatents
@@ -40,7 +37,6 @@ logger = logging.getLogger(__name__)
 STREAMER_GONE_S: Final = 3.0
 RETRY_S: Final = 1.0
 SETTLED_S: Final = 60.0  # so long after a start publishers still come back
-NO_HISTORY: Final = History(count=0, payload=b"")
 
 
 class StreamerLink:
@@ -103,7 +99,8 @@ class Dispatcher:
         found: list[str] = []
         for run_id in hello.encoders:
             run = self._registry.by_run.get(run_id)
-            if is_settled if run is None else run.worker not in (None, peer):
+            is_elsewhere = run is not None and run.worker not in (None, peer)
+            if is_elsewhere or (run is None and is_settled):
                 found.append(run_id)
         return found
 
@@ -293,6 +290,8 @@ class Dispatcher:
         for run_id, run in touched.items():
             room = self._window_bytes - in_flight - self._offered_bytes
             offer = self._offer(run, room) if run_id in runs else []
+            if run.kept is not None and not any(one.is_record for one in offer):
+                run.kept.let_go()
             if offer:
                 self._offers[run_id] = offer
                 self._offered_bytes += _record_bytes(offer)
@@ -323,7 +322,7 @@ class Dispatcher:
         if not taken:
             self._registry.touch_all()
             return False
-        job_items, payloads = _job_items(taken, worker.id)
+        job_items, payloads = job_items_of(taken, worker.id)
         number = self._crew.assign(worker, tuple(item for item, _, _ in taken))
         message = Job(
             job=number,
@@ -362,52 +361,6 @@ class Dispatcher:
 
 def _record_bytes(offer: Sequence[Candidate]) -> int:
     return sum(one.nbytes for one in offer if one.is_record)
-
-
-def _job_items(
-    taken: list[tuple[Candidate, Run, LatentFrame]], worker: bytes
-) -> tuple[tuple[JobItem, ...], tuple[Part, ...]]:
-    """The items of a job for this worker, and their payloads."""
-    items: list[JobItem] = []
-    payloads: list[Part] = []
-    begun: set[str] = set()  # runs that have an item in it already
-    with_history = history_due([candidate for candidate, _, _ in taken], worker)
-    for (candidate, run, frame), is_new_here in zip(taken, with_history, strict=True):
-        history = run.history_of(frame) if is_new_here else NO_HISTORY
-        is_first = candidate.run not in begun
-        begun.add(candidate.run)
-        items.append(_job_item(candidate, run, frame, history.count, is_first=is_first, is_new_here=is_new_here))
-        payloads.append(frame.payload)
-        if history.count:
-            payloads.append(history.payload)
-    return tuple(items), tuple(payloads)
-
-
-def _job_item(
-    item: Candidate, run: Run, frame: LatentFrame, history: int, *, is_first: bool, is_new_here: bool
-) -> JobItem:
-    return JobItem(
-        stream=run.info.stream,
-        run=item.run,
-        seq=frame.seq,
-        index=frame.index,
-        kind=run.info.kind,
-        shape=frame.shape,
-        dtype=frame.dtype,
-        renditions=item.renditions,
-        attempt=run.kept.attempt if run.kept and item.is_record else run.attempts,
-        keyframe=is_first and bool(run.forced),
-        pts=steps_pts(frame.sent_ns, run.info.opened_ns),
-        picture_ticks=picture_ticks(run.info.fps),
-        step=frame.step,
-        total_steps=frame.total_steps,
-        sigma=frame.sigma,
-        sent_ns=frame.sent_ns + run.offset_ns,
-        received_ns=run.received_ns(frame),
-        history=history,
-        expects_memory=run.live is not None and frame.index > 0 and not is_new_here,
-        is_repeat=item.is_repeat,
-    )
 
 
 def _shown(peer: bytes) -> str:

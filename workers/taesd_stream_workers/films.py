@@ -82,6 +82,21 @@ class Films:
         self._note(one)
         return True
 
+    def move(self, run: str, folder: Path, name: str) -> Recording | None:
+        """Move the film of a run to the recordings, None for none. Raises: RecordingError, and it is a film still.
+
+        name: the template of recordings' names.
+        """
+        film = self.take(run)
+        if film is None or not film.paths:
+            return None
+        try:
+            film.keep(folder, name)
+        except RecordingError:
+            self.take_back(film)
+            raise
+        return film
+
     def take(self, run: str) -> Recording | None:
         """Hand over the film of a run, to become a recording; None where there is none, or it cannot be read."""
         film = self.films.pop(run, None)

@@ -254,7 +254,7 @@ class JobDecoder:
         settings = self._decoder
         cells = len(mine[0][1]) * _cells_of(mine)
         is_still = not isinstance(best, VideoEngine)  # of a `live` run latents are left out instead
-        is_late = is_still and not is_recorded and self._pace.is_over(best.decoder, cells, settings.latency_budget_s)
+        is_late = is_still and not is_recorded and self._pace.is_over(_pace_of(best), cells, settings.latency_budget_s)
         shown: set[int] = set()  # places of those that have given their pictures
         reason = ""
         for way in ways(choice, settings.memory_bytes, is_recorded=is_recorded, is_late=is_late):
@@ -328,14 +328,14 @@ class JobDecoder:
     def _most(self, engine: Engine, mine: list[Wanted]) -> Most:
         """How many latents of a clip the next slice may hold."""
         cells = _cells_of(mine)
-        return lambda: self._pace.latents_within(engine.decoder, cells, self._decoder.max_job_s)
+        return lambda: self._pace.latents_within(_pace_of(engine), cells, self._decoder.max_job_s)
 
     def _measure(self, run: JobRun, engine: Engine, cells: int, started_s: float) -> None:
-        """A slice is done. One engine has one pace: a network of videos does other work for what is no clip."""
+        """A slice is done. An engine has one pace: a network of videos does other work for what is no clip."""
         if run.is_clip and self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # what is launched is not yet decoded
         if run.is_clip or not isinstance(engine, VideoEngine):
-            self._pace.measured(engine.decoder, cells, time.monotonic() - started_s)
+            self._pace.measured(_pace_of(engine), cells, time.monotonic() - started_s)
 
     def _is_straight(self, engine: Engine, item: JobItem, rows: Rows, wanted: Any) -> bool:
         height, width = engine.picture_size(rows.batch)
@@ -343,6 +343,11 @@ class JobDecoder:
             rendition in VIDEO_RENDITIONS and not self._outlet.sizes.limit(rendition, height, width)
             for rendition in wanted
         )
+
+
+def _pace_of(engine: Engine) -> str:
+    """What a network computes in decides how fast it is: recordings are slower."""
+    return f"{engine.decoder} {engine.dtype}"
 
 
 def _cells_of(mine: list[Wanted]) -> int:

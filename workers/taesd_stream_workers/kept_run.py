@@ -69,6 +69,10 @@ class KeptRun:
             self._ahead.append(frame)
         return self._ahead
 
+    def let_go(self) -> None:
+        """Nothing of it can be decoded now: what was read ahead is read again when it can."""
+        self._ahead = []
+
     def held(self, seq: int) -> LatentFrame | None:
         """A frame that `ahead` gave, if it is still to be sent."""
         return next((frame for frame in self._ahead if frame.seq == seq >= self.next_seq), None)

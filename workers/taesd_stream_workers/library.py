@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 import threading
@@ -16,13 +17,17 @@ import av
 from av.codec.context import Flags
 from av.video.codeccontext import VideoCodecContext
 
+from taesd_stream.config import RecordingConfig
 from taesd_stream.media.encoder import TIME_BASE
 from taesd_stream.media.finished import copy_pictures, read_summary
 from taesd_stream.media.fragments import FragmentError, read_head
 from taesd_stream.media.growing_file import FINISHED_SUFFIX, PART_SUFFIX, files_in
 from taesd_stream.media.steps import StepPicture
 
+logger = logging.getLogger(__name__)
+
 MAX_CACHED: Final = 4096
+RETENTION_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,26 @@ class Library:
             return known
         summary = read_summary(path)
         return _Known(stat.st_mtime_ns, _row(name, summary, path) if summary else {})
+
+
+class Retention:
+    """Whole finished recordings go, oldest first, where they are too old or too much: looked at now and then."""
+
+    def __init__(self, library: Library, config: RecordingConfig) -> None:
+        self._library = library
+        self._max_age_s, self._max_bytes = config.max_age_s, config.max_bytes
+        self._next_s = 0.0
+
+    def tick(self) -> bool:
+        """Returns: whether any went."""
+        now = time.monotonic()
+        if now < self._next_s or not (self._max_age_s or self._max_bytes):
+            return False
+        self._next_s = now + RETENTION_S
+        gone = self._library.delete_expired(max_age_s=self._max_age_s, max_bytes=self._max_bytes)
+        for name, reason in gone:
+            logger.info("recording_removed id=%s reason=%s", name, reason)
+        return bool(gone)
 
 
 def _row(name: str, summary: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from taesd_stream.media.recording import Recording, RecordingError, find_unfinis
 from taesd_stream.messages import Cursor, Gap, State
 from taesd_stream.queues import ByteBoundedQueue
 from taesd_stream_workers.films import Films
-from taesd_stream_workers.library import Library
+from taesd_stream_workers.library import Library, Retention
 from taesd_stream_workers.recording_rows import cursor_of, growing_row, meta_of, stuck_row
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ MAX_EARLY: Final = 256
 SYNC_S: Final = 1.0
 TELL_S: Final = 0.2
 RETRY_S: Final = 5.0
-PRUNE_S: Final = 10.0
 
 
 class Recorder:
@@ -50,7 +49,7 @@ class Recorder:
         self._tell_broker = tell_broker
         self._on_change = on_change
         self._on_error = on_error
-        self._keep_s, self._keep_bytes = config.recording.max_age_s, config.recording.max_bytes
+        self._retention = Retention(self.library, config.recording)
         self._queue: ByteBoundedQueue[Packet | Gap | State] = ByteBoundedQueue(QUEUE_BYTES, _size)
         self._open: dict[str, Recording] = {}
         self._finished: dict[str, int] = {}  # run -> attempt that its finished file ended with
@@ -65,7 +64,6 @@ class Recorder:
         self._early: deque[Packet] = deque()  # of recordings that no STATE has named yet
         self._next_sync_s = 0.0
         self._next_tell_s = 0.0
-        self._next_prune_s = 0.0
         self._is_dirty = True
 
     def start(self) -> None:
@@ -170,7 +168,7 @@ class Recorder:
                 self._handle(item)
                 self._keep_films()
                 self._sync_all()
-                self._prune()
+                self._is_dirty |= self._retention.tick()
                 self._tell_people()
             except Exception as error:  # the thread's outermost loop: one bad file must not end the others
                 logger.exception("recorder_failed error=%s", error)
@@ -264,7 +262,7 @@ class Recorder:
 
     def _keep(self, run: str) -> str:
         """Make a recording of a film. Returns its id. Raises: KeyError for none; RecordingError, and it is there."""
-        film = self._moved_film(run)
+        film = self.films.move(run, self.folder, self._name)
         if film is None:
             raise KeyError(run)
         self._is_dirty = True
@@ -277,24 +275,12 @@ class Recorder:
     def _take_film(self, run: str, kept_from: int | None) -> Recording | None:
         """The film of a run that is recorded from now on: the recording goes on in it."""
         try:
-            film = self._moved_film(run)
+            film = self.films.move(run, self.folder, self._name)
         except RecordingError as error:
             logger.error("film_not_kept run=%s error=%s", run, error)
             return None
         if film is not None and kept_from is not None:
             film.begin_at(kept_from)
-        return film
-
-    def _moved_film(self, run: str) -> Recording | None:
-        """The film of a run, moved to the recordings. Raises: RecordingError, and it is a film still."""
-        film = self.films.take(run)
-        if film is None or not film.paths:
-            return None
-        try:
-            film.keep(self.folder, self._name)
-        except RecordingError:
-            self.films.take_back(film)
-            raise
         return film
 
     def _recording(self, run: str, attempt: int, seq: int) -> Recording | None:
@@ -388,16 +374,6 @@ class Recorder:
         one.close()
         del self._open[run]
         self._tell_broker(Cursor(run=run, attempt=attempt, written=-1, synced=-1))
-
-    def _prune(self) -> None:
-        """Retention: whole finished recordings go, oldest first."""
-        now = time.monotonic()
-        if now < self._next_prune_s or not (self._keep_s or self._keep_bytes):
-            return
-        self._next_prune_s = now + PRUNE_S
-        for name, reason in self.library.delete_expired(max_age_s=self._keep_s, max_bytes=self._keep_bytes):
-            logger.info("recording_removed id=%s reason=%s", name, reason)
-            self._is_dirty = True
 
     def _tell_people(self) -> None:
         now = time.monotonic()

@@ -22,6 +22,7 @@ MAX_VIDEO_IN_FLIGHT: Final = 8  # frames of a `live` run that nobody keeps: none
 MAX_TRIES: Final = 2  # jobs that may end on one frame
 MAX_FAILURES: Final = 256  # frames of one run
 RECORD_STUCK_S: Final = 15.0  # packets that were sent and never written: a new attempt
+LOGGED_SOON_NS: Final = 50_000_000  # a disk that takes longer holds up no viewer
 NOTE_S: Final = 1.0  # so long at least a person can read what was wrong
 
 
@@ -148,10 +149,21 @@ class Run:
         records = self._record_frames(room_bytes)
         if records and live and self.newest is not None and records[0].seq == self.newest.seq:
             return [self._candidate(records[0], (*live, "record"))]
+        if live and self._is_being_logged:
+            return []
         found = [self._candidate(frame, ("record",)) for frame in records]
         if live and self.newest is not None:
             found.append(self._candidate(self.newest, live))
         return found
+
+    @property
+    def _is_being_logged(self) -> bool:
+        """Whether the newest frame is the recording's next one, and about to be in the log: then once for both."""
+        kept, newest = self.kept, self.newest
+        if kept is None or newest is None or kept.blocked is not None or kept.next_seq != newest.seq:
+            return False
+        quick = time.monotonic_ns() - self.newest_received_ns < LOGGED_SOON_NS
+        return quick and kept.logged < newest.seq <= kept.queued
 
     def _live_renditions(self, wanted: dict[Rendition, int]) -> tuple[Rendition, ...]:
         newest = self.newest
