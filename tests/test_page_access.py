@@ -79,7 +79,9 @@ def test_firefox_shows_pictures_and_steps(daemon: Daemon, tmp_path: Path) -> Non
     with Firefox(tmp_path) as firefox:
         firefox.go(f"{daemon.web}/#/")
         tile = "document.querySelector(`#wall canvas[data-stream='firefox/one']`)"
-        firefox.wait_until(f"{tile}?.dataset.pictures > 0")
+        firefox.wait_until(tile)
+        firefox.run(f"{tile}.scrollIntoView()")  # below other tests' streams nothing is drawn
+        firefox.wait_until(f"{tile}.dataset.pictures > 0")
         firefox.run("location.hash = '#/s/firefox/one'")
         stage = "document.querySelector('#stage-canvas')"
         firefox.wait_until(f"{stage}.dataset.pictures > 0 && {stage}.dataset.seq === '2'")

@@ -237,9 +237,12 @@ def test_a_recording_is_listed_plays_and_downloads(daemon: Daemon, opened: Open)
         row.locator("[data-act=download]").click()
     assert download.value.suggested_filename.endswith(".mp4")
     assert len(decode_file(download.value.path())) == 9
+    statuses: list[int] = []
+    page.on("response", lambda answer: statuses.append(answer.status) if answer.url.endswith("?inline=1") else None)
     row.locator(".rec-open").click()
     video = page.locator("#stage-video")
     wait_for(lambda: video.evaluate("video => video.currentTime") > 0, WAIT_S, of="a playing video")
+    assert set(statuses) == {206}  # by ranges: that is how it can jump about in the file
 
 
 # --- pictures of the page ---

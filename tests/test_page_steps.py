@@ -209,6 +209,30 @@ def test_one_picture_of_a_batch_is_looked_at_alone(daemon: Daemon, opened: Open)
         expect(parts).to_have_count(3)
 
 
+@pytest.mark.parametrize("script", WAYS)
+def test_pictures_with_a_file_each_are_walked_through_one_at_a_time(
+    browser: Browser, tmp_path: Path, script: str
+) -> None:
+    """Of a batch recorded picture by picture a step shows one; a click shows the next one; the list has them all."""
+    batches = [["red", "green", "blue"], ["white", "magenta", "cyan"], ["red", "red", "red"]]
+    with Daemon(tmp_path, "recording.batch=each") as daemon, opening(browser, daemon.web) as opened:
+        with LatentPublisher(daemon.broker, stream="kinds/each", latent_format="sd1", record="all") as publisher:
+            for step, names in enumerate(batches):
+                publisher.publish(clip_of(names), step=step, total_steps=3)
+            assert publisher.wait_until_acked(20), publisher.error
+        daemon.recording(publisher.run)
+        page = opened(f"#/s/{publisher.run}/0", script=script)
+        await_colour(page, STAGE, PATCHES["red"])
+        page.get_by_role("button", name="Picture 1 of 3. Show the next").click()
+        await_colour(page, STAGE, PATCHES["green"])
+        page.keyboard.press("ArrowRight")
+        await_colour(page, STAGE, PATCHES["magenta"])
+        page.get_by_role("button", name="Picture 2 of 3. Show the next").click()
+        await_colour(page, STAGE, PATCHES["cyan"])
+        page.goto(f"{daemon.web}/#/recordings")
+        expect(page.locator("#recordings b")).to_have_text([f"kinds/each, picture {part} of 3" for part in (1, 2, 3)])
+
+
 def clip_of(names: list[str]) -> np.ndarray[Any, Any]:
     return np.stack([sd1_latents_of(PATCHES[name], 16, 16) for name in names])
 

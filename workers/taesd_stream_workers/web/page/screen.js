@@ -176,8 +176,7 @@ export class Strip {
   add(run, seq, image) {
     if (run !== this.run) return
     this.images.set(seq, image)
-    const cell = this.cells.find((cell) => cell.seq === seq)
-    if (cell) this.drawCell(cell)
+    for (const cell of this.cells) if (cell.seq === seq) this.drawCell(cell)
   }
 
   drawCell({ seq, x, width }) {

@@ -215,9 +215,9 @@ export class Stage {
     if (this.built_parts === built) return
     this.built_parts = built
     const labels = apart ? [`Picture ${this.film_part + 1} of ${apart}. Show the next`] : alone ? [`Show all ${parts} pictures`] : Array.from({ length: parts }, (_, at) => `Show picture ${at + 1} of ${parts} alone`)
-    const had_focus = grid.contains(document.activeElement)
-    grid.replaceChildren(...labels.map((label) => make("button", { "aria-label": label, title: label })))
-    if (had_focus) grid.firstElementChild.focus()
+    const focused = [...grid.children].find((button) => button === document.activeElement) // it stays, and its focus with it
+    for (const button of [...grid.children]) if (button !== focused) button.remove()
+    labels.forEach((label, at) => put((at === 0 && focused) || grid.appendChild(make("button")), { "aria-label": label, title: label }))
   }
 
   choosePart(at) {
