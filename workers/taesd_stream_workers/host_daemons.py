@@ -71,8 +71,10 @@ class HostDaemons:
             return []
         with ThreadPoolExecutor(len(supervisors)) as pool:
             acting = [pool.submit(act, one) for one in supervisors]
-            while wait(acting, TURN_S, FIRST_EXCEPTION).not_done:
-                if any(one.done() and one.exception() for one in acting):
+            pending = set(acting)
+            while pending:
+                done, pending = wait(pending, TURN_S, FIRST_EXCEPTION)
+                if any(one.exception() for one in done):
                     self.stop()
             return [one.result() for one in acting]
 
