@@ -159,9 +159,9 @@ def _stills(engine: Engine, entries: Sequence[Entry], budget_bytes: int, most: M
             parts = sheets.setdefault(number, [])
             parts.append((picture, one))
             if len(parts) == len(mine):
-                shown += sheets.pop(number) if mine.is_each else []
+                shown += parts if mine.is_each else []
                 sheet = Picture(place, 0, 1, item.pts, is_recorded=not mine.is_each)
-                shown.append((sheet, grid(torch.stack([part for _, part in parts]))))
+                shown.append((sheet, grid(torch.stack([one for _, one in sheets.pop(number)]))))
         yield Shown([picture for picture, _ in shown], part.stop - part.start, rgb=[one for _, one in shown])
 
 

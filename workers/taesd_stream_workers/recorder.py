@@ -117,8 +117,9 @@ class Recorder:
             assert known is not None
             about = {"stream": known.stream, "started": known.started, "meta": known.meta}
             return {**about, "film": growing is None, "parts": growing.parts if growing else 1}
-        row = next((row for row in self.library.rows() if row["run"] == run), None)
-        return row and {**{key: row[key] for key in ("stream", "started", "meta", "parts")}, "film": False}
+        rows = [row for row in self.library.rows() if row["run"] == run]
+        about = {key: rows[0][key] for key in ("stream", "started", "meta")} if rows else {}
+        return {**about, "film": False, "parts": max(row["parts"] for row in rows)} if rows else None
 
     def newest_run_of(self, stream: str) -> str | None:
         """The run of a stream that began last, of those that have frames in files; any thread."""
