@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -113,6 +114,13 @@ def test_streams_once_and_as_json(daemon: Daemon, tmp_path: Path) -> None:
     assert (as_json.returncode, once.returncode) == (0, 0)
 
 
+def ended(daemon: Daemon, stream: str) -> dict[str, Any]:
+    """The row of a stream whose run is over: a command that ends is quicker than the word of it."""
+    return wait_for(
+        lambda: (row := daemon.streams().get(stream)) and row["state"] == "done" and row, of=f"the end of {stream}"
+    )
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".pth", ".latents"])
 def test_publish_a_file_and_record_it(suffix: str, daemon: Daemon, tmp_path: Path) -> None:
     """Each kind of file is published row by row; the recording has them all, in order, as decoded directly."""
@@ -131,7 +139,7 @@ def test_publish_a_file_and_record_it(suffix: str, daemon: Daemon, tmp_path: Pat
     done = run("publish", str(path), *words, "--connect", daemon.broker, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.endswith(f"{stream}: 6 frames published\n")
-    recording = daemon.recording(daemon.streams()[stream]["run"])
+    recording = daemon.recording(ended(daemon, stream)["run"])
     pictures = decode_file(daemon.file(recording["id"]))
     assert len(pictures) == 6
     for picture, direct in zip(pictures, direct_pictures(latents, "sd1"), strict=True):
@@ -143,7 +151,7 @@ def test_publish_a_log_that_says_all_by_itself(daemon: Daemon, tmp_path: Path) -
     path = write_log(tmp_path, list(moving_latents(3)))
     done = run("publish", str(path), "--connect", daemon.broker, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    row = daemon.streams()["mine"]
+    row = ended(daemon, "mine")
     assert (row["step"], row["total_steps"], row["meta"]["seed"], row["meta"]["file"]) == (4, 9, 5, path.name)
     assert daemon.recording(row["run"])["frames"] == 3
 
@@ -165,7 +173,7 @@ def test_kinds_and_grids(
     common = ["--latent-format", "sd1", "--stream", stream, "--record", "all", "--fps", "50"]
     done = run("publish", str(tmp_path / "three.npy"), *words, *common, "--connect", daemon.broker, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    row = daemon.streams()[stream]
+    row = ended(daemon, stream)
     picture = decode_file(daemon.file(daemon.recording(row["run"])["id"]))[0]
     assert row["kind"] == expected_kind
     assert picture.shape[0] * picture.shape[1] >= expected_size[0] * expected_size[1]

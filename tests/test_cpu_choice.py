@@ -159,7 +159,7 @@ def test_a_daemon_shows_fast_and_records_exactly(tmp_path: Path) -> None:
             publisher.publish(latents, step=0)
             wait_for(lambda: daemon.get("/streams/live/latest.jpg")[0] == 200, 60, of="a picture")
         assert "decoder=taesd dtype=torch.bfloat16" in daemon.log()
-        assert "dtype=torch.float32" not in daemon.log()
+        assert "decoder=taesd dtype=torch.float32" not in daemon.log()
         with LatentPublisher(daemon.broker, stream="kept", latent_format="sd1", record="all") as publisher:
             publisher.publish(latents, step=0, total_steps=1)
         assert daemon.recording(publisher.run)["frames"] == 1

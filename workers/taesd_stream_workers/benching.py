@@ -6,12 +6,9 @@ A `Bench` is a list of steps; each puts its figures into the report, so that one
 from __future__ import annotations
 
 import itertools
-import queue
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -24,53 +21,20 @@ from taesd_stream.config import Config
 from taesd_stream.decoding.choice import Kind, NoDecoderError, open_engine
 from taesd_stream.decoding.engine import Engine
 from taesd_stream.decoding.host_copies import HostCopies
-from taesd_stream.errors import TaesdStreamError
 from taesd_stream.frames import Rendition
-from taesd_stream.latent_formats import latent_format
 from taesd_stream.media.encoder import JpegEncoder, Planes, encoder_for
-from taesd_stream.messages import Job, JobItem
 from taesd_stream_workers.broker_load import BrokerLoad, running_broker
-from taesd_stream_workers.decode_worker import CREDITS, GPU_CREDITS, encode_threads, processors
+from taesd_stream_workers.decode_worker import encode_threads, processors
 from taesd_stream_workers.devices import choose_device
-from taesd_stream_workers.job_decoder import JobDecoder
-from taesd_stream_workers.job_run import JobRun
 from taesd_stream_workers.rendering import Sizes, render
+from taesd_stream_workers.worker_load import PICTURES, Case, melting_latents, worker_frame_s
 
 Row: TypeAlias = dict[str, Any]
 Step: TypeAlias = tuple[str, Callable[[], None]]  # what it measures, in words
 
-STREAMS: Final = 16  # that a worker's jobs are of: enough for its encoders to take them for many
 BATCHES: Final = (1, 4, 16)
-PICTURES: Final = 8  # different ones that an encoder gets in turn
 LEAST_RUNS: Final = 3  # of whatever is slow
 PACES_PER_S: Final = (2, 5)  # of samplers: a typical one of pictures, and a quick one
-GPU_WARM_UP_S: Final = 3.0  # kernels that were compiled once are there by then
-
-
-class BrokenPartError(TaesdStreamError):
-    """A part that was to be measured failed; the message is its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One decoder of one latent format at one picture size (pixels, square)."""
-
-    latent_format: str
-    size_px: int
-    kind: Kind
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of its latents."""
-        known = latent_format(self.latent_format)
-        cells = round(self.size_px / known.spatial_factor)
-        return known.channels, cells, cells
-
-    @property
-    def nbytes(self) -> int:
-        """Of one frame on the wire: float16."""
-        channels, height, width = self.shape
-        return 2 * channels * height * width
 
 
 class Bench:
@@ -275,52 +239,11 @@ class Bench:
     # --- a whole worker: what decoding and encoding do side by side, and Python between them ---
 
     def _measure_worker(self, case: Case) -> None:
-        """The daemon's own decoding thread and encoders, with jobs as the broker would give them."""
+        """In the largest batches that were worth measuring: `_measure_decode`."""
         rows = [row for row in self._decode if row.items() >= self._words(case).items()]
         batch = max((row["batch"] for row in rows), default=1)
-        decoder = {"choice": case.kind, "latency_budget_s": 0.0}  # nothing cheaper may stand in
-        done: queue.SimpleQueue[JobRun] = queue.SimpleQueue()
-
-        def pass_on(item: Any) -> None:
-            if isinstance(item, JobRun):
-                done.put(item)
-
-        worker = JobDecoder(
-            self._config.with_values(decoder=decoder),
-            self._device,
-            time.monotonic_ns,
-            pass_on,
-            threads=encode_threads(),
-        )
-        worker.start()
-        try:
-            frames, spent_s = self._work(worker, done, jobs_of(case, batch))
-        finally:
-            worker.close()
-        rate = _rate(spent_s / frames)
-        self._worker.append({**self._words(case), "bytes": case.nbytes, "batch": batch, **rate})
-
-    def _work(self, worker: JobDecoder, done: queue.SimpleQueue[JobRun], jobs: Iterator[Job]) -> tuple[int, float]:
-        """Keep its credits used for so long. Returns: frames that were done, and the seconds that they took."""
-        is_gpu = self._device.type == "cuda"
-        credit = GPU_CREDITS if is_gpu else CREDITS
-        for _ in range(credit):
-            worker.submit(JobRun(next(jobs)))
-        warm_s = time.monotonic() + (GPU_WARM_UP_S if is_gpu else 0.0)
-        is_warm, began_s, frames = False, 0.0, 0
-        for finished in itertools.count(1):
-            run = _next(done, worker)
-            frames += len(run.job.items) if is_warm else 0
-            now_s = time.monotonic()
-            if not is_warm and finished >= credit and now_s >= warm_s:
-                is_warm, began_s, least = True, now_s, finished + LEAST_RUNS
-            if is_warm and now_s - began_s >= self._seconds and finished >= least:
-                break
-            worker.submit(JobRun(next(jobs)))
-        spent_s = now_s - began_s
-        for _ in range(credit - 1):
-            _next(done, worker)
-        return frames, spent_s
+        frame_s = worker_frame_s(self._config, self._device, case, batch, self._seconds)
+        self._worker.append({**self._words(case), "bytes": case.nbytes, "batch": batch, **_rate(frame_s)})
 
     def _timed(self, work: Callable[[], None], seconds: float | None = None) -> list[float]:
         """Seconds of each run of `work`, for so long and at least a few times; warmed up before."""
@@ -336,74 +259,6 @@ class Bench:
             work()
             times_s.append(time.perf_counter() - before_s)
         return times_s
-
-
-def melting_latents(shape: tuple[int, int, int], count: int) -> Tensor:
-    """(count, C, h, w) float32: a soft picture with some grain that melts into another; the same in each process."""
-    rng = torch.Generator().manual_seed(11)
-    coarse = torch.randn(2, shape[0], 5, 5, generator=rng)
-    soft = torch.nn.functional.interpolate(coarse, shape[1:], mode="bicubic", align_corners=True)
-    first, last = soft + 0.3 * torch.randn(2, *shape, generator=rng)  # about 10 KiB of 512x512 pixels, as previews take
-    melting: Tensor = torch.lerp(first, last, torch.linspace(0, 1, count).reshape(-1, 1, 1, 1))
-    return melting
-
-
-def jobs_of(case: Case, batch: int) -> Iterator[Job]:
-    """Jobs without end, of STREAMS streams in turn: each frame unlike the one before of its stream."""
-    runs = [secrets.token_hex(8) for _ in range(STREAMS)]
-    latents = melting_latents(case.shape, PICTURES).half().numpy()
-    payloads = [one.tobytes() for one in (*latents, *latents[-2:0:-1])]
-    turn = itertools.count()
-    for number in itertools.count(1):
-        items, parts = [], []
-        for _ in range(batch):
-            seq, stream = divmod(next(turn), STREAMS)
-            items.append(_item(case, runs[stream], f"bench/{stream}", seq))
-            parts.append(payloads[(seq + stream) % len(payloads)])
-        yield Job(
-            job=number,
-            latent_format=case.latent_format,
-            items=tuple(items),
-            packets_to="tcp://127.0.0.1:9",  # they go nowhere: their way is not the worker's work
-            payloads=tuple(parts),
-        )
-
-
-def _item(case: Case, run: str, stream: str, seq: int) -> JobItem:
-    now_ns = time.monotonic_ns()
-    return JobItem(
-        stream=stream,
-        run=run,
-        seq=seq,
-        index=seq,
-        kind="steps",
-        shape=case.shape,
-        dtype="float16",
-        renditions=("live",),
-        attempt=0,
-        keyframe=False,
-        pts=9000 * seq,
-        picture_ticks=9000,
-        step=seq,
-        total_steps=None,
-        sigma=None,
-        sent_ns=now_ns,
-        received_ns=now_ns,
-    )
-
-
-def _next(done: queue.SimpleQueue[JobRun], worker: JobDecoder) -> JobRun:
-    """The next job that is over. Raises: BrokenPartError when it failed."""
-    while True:
-        try:
-            run = done.get(timeout=1.0)
-        except queue.Empty:
-            if worker.error is not None:
-                raise BrokenPartError(f"decode worker: {worker.error}") from worker.error
-            continue
-        if run.failed is not None:
-            raise BrokenPartError(f"decode worker: {run.failed.text}")
-        return run
 
 
 def _rounded(milliseconds: float | None) -> float | None:
