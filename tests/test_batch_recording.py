@@ -27,7 +27,8 @@ from taesd_stream.media.fragments import read_index
 from taesd_stream.media.recording import Recording
 from taesd_stream.media.steps import pictures_around, steps_of
 from taesd_stream_workers.library import first_pictures
-from tests.daemon import COMMAND, Daemon, wait_for
+from tests.commands import run_command
+from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import PATCHES, decode_file, decode_h264, decode_jpeg, sd1_latents_of, to_rgb
 from tests.test_fragments import ffprobe
@@ -195,6 +196,21 @@ def test_a_growing_part_can_be_copied_out(tmp_path: Path) -> None:
         copy.unlink()
     with pytest.raises(IndexError):
         first_pictures(recording.paths[0], 2, 4)
+    recording.close()
+
+
+def test_a_growing_part_can_be_exported(tmp_path: Path) -> None:
+    """`export --part 2` of the growing file has the second picture's frames; a part that there is not is said."""
+    recording = start(tmp_path)
+    write_all(recording, frames(0, 5))
+    output, (growing,) = tmp_path / "out.mkv", recording.paths
+    environment = clean_environment(tmp_path)
+    done = run_command("export", growing, "-o", output, "--part", "2", environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert [number for number, _ in read(output)] == [number for number, _ in expect(2, 0, 5)]
+    refused = run_command("export", growing, "-o", output, "--part", "4", environment=environment)
+    assert refused.returncode == 2
+    assert "--part 4" in refused.stderr
     recording.close()
 
 

@@ -205,14 +205,15 @@ def _palette_graph(width: int, height: int) -> Graph:
     return graph
 
 
-def pictures_of_file(path: Path) -> Iterator[tuple[av.VideoFrame, int]]:
+def pictures_of_file(path: Path, part: int = 1) -> Iterator[tuple[av.VideoFrame, int]]:
     """Every picture of a recording, growing or finished, and its time from the first one, ticks of 1/90000 s.
 
+    part: from 1, of a batch that grows in tracks.
     Raises: OSError, av.FFmpegError.
     """
     with av.open(path) as container:
         first: int | None = None
-        for frame in container.decode(video=0):
+        for frame in container.decode(video=part - 1):
             if frame.pts is None or frame.time_base is None:
                 continue
             pts = round(frame.pts * frame.time_base * CLOCK_HZ)

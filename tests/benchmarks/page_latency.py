@@ -7,7 +7,7 @@ reads the bars of what its element shows, and notes when a number is first there
 the way, drawing, and up to one 60 Hz frame of waiting. Ways: `webcodecs` is our player (`embed`); `jpeg` the same
 without VideoDecoder; `mjpeg` an <img> on live.mjpeg; `mse` a <video> fed by a WebSocket with one fragment a picture, at
 evenly spaced times, held at its newest frame, which is how MSE does best with pictures that come unevenly.
-`grid`: 25 streams at 10 a second on the wall: pictures never drawn, and tasks over 100 ms. Last line: JSON.
+`grid`: 25 streams at 10 a second on the wall: pictures made, those never drawn, and tasks over 100 ms. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -210,6 +210,12 @@ def _mse(daemon: Daemon, page: Page, stack: ExitStack) -> Callable[[float], None
 _PLAYERS: Final = {"webcodecs": _webcodecs, "jpeg": _jpeg, "mse": _mse, "mjpeg": _mjpeg}
 
 
+def _thumbs(daemon: Daemon) -> float:
+    """Pictures of tiles that the daemon has made so far."""
+    text = daemon.get("/metrics")[1].decode()
+    return float(text.partition('\ntaesd_stream_packets_total{rendition="thumb"} ')[2].partition("\n")[0] or 0)
+
+
 def measure_grid(daemon: Daemon, browser: Browser, measure_s: float) -> dict[str, float]:
     """25 streams at 10 pictures a second on the wall: drawn of sent, and the page's long tasks."""
     stop = threading.Event()
@@ -238,12 +244,14 @@ def measure_grid(daemon: Daemon, browser: Browser, measure_s: float) -> dict[str
         wait_for(lambda: page.locator(canvases).count() == GRID, 60.0, of="25 tiles")
         count = f'[...document.querySelectorAll("{canvases}")].reduce((sum, c) => sum + Number(c.dataset.pictures), 0)'
         page.evaluate("window.long.length = 0")
-        before, sent_before, began_s = page.evaluate(count), sum(sent), time.monotonic()
+        before, sent_before, made_before, began_s = page.evaluate(count), sum(sent), _thumbs(daemon), time.monotonic()
         page.wait_for_timeout(measure_s * 1000)
+        made = _thumbs(daemon) - made_before
         drawn, published, took_s = page.evaluate(count) - before, sum(sent) - sent_before, time.monotonic() - began_s
         long = page.evaluate("window.long")
     return {
         "published_per_s": round(published / took_s, 1),
+        "made_per_s": round(made / took_s, 1),
         "drawn_per_s": round(drawn / took_s, 1),
         "unseen": max(0, published - drawn),
         "of": published,

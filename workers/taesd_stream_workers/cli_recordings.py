@@ -107,6 +107,9 @@ def export(
     fps: Annotated[
         float | None, typer.Option(min=0.01, max=1000, help="Pictures a second; else each has the time it came at.")
     ] = None,
+    part: Annotated[
+        int, typer.Option(min=1, help="Which picture of a batch that still grows in one file, from 1.")
+    ] = 1,
     sets: SetOption = [],  # noqa: B006 typer copies it
 ) -> None:
     """Make another kind of file of a recording; of a latent log by the best decoder that is here.
@@ -124,11 +127,14 @@ def export(
     if output.exists() and file.exists() and output.samefile(file):
         raise ConfigError(f"{output}: is the file that is read")
     config, facts = load_config(sets=sets), _facts(file)
+    parts = facts.get("parts", 1) if facts.get("state") == "growing" else 1
+    if part > parts:
+        raise ConfigError(f"--part {part}: {file} has {parts}")
     try:
         chosen = codec_for(output, codec)
         with ExportFile(output, chosen, facts, quality) as target:
             count = 0
-            for frame, pts in _with_progress(_pictures(file, facts, config, is_rgb=chosen.is_rgb), facts):
+            for frame, pts in _with_progress(_pictures(file, facts, config, part, is_rgb=chosen.is_rgb), facts):
                 target.add(frame, pts if fps is None else round(count * CLOCK_HZ / fps))
                 count += 1
     except (ExportError, ValueError) as error:
@@ -139,12 +145,12 @@ def export(
 
 
 def _pictures(
-    file: Path, facts: dict[str, Any], config: Config, *, is_rgb: bool
+    file: Path, facts: dict[str, Any], config: Config, part: int, *, is_rgb: bool
 ) -> Iterator[tuple[av.VideoFrame, int]]:
     from taesd_stream.media.export import pictures_of_file
 
     if file.suffix != LOG_SUFFIX:
-        yield from pictures_of_file(file)
+        yield from pictures_of_file(file, part)
         return
     import av
     import torch
