@@ -38,5 +38,14 @@ def set_up_logging(
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.DEBUG if is_verbose else logging.WARNING if is_quiet else logging.INFO)
-    for noisy in ("uvicorn", "uvicorn.access", "uvicorn.error", "asyncio", "websockets", "httpx"):
+    for noisy in (
+        "uvicorn",
+        "uvicorn.access",
+        "uvicorn.error",
+        "asyncio",
+        "websockets",
+        "httpx",
+        "httpx2",
+        "httpcore2",
+    ):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -61,6 +61,7 @@ def test_one_page_shows_all(farm: ThreeDaemons) -> None:
                 if len(seen) == 3:
                     break
             assert seen == {name: publisher.run for name, publisher in publishers.items()}
+        assert "HTTP Request" not in farm.first.log()  # no line a request
 
 
 @pytest.mark.slow
@@ -360,6 +361,7 @@ def test_a_peer_that_talks_nonsense(state: Any, tmp_path: Path) -> None:
     """What a peer says and cannot be is an alert, and of no harm; when it makes sense again it is a peer again."""
     with PeerStandin() as peer, Daemon(tmp_path, environment=peers(peer.url)) as daemon:
         wait_for(lambda: STREAM in daemon.streams(), of="the peer's stream")
+        assert daemon.json("/api/v1/films") == {"films": []}  # the peer answers with a redirect
         good = peer.state
         peer.tell(state)
         wait_for(lambda: any("is not understood" in text for text in alerts(daemon)), of="the alert")

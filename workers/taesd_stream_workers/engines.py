@@ -56,6 +56,7 @@ class Engines:
 
     def told(self) -> dict[str, dict[str, Any]]:
         """What decodes each latent format, and why: the live view's engine, else the recordings'."""
+        told = dict(self._told)  # before the engines: each that it names is among them
         history: dict[str, int] = {}
         for (latent_format, _, _), engine in list(self._opened.items()):
             history[latent_format] = max(engine.history, history.get(latent_format, 0))
@@ -66,7 +67,7 @@ class Engines:
                 "is_full": engine.is_full,
                 "history": history[latent_format],
             }
-            for latent_format, (engine, reason) in list(self._told.items())
+            for latent_format, (engine, reason) in told.items()
         }
 
     def memories(self) -> dict[str, int]:

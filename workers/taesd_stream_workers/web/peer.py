@@ -88,6 +88,17 @@ class _Told(BaseModel):
     stats: _Stats
 
 
+class _Film(BaseModel):
+    run: str = Field(pattern=schema.ID_PATTERN)
+    stream: str
+    started: float
+    meta: dict[str, Any]
+
+
+class _Films(BaseModel):
+    films: list[_Film]
+
+
 class _Connect(connect):
     """Without redirects: a peer is where it was said to be, and its token goes nowhere else."""
 
@@ -196,6 +207,12 @@ class Peer:
         if not self.is_here:
             logger.info("peer_here url=%s", self.url)
         self.is_here, self.error = True, None
+
+    def films_in(self, answer: bytes) -> list[Row]:
+        """The rows of its GET /api/v1/films. Raises: ValueError, RecursionError for what is none."""
+        told = finite_json.parse(answer)
+        _Films.model_validate(told, strict=True)
+        return [{**row, "daemon": self.url} for row in told["films"]]
 
     def _lose(self, text: str) -> None:
         """It is away: its streams stay, as lost; its files cannot be had."""

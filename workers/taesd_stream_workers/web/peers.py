@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final
 from taesd_stream.config import Config
 from taesd_stream_workers.hub import Hub
 from taesd_stream_workers.viewer import Viewer
-from taesd_stream_workers.web import finite_json
 from taesd_stream_workers.web.peer import ALIVE, OWN_HEADER, Peer, Row
 from taesd_stream_workers.web_token import peer_tokens
 
@@ -104,11 +103,10 @@ class Peers:
                 answer = await self.http.get(
                     f"{peer.url}/api/v1/films", headers={OWN_HEADER: "all", **peer.bearer}, timeout=CONNECT_S
                 )
-                rows = finite_json.parse(answer.content)["films"]
-            except (HTTPError, ValueError, KeyError, TypeError, RecursionError) as error:
+                return peer.films_in(answer.content)
+            except (HTTPError, ValueError, RecursionError) as error:
                 logger.debug("films_not_told url=%s error=%s", peer.url, error)
                 return []
-            return [{**row, "daemon": peer.url} for row in rows]
 
         return [row for rows in await asyncio.gather(*map(ask, self.here)) for row in rows]
 
