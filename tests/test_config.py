@@ -273,6 +273,7 @@ def test_what_was_resolved_is_not_resolved_again(monkeypatch: pytest.MonkeyPatch
     assert load_config(values=json.loads(resolved.to_json())) == resolved
 
 
+@pytest.mark.slow
 def test_set_beats_the_environment_in_a_running_daemon(tmp_path: Path) -> None:
     """What --set says holds in every role, whatever the environment that they inherit says."""
     elsewhere = tmp_path / "elsewhere"

@@ -144,6 +144,7 @@ def test_bfloat16_is_good_enough_to_look_at(shared: Path) -> None:
     assert psnr_db.min() > 40
 
 
+@pytest.mark.slow
 def test_a_daemon_shows_fast_and_records_exactly(tmp_path: Path) -> None:
     """Where bfloat16 is remembered as the fastest, live pictures are decoded in it, recorded ones in float32."""
     weights = tmp_path / "weights"

@@ -23,7 +23,7 @@ from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import PATCHES, decode_file, decode_h264, decode_jpeg, psnr_db, sd1_latents_of
 
-FRAMES = 12
+FRAMES = 8
 STAMPS = ("sent", "received", "started", "decoded", "encoded", "streamed")
 # Latents that are published and gone: the program exits as soon as they are acked.
 PUBLISH = """

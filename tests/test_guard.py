@@ -368,6 +368,7 @@ def test_a_text_that_is_too_large_ends_the_socket(daemon: Daemon) -> None:
     assert closed.value.rcvd.code == 1009
 
 
+@pytest.mark.faults
 def test_one_viewer_too_many_is_told_to_come_later(tmp_path: Path) -> None:
     """Past `web.max_viewers` a page is closed with 1013 and a player gets 503; when one leaves, another may come."""
     with (

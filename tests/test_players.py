@@ -167,6 +167,7 @@ def newest_is(folder: Path, colour: tuple[int, int, int]) -> bool:
     return bool(shown) and bool(np.abs(shown[-1][16:-16, 16:-16].astype(int) - colour).max() <= 24)
 
 
+@pytest.mark.faults
 def test_endless_answers_do_not_hold_the_exit(tmp_path: Path) -> None:
     """With a player and an MJPEG reader connected the daemon ends with exit code 0, and both see the end."""
     with Daemon(tmp_path) as own, LatentPublisher(own.broker, stream="endless", latent_format="sd1") as publisher:

@@ -336,6 +336,7 @@ def test_a_folder_of_another_daemon(tmp_path: Path) -> None:
     assert f"recording.folder = {folder}: in use by another taesd-stream (process {os.getpid()})" in lines[0]
 
 
+@pytest.mark.slow
 def test_the_environment_sets_keys_of_every_role(tmp_path: Path) -> None:
     """Addresses and folders by environment reach the roles; piped, a start is under ten lines of JSON on stderr."""
     environment = {
@@ -392,6 +393,7 @@ def _lines(shown: str) -> list[str]:
     return [last for line in plain.split("\r\n") if (last := line.rpartition("\r")[2]) and "Starting" not in last]
 
 
+@pytest.mark.faults
 def test_roles_alone_make_a_daemon(tmp_path: Path) -> None:
     """Broker, worker and streamer, each started alone and told only tcp addresses, show a sampler's picture."""
     with contextlib.ExitStack() as stack:
