@@ -165,3 +165,18 @@ def test_a_daemon_shows_fast_and_records_exactly(tmp_path: Path) -> None:
             publisher.publish(latents, step=0, total_steps=1)
         assert daemon.recording(publisher.run)["frames"] == 1
         assert "decoder=taesd dtype=torch.float32" in daemon.log()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("own", "spins"), [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "-")]
+)
+def test_threads_that_wait_soon_sleep(own: dict[str, str], spins: str, tmp_path: Path) -> None:
+    """A worker sets how long torch's threads spin, before torch is loaded, unless the user has said it."""
+    code = (
+        "import os, sys\nfrom taesd_stream_workers.commands import _role_main\n_role_main('worker')\n"
+        "assert 'torch' in sys.modules\nprint(os.environ.get('GOMP_SPINCOUNT', '-'))"
+    )
+    environment = clean_environment(tmp_path) | own
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == spins

@@ -45,6 +45,10 @@ OK: Final = 0
 USAGE: Final = 2
 UNREACHABLE: Final = 69  # EX_UNAVAILABLE of sysexits.h
 INTERNAL: Final = 70
+# How often a thread of torch's looks for work before it sleeps. libgomp's own 300,000 keep a core from the sampler, and
+# where all cores are busy each step of a decoder waits for a thread that waits for another that spins: measured on two
+# cores beside one busy program, nano at 512x512 takes 55 to 70 ms so, up to 380 ms by default; alone 38 and 36.
+SPINS: Final = 5000
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +131,8 @@ def _role_main(role: str) -> Callable[..., None]:
 
         return run_broker
     if role == "worker":
+        if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+            os.environ["GOMP_SPINCOUNT"] = str(SPINS)  # read when torch is imported
         from taesd_stream_workers.decode_worker import run_worker
 
         return run_worker
