@@ -77,10 +77,15 @@ class WorkerLimits:
         return frames <= self.max_batch_size and nbytes <= MAX_JOB_BYTES and seconds <= self.max_job_s
 
 
+def order_of_service(one: Candidate) -> tuple[int, int]:
+    """What candidates are sorted by."""
+    return one.due_ns, one.seq
+
+
 def first_due(candidates: Iterable[Candidate], worker: bytes) -> Candidate | None:
     """The one that this worker's next job begins with, and whose group all of it shares."""
     mine = (one for one in candidates if one.worker is None or one.worker == worker)
-    return min(mine, key=_due, default=None)
+    return min(mine, key=order_of_service, default=None)
 
 
 def next_job(candidates: Iterable[Candidate], limits: WorkerLimits) -> tuple[Candidate, ...]:
@@ -89,7 +94,7 @@ def next_job(candidates: Iterable[Candidate], limits: WorkerLimits) -> tuple[Can
     All share the first one's group. At least one is taken, however large; a suspect one is taken alone. Where not all
     fit, every run has its first before any run its second.
     """
-    mine = sorted((one for one in candidates if one.worker in (None, limits.worker)), key=_due)
+    mine = sorted((one for one in candidates if one.worker in (None, limits.worker)), key=order_of_service)
     if not mine:
         return ()
     if mine[0].is_suspect:
@@ -123,7 +128,3 @@ def history_due(job: Sequence[Candidate], worker: bytes) -> tuple[bool, ...]:
         due.append(one.history_bytes > 0 and one.memory != worker and one.run not in runs)
         runs.add(one.run)
     return tuple(due)
-
-
-def _due(one: Candidate) -> tuple[int, int]:
-    return one.due_ns, one.seq

@@ -17,10 +17,10 @@ PEER = b"one"
 DEADLINE_S = 0.3
 
 
-def item(seq: int, *, is_clip: bool = False, is_suspect: bool = False) -> Candidate:
+def item(seq: int, *, is_clip: bool = False, is_suspect: bool = False, run: str = "00000000000000aa") -> Candidate:
     """A frame to decode."""
     return Candidate(
-        run="00000000000000aa",
+        run=run,
         seq=seq,
         group=("sd1", (4, 8, 8), "float16"),
         renditions=("record",),
@@ -88,9 +88,10 @@ def test_jobs_of_another_broker_are_nothing(crew: Crew) -> None:
     ("credits_", "held", "taken"),
     [
         (2, [], ["clip", "other", "suspect clip", "suspect other"]),
-        (2, ["other"], ["clip", "other", "suspect clip", "suspect other"]),
+        (2, ["other"], ["clip", "other", "suspect other"]),
         (2, ["clip"], ["other"]),
         (4, ["clip", "clip"], ["clip", "other", "suspect clip"]),
+        (4, ["clip", "other"], ["clip", "other"]),
         (4, ["clip", "clip", "clip"], ["other"]),
         (4, ["suspect clip"], ["clip", "suspect clip"]),
         (4, ["suspect other"], ["other", "suspect other"]),
@@ -107,8 +108,30 @@ def test_what_goes_beside_what_a_worker_holds(credits_: int, held: list[str], ta
 
 
 def named(name: str) -> Candidate:
-    """A frame of that sort."""
-    return item(0, is_clip="clip" in name, is_suspect="suspect" in name)
+    """A frame of that sort, of a run of its own."""
+    return item(0, is_clip="clip" in name, is_suspect="suspect" in name, run=name)
+
+
+@pytest.mark.parametrize("is_clip", [False, True])
+def test_what_follows_a_suspected_frame_does_not_overtake_it(crew: Crew, *, is_clip: bool) -> None:
+    """While it waits for the other kind to be done, no later frame of its run goes; what came before it does."""
+    crew.hello(PEER, WorkerHello(device="cpu", credits=4))
+    crew.assign(worker_of(crew), (named("other" if is_clip else "clip"),))
+    offered = [item(seq, is_clip=is_clip, is_suspect=seq == 1) for seq in (2, 0, 1)]
+    assert [one.seq for one in worker_of(crew).takes_beside(offered)] == [0]
+
+
+@pytest.mark.parametrize("is_clip", [False, True])
+def test_a_suspected_frame_gets_its_turn(crew: Crew, *, is_clip: bool) -> None:
+    """Where it is the oldest nothing more of the other kind is given: else it would wait for as long as more comes."""
+    crew.hello(PEER, WorkerHello(device="cpu", credits=4))
+    crew.assign(worker_of(crew), (named("other" if is_clip else "clip"),))
+    suspect = item(0, is_clip=is_clip, is_suspect=True)
+    later = [item(1, is_clip=one, run=f"later {one}") for one in (False, True)]
+    assert list(worker_of(crew).takes_beside([*later, suspect])) == [one for one in later if one.is_clip == is_clip]
+    for job in list(worker_of(crew).jobs):
+        crew.finish(PEER, job)
+    assert suspect in worker_of(crew).takes_beside([*later, suspect])
 
 
 def test_a_dead_worker_may_have_been_at_two_jobs(crew: Crew) -> None:
@@ -141,3 +164,13 @@ def test_between_slices_nothing_is_learned_of_what_a_job_takes(crew: Crew) -> No
         assert not worker_of(crew).departures.costs
     assert crew.finish(PEER, others[2], ms=1.0) is not None
     assert list(worker_of(crew).departures.costs) == ["sd1"]
+
+
+def test_the_time_of_a_failed_job_is_not_the_next_ones(crew: Crew) -> None:
+    """A job that failed after long made no picture: what the one behind it takes counts from there."""
+    first, failed, last = (crew.assign(worker_of(crew), (item(seq),)) for seq in range(3))
+    crew.finish(PEER, first, ms=1.0)
+    select.select([], [], [], 0.2)
+    crew.finish(PEER, failed)
+    crew.finish(PEER, last, ms=1.0)
+    assert crew.slowest_s_per_frame("sd1", 512) < 0.1

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from taesd_stream.capacity import Departures
 from taesd_stream.messages import WorkerHello
-from taesd_stream.scheduling import Candidate, Group, WorkerLimits
+from taesd_stream.scheduling import Candidate, Group, WorkerLimits, first_due, order_of_service
 from taesd_stream_workers.live_latents import MAX_HISTORY
 
 SILENT_S: Final = 3.0
@@ -67,21 +67,31 @@ class Worker:
         )
 
     def takes_beside(self, offered: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Those that may go to it beside what it holds.
+        """Those that may go to it beside what it holds, in order of service.
 
         Its last credit is never a clip's: other streams' jobs go between the slices. Where a frame is suspected, clips
-        and others do not mix, for a death would not tell whose fault it was.
+        and others do not mix, for a death would not tell whose fault it was. While the oldest waits for that, nothing
+        more of what it waits for is given; and what follows a frame that waits does not overtake it in its run.
         """
         clips = sum(job.is_clip for job in self.jobs.values())
         others = len(self.jobs) - clips
         is_suspect = any(job.is_suspect for job in self.jobs.values())
-        if not clips and not is_suspect:
+        if not clips and not is_suspect and not any(one.is_suspect for one in offered):
             return offered
+        oldest = first_due(offered, self.id)
+        waits = oldest if oldest is not None and oldest.is_suspect else None
         takes_clips = clips < max(1, self.hello.credits - 1) and not (others and is_suspect)
-        takes_others = not (clips and is_suspect)
-        return [
-            one for one in offered if (takes_clips if one.is_clip else takes_others and not (clips and one.is_suspect))
-        ]
+        takes_clips &= not (clips and waits is not None and not waits.is_clip)
+        takes_others = not (clips and is_suspect) and not (others and waits is not None and waits.is_clip)
+        found: list[Candidate] = []
+        waiting: set[str] = set()  # runs
+        for one in sorted(offered, key=order_of_service):
+            may_go = takes_clips if one.is_clip else takes_others
+            if one.run in waiting or not may_go or (one.is_suspect and (others if one.is_clip else clips)):
+                waiting.add(one.run)
+            else:
+                found.append(one)
+        return found
 
     def at_hand(self) -> list[JobHeld]:
         """What it may be working on: its oldest clip, its oldest other job. What waits behind does no harm."""
@@ -142,15 +152,16 @@ class Crew:
             return None
         self._renew(peer)
         worker.frames += len(held.items)
+        now_s = time.monotonic()
+        is_alone = not held.is_clip and not any(job.is_clip for job in worker.jobs.values())  # else slices took turns
+        if ms is not None and is_alone:
+            worker.departures.done(held.latent_format, max(1, held.nbytes), given_s=held.given_s, now_s=now_s)
+        else:  # the time of a failed one is not the next one's
+            worker.departures.passed(now_s)
         if ms is not None:
             measured = ms / 1000 / max(1, held.nbytes)
             before = worker.seconds_per_byte.get(held.latent_format, measured)
             worker.seconds_per_byte[held.latent_format] = 0.7 * before + 0.3 * measured
-            now_s = time.monotonic()
-            if held.is_clip or any(job.is_clip for job in worker.jobs.values()):  # slices and other jobs took turns
-                worker.departures.passed(now_s)
-            else:
-                worker.departures.done(held.latent_format, max(1, held.nbytes), given_s=held.given_s, now_s=now_s)
         return held
 
     def _renew(self, peer: bytes) -> None:

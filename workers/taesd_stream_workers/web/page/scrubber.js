@@ -8,7 +8,7 @@ const PLAY_MS = 125
 const CELL_PX = 11
 const CURVE = { width: 1000, height: 36, edge: 4 }
 
-/** The steps of one run's film, as the daemon has them: rows of {seq, step, of, sigma, ms}. */
+/** The steps of one run's film, as the daemon has them: rows of {at, seq, step, of, sigma, ms}; at: its number. */
 export class Steps {
   constructor(run) {
     Object.assign(this, { run, rows: [], head: null, busy: false, loaded_ms: -LOAD_MS })
@@ -22,7 +22,7 @@ export class Steps {
       const answer = await fetch(`/api/v1/runs/${this.run}/film?after=${this.last?.seq ?? -1}`)
       if (!answer.ok) return false
       this.head = await answer.json()
-      for (const [seq, step, of, sigma, ms] of this.head.steps) this.rows.push({ seq, step, of, sigma, ms })
+      for (const [seq, step, of, sigma, ms] of this.head.steps) this.rows.push({ at: this.rows.length, seq, step, of, sigma, ms })
       return this.head.steps.length > 0
     } catch {
       return false // the line is lost: that is said elsewhere
@@ -42,7 +42,7 @@ export class Steps {
 
   /** Where a row stands: its step where the total is known, else its number among the rows. */
   place(row) {
-    return this.total ? row.step : this.rows.indexOf(row)
+    return this.total ? row.step : row.at
   }
 
   /** As people count. */
@@ -58,7 +58,9 @@ export class Steps {
   like(row, other) {
     const by_sigma = this.total !== other.total && row.sigma !== null && this.last?.sigma !== null
     if (by_sigma) return this.nearest(({ sigma }) => sigma, row.sigma)
-    return this.nearest((one) => this.place(one), other.place(row))
+    const place = other.place(row)
+    if (!this.total) return this.rows[Math.max(0, Math.min(place, this.rows.length - 1))] // which may be very many
+    return this.nearest((one) => this.place(one), place)
   }
 }
 
@@ -144,8 +146,8 @@ export class Scrubber {
     if (!this.ready) return
     this.stop()
     const { rows } = this.lead
-    const at = rows.indexOf(this.row ?? this.end)
-    this.go(rows[Math.max(0, Math.min(rows.indexOf(this.end), at + by))])
+    const { end } = this
+    this.go(rows[Math.max(0, Math.min(end.at, (this.row ?? end).at + by))])
   }
 
   first() {
@@ -162,7 +164,7 @@ export class Scrubber {
     if (this.row === null) this.go(this.lead.rows[0], false)
     this.timer = setInterval(() => {
       const { rows } = this.lead
-      const next = rows[rows.indexOf(this.row) + 1]
+      const next = rows[this.row ? this.row.at + 1 : 0]
       this.go(next ?? null, false)
       if (this.row === null) this.stop()
     }, PLAY_MS)
