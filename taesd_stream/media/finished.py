@@ -38,8 +38,11 @@ def finish_file(growing: Path) -> list[Path]:
 def _finish_part(growing: Path, index: FileIndex, part: int) -> Path:
     summary = summary_of(index, part)
     name = growing.name.removesuffix(PART_SUFFIX) + (f".{part}" if "part" in summary else "")
-    target = growing.with_name(name + FINISHED_SUFFIX)
-    if json.dumps(read_summary(target)) != json.dumps(summary):
+    wanted, number, target = json.dumps(summary), 1, growing.with_name(name + FINISHED_SUFFIX)
+    while target.exists() and json.dumps(read_summary(target)) != wanted:  # another one's
+        number += 1
+        target = growing.with_name(f"{name}-{number}{FINISHED_SUFFIX}")
+    if not target.exists():
         working = growing.with_name(growing.name + "-finish")
         try:
             copy_pictures(growing, working, summary, part=part)

@@ -292,6 +292,8 @@ class Dispatcher:
             offer = self._offer(run, room) if run_id in runs else []
             if run.kept is not None and not any(one.is_record for one in offer):
                 run.kept.let_go()
+            if run_id in runs and run.is_being_logged:
+                self._registry.touch(run)  # a disk that takes long holds up no viewer: it is looked at again soon
             if offer:
                 self._offers[run_id] = offer
                 self._offered_bytes += _record_bytes(offer)

@@ -127,11 +127,14 @@ class Engines:
         if view is None or self._clock_s() >= view.until_s:
             try:
                 engine, reason = self._measured(latent_format, shape)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                best = self.open(latent_format, "auto", is_fast=True)  # measured when there is memory again
-                return best, best.reason
+                engine = view.engine if view is not None else self.open(latent_format, "auto", is_fast=True)
+                reason = view.reason if view is not None else engine.reason
+                # what was chosen stays, and is measured when there may be memory again
+                self._views[key] = _View(engine, reason, AGAIN_S, self._clock_s() + AGAIN_S)
+                return engine, reason
             is_best = engine is self.open(latent_format, "auto", is_fast=True)
             wait_s = float("inf") if is_best else AGAIN_S if view is None else 2 * view.wait_s
             view = self._views[key] = _View(engine, reason, wait_s, self._clock_s() + wait_s)

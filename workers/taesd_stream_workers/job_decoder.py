@@ -193,10 +193,19 @@ class JobDecoder:
                 run.histories[item.run] = torch.nan_to_num(before)  # what was left out for NaN leaves no trace here
             if not (item.is_repeat and self._repeat(run, item)):
                 good.append((item, Rows(batch, place * each, each, is_each=self._is_each(item))))
-        choices = {self._choice_for(item.stream) for item, _ in good}
-        for for_record, choice in itertools.product((False, True), sorted(choices)):
-            items = [(item, rows) for item, rows in good if self._choice_for(item.stream) == choice]
-            yield from self._decode_with(run, items, choice, for_record)
+        by_choice: dict[DecoderChoice, list[tuple[JobItem, Rows]]] = {}
+        for item, rows in good:
+            by_choice.setdefault(self._choice_for(item.stream), []).append((item, rows))
+        # found once: a choice that is measured anew between two slices must not show a picture twice, or not at all
+        views = {choice: self._view_of(run, choice, items) for choice, items in by_choice.items()}
+        for for_record, choice in itertools.product((False, True), sorted(by_choice)):
+            yield from self._decode_with(run, by_choice[choice], choice, views[choice], for_record)
+
+    def _view_of(self, run: JobRun, choice: DecoderChoice, items: list[tuple[JobItem, Rows]]) -> Engine | None:
+        """What shows these items to viewers; None where they are only recorded."""
+        if all(item.renditions == ("record",) for item, _ in items):
+            return None
+        return self.engines.of_view(run.job.latent_format, choice, _shape_of(items[0][1]))
 
     def _choice_for(self, stream: str) -> DecoderChoice:
         """The decoder of a stream's live view, as rules and `decoder.choice` say."""
@@ -219,20 +228,22 @@ class JobDecoder:
         return True
 
     def _decode_with(
-        self, run: JobRun, items: list[tuple[JobItem, Rows]], choice: DecoderChoice, for_record: bool
+        self,
+        run: JobRun,
+        items: list[tuple[JobItem, Rows]],
+        choice: DecoderChoice,
+        live: Engine | None,
+        for_record: bool,
     ) -> Iterator[None]:
-        """Decode what one engine serves: live pictures by `choice`, recordings by the full decoder, exactly.
+        """Decode what one engine serves: live pictures by `live`, recordings by the full decoder, exactly.
 
         Where both are the same network, an item that is recorded is decoded once, exactly, for all its renditions.
         """
-        latent_format = run.job.latent_format
         if for_record and not any("record" in item.renditions for item, _ in items):
             return
-        is_shown = any(item.renditions != ("record",) for item, _ in items)
-        if not (for_record or is_shown):
+        if not for_record and live is None:
             return
-        live = self.engines.of_view(latent_format, choice, _shape_of(items[0][1])) if is_shown else None
-        engine = self.engines.of_recordings(latent_format) if for_record or live is None else live
+        engine = self.engines.of_recordings(run.job.latent_format) if for_record or live is None else live
         mine: list[Wanted] = []
         for item, rows in items:
             is_recorded = "record" in item.renditions

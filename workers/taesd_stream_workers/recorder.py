@@ -317,7 +317,9 @@ class Recorder:
             if one is not None:
                 if one.written >= row["last_seq"]:
                     self._finish(run)
-            elif self._finished.get(run, -1) >= row["attempt"] or self.library.holds(run, row["last_seq"]):
+            elif run not in self._retry_at_s and (  # of a batch in tracks some files may be done, and others not
+                self._finished.get(run, -1) >= row["attempt"] or self.library.holds(run, row["last_seq"])
+            ):
                 self._tell_broker(Cursor(run=run, attempt=row["attempt"], written=-1, synced=-1, finished=True))
             elif time.monotonic() >= self._retry_at_s.get(run, float("inf")):
                 self._reopen(run, row["stream"], meta_of(row))

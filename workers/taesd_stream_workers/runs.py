@@ -149,7 +149,7 @@ class Run:
         records = self._record_frames(room_bytes)
         if records and live and self.newest is not None and records[0].seq == self.newest.seq:
             return [self._candidate(records[0], (*live, "record"))]
-        if live and self._is_being_logged:
+        if live and self.is_being_logged:
             return []
         found = [self._candidate(frame, ("record",)) for frame in records]
         if live and self.newest is not None:
@@ -157,7 +157,7 @@ class Run:
         return found
 
     @property
-    def _is_being_logged(self) -> bool:
+    def is_being_logged(self) -> bool:
         """Whether the newest frame is the recording's next one, and about to be in the log: then once for both."""
         kept, newest = self.kept, self.newest
         if kept is None or newest is None or kept.blocked is not None or kept.next_seq != newest.seq:
