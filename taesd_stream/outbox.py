@@ -123,6 +123,12 @@ class Outbox:
         is_coming = self.mode == "all" and (self._is_collecting or bool(self.pending) or bool(self.said))
         return not is_coming and not self.kept.count and self.error is None
 
+    @property
+    def is_owing(self) -> bool:
+        """Whether there are frames that are kept, or would be if the run ended now; the side thread alone."""
+        is_last_due = self.mode == "last" and self._newest is not None
+        return is_last_due or bool(self.pending or self._undecided or self.kept.count)
+
     def place(self) -> None:
         """Give what was said its place in the run; any thread, or a side thread that is late would fill the memory."""
         with self.changed:

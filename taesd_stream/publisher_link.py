@@ -141,7 +141,7 @@ class PublisherLink:
         poller.register(self.wakes.fileno(), zmq.POLLIN)
         while not self._is_finished():
             if self._must_leave(line):
-                if self._end is not None and not self._outbox.pending and not self._outbox.kept.count:
+                if self._end is not None and not self._outbox.is_owing:
                     return  # END alone is no reason for another run
                 self._leave(line, poller)
             else:
@@ -217,7 +217,7 @@ class PublisherLink:
         """Whether waiting is in vain: the end of a run must not wait for a broker that is not there."""
         if self._is_denied and self._next_hello_s >= self._give_up_s:
             return True
-        if not self._pulse.is_absent(now):
+        if not self._pulse.is_absent(now) or (self._outbox.is_owing and self._daemons.has_fresh(now)):
             return False
         return not self._outbox.pending and not self._outbox.kept.count and self._outbox.kept_from is None
 

@@ -30,7 +30,8 @@ STATS: dict[str, Any] = {"pictures_per_s": 1.0, "latency_ms": 1.0, "workers": 1}
 class PeerStandin:
     """Speaks the page's side of a daemon at 127.0.0.1; its clock is `ahead_us` ahead of this machine's.
 
-    state: what it tells next. said: messages of its clients but pings. asked: plain HTTP requests, each redirected.
+    state: what it tells next. said: messages of its clients but pings. asked: plain HTTP requests, each redirected, or
+    answered by `answer`. head: a picture's, in place of a right one.
     """
 
     def __init__(self, ahead_us: int = 0) -> None:
@@ -38,6 +39,8 @@ class PeerStandin:
         self.state: Any = {"type": "state", "streams": [ROW], "recordings": [], "alerts": [], "stats": STATS}
         self.said: list[dict[str, Any]] = []
         self.asked: list[Request] = []
+        self.answer: Response | None = None
+        self.head: bytes | None = None
         self._clients: list[ServerConnection] = []
 
     @property
@@ -71,6 +74,8 @@ class PeerStandin:
         if request.path == "/ws":
             return None
         self.asked.append(request)
+        if self.answer is not None:
+            return self.answer
         headers = Headers({"location": f"{self.url}/elsewhere", "content-length": "0", "connection": "close"})
         return Response(HTTPStatus.FOUND, "Found", headers, b"")
 
@@ -92,5 +97,5 @@ class PeerStandin:
             f"{name}_us": self.now_us for name in ("sent", "received", "started", "decoded", "encoded", "streamed")
         }
         header = {"stream": STREAM, "run": RUN, "seq": 0, "rendition": rendition, "keyframe": True, "stamps": stamps}
-        head = json.dumps(header).encode()
+        head = self.head or json.dumps(header).encode()
         return len(head).to_bytes(4, "big") + head + PICTURE

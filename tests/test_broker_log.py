@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from taesd_stream.messages import Ack, DemandUpdate, Gap, JobItem, Record, Refused, RunHello
+from taesd_stream.latent_log import read_messages
+from taesd_stream.messages import Ack, DemandUpdate, End, Gap, JobItem, Record, Refused, RunHello
 from tests.broker_role import BrokerRole, Peer, StreamerPeer, WorkerPeer, frame, new_run
 from tests.daemon import wait_for
 
@@ -65,6 +66,20 @@ def test_a_full_disk_acks_nothing_and_goes_on_when_there_is_room(broker: BrokerR
     broker.kill()
     broker.start()
     assert broker.stats().runs[run]["last_seq"] == last + 1
+
+
+def test_an_end_is_acked_when_the_log_has_it(broker: BrokerRole) -> None:
+    """Whoever dies after that ACK, the next start knows that the run has ended, and does not wait for its publisher."""
+    with broker.publisher() as publisher:
+        for number in range(50):
+            run = new_run()
+            publisher.open(run, f"ended/{number}", record="all")
+            publisher.say(frame(run, 0, kept=True))
+            publisher.ack(run, 0)
+            publisher.end(run, 0)
+            (path,) = broker.log_folder.glob(f"{run}*.latents")
+            *_, last = read_messages(path)
+            assert isinstance(last, End)
 
 
 def take(worker: WorkerPeer, streamer: StreamerPeer, run: str, items: list[JobItem], last: int) -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -295,6 +296,41 @@ def test_the_word_end_alone_begins_no_run(farm: list[BrokerPeer], open_run: Any)
     assert (publisher.run, publisher.error) == (run, None)
     assert not two._socket.poll(0)
     assert not three._socket.poll(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("record", "seqs"), [("last", [1]), (None, [0, 1])])
+def test_what_a_run_owes_at_its_end_goes_to_the_next_daemon(
+    record: RecordMode | None,
+    seqs: list[int],
+    farm: list[BrokerPeer],
+    open_run: Any,
+    beside: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """close() finds the daemon gone: the frame of `last`, or all that nobody has decided on, is kept by another one."""
+    monkeypatch.setattr("taesd_stream.pulse.GONE_S", 30.0)  # the run is not moved before its end
+    one, two, _ = farm
+    publisher = open_run(record=record)
+    run = one.opened().run
+    if record is None:
+        one.next(PublisherHello)
+    else:
+        one.demand(run, "every", record=record)
+    publish(publisher, 2)
+    wait_for(lambda: publisher._link._pulse.is_heard, of="an answer")
+    if record is not None:
+        one.frame(1)
+    one.close()
+    wait_for(lambda: publisher._link._pulse.is_absent(time.monotonic()), of="its being gone")
+    closing = beside.submit(publisher.close)
+    info = two.opened()
+    if record is None:
+        two.demand(info.run, "every", record="all")
+    assert two.finish().last_seq == 1
+    closing.result(20)
+    assert [message.seq for message in two.heard if isinstance(message, LatentFrame) and message.kept] == seqs
+    assert publisher.error is None
 
 
 @pytest.mark.slow

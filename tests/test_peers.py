@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import signal
@@ -10,12 +12,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import pytest
+from websockets.datastructures import Headers
+from websockets.http11 import Response
 
 from taesd_stream import LatentPublisher
 from taesd_stream.config import load_config
@@ -354,8 +359,10 @@ def test_a_peer_gets_what_is_meant_for_it_and_leads_nowhere(tmp_path: Path) -> N
         {"type": "state", "streams": [ROW], "recordings": [], "alerts": [], "stats": STATS | {"workers": "3"}},
         {"type": "state"},
         [1, 2],
+        {"type": "pong", "t": 0, "now_us": "1"},
+        {"type": "pong", "t": 0, "now_us": 1 << 70},
     ],
-    ids=["row", "stats", "empty", "list"],
+    ids=["row", "stats", "empty", "list", "clock-text", "clock-huge"],
 )
 def test_a_peer_that_talks_nonsense(state: Any, tmp_path: Path) -> None:
     """What a peer says and cannot be is an alert, and of no harm; when it makes sense again it is a peer again."""
@@ -368,6 +375,100 @@ def test_a_peer_that_talks_nonsense(state: Any, tmp_path: Path) -> None:
         assert daemon.is_ready()
         peer.tell(good)
         wait_for(lambda: daemon.streams()[STREAM]["state"] == "live", of="the peer's stream")
+
+
+def ask(url: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of a raw request: urllib would refuse or change some."""
+    host, _, path = url.removeprefix("http://").partition("/")
+    connection = http.client.HTTPConnection(host, timeout=15)
+    with contextlib.closing(connection):
+        connection.putrequest(method, f"/{path}", skip_accept_encoding=True)
+        for name, value in headers.items():
+            connection.putheader(name.replace("_", "-"), value.encode("latin-1"))
+        connection.endheaders()
+        answer = connection.getresponse()
+        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+
+
+@pytest.mark.slow
+def test_names_that_are_paths_reach_nothing_at_a_peer(tmp_path: Path) -> None:
+    """Parts as `..` in a recording's or stream's name, which lead to other addresses there, are no names."""
+    with PeerStandin() as peer, Daemon(tmp_path, environment=peers(peer.url)) as daemon:
+        wait_for(lambda: STREAM in daemon.streams(), of="the peer's stream")
+        name = peer.url.removeprefix("http://")
+        for path in (
+            f"/api/v1/recordings/..%2F..%2F..%2Fmetrics@{name}",
+            f"/api/v1/recordings/a%2F.%2Fb@{name}/file",
+            f"/api/v1/recordings/a%2F%2Fb@{name}/thumb",
+            f"/api/v1/recordings/@{name}",
+            "/streams/..%2F..%2Fx/latest.jpg",
+            "/streams/a%2F%2Fb/latest.jpg",
+        ):
+            assert ask(f"{daemon.web}{path}")[0] in (404, 405), path
+        assert peer.asked == []
+        ask(f"{daemon.web}/api/v1/recordings/a%2Fb@{name}/file")
+        assert [one.path for one in peer.asked] == ["/api/v1/recordings/a/b/file"]
+
+
+@pytest.mark.slow
+def test_answers_of_a_peer_do_no_harm(tmp_path: Path) -> None:
+    """A peer's page may run no script in our origin; an answer that is none is a 502 in words, as is no traceback."""
+
+    def answered(status: HTTPStatus, body: bytes, **headers: str) -> Response:
+        fields = {"content-length": str(len(body)), "connection": "close", **headers}
+        return Response(status, status.phrase, Headers(fields), body)
+
+    with PeerStandin() as peer, Daemon(tmp_path, environment=peers(peer.url)) as daemon:
+        wait_for(lambda: STREAM in daemon.streams(), of="the peer's stream")
+        url = f"{daemon.web}/streams/{STREAM}/latest.jpg"
+        peer.answer = answered(
+            HTTPStatus.OK, b"<script>alert(1)</script>", **{"content-type": "text/html", "etag": "é"}
+        )
+        status, headers, _ = ask(url, if_none_match='"é"')
+        assert (status, headers["x-content-type-options"]) == (200, "nosniff")
+        assert "script-src 'none'" in headers["content-security-policy"]
+        assert peer.asked[-1].headers["if-none-match"] == '"é"'
+        status, _, body = ask(f"{url}?x={'%C3%A9' * 15_000}")
+        assert (status, json.loads(body)["code"]) == (414, "too_large")
+        for kept in (b"[]", b"{}", b'{"id": 1}', b"no json", b"[" * 30_000, b'{"id": "' + b"x" * 70_000 + b'"}'):
+            peer.answer = answered(HTTPStatus.OK, kept)
+            status, _, body = ask(f"{daemon.web}/api/v1/runs/{RUN}/keep", "POST")
+            assert (status, json.loads(body)["code"]) == (502, "peer_away"), kept[:20]
+        peer.answer = answered(HTTPStatus.OK, b'{"id": "a"}')
+        status, _, body = ask(f"{daemon.web}/api/v1/runs/{RUN}/keep", "POST")
+        assert (status, json.loads(body)["id"]) == (200, f"a@{peer.url.removeprefix('http://')}")
+        peer.answer = answered(HTTPStatus.OK, b'{"films": [' + b" " * (65 << 20))
+        assert daemon.json("/api/v1/films") == {"films": []}
+        assert "Traceback" not in daemon.log()
+
+
+@pytest.mark.slow
+def test_a_picture_that_cannot_be_read_ends_no_link(tmp_path: Path) -> None:
+    """A header that is nested too deep breaks the connection off; the next one brings pictures to the same page."""
+    with PeerStandin() as peer, Daemon(tmp_path, environment=peers(peer.url)) as daemon:
+        wait_for(lambda: STREAM in daemon.streams(), of="the peer's stream")
+        peer.head = b"[" * 200_000
+        with PageSocket(daemon) as page:
+            page.watch({STREAM: "live"})
+            wait_for(lambda: sum(one["type"] == "watch" for one in peer.said) >= 2, of="the second connection")
+            peer.head = None
+            assert page.picture()[1] == PICTURE
+
+
+@pytest.mark.slow
+def test_a_full_peer_is_followed(tmp_path: Path) -> None:
+    """A daemon that takes no more viewers still tells its state to another one, which is none of them."""
+    for name in ("full", "first"):
+        (tmp_path / name).mkdir()
+    with (
+        Daemon(tmp_path / "full", "web.max_viewers=1") as full,
+        PageSocket(full),
+        LatentPublisher(full.broker, stream="watched", latent_format="sd1") as publisher,
+        Daemon(tmp_path / "first", environment=peers(full.web)) as first,
+    ):
+        publisher.publish(sd1_latents_of(COLOURS["two"]), step=0)
+        wait_for(lambda: "watched" in first.streams(), of="the peer's stream")
+        assert alerts(first) == []
 
 
 @pytest.mark.slow

@@ -139,17 +139,20 @@ class Hub:
     @property
     def is_full(self) -> bool:
         """Whether one more page or player is one too many."""
-        return len(self._viewers) >= self._max_viewers
+        return self._count() >= self._max_viewers
+
+    def _count(self) -> int:
+        return sum(not viewer.is_follower for viewer in self._viewers)
 
     def join(self, viewer: Viewer) -> None:
         """A viewer is there: pictures and news go to it too."""
         self._viewers.add(viewer)
-        self.latency.viewers.set(len(self._viewers))
+        self.latency.viewers.set(self._count())
 
     def leave(self, viewer: Viewer) -> None:
         """A viewer is gone."""
         self._viewers.discard(viewer)
-        self.latency.viewers.set(len(self._viewers))
+        self.latency.viewers.set(self._count())
 
     def close(self) -> None:
         """The daemon stops: endless answers end."""

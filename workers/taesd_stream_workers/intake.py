@@ -128,8 +128,13 @@ class Intake:
         """ACK what the log has since the last call; what it could not take is not acked, and so sent again."""
         for done in self._writer.results():
             run = self._registry.by_run.get(done.log.info.run)
-            kept = run.kept if run else None
-            if run is None or kept is None or kept.log is not done.log or isinstance(done.message, End):
+            if run is None:
+                continue
+            if isinstance(done.message, End):
+                self._ack_end(run)
+                continue
+            kept = run.kept
+            if kept is None or kept.log is not done.log:
                 continue
             if done.error is not None:
                 if done.message.seq != kept.logged + 1:
@@ -234,15 +239,21 @@ class Intake:
         if self._is_foreign(run, owner):
             return None
         run.peer = peer
+        waits_for_log = False
         if run.end is None:
             run.end, run.ended_unix = end, time.time()
             logger.info("stream_ended stream=%s run=%s reason=%s", run.info.stream, end.run, end.reason)
             if run.kept is not None:
                 run.kept.is_over = True
-                self._writer.submit(run.kept.log, end)
+                waits_for_log = self._writer.submit(run.kept.log, end)  # acked then: a broker that dies now knows of it
         self._links.is_changed = True
-        self._links.to_publisher(peer, Ack(run=end.run, seq=_logged(run), ended=True))
+        if not waits_for_log:
+            self._ack_end(run)
         return None
+
+    def _ack_end(self, run: Run) -> None:
+        if run.peer is not None:
+            self._links.to_publisher(run.peer, Ack(run=run.info.run, seq=_logged(run), ended=True))
 
     def _on_hello(self, peer: bytes, client: str, owner: str | None, hello: PublisherHello) -> None:
         self._links.to_publisher(peer, Echo(echo_ns=hello.echo_ns, now_ns=time.monotonic_ns()))

@@ -88,7 +88,11 @@ class _Chain:
 class Viewer:
     """Used in the web thread's event loop alone."""
 
-    def __init__(self, latency: Latency, clock_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, latency: Latency, clock_s: Callable[[], float] = time.monotonic, *, is_follower: bool = False
+    ) -> None:
+        """is_follower: another daemon that keeps up with the state, and no viewer."""
+        self.is_follower = is_follower
         self.wants: dict[str, Rendition] = {}
         self.is_state_dirty = True
         self._latency = latency

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -17,8 +16,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from taesd_stream.frames import is_stream_name
-from taesd_stream_workers.web.peer import OWN_HEADER, Peer
-from taesd_stream_workers.web.peers import Peers
+from taesd_stream_workers.web import finite_json
+from taesd_stream_workers.web.peer import OWN_HEADER, Peer, PeerError, body_of
+from taesd_stream_workers.web.peers import ANSWER_S, CONNECT_S, Peers
 
 if TYPE_CHECKING:
     from httpx2 import Response
@@ -36,6 +36,10 @@ _ANSWERED: Final = (
     *("content-type", "content-length", "content-range", "content-disposition", "accept-ranges"),
     *("etag", "last-modified", "cache-control"),
 )
+# A peer's answer is in our origin: were it a page, it could do nothing here.
+_POLICY: Final = b"script-src 'none'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_ENDLESS: Final = ("/live.ts", "/live.mjpeg")  # between two pictures may be any time
+MAX_KEPT_BYTES: Final = 64 << 10  # of the answer to `keep`: an id
 
 
 class Forwarding:
@@ -60,13 +64,13 @@ class Forwarding:
                 await self._app(scope, receive_rest, send)
         except ClientDisconnect:
             pass
-        except HTTPException as error:  # of a body that is too large
+        except HTTPException as error:  # of a body or an address that is too large
             await self._refuse(request, send, error.status_code, "too_large", error.detail)
         return None
 
     def _who(self, path: str) -> tuple[Sequence[Peer], str]:
         """Whom to ask before ourselves, one after the other, and for which path there."""
-        if match := _STREAM.fullmatch(path):
+        if (match := _STREAM.fullmatch(path)) and is_stream_name(match["name"]):
             name, act = match["name"], match["act"]
             owner = self._peers.owners().get(name)
             is_forgotten = act == "latest.jpg" and not self._peers.knows(name)  # files may remember it
@@ -115,8 +119,8 @@ class Forwarding:
             elif answer.status_code == 404:
                 await answer.aclose()
             else:
-                pass_back = _pass_kept if path.endswith("/keep") and answer.status_code == 200 else self._pass_back
-                await pass_back(answer, peer, request, send)
+                is_kept = path.endswith("/keep") and answer.status_code == 200
+                await (self._pass_kept if is_kept else self._pass_back)(answer, peer, request, send)
                 return None
         if not text:
             return _again(body, request.receive)
@@ -124,27 +128,32 @@ class Forwarding:
         return None
 
     async def _ask(self, peer: Peer, request: Request, path: str, body: bytes) -> Response | None:
-        """The beginning of a peer's answer; None where it gives none."""
-        from httpx2 import HTTPError
+        """The beginning of a peer's answer; None where it gives none. Raises: HTTPException for too long an address."""
+        from httpx2 import HTTPError, InvalidURL, Timeout
 
         query = [(key, value) for key, value in parse_qsl(request.url.query) if key != "token"]
         headers = {name: request.headers[name] for name in _ASKED if name in request.headers}
         headers |= {"accept-encoding": "identity", OWN_HEADER: "all", **peer.bearer}
+        encoded = {name.encode(): value.encode("latin-1") for name, value in headers.items()}  # as they came
+        timeout = Timeout(None if path.endswith(_ENDLESS) else ANSWER_S, connect=CONNECT_S, pool=None)
         url = f"{peer.url}{path}{'?' if query else ''}{urlencode(query)}"
         http = self._peers.http
         try:
-            return await http.send(
-                http.build_request(request.method, url, headers=headers, content=body or None), stream=True
-            )
-        except HTTPError as error:
+            asked = http.build_request(request.method, url, headers=encoded, content=body or None, timeout=timeout)
+            async with asyncio.timeout(ANSWER_S):
+                return await http.send(asked, stream=True)
+        except InvalidURL as error:
+            raise HTTPException(414, f"The address is too long to go on to {peer.url}: {error}.") from error
+        except (HTTPError, TimeoutError) as error:
             logger.debug("peer_not_reached url=%s error=%s", peer.url, error)
             return None
 
     async def _pass_back(self, answer: Response, _peer: Peer, request: Request, send: Send) -> None:
         """All of an answer, until it ends, the client goes, or the daemon stops."""
         headers = [
-            (name.encode(), answer.headers[name].encode("latin-1")) for name in _ANSWERED if name in answer.headers
+            (key.lower(), value) for key, value in answer.headers.raw if key.decode("latin-1").lower() in _ANSWERED
         ]
+        headers.append((b"content-security-policy", _POLICY))
         await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
         copying = asyncio.create_task(_copy(answer, send))
         gone = asyncio.create_task(_gone(request.receive))
@@ -159,6 +168,25 @@ class Forwarding:
             await answer.aclose()
         if is_whole or "content-length" not in answer.headers:  # else the connection breaks off, as the peer's did
             await send({"type": "http.response.body", "body": b""})
+
+    async def _pass_kept(self, answer: Response, peer: Peer, request: Request, send: Send) -> None:
+        """The answer to `keep`: the new recording's id, as it is called here."""
+        from httpx2 import HTTPError
+
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                kept = finite_json.parse(await body_of(answer, MAX_KEPT_BYTES))["id"]
+            if not isinstance(kept, str | None):
+                raise TypeError("no recording's id")
+        except (HTTPError, TimeoutError, PeerError, ValueError, TypeError, KeyError, RecursionError) as error:
+            logger.debug("answer_not_understood url=%s error=%s", answer.url, error)
+            text = f"The daemon at {peer.url} answered what is not understood; it may have kept the film."
+            return await self._refuse(request, send, 502, "peer_away", text)
+        finally:
+            await answer.aclose()
+        told = {"id": None if kept is None else peer.our_id(kept)}
+        await JSONResponse(told)(request.scope, request.receive, send)
+        return None
 
     async def _refuse(self, request: Request, send: Send, status: int, code: str, text: str) -> None:
         self._errors.labels(status, code).inc()
@@ -192,11 +220,3 @@ async def _gone(receive: Receive) -> None:
     """Return when the client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _pass_kept(answer: Response, peer: Peer, request: Request, send: Send) -> None:
-    """The answer to `keep`: the new recording's id, as it is called here."""
-    kept = json.loads(await answer.aread()).get("id")
-    await answer.aclose()
-    told = {"id": kept if kept is None else peer.our_id(kept)}
-    await JSONResponse(told)(request.scope, request.receive, send)

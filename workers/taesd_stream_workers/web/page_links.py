@@ -126,6 +126,8 @@ class _Link:
                             await self._pass_on(message)
             except PEER_ERRORS as error:
                 logger.debug("pictures_broke_off url=%s error=%s", self._peer.url, error)
+            except Exception:  # whatever a peer sends, MemoryError too: the page goes on, and asks again
+                logger.exception("pictures_failed url=%s", self._peer.url)
             finally:
                 self._socket = None
             await asyncio.sleep(WAITS_S[min(failures, len(WAITS_S) - 1)])
@@ -139,6 +141,6 @@ class _Link:
                 return
             offset_us = self._peer.offset_us
             header["stamps"] = {name: time_us - offset_us for name, time_us in header["stamps"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
             raise PeerError(f"sent a picture that is none: {error}") from error
         await self._send(pack_picture(header, payload))

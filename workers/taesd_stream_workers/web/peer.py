@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field
@@ -18,15 +18,20 @@ from taesd_stream.frames import Kind, RecordMode, RunState, is_stream_name
 from taesd_stream.sockets import ClockOffset
 from taesd_stream_workers.web import finite_json, schema
 
+if TYPE_CHECKING:
+    from httpx2 import Response
+
 logger = logging.getLogger(__name__)
 
 OWN_HEADER: Final = "x-taesd-stream-own"  # whoever asks with it gets what is this daemon's own, nothing of its peers
+FOLLOWS: Final = "all"  # the header's value on the socket that follows the state, and watches nothing
 PICTURES: Final = "pictures"  # the header's value on a page's socket that needs no state
 MAX_STATE_BYTES: Final = 64 << 20  # a thousand streams and ten thousand recordings are about 10 MiB
 PING_S: Final = 1.0
 SILENT_S: Final = 5.0  # a peer answers the protocol's own pings within this time, or its connection is over
 WAITS_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0)  # between attempts to connect
 ALIVE: Final = ("waiting", "live")
+MAX_NUMBER: Final = (1 << 63) - 1  # of counts and times
 
 Row = dict[str, Any]
 
@@ -159,11 +164,15 @@ class Peer:
         failures = 0
         while True:
             try:
-                async with self.connect("all", max_bytes=MAX_STATE_BYTES, ping_s=SILENT_S) as socket:
+                async with self.connect(FOLLOWS, max_bytes=MAX_STATE_BYTES, ping_s=SILENT_S) as socket:
                     await self._listen(socket, clock_ns, daemon, changed)
             except PEER_ERRORS as error:
                 failures = 0 if self.is_here else failures
                 self._lose(self._explained(error))
+                changed()
+            except Exception:  # whatever a peer sends, MemoryError too: it is asked again
+                logger.exception("peer_failed url=%s", self.url)
+                self._lose("cannot be followed: the log says why")
                 changed()
             await asyncio.sleep(WAITS_S[min(failures, len(WAITS_S) - 1)])
             failures += 1
@@ -180,7 +189,7 @@ class Peer:
             try:
                 told = finite_json.parse(message)
                 if told["type"] == "pong":
-                    clock.add(told["t"], told["now_us"] * 1000, clock_ns())
+                    clock.add(_whole(told["t"]), _whole(told["now_us"]) * 1000, clock_ns())
                     self._clock = clock
                 elif told["type"] == "hello" and told["daemon"] == daemon:
                     raise PeerError("is this daemon itself")
@@ -232,6 +241,22 @@ class Peer:
     def our_id(self, recording_id: str) -> str:
         """What one of its recordings is called here."""
         return f"{recording_id}@{self.name}"
+
+
+async def body_of(answer: Response, max_bytes: int) -> bytes:
+    """The whole body of an answer, as it came. Raises: PeerError for one of more bytes; httpx2.HTTPError."""
+    body = bytearray()
+    async for piece in answer.aiter_raw():
+        body += piece
+        if len(body) > max_bytes:
+            raise PeerError(f"answered more than {max_bytes} bytes")
+    return bytes(body)
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or abs(value) > MAX_NUMBER:
+        raise ValueError(f"expected a whole number up to {MAX_NUMBER}")
+    return value
 
 
 def _lost(row: Row) -> Row:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from taesd_stream.config import Config
 from taesd_stream_workers.hub import Hub
 from taesd_stream_workers.viewer import Viewer
-from taesd_stream_workers.web.peer import ALIVE, OWN_HEADER, Peer, Row
+from taesd_stream_workers.web.peer import ALIVE, MAX_STATE_BYTES, OWN_HEADER, Peer, PeerError, Row, body_of
 from taesd_stream_workers.web_token import peer_tokens
 
 if TYPE_CHECKING:
@@ -99,12 +99,14 @@ class Peers:
         async def ask(peer: Peer) -> list[Row]:
             from httpx2 import HTTPError
 
+            headers = {"accept-encoding": "identity", OWN_HEADER: "all", **peer.bearer}
             try:
-                answer = await self.http.get(
-                    f"{peer.url}/api/v1/films", headers={OWN_HEADER: "all", **peer.bearer}, timeout=CONNECT_S
-                )
-                return peer.films_in(answer.content)
-            except (HTTPError, ValueError, RecursionError) as error:
+                async with (
+                    asyncio.timeout(CONNECT_S),
+                    self.http.stream("GET", f"{peer.url}/api/v1/films", headers=headers) as answer,
+                ):
+                    return peer.films_in(await body_of(answer, MAX_STATE_BYTES))
+            except (HTTPError, TimeoutError, PeerError, ValueError, RecursionError, MemoryError) as error:
                 logger.debug("films_not_told url=%s error=%s", peer.url, error)
                 return []
 
@@ -181,7 +183,9 @@ class Peers:
     def of_recording(self, recording_id: str) -> tuple[Peer, str] | None:
         """Whose recording an id means, and its id there; None: it is ours, or nobody's."""
         own_id, _, name = recording_id.rpartition("@")
-        return next(((peer, own_id) for peer in self._peers if own_id and peer.name == name), None)
+        if not {"", ".", ".."}.isdisjoint(own_id.split("/")):  # it becomes part of an address there, as a path is read
+            return None
+        return next(((peer, own_id) for peer in self._peers if peer.name == name), None)
 
 
 def _ours(row: Row) -> Row:

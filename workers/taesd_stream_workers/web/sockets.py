@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final
 
@@ -17,14 +17,13 @@ from taesd_stream_workers.hub import Hub
 from taesd_stream_workers.viewer import Viewer, to_message
 from taesd_stream_workers.web import finite_json
 from taesd_stream_workers.web.page_links import PageLinks
-from taesd_stream_workers.web.peer import OWN_HEADER, PICTURES
+from taesd_stream_workers.web.peer import FOLLOWS, MAX_NUMBER, OWN_HEADER, PICTURES
 from taesd_stream_workers.web.peers import DAEMON, Peers
 
 STATE_S: Final = 0.25
 MAX_WATCHED: Final = 1000
 STALLED_S: Final = 10.0
 TRY_LATER: Final = 1013  # RFC 6455's registry: the page comes back by itself
-MAX_NUMBER: Final = (1 << 63) - 1  # of a page's counts and times
 MAX_TEXT_BYTES: Final = 256 << 10
 _GONE: Final = (WebSocketDisconnect, RuntimeError, OSError, TimeoutError)  # the page went, or stalled for too long
 _RENDITIONS: Final[tuple[Rendition, ...]] = ("thumb", "live", "jpeg")
@@ -33,17 +32,18 @@ _RENDITIONS: Final[tuple[Rendition, ...]] = ("thumb", "live", "jpeg")
 async def serve_page(socket: WebSocket, *, hub: Hub, peers: Peers, page_version: str) -> None:
     """Serve one page until it goes."""
     await socket.accept()
-    if hub.is_full:
+    is_follower = socket.headers.get(OWN_HEADER) == FOLLOWS
+    if hub.is_full and not is_follower:
         await socket.close(TRY_LATER, "too many viewers")
         return
-    viewer = Viewer(hub.latency)
+    viewer = Viewer(hub.latency, is_follower=is_follower)
     peers = peers.asked_by(socket.headers)
     hub.join(viewer)
     peers.join(viewer)
 
     async def send_theirs(message: bytes) -> None:
         try:
-            await asyncio.wait_for(socket.send_bytes(message), STALLED_S)
+            await _in_time(socket.send_bytes(message))
         except _GONE:
             reader.cancel()
 
@@ -83,12 +83,18 @@ async def _send(
             next_state_s = now + STATE_S
             await links.spread()
             if state is not None:
-                await asyncio.wait_for(socket.send_text(state()), STALLED_S)
+                await _in_time(socket.send_text(state()))
         for packet, streamed_ns in viewer.take():
-            await asyncio.wait_for(socket.send_bytes(to_message(packet, streamed_ns)), STALLED_S)
+            await _in_time(socket.send_bytes(to_message(packet, streamed_ns)))
         for starved in viewer.starved():
             hub.keyframe(starved)
         await viewer.wait(max(0.01, next_state_s - time.monotonic()) if viewer.is_state_dirty else 1.0)
+
+
+async def _in_time(sending: Awaitable[None]) -> None:
+    """Raises: TimeoutError when the page stalls; and what `sending` raises."""
+    async with asyncio.timeout(STALLED_S):  # wait_for of Python 3.11 can swallow a cancellation
+        await sending
 
 
 def _state(peers: Peers) -> str:
@@ -128,6 +134,8 @@ async def _handle(message: Any, hub: Hub, viewer: Viewer, links: PageLinks) -> d
     """One wish of the page. Raises: ValueError, TypeError, KeyError, AttributeError for what is none."""
     kind = message["type"]
     if kind == "watch":
+        if viewer.is_follower:
+            raise ValueError("who follows the state is no viewer, and watches nothing")
         await links.watch(_watched(message["streams"]))
     elif kind == "ping":
         return {"type": "pong", "t": message["t"], "now_us": hub.clock_ns() // 1000}
