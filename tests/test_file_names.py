@@ -84,6 +84,7 @@ def test_templates_that_are_some() -> None:
         assert check_template(template) == template
 
 
+@pytest.mark.slow
 def test_a_daemon_names_its_files_so(tmp_path: Path) -> None:
     """Recordings lie where the template says, are listed, downloaded and deleted there, and leave no empty folder."""
     with Daemon(tmp_path, "recording.name=kept/{stream}/{run:.8}") as daemon:

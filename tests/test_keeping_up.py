@@ -96,6 +96,7 @@ def test_each_size_has_its_own_choice(weights: Path) -> None:
     assert one.told()["flux2"]["reason"] == reason
 
 
+@pytest.mark.slow
 def test_a_choice_that_is_not_the_best_is_measured_again(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The machine may have been busy: after 10 s, 20 more, 40 more. The best one is measured no more."""
     now_s = [0.0]
@@ -151,6 +152,7 @@ def shown_by(daemon: Daemon, stream: str) -> str:
         return str(page.picture(60)[0]["decoder"])
 
 
+@pytest.mark.slow
 def test_a_rule_gives_a_stream_its_decoder(ruled: Daemon) -> None:
     """`[[rules]]` with `decoder`: what its pattern fits is shown by that one, everything else by the choice."""
     assert shown_by(ruled, "quick/one") == "linear"

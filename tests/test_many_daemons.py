@@ -259,6 +259,7 @@ def test_one_that_is_back_in_time_keeps_its_run(farm: list[BrokerPeer], open_run
         publisher.close(0.0)
 
 
+@pytest.mark.faults
 def test_where_all_was_acked_the_next_daemon_waits_for_nothing(
     farm: list[BrokerPeer], open_run: Any, beside: ThreadPoolExecutor
 ) -> None:
@@ -379,6 +380,7 @@ def test_a_run_that_nobody_has_keeps_its_id(farm: list[BrokerPeer], open_run: An
     assert two.seqs() == [0, 1]
 
 
+@pytest.mark.faults
 def test_a_run_that_nobody_else_has_stays_where_it_is(farm: list[BrokerPeer], open_run: Any) -> None:
     """All are gone, and the one that had the run is the first to come back: it goes on there as the same run."""
     one, two, three = farm
@@ -442,6 +444,7 @@ def test_any_other_refusal_is_the_answer(farm: list[BrokerPeer], open_run: Any, 
     assert publisher.address == one.address
 
 
+@pytest.mark.faults
 def test_what_waits_on_disk_goes_on_too(
     farm: list[BrokerPeer], open_run: Any, monkeypatch: pytest.MonkeyPatch, own_state: Path
 ) -> None:
@@ -466,6 +469,7 @@ def test_what_waits_on_disk_goes_on_too(
     wait_for(lambda: not list(own_state.rglob("*.latents")), of="the end of the file")
 
 
+@pytest.mark.faults
 def test_a_picture_that_nobody_keeps_is_shown_again(farm: list[BrokerPeer], open_run: Any) -> None:
     """record="off": the next daemon gets the newest picture at once, though its step was over long ago."""
     one, two, _ = farm

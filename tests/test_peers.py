@@ -41,6 +41,7 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreeDaemons]:
         yield started
 
 
+@pytest.mark.faults
 def test_one_page_shows_all(farm: ThreeDaemons) -> None:
     """The first daemon lists the streams of all, says whose each is, and gives pictures of it, by socket and HTTP."""
     with ExitStack() as stack:

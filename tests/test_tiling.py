@@ -144,7 +144,7 @@ def test_tiles_of_any_size_encode_to_the_whole(
     assert_equal_pictures(in_tiles(network, pixels, TileSize(rows, across)), expected)
 
 
-@settings(IN_TIME, max_examples=10)  # each counts its tensors
+@settings(IN_TIME, max_examples=5)  # each counts its tensors
 @given(
     height=st.integers(1, 40), width=st.integers(1, 10), budget_bytes=st.integers(1, 400_000), is_pooled=st.booleans()
 )
