@@ -31,6 +31,7 @@ from taesd_stream.messages import (
     End,
     Failed,
     Job,
+    JobItem,
     Keyframe,
     PublisherHello,
     Refused,
@@ -287,6 +288,15 @@ class WorkerPeer(HelloPeer):
             self.said, memories={**self.said.memories, **{item.run: item.index + 1 for item in live}}
         )
         self.say(Done(job=job.job, ms=5.0, **fields))
+
+    def do(self, count: int) -> list[JobItem]:
+        """Do jobs until that many items are done. Returns: the items, in their order."""
+        items: list[JobItem] = []
+        while len(items) < count:
+            job = self.job()
+            self.done(job)
+            items += job.items
+        return items
 
     def failed(self, job: Job, code: str, *, items: Sequence[int] = (), retry: bool = True) -> None:
         """FAILED."""

@@ -86,11 +86,7 @@ def test_a_kept_run_moves_behind_what_is_written(broker: BrokerRole) -> None:
         for seq in range(4):
             publisher.say(frame(run, seq, kept=True))
         publisher.ack(run, 3)
-        sent: list[JobItem] = []
-        while len(sent) < 4:
-            job = leaving.job()
-            leaving.done(job)
-            sent += job.items
+        sent = leaving.do(4)
         with broker.worker() as staying:
             wait_for(lambda: len(broker.stats().workers) == 2, of="both workers")
             leaving.hello(draining=True)
@@ -191,11 +187,7 @@ def test_live_and_record_are_one_item_where_the_recording_is_at_the_newest(broke
             publisher.say(frame(run, seq, kept=True))
         publisher.ack(run, 2)
         worker.hello(credits=2)
-        behind: list[JobItem] = []
-        while len(behind) < 4:
-            job = worker.job()
-            worker.done(job)
-            behind += job.items
+        behind = worker.do(4)
         assert sorted((item.seq, item.renditions) for item in behind) == [
             (0, ("record",)),
             (1, ("record",)),
@@ -219,11 +211,7 @@ def test_without_a_streamer_nothing_is_decoded(broker: BrokerRole) -> None:
             for seq in range(2):
                 publisher.say(frame(run, seq, kept=True))
             publisher.ack(run, 1)
-            sent: list[JobItem] = []
-            while len(sent) < 2:
-                job = worker.job()
-                worker.done(job)
-                sent += job.items
+            sent = worker.do(2)
         worker.no_job(STREAMER_GONE_S)
         publisher.say(frame(run, 2, kept=True))
         publisher.ack(run, 2)
@@ -247,11 +235,7 @@ def test_a_move_does_not_wait_for_a_disk_that_stands_still(broker: BrokerRole) -
         for seq in range(2):
             publisher.say(frame(run, seq, kept=True))
         publisher.ack(run, 1)
-        sent: list[JobItem] = []
-        while len(sent) < 2:
-            job = leaving.job()
-            leaving.done(job)
-            sent += job.items
+        sent = leaving.do(2)
         with broker.worker() as staying:
             wait_for(lambda: len(broker.stats().workers) == 2, of="both workers")
             leaving.hello(draining=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,26 @@ def finished(told: list[Any]) -> Callable[[], bool]:
     return ask
 
 
-def test_frames_of_a_finished_file_that_come_again_make_no_second_one(tmp_path: Path, told: list[Any]) -> None:
-    """The broker dies with the last ACK: it knows nothing, and is sent frames that a file has. They are not recorded
-    twice; the broker hears how far the file is, and that it is finished."""
-    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None)
+@contextlib.contextmanager
+def after_a_file(folder: Path, told: list[Any], last_seq: int) -> Iterator[Recorder]:
+    """A recorder that has finished a file of RUN, 0 to `last_seq`; it is closed behind the `with`."""
+    recorder = Recorder(load_config(sets=[f"recording.folder={folder}"]), told.append, lambda *_: None)
     recorder.start()
     try:
         recorder.put(state(ended=False))
-        for packet in chain(0, 5):
+        for packet in chain(0, last_seq):
             recorder.put(packet)
-        recorder.put(state(ended=True, last_seq=5))
+        recorder.put(state(ended=True, last_seq=last_seq))
         wait_for(finished(told), of="the file")
+        yield recorder
+    finally:
+        recorder.close()
+
+
+def test_frames_of_a_finished_file_that_come_again_make_no_second_one(tmp_path: Path, told: list[Any]) -> None:
+    """The broker dies with the last ACK: it knows nothing, and is sent frames that a file has. They are not recorded
+    twice; the broker hears how far the file is, and that it is finished."""
+    with after_a_file(tmp_path, told, 5) as recorder:
         recorder.put(NOTHING)
         recorder.put(state(ended=False, last_seq=3, kept_from=4))
         for packet in chain(4, 5):
@@ -71,28 +81,17 @@ def test_frames_of_a_finished_file_that_come_again_make_no_second_one(tmp_path: 
         wait_for(lambda: any(one.written == 5 and one.attempt == 1 for one in told), of="the cursor")
         recorder.put(state(ended=True, last_seq=5, kept_from=4))
         wait_for(finished(told), of="the word that it is finished")
-    finally:
-        recorder.close()
     (path,) = (path for path in tmp_path.rglob("*") if path.is_file() and ".films" not in path.parts)
     assert [number for number, _ in read(path)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_what_follows_a_finished_file_is_another_one(tmp_path: Path, told: list[Any]) -> None:
     """Frames behind the last one of a finished file are recorded, in a file of their own."""
-    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None)
-    recorder.start()
-    try:
-        recorder.put(state(ended=False))
-        for packet in chain(0, 2):
-            recorder.put(packet)
-        recorder.put(state(ended=True, last_seq=2))
-        wait_for(finished(told), of="the first file")
+    with after_a_file(tmp_path, told, 2) as recorder:
         recorder.put(state(ended=False, kept_from=7, attempt=2))
         for packet in chain(7, 8, attempt=2):
             recorder.put(packet)
         recorder.put(state(ended=True, last_seq=8, kept_from=7, attempt=2))
         wait_for(finished(told), of="the second file")
-    finally:
-        recorder.close()
     files = list(tmp_path.rglob("*.mp4"))
     assert sorted([number for number, _ in read(path)] for path in files) == [[0, 1, 2], [7, 8]]
