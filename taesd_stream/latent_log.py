@@ -8,7 +8,6 @@ read, and published again, alone. A torn tail is cut when the file is opened nex
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import re
@@ -152,23 +151,19 @@ class RunLog:
 
     def read(self, seq: int) -> LatentFrame | None:
         """The frame `seq`, None when it is not here (any more)."""
-        for segment in self._segments:
-            first = segment.first_seq
-            if first is not None and first <= seq < first + len(segment.offsets):
-                offset = segment.offsets[seq - first]
-                found = read_record(segment.fd, offset) if offset >= 0 else None
-                return found if isinstance(found, LatentFrame) and found.seq == seq else None
-        return None
+        segment, place = self._place_of(seq)
+        if segment is None or (offset := segment.offsets[place]) < 0:
+            return None
+        found = read_record(segment.fd, offset)
+        return found if isinstance(found, LatentFrame) and found.seq == seq else None
 
     def size_of(self, seq: int) -> int:
         """Bytes of the frame's record on disk, 0 when it is not here."""
-        for segment in self._segments:
-            first = segment.first_seq
-            if first is not None and first <= seq < first + len(segment.offsets):
-                offset = segment.offsets[seq - first]
-                behind = itertools.islice(segment.offsets, seq - first + 1, None)
-                return next((later for later in behind if later >= 0), segment.end) - offset if offset >= 0 else 0
-        return 0
+        segment, place = self._place_of(seq)
+        if segment is None or (offset := segment.offsets[place]) < 0:
+            return 0
+        later = (segment.offsets[behind] for behind in range(place + 1, len(segment.offsets)))
+        return next((one for one in later if one >= 0), segment.end) - offset
 
     def release(self, before_seq: int) -> None:
         """Free whole segments, but the last, whose frames are all older than `before_seq`."""
@@ -193,6 +188,14 @@ class RunLog:
         for segment in self._segments:
             os.close(segment.fd)
         self._segments = []
+
+    def _place_of(self, seq: int) -> tuple[_Segment | None, int]:
+        """The segment that has the frame, and which of its offsets is the frame's."""
+        for segment in self._segments:
+            first = segment.first_seq
+            if first is not None and first <= seq < first + len(segment.offsets):
+                return segment, seq - first
+        return None, -1
 
     def _remove(self, segment: _Segment) -> None:
         self._segments.remove(segment)
