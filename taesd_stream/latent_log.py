@@ -284,9 +284,13 @@ def _take_word(segment: _Segment, record: Record) -> None:
 
 
 def _index(segment: _Segment, record: Record, seq: int) -> None:
-    """Note where a frame is. Frames that should be before it, and were not found, are damaged."""
+    """Note where a frame is. Frames that should be before it, and were not found, are damaged.
+
+    A seq that does not follow the one before it, the segment's first among them, may be a damaged byte: all are read.
+    """
     expected = seq if segment.first_seq is None else segment.first_seq + len(segment.offsets)
-    if seq != expected and (seq < expected or read_record(segment.fd, record.offset) is None):
+    follows = segment.first_seq is not None and seq == expected
+    if not follows and (seq < expected or read_record(segment.fd, record.offset) is None):
         segment.damaged += 1
         return
     if segment.first_seq is None:
