@@ -215,7 +215,7 @@ def speed_table(ways: dict[str, Run], channels: int) -> list[dict[str, Any]]:
 
 
 def compiled_figures(seconds: float) -> dict[str, Any]:
-    """torch.compile with max-autotune, channels_last, at 512x512, batch 16, and own planes again: minutes to compile."""
+    """torch.compile with max-autotune, channels_last, at 512x512, batch 16, beside own planes: minutes to compile."""
     network, decoder, _ = open_network("taesd", None)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run: Run = torch.compile(network, mode="max-autotune")
