@@ -156,7 +156,7 @@ def diffusers_decode(network: nn.Module) -> dict[str, Run]:
     """
     try:
         from diffusers import AutoencoderTiny
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: of a package that it looks for and cannot use
         print(f"diffusers is not measured: {error}")
         return {}
     theirs: Any = AutoencoderTiny()  # type: ignore[no-untyped-call]
