@@ -427,16 +427,15 @@ def test_a_woken_workers_pictures_are_not_shown(streamer: LoneStreamer, page: Pa
     streamer.come()
     streamer.tell(state(1))
     page.say("watch", streams={STREAM: "live"})
-    now = {"placed_ns": 20}
     pushed = [
         replace(DELTA, seq=6, placed_ns=10),
-        replace(KEY, seq=9, **now),
+        replace(KEY, seq=9, placed_ns=20),
         replace(DELTA, seq=7, placed_ns=10),
         replace(DELTA, seq=10, placed_ns=10),
-        replace(DELTA, seq=10, **now),
-        replace(THUMB, seq=10, payload=b"new", **now),
+        replace(DELTA, seq=10, placed_ns=20),
+        replace(THUMB, seq=10, payload=b"new", placed_ns=20),
         replace(THUMB, seq=7, payload=b"old", placed_ns=10),
-        replace(KEY, seq=10, **now),  # once more, for a late viewer
+        replace(KEY, seq=10, placed_ns=20),  # once more, for a late viewer
     ]
     for packet in pushed:
         streamer.push(packet)
