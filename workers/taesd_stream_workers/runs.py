@@ -123,6 +123,11 @@ class Run:
             del self.failures[min(self.failures)]
         return self.failures.get(seq, times)
 
+    def absolve(self, seq: int) -> None:
+        """One of the jobs that seemed to end on a frame did not."""
+        if seq in self.failures:
+            self.failures[seq] = max(0, self.failures[seq] - 1)
+
     def take(self, frame: LatentFrame, received_ns: int, *, is_watched: bool, share_bytes: int) -> int:
         """A frame came in: it is the newest, unless it was sent again.
 
