@@ -217,8 +217,6 @@ def start_load(brokers: str, arguments: argparse.Namespace, part: int) -> subpro
     count = arguments.streams * (part + 1) // arguments.processes - first
     options = {"fps": arguments.fps, "cells": arguments.cells, "wire": arguments.wire}
     return start(load=brokers, first=first, streams=count, **options)
-        load=brokers, first=first, streams=count, fps=arguments.fps, cells=arguments.cells, wire=arguments.wire
-    )
 
 
 def start_page(web: str, arguments: argparse.Namespace, into: Path) -> subprocess.Popen[str]:
