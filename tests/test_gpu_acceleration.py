@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,19 @@ from torch import Tensor, nn
 from taesd_stream.decoding.acceleration import AcceleratedDecoder, accelerated, latent_channels
 from taesd_stream.decoding.colour import video_planes
 from taesd_stream.decoding.cuda_graphs import MAX_GRAPHS
+from taesd_stream.decoding.engine import Engine
 from taesd_stream.decoding.kernels.cubins import kernel_cubin
 from taesd_stream.decoding.kernels.later import lacks_for_kernels
+from taesd_stream.latent_formats import latent_format
 from taesd_stream.models import build_decoder
+from tests.benchmarks.gpu import he_weights
+from tests.daemon import wait_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or lacks_for_kernels(torch.cuda.get_device_capability()) is not None,
+    reason="no Hopper GPU here",
+)
 FAMILIES = ("taesd", "taesdxl", "taesd3", "taef1", "taef2", "taesana")
 
 
@@ -71,11 +80,10 @@ def test_a_picture_stays_what_it_is() -> None:
     assert (fast.planes(first).int() - copy.int()).abs().max() <= 1
 
 
+@on_hopper
 @torch.inference_mode()
 def test_broken_machine_code_is_refused_and_forgotten(tmp_path: Path) -> None:
     """With a broken cache the stock calls go on, the reason says what the driver answered, and the file is gone."""
-    if lacks_for_kernels(torch.cuda.get_device_capability()) is not None:
-        pytest.skip("no Hopper GPU here")
     kernel_cubin(tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_bytes(b"\x7fELF no kernel")
@@ -85,3 +93,48 @@ def test_broken_machine_code_is_refused_and_forgotten(tmp_path: Path) -> None:
     assert fast.reason.startswith("cuDNN's fused calls: the CUDA driver answers")
     assert not file.exists()
     assert fast.planes(latents_for(network, 1, 8, 8)).shape == (1, 96, 64)
+
+
+@on_hopper
+@torch.inference_mode()
+def test_pictures_come_before_the_kernels(tmp_path: Path) -> None:
+    """While the kernels are compiled the stock calls show the pictures; then the kernels do, and keep what they were.
+
+    Nobody waits for them here: a decode that finds them compiled takes them over.
+    """
+    network = decoder("taesd")
+    latents = latents_for(network, 2, 12, 20)
+    fast = AcceleratedDecoder(network, torch.device("cuda", 0), cache=tmp_path)
+    first = fast.planes(latents)
+    assert fast.reason == "cuDNN's fused calls until our own kernels are compiled"
+
+    def decode() -> bool:
+        assert (fast.planes(latents).int() - first.int()).abs().max() <= 2
+        return fast.reason == "our own kernels"
+
+    wait_for(decode, 60, of="our own kernels")
+    assert [file.suffix for file in tmp_path.iterdir()] == [".cubin"]
+    assert all(decode() for _ in range(3))  # captured, replayed
+
+
+@on_hopper
+@pytest.mark.parametrize(("family", "name"), [("taesd", "sd1"), ("taef2", "flux2")])
+def test_an_engine_in_float8(family: str, name: str) -> None:
+    """An engine that is asked for float8 comes to it behind its first pictures: another picture, 30 dB near."""
+    torch.manual_seed(3)
+    network = build_decoder(family)
+    he_weights(network)
+    known = latent_format(name)
+    latents = torch.randn(2, latent_channels(network), 24, 40)
+    planes = {}
+    for is_float8, reason in ((False, "our own kernels"), (True, "our own kernels, float8")):
+        engine = Engine(known, network, decoder=family, reason="", is_full=True, device="cuda", is_float8=is_float8)
+
+        def decode(engine: Engine = engine, reason: str = reason) -> list[Tensor] | None:
+            shown = [part for _, part in engine.decode_planes(latents, budget_bytes=1 << 30)]
+            return shown if engine.speed_reason == reason else None
+
+        planes[is_float8] = torch.cat(wait_for(decode, 60, of=reason)).float() / 255
+    error = float((planes[True] - planes[False]).square().mean())
+    assert error > 0
+    assert -10 * math.log10(error) > 30

@@ -16,7 +16,7 @@ from taesd_stream.decoding.cuda_graphs import MAX_BATCH, batches
 from taesd_stream.decoding.decoder_plan import UnsupportedNetworkError, decoder_plan
 from taesd_stream.decoding.float8 import blocks_in_float8
 from taesd_stream.decoding.kernels.cubins import KernelsUnavailableError, cubin_path, kernel_cubin, kernel_source
-from taesd_stream.decoding.kernels.later import lacks_for_kernels
+from taesd_stream.decoding.kernels.later import _compile_behind, lacks_for_kernels
 from taesd_stream.decoding.kernels.launching import KERNELS, choose_tile, shared_bytes
 from taesd_stream.decoding.kernels.packing import (
     LARGEST_8,
@@ -251,6 +251,8 @@ def test_without_nvrtc_the_reason_says_so(tmp_path: Path) -> None:
     """Where torch brought no compiler, the kernels are unavailable, in words."""
     with pytest.raises(KernelsUnavailableError, match="NVRTC cannot be used: No module named 'cuda'"):
         kernel_cubin(tmp_path)
+    with pytest.raises(KernelsUnavailableError, match="NVRTC cannot be used"):
+        _compile_behind(tmp_path).result(20)  # the thread's failure reaches who waits for its kernels
 
 
 def test_a_processor_runs_the_plain_network() -> None:

@@ -1,21 +1,33 @@
 """What publishing costs a sampler on an NVIDIA GPU: its thread, its steps, its memory.
 
-    python -m tests.benchmarks.cuda_publish            (about a minute)
+    python -m tests.benchmarks.cuda_publish            (about two minutes)
+    python -m tests.benchmarks.cuda_publish --daemon --weights FOLDER
 
 The sampler's step is a chain of float16 matrix products, about 20 ms of the GPU, waited for at its end as a sampler
 that reads its sigma does. `thread_us`: publish() on the sampler's thread; `bare_us`: the copy, an event and a wake, and
 nothing else. `lost_percent`: steps with publishing against steps without, pairs in the order ABBA, by wall clock.
 `memory_bytes`: how far the peak of torch's allocator is over that without. The broker is a process that only listens.
-The last line is one JSON object.
+
+With `--daemon` a real one decodes, 512x512, and a page in a process of its own watches `live`: on the processor, on
+another GPU where there is one, on the sampler's. FOLDER holds taef2's weights; without it a GPU shows nano.
+`lost_percent` as above, the daemon idle in steps without; `pictures_s` is what the streamer had meanwhile, of at most
+`broker.max_fps`. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
@@ -30,6 +42,10 @@ SHAPES: Final = {"128 KiB": (4, 128, 128), "2 MiB": (16, 256, 256)}
 DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BARS: Final = {"p50": 60.0, "p99": 250.0}  # us
 PIECE: Final = 25  # steps in one of ABBA
+SHOWN: Final = (32, 64, 64)  # FLUX.2's latents of 512x512 pixels
+STREAM: Final = "cost"
+WARM_UP_S: Final = 5.0  # kernels are compiled and decoders measured by then
+NEEDED: Final = ("av", "fastapi", "pydantic_settings", "typer", "uvicorn", "websockets")  # of a daemon and its page
 
 
 class Sampler:
@@ -61,9 +77,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=300, help="for each figure of the thread")
     parser.add_argument("--pairs", type=int, default=20, help="of ABBA")
+    parser.add_argument("--daemon", action="store_true", help="beside a daemon that decodes, and nothing else")
+    parser.add_argument("--weights", help="folder of weights for --daemon")
+    parser.add_argument("--watch", metavar="URL", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.watch:
+        watch(arguments.watch)
     sampler = Sampler()
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bars_us": BARS}
+    if arguments.daemon:
+        results["beside_daemon"] = beside_daemons(sampler, arguments.weights, arguments.pairs)
+        sys.stdout.write(json.dumps(results) + "\n")
+        return
     with Listener() as listener:
         results["thread_us"] = {
             f"{size} from {dtype}, record {record}": thread_cost(
@@ -133,27 +158,116 @@ def percentiles(times_us: list[float]) -> dict[str, float]:
 
 
 def lost(listener: Listener, sampler: Sampler, size: str, pairs: int) -> dict[str, float]:
-    """How much longer steps with publishing are: mean and the ends of its 95 % interval."""
+    """How much longer steps with publishing are."""
     latents = torch.randn(SHAPES[size], device="cuda", dtype=torch.float16)
-    differences = []
     with opened(listener, "off") as publisher:
+        return longer(sampler, publisher, [latents], pairs)
 
-        def piece(*, is_published: bool) -> float:
-            started_s = time.perf_counter()
-            for step in range(PIECE):
-                sampler.step()
-                if is_published:
-                    publisher.publish(latents, step=step, sigma=1.0)
-            return time.perf_counter() - started_s
 
-        piece(is_published=True)
-        for _ in range(pairs):
-            times = [piece(is_published=one) for one in (False, True, True, False)]
-            alone_s = (times[0] + times[3]) / 2
-            differences.append(100 * ((times[1] + times[2]) / 2 - alone_s) / alone_s)
+def longer(sampler: Sampler, publisher: LatentPublisher, latents: list[torch.Tensor], pairs: int) -> dict[str, float]:
+    """Steps that publish the latents in turn against steps that do not: percent, mean and ends of its 95 % interval.
+
+    step_ms: of those that do not.
+    """
+    differences, alone_ms = [], []
+
+    def piece(*, is_published: bool) -> float:
+        started_s = time.perf_counter()
+        for step in range(PIECE):
+            sampler.step()
+            if is_published:
+                publisher.publish(latents[step % len(latents)], step=step, sigma=1.0)
+        return time.perf_counter() - started_s
+
+    piece(is_published=True)
+    for _ in range(pairs):
+        times = [piece(is_published=one) for one in (False, True, True, False)]
+        alone_s = (times[0] + times[3]) / 2
+        alone_ms.append(1000 * alone_s / PIECE)
+        differences.append(100 * ((times[1] + times[2]) / 2 - alone_s) / alone_s)
     half = 1.96 * float(np.std(differences, ddof=1)) / len(differences) ** 0.5
     mean = float(np.mean(differences))
-    return {"mean": round(mean, 3), "low": round(mean - half, 3), "high": round(mean + half, 3)}
+    ends = {"low": round(mean - half, 3), "high": round(mean + half, 3)}
+    return {"mean": round(mean, 3), **ends, "step_ms": round(float(np.median(alone_ms)), 2)}
+
+
+def beside_daemons(sampler: Sampler, weights: str | None, pairs: int) -> dict[str, Any]:
+    """Where the worker decodes -> what the sampler's steps lose; or why it is not measured."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.stderr.write(f"skipped: a daemon needs {', '.join(missing)}\n")
+        return {"skipped": f"a daemon needs {', '.join(missing)}"}
+    devices = {"the processor": "cpu", "another GPU": "cuda:1", "the sampler's GPU": "cuda:0"}
+    if torch.cuda.device_count() < 2:
+        del devices["another GPU"]
+    found = {}
+    for name, device in devices.items():
+        found[name] = beside_daemon(sampler, device, weights, pairs)
+        sys.stdout.write(f"{name:<20} {found[name]}\n")
+        sys.stdout.flush()
+    return found
+
+
+def beside_daemon(sampler: Sampler, device: str, weights: str | None, pairs: int) -> dict[str, Any]:
+    """One daemon, one page."""
+    from taesd_stream_workers.worker_load import melting_latents
+    from tests.benchmarks.daemon_load import FORMAT, packets
+    from tests.daemon import Daemon, wait_for
+
+    sets = [f"decoder.device={device}", *([f"weights.folder={weights}"] if weights else [])]
+    latents = list(melting_latents(SHOWN, PIECE).to("cuda", torch.float16))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Daemon(Path(folder), *sets) as daemon,
+        watched(daemon.web),
+        LatentPublisher(daemon.broker, stream=STREAM, latent_format=FORMAT, record="off") as publisher,
+    ):
+
+        def publish_until_shown() -> bool:
+            sampler.step()
+            publisher.publish(latents[0], step=0, sigma=1.0)
+            return packets(daemon) > 0
+
+        wait_for(publish_until_shown, 60, of="a picture")
+        step, until_s = 0, time.monotonic() + WARM_UP_S
+        while time.monotonic() < until_s:
+            sampler.step()
+            publisher.publish(latents[step % len(latents)], step=step, sigma=1.0)
+            step += 1
+        before, started_s = packets(daemon), time.monotonic()
+        figures = longer(sampler, publisher, latents, pairs)
+        shown_s = (packets(daemon) - before) / (time.monotonic() - started_s)
+        if publisher.error:
+            raise RuntimeError(publisher.error)
+        rows = daemon.json("/api/v1/workers")["workers"]
+    workers = [{key: row[key] for key in ("device", "engines")} for row in rows]
+    return {"lost_percent": figures, "pictures_s": round(2 * shown_s, 1), "workers": workers}  # of half of the steps
+
+
+@contextlib.contextmanager
+def watched(web: str) -> Iterator[None]:
+    """A page in a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.cuda_publish", "--watch", web]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def watch(web: str) -> None:
+    """The watching process: takes pictures until it is killed."""
+    from tests.page_socket import PageSocket
+
+    with PageSocket(SimpleNamespace(web=web)) as page:  # type: ignore[arg-type]
+        page.watch({STREAM: "live"})
+        sys.stdout.write("watching\n")
+        sys.stdout.flush()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                page.picture()
 
 
 def memory(listener: Listener, sampler: Sampler, size: str) -> dict[str, int]:

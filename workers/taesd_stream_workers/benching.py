@@ -159,6 +159,7 @@ class Bench:
                     choice=kind,
                     device=str(self._device),
                     is_fast=True,
+                    is_float8=self._config.decoder.float8,
                 )
             except NoDecoderError:
                 continue

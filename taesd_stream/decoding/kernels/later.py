@@ -17,6 +17,7 @@ from taesd_stream.decoding.kernels.launching import Kernels
 logger = logging.getLogger(__name__)
 
 WITHOUT: Final = "cuDNN's fused calls"
+_COMPILING: Final = threading.Lock()  # the next decoder's finds on disk what this one's has kept
 
 
 class KernelsLater:
@@ -28,7 +29,7 @@ class KernelsLater:
     def __init__(self, device: torch.device, cache: Path | None, use: Callable[[Kernels], str]) -> None:
         """use: takes the kernels into use, having checked them, and returns what runs then, in words.
 
-        It may raise KernelsUnavailableError, or RuntimeError of torch.
+        Whatever it raises is the reason why the kernels are not used.
         """
         self._device = device
         self._cache = cache
@@ -49,7 +50,7 @@ class KernelsLater:
         try:
             with torch.inference_mode(), torch.cuda.device(self._device):
                 self.reason = self._use(self._load(cubin.result()))
-        except (KernelsUnavailableError, OSError, RuntimeError) as error:  # RuntimeError: also out of memory
+        except Exception as error:  # noqa: BLE001 pictures are worth more than kernels
             self.reason = f"{WITHOUT}: {error}"
             logger.warning("kernels_not_used reason=%s", error)
         else:
@@ -69,9 +70,12 @@ def _compile_behind(cache: Path | None) -> Future[bytes]:
 
     def compile_kernels() -> None:
         try:
-            future.set_result(kernel_cubin(cache))
-        except (KernelsUnavailableError, OSError, RuntimeError) as error:
+            with _COMPILING:
+                cubin = kernel_cubin(cache)
+        except Exception as error:  # noqa: BLE001 whatever it is: who waits must hear of it
             future.set_exception(error)
+        else:
+            future.set_result(cubin)
 
     threading.Thread(target=compile_kernels, name="kernels", daemon=True).start()
     return future
