@@ -86,6 +86,7 @@ def test_a_drained_worker_gets_nothing_more_and_is_let_go(broker: BrokerRole) ->
             leaving.done(job)
             taken = staying.job()
             assert [item.seq for item in taken.items] == [1]
+            assert taken.items[0].placed_ns > job.items[0].placed_ns  # what the one that leaves has made is late now
             staying.done(taken)
             leaving.hello(draining=True)
             leaving.drained()
