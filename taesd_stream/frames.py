@@ -111,6 +111,7 @@ class Packet:
     parts, columns: how many pictures of a batch stand in this one, row by row, and how many in a row.
     tracks: of a recording, into how many tracks the frame's pictures go, in turn: a batch may have one a picture.
     attempt: number of the recording's or the film's try, given by the broker; 0 for other renditions.
+    placed_ns: when the run was given to the worker that made this, broker's clock: a former worker's packets have less.
     """
 
     stream: str
@@ -133,4 +134,5 @@ class Packet:
     parts: int = 1
     columns: int = 1
     tracks: int = 1
+    placed_ns: int = 0
     payload: bytes | memoryview

@@ -183,6 +183,7 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
         "history": integer(0, 64),
         "expects_memory": BOOLEAN,
         "is_repeat": BOOLEAN,
+        "placed_ns": _NS,
     },
     Job: {"job": _SEQ, "latent_format": text(64), "items": sequence(_nested(JobItem), 4096), "packets_to": text(512)},
     Forget: {"run": RUN},
@@ -231,6 +232,7 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
         "parts": integer(1, 1 << 20),
         "columns": integer(1, 1 << 20),
         "tracks": integer(1, 1 << 20),
+        "placed_ns": _NS,
     },
 }
 

@@ -64,6 +64,7 @@ JOB_ITEM: Final = messages.JobItem(
     sigma=None,
     sent_ns=1,
     received_ns=2,
+    placed_ns=3,
 )
 PACKET: Final = Packet(
     stream="studio/KSampler.3",
@@ -82,6 +83,7 @@ PACKET: Final = Packet(
     total_steps=None,
     sigma=0.0,
     stamps=Stamps(sent_ns=1, received_ns=2, started_ns=3, decoded_ns=4, encoded_ns=5),
+    placed_ns=6,
     payload=b"\x00\x00\x00\x01\x67",
 )
 

@@ -84,7 +84,7 @@ class Decoded:
     def packets(self) -> dict[tuple[str, int], bytes]:
         """The packets' bytes, by rendition and picture."""
         sent = [one[1] for one in self.said if isinstance(one, tuple)]
-        assert all(isinstance(one, Packet) for one in sent)
+        assert all(isinstance(one, Packet) and one.placed_ns == JOB_ITEM.placed_ns for one in sent)
         return {(one.rendition, one.index): bytes(one.payload) for one in sent}
 
 

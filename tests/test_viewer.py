@@ -151,6 +151,25 @@ def test_a_broker_whose_clock_began_anew_is_believed() -> None:
     assert not runs.is_replaced(received(KEY, 6, run=OTHER_RUN))
 
 
+def test_packets_of_a_former_worker_are_known() -> None:
+    """What was made before the run was given to another worker is late; what one worker makes never is."""
+    runs = NewestRuns()
+    assert not runs.has_moved(replace(KEY, placed_ns=10))
+    assert not runs.has_moved(replace(KEY, run=OTHER_RUN, placed_ns=5))
+    assert not runs.has_moved(replace(DELTA, placed_ns=20, seq=3))
+    assert runs.has_moved(replace(DELTA, placed_ns=10, seq=9))
+    assert not runs.has_moved(replace(DELTA, placed_ns=20, seq=4))
+
+
+def test_a_worker_of_a_broker_whose_clock_began_anew_is_shown() -> None:
+    """After the broker's host was started anew a run's worker has it since an earlier time, and shows it."""
+    runs = NewestRuns()
+    runs.on_state(state(10**15))
+    assert not runs.has_moved(replace(KEY, placed_ns=10**15))
+    runs.on_state(state(5))
+    assert not runs.has_moved(replace(KEY, placed_ns=4))
+
+
 # --- the streamer's inbox ---
 
 
@@ -401,6 +420,29 @@ def test_a_late_whole_picture_of_a_replaced_run_is_not_shown(streamer: LoneStrea
     assert page.picture() == ("other", RUN, 7)
     status, body = streamer.get(f"/streams/{STREAM}/latest.jpg?rendition=thumb")
     assert (status, body) == (200, bytes(PACKET.payload))
+
+
+def test_a_woken_workers_pictures_are_not_shown(streamer: LoneStreamer, page: Page) -> None:
+    """Behind the keyframe of the worker that a run moved to, neither chain nor tile takes what the former one made."""
+    streamer.come()
+    streamer.tell(state(1))
+    page.say("watch", streams={STREAM: "live"})
+    pushed = [
+        replace(DELTA, seq=6, placed_ns=10),
+        replace(KEY, seq=9, placed_ns=20),
+        replace(DELTA, seq=7, placed_ns=10),
+        replace(DELTA, seq=10, placed_ns=10),
+        replace(DELTA, seq=10, placed_ns=20),
+        replace(THUMB, seq=10, payload=b"new", placed_ns=20),
+        replace(THUMB, seq=7, payload=b"old", placed_ns=10),
+        replace(KEY, seq=10, placed_ns=20),  # once more, for a late viewer
+    ]
+    for packet in pushed:
+        streamer.push(packet)
+    assert [page.picture() for _ in range(3)] == [(STREAM, RUN, 9), (STREAM, RUN, 10), (STREAM, RUN, 10)]
+    page.say("watch", streams={STREAM: "thumb"})
+    assert page.picture() == (STREAM, RUN, 10)
+    assert streamer.get(f"/streams/{STREAM}/latest.jpg?rendition=thumb") == (200, b"new")
 
 
 def test_a_worker_that_is_back_soon_alarms_nobody() -> None:

@@ -226,7 +226,7 @@ def beside_daemon(sampler: Sampler, device: str, weights: str | None, pairs: int
         def publish_until_shown() -> bool:
             sampler.step()
             publisher.publish(latents[0], step=0, sigma=1.0)
-            return packets(daemon) > 0
+            return packets(daemon.web) > 0
 
         wait_for(publish_until_shown, 60, of="a picture")
         step, until_s = 0, time.monotonic() + WARM_UP_S
@@ -234,9 +234,9 @@ def beside_daemon(sampler: Sampler, device: str, weights: str | None, pairs: int
             sampler.step()
             publisher.publish(latents[step % len(latents)], step=step, sigma=1.0)
             step += 1
-        before, started_s = packets(daemon), time.monotonic()
+        before, started_s = packets(daemon.web), time.monotonic()
         figures = longer(sampler, publisher, latents, pairs)
-        shown_s = (packets(daemon) - before) / (time.monotonic() - started_s)
+        shown_s = (packets(daemon.web) - before) / (time.monotonic() - started_s)
         if publisher.error:
             raise RuntimeError(publisher.error)
         rows = daemon.json("/api/v1/workers")["workers"]

@@ -1,16 +1,17 @@
-"""A whole daemon under load: frames/s from ZeroMQ to H.264 packets, how late they are, and where the time goes.
+"""Whole daemons under load: frames/s from ZeroMQ to H.264 packets, how late they are, and where the time goes.
 
     python -m tests.benchmarks.daemon_load --streams 100 --fps 15
     python -m tests.benchmarks.daemon_load --streams 100 --fps 0 --weights FOLDER      (as many as it takes)
-    python -m tests.benchmarks.daemon_load --streams 500 --fps 15 --set decoder.devices=cuda:0,cuda:1
+    python -m tests.benchmarks.daemon_load --streams 500 --fps 15 --daemons 4 --set decoder.device=cuda:0,cuda:1
 
-A real daemon (broker, workers, streamer), publishers in processes of their own, one page's WebSocket that watches
-`live` of every stream. Latents are the demo's pictures, each melting into the next: noise would be no fair load for an
-encoder. `--fps 0` asks for 60 a second of each stream, of which the newest are shown. `published_s` is of all frames,
-also of those that a newer one replaced; packets are counted by the streamer. Times are of those that reach the page,
-each from its own stamps: `wait` is in the broker and in the worker's queue, `decode` until the planes are in host
-memory, `encode` with the wait for a thread. `first_picture_s` is of a daemon that has just started, weights and kernels
-not loaded. CPU is of the whole host. The last line is JSON.
+Real daemons (broker, workers, streamer each), publishers in processes of their own, spread by their names where there
+are several daemons, and a page's WebSocket at each daemon, in a process of its own, that watches `live` of every stream
+there. Latents are the demo's pictures, each melting into the next: noise would be no fair load for an encoder. `--fps
+0` asks for 60 a second of each stream, of which the newest are shown. `published_s` is of all frames, also of those
+that a newer one replaced; packets are counted by the streamers. Times are of those that reach a page, each from its own
+stamps: `wait` is in the broker and in the worker's queue, `decode` until the planes are in host memory, `encode` with
+the wait for a thread. `first_picture_s` is of daemons that have just started, weights and kernels not loaded. CPU is of
+the whole host. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
@@ -51,13 +54,18 @@ def main() -> None:
     if arguments.load:
         publish(arguments)
         return
+    if arguments.pages:
+        watch(arguments)
+        return
     with tempfile.TemporaryDirectory() as name:
         sets = ["broker.max_fps=240", f"broker.max_streams={max(1000, arguments.streams)}", *arguments.set]
         if arguments.weights:
             sets.append(f"weights.folder={arguments.weights}")
-        with Daemon(Path(name), *sets) as daemon:
-            results = {"machine": machine(), "load": f"{arguments.streams} x {arguments.fps or 'most'}"}
-            results |= measure(daemon, arguments)
+        several = ("--daemons", str(arguments.daemons)) if arguments.daemons > 1 else ()
+        with Daemon(Path(name), *sets, options=several) as daemon:
+            load = f"{arguments.streams} x {arguments.fps or 'most'}"
+            results = {"machine": machine(), "load": load, "daemons": arguments.daemons}
+            results |= measure(daemon, arguments, Path(name))
     for key, value in results.items():
         sys.stdout.write(f"{key:<22} {value}\n")
     sys.stdout.write(json.dumps(results) + "\n")
@@ -71,49 +79,80 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--processes", type=int, default=4, help="that publish")
     parser.add_argument("--cells", type=int, default=64, help="side of a latent; 64 is 512x512 pixels")
+    parser.add_argument("--wire", choices=("float16", "uint8"), default="float16", help="uint8 halves the bytes")
     parser.add_argument("--weights", help="folder of weights; without, the linear projection decodes")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="of the daemon's")
-    parser.add_argument("--load", metavar="ADDRESS", help=argparse.SUPPRESS)
+    parser.add_argument("--daemons", type=int, default=1, help="of this host")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="of the daemons'")
+    parser.add_argument("--load", metavar="ADDRESSES", help=argparse.SUPPRESS)
+    parser.add_argument("--pages", metavar="URL", help=argparse.SUPPRESS)
+    parser.add_argument("--into", help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def measure(daemon: Daemon, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Watch all streams of the load for some seconds."""
-    loads = [start_load(daemon, arguments, part) for part in range(arguments.processes)]
+def measure(daemon: Daemon, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Watch all streams of the load for some seconds, at the daemons that have them."""
+    others: list[dict[str, Any]] = daemon.facts.get("others", [])
+    brokers = ",".join([daemon.broker, *(one["broker"] for one in others)])
+    webs = [daemon.web, *(one["web"] for one in others)]
+    loads = [start_load(brokers, arguments, part) for part in range(arguments.processes)]
+    pages: list[subprocess.Popen[str]] = []
     try:
         names = {f"load/{number}" for number in range(arguments.streams)}
         wait_for(lambda: names <= set(daemon.streams()), 60, of="the load's streams")
-        with PageSocket(daemon) as page:
-            watched_s = time.monotonic()
-            page.watch(dict.fromkeys(names, "live"))
-            page.picture(60)
-            first_s = time.monotonic() - watched_s
-            take(page, WARM_UP_S)
-            before, busy, started_s = packets(daemon), cpu_seconds(), time.monotonic()
-            stamps, sizes, seqs = take(page, arguments.seconds)
-            seconds = time.monotonic() - started_s
-            after = packets(daemon)
-            cores = round((cpu_seconds() - busy) / seconds, 1)
-        facts = daemon.json("/api/v1/workers")
+        files = [folder / f"page-{place}.npz" for place in range(len(webs))]
+        pages = [start_page(web, arguments, file) for web, file in zip(webs, files, strict=True)]
+        for page in pages:
+            said(page, "warm")
+        before, busy, started_s = [packets(web) for web in webs], cpu_seconds(), time.monotonic()
+        for page in pages:
+            tell(page, "go")
+        for page in pages:
+            said(page, "over")
+        seconds = time.monotonic() - started_s
+        after = [packets(web) for web in webs]
+        cores = round((cpu_seconds() - busy) / seconds, 1)
+        workers = [row for web in webs for row in answer(web, "/api/v1/workers")["workers"]]
+        seen = [np.load(file) for file in files]
     finally:
-        for load in loads:
-            assert load.stdin is not None
-            load.stdin.close()
-        for load in loads:
-            load.wait(60)
-    times_ms = np.diff(np.array(stamps, dtype=np.int64), axis=1) / 1000
+        for process in (*loads, *pages):
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in (*loads, *pages):
+            process.wait(60)
+    times_ms = np.diff(np.concatenate([one["stamps"] for one in seen]), axis=1) / 1000
+    by_daemon = [round((b - a) / seconds, 1) for a, b in zip(before, after, strict=True)]
     return {
-        "first_picture_s": round(first_s, 2),
-        "published_s": round(sum(mine[-1] - mine[0] for mine in seqs.values()) / seconds, 1),
-        "frames_s": round((after - before) / seconds, 1),
-        "page_frames_s": round(len(stamps) / seconds, 1),
+        "first_picture_s": round(max(float(one["first_s"]) for one in seen), 2),
+        "published_s": round(sum(int(one["published"]) for one in seen) / seconds, 1),
+        "frames_s": round(sum(by_daemon), 1),
+        "by_daemon": by_daemon,
+        "page_frames_s": round(len(times_ms) / seconds, 1),
         "publish_to_packet_ms": percentiles(list(times_ms.sum(axis=1))),
         "stages_ms": {name: percentiles(list(column)) for name, column in zip(NAMES, times_ms.T, strict=True)},
-        "packet_kib": round(float(np.mean(sizes)) / 1024, 1),
+        "packet_kib": round(float(np.concatenate([one["sizes"] for one in seen]).mean()) / 1024, 1),
         "busy_cores": cores,
-        "workers": [{key: row[key] for key in ("device", "engines", "frames")} for row in facts["workers"]],
+        "workers": [{key: row[key] for key in ("device", "engines", "frames")} for row in workers],
     }
+
+
+def watch(arguments: argparse.Namespace) -> None:
+    """The page's process: says "warm", waits for a line, takes pictures for the time, writes them, says "over"."""
+    names = [row["name"] for row in answer(arguments.pages, "/api/v1/streams")["streams"] if not row.get("daemon")]
+    mine = {name: "live" for name in names if name.startswith("load/")}
+    with PageSocket(SimpleNamespace(web=arguments.pages)) as page:  # type: ignore[arg-type]
+        watched_s = time.monotonic()
+        page.watch(mine)
+        page.picture(60)
+        first_s = time.monotonic() - watched_s
+        take(page, WARM_UP_S)
+        say("warm")
+        sys.stdin.readline()
+        stamps, sizes, seqs = take(page, arguments.seconds)
+        published = sum(seen[-1] - seen[0] for seen in seqs.values())
+        np.savez(arguments.into, stamps=np.array(stamps), sizes=sizes, first_s=first_s, published=published)
+        say("over")
+        sys.stdin.read()
 
 
 def take(page: PageSocket, seconds: float) -> tuple[list[list[int]], list[int], dict[str, list[int]]]:
@@ -129,9 +168,37 @@ def take(page: PageSocket, seconds: float) -> tuple[list[list[int]], list[int], 
     return stamps, sizes, seqs
 
 
-def packets(daemon: Daemon) -> float:
-    """Live packets that the streamer has had."""
-    found = PACKETS.search(daemon.get("/metrics")[1].decode())
+def answer(web: str, path: str) -> Any:
+    """What a daemon's API says."""
+    with urllib.request.urlopen(web + path, timeout=30) as reply:  # noqa: S310 our own daemon
+        return json.loads(reply.read())
+
+
+def say(word: str) -> None:
+    """A line for the process that started this one."""
+    sys.stdout.write(word + "\n")
+    sys.stdout.flush()
+
+
+def said(process: subprocess.Popen[str], word: str) -> None:
+    """Wait until a process says this. Raises: RuntimeError when it ends instead."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if line.strip() != word:
+        raise RuntimeError(f"a page's process: expected {word}, got {line!r}")
+
+
+def tell(process: subprocess.Popen[str], word: str) -> None:
+    """A line for a process that this one started."""
+    assert process.stdin is not None
+    process.stdin.write(word + "\n")
+    process.stdin.flush()
+
+
+def packets(web: str) -> float:
+    """Live packets that a daemon's streamer has had."""
+    with urllib.request.urlopen(f"{web}/metrics", timeout=30) as reply:  # noqa: S310 our own daemon
+        found = PACKETS.search(reply.read().decode())
     return float(found.group(1)) if found else 0.0
 
 
@@ -144,19 +211,33 @@ def cpu_seconds() -> float:
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
-def start_load(daemon: Daemon, arguments: argparse.Namespace, part: int) -> subprocess.Popen[bytes]:
+def start_load(brokers: str, arguments: argparse.Namespace, part: int) -> subprocess.Popen[str]:
     """One process of publishers; it ends with its stdin."""
     first = arguments.streams * part // arguments.processes
     count = arguments.streams * (part + 1) // arguments.processes - first
-    options = {"load": daemon.broker, "first": first, "streams": count, "fps": arguments.fps, "cells": arguments.cells}
+    options = {"fps": arguments.fps, "cells": arguments.cells, "wire": arguments.wire}
+    return start(load=brokers, first=first, streams=count, **options)
+
+
+def start_page(web: str, arguments: argparse.Namespace, into: Path) -> subprocess.Popen[str]:
+    """One process that watches a daemon; it ends with its stdin."""
+    return start(pages=web, into=into, seconds=arguments.seconds)
+
+
+def start(**options: Any) -> subprocess.Popen[str]:
+    """This module as a process with these options."""
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return subprocess.Popen([sys.executable, "-m", "tests.benchmarks.daemon_load", *words], stdin=subprocess.PIPE)
+    command = [sys.executable, "-m", "tests.benchmarks.daemon_load", *words]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def publish(arguments: argparse.Namespace) -> None:
     """The load process: its streams publish one after the other, evenly over the time, until stdin ends."""
     streams = range(arguments.first, arguments.first + arguments.streams)
-    publishers = [LatentPublisher(arguments.load, stream=f"load/{one}", latent_format=FORMAT) for one in streams]
+    publishers = [
+        LatentPublisher(arguments.load, stream=f"load/{one}", latent_format=FORMAT, wire_dtype=arguments.wire)
+        for one in streams
+    ]
     latents = melting(arguments.cells)
     done = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Live packets between the streamer's two threads: bounded in bytes, no chain with a hole, no run that was replaced."""
+"""Live packets between the streamer's two threads: bounded in bytes, no hole in a chain, nothing of a former worker."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Inbox:
         if self._runs.is_replaced(packet):
             self._lose(packet)
             return False
-        if not self._broken.takes(packet):
+        if self._runs.has_moved(packet) or not self._broken.takes(packet):
             self._count_dropped(packet)
             return False
         with self._lock:

@@ -56,4 +56,5 @@ def _job_item(
         history=history,
         expects_memory=run.live is not None and frame.index > 0 and not is_new_here,
         is_repeat=item.is_repeat,
+        placed_ns=run.placed_ns,
     )

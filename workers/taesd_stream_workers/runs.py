@@ -56,6 +56,7 @@ class Run:
         self.worker: bytes | None = None
         self.moves_to: bytes | None = None  # another worker, once nothing is under way at this one
         self.moved_s = float("-inf")
+        self.placed_ns = time.monotonic_ns()  # since when its worker has it; of a former one's pictures none is shown
         self.live_in_flight = 0  # frames that a worker decodes for viewers
         self.live_since_ns = 0
         self.live = LiveLatents() if info.kind == "live" else None
@@ -122,12 +123,21 @@ class Run:
             del self.failures[min(self.failures)]
         return self.failures.get(seq, times)
 
+    def is_newer(self, frame: LatentFrame) -> bool:
+        """Whether a frame that came in is the newest one, and not sent again."""
+        return self.newest is None or frame.seq > self.newest.seq
+
+    @property
+    def is_newest_waiting(self) -> bool:
+        """Whether no worker was given the newest frame for viewers: the next one takes its place."""
+        return self.newest is not None and self.newest.seq > max(self.dispatched.values(), default=-1)
+
     def take(self, frame: LatentFrame, received_ns: int, *, is_watched: bool, share_bytes: int) -> int:
         """A frame came in: it is the newest, unless it was sent again.
 
         share_bytes: most that may wait of a `live` run. Returns: latents of it that were left out, for they were late.
         """
-        if self.newest is not None and frame.seq <= self.newest.seq:
+        if not self.is_newer(frame):
             return 0
         if self.newest is not None:
             interval_s = (received_ns - self.newest_received_ns) / 1e9
@@ -365,6 +375,7 @@ class Run:
     def move(self) -> None:
         """Go on with the worker that it moves to: another encoder begins, with a keyframe; nothing is done again."""
         self.worker, self.moves_to, self.moved_s = self.moves_to, None, time.monotonic()
+        self.placed_ns = time.monotonic_ns()
         self.attempts += 1
         if self.kept is not None:
             self.kept.attempt += 1
@@ -372,6 +383,7 @@ class Run:
     def drop_worker(self) -> None:
         """Its worker is gone: what was in flight is done again by another."""
         self.worker = self.moves_to = self.memory = None
+        self.placed_ns = time.monotonic_ns()
         self.live_in_flight = self.items_out = 0
         self.dispatched.clear()
         self.forced.add("live")  # should it come back, its encoder would go on from a picture that nobody saw last

@@ -150,6 +150,7 @@ class Shower:
             parts=parts,
             columns=grid_columns(parts, *item.shape[-2:]),
             tracks=picture.tracks,
+            placed_ns=item.placed_ns,
             payload=encoded.payload,
         )
 
