@@ -81,16 +81,21 @@ class Intake:
         return None
 
     def _has_room(self, run: Run, frame: LatentFrame) -> bool:
-        """Whether its bytes may take the place of the stream's newest frame; else they are refused and not held."""
+        """Whether its bytes may take the place of the stream's newest frame, of `live` behind it; else refused."""
         if run.newest is not None and frame.seq <= run.newest.seq:
             return True  # one that was sent again takes no place
-        more_bytes = frame.nbytes - (run.newest.nbytes if run.newest is not None else 0)
-        text = self.limits.memory_refusal(run.client, more_bytes) if more_bytes > 0 else None
-        if text is None:
-            self.limits.holds(run.client, more_bytes)
-        elif run.peer is not None:
+        text = self._memory_refusal(run, frame)
+        if text is not None and run.live is not None:  # its history gives way: a late viewer's colours are approximate
+            run.live.forget_history()
+            text = self._memory_refusal(run, frame)
+        if text is not None and run.peer is not None:
             self._refuse(run.peer, run.info, "limit", text)
         return text is None
+
+    def _memory_refusal(self, run: Run, frame: LatentFrame) -> str | None:
+        stays_bytes = run.live.held_bytes if run.live is not None else 0
+        more_bytes = stays_bytes + frame.nbytes - run.counted_bytes
+        return self.limits.memory_refusal(run.client, more_bytes) if more_bytes > 0 else None
 
     def _show(self, run: Run, frame: LatentFrame, received_ns: int) -> None:
         """For viewers: of `live` latents that come faster than they are decoded the oldest go, as one cut."""
@@ -100,6 +105,7 @@ class Intake:
             self._links.counts["live_frames"] += 1
             self._links.counts["live_replaced"] += run.is_newest_waiting
         cut = run.take(frame, received_ns, is_watched=is_watched, share_bytes=share_bytes)
+        self.limits.holds(run)
         if not cut:
             return
         if not self._links.counts["latents_cut"]:

@@ -143,7 +143,7 @@ class Registry:
         held = 0
         dropped = replaced
         for place, run in enumerate(shown):
-            held += run.newest.nbytes if run.newest else 0
+            held += run.held_bytes
             if place >= ENDED_RUNS or held > ENDED_BYTES:
                 dropped.append(run)
         for run in dropped:

@@ -38,6 +38,7 @@ class Run:
         self.info = info
         self.film = film
         self.client = ""  # who speaks for it: a key's name, else a host
+        self.counted_bytes = 0  # of what it holds, against that client's limit
         self.meta_bytes = meta_bytes(info)
         self.peer = peer
         self.record = record
@@ -95,6 +96,12 @@ class Run:
             return False
         quiet_s = (time.monotonic_ns() - self.newest_received_ns) / 1e9
         return quiet_s > max(10.0, 5 * self.interval_s)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of its latents in memory: the newest frame; of a `live` run also what waits, and the history."""
+        newest_bytes = self.newest.nbytes if self.newest is not None else 0
+        return max(newest_bytes, self.live.held_bytes) if self.live is not None else newest_bytes
 
     @property
     def frames_behind(self) -> int:
