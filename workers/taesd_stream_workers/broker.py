@@ -37,7 +37,7 @@ from taesd_stream.messages import (
 from taesd_stream.sockets import WakePipe
 from taesd_stream_workers.addresses import bound_address, workers_address
 from taesd_stream_workers.dispatcher import Dispatcher, StreamerLink
-from taesd_stream_workers.gate import Door, Gate
+from taesd_stream_workers.gate import OWN_NAME, Door, Gate
 from taesd_stream_workers.intake import Intake
 from taesd_stream_workers.lifecycle import Lifecycle
 from taesd_stream_workers.links import Context, Links
@@ -163,7 +163,12 @@ class Broker:
             elif client is not None:
                 take(peer, client, message)
 
-    def _take_inside(self, peer: bytes, _client: str, message: Any) -> None:
+    def _take_inside(self, peer: bytes, client: str, message: Any) -> None:
+        is_workers = self._links.inner.has_keys and client != OWN_NAME
+        if is_workers and not isinstance(message, wire.FROM_WORKER):
+            text = f"key={client} is a decode worker's: only the streamer may say {type(message).__name__}"
+            self._gate.count("refused_role", client, text)
+            return
         self._inside[type(message)](peer, message)
 
     def _refuse_inside(self, peer: bytes, message: Any, why: RefusedPeer) -> None:
