@@ -264,7 +264,8 @@ def refusal(line: Line, run: str) -> Refused:
 
 def test_a_workers_key_is_not_the_streamers(tmp_path: Path) -> None:
     """It may neither take the packets, nor end a recording, nor stop or keep a stream: counted, and nothing happens."""
-    sampler, decoder = (make_client(tmp_path / "keys", name, f"{name}s") for name in ("sampler", "worker"))
+    sampler = make_client(tmp_path / "keys", "sampler", "samplers")
+    decoder = make_client(tmp_path / "keys", "worker", "workers")
     run = new_run()
     with BrokerRole(tmp_path, f"security.keys_folder={tmp_path / 'keys'}") as broker:
         broker.keys = load_keys(tmp_path / "keys")
