@@ -86,7 +86,7 @@ class Limits:
         for run in runs:
             if run.end is None:
                 self._streams[run.client] += run.is_alive
-                self._bytes[run.client] += run.newest.nbytes if run.newest is not None else 0
+                self._bytes[run.client] += run.held_bytes
         now = self._clock_s()
         self._tokens = {client: one for client, one in self._tokens.items() if now - one[1] < 1}  # else it is full
         self._told_s = {client: told_s for client, told_s in self._told_s.items() if now - told_s < TELL_S}

@@ -113,6 +113,10 @@ class LiveLatents:
         """Its worker is gone, and what it had waits again."""
         self.return_to(min(self._in_flight, default=self.next_seq))
 
+    def clear(self) -> None:
+        """Hold none any more."""
+        self._frames.clear()
+
     def _forget_old(self) -> None:
         """Keep what waits or is in flight, the newest, and the history before the oldest of those."""
         if not self._frames:
