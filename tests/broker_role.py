@@ -117,6 +117,7 @@ class BrokerRole:
 
     def stats(self) -> State:
         """Its STATE, asked for."""
+        self.beat()
         with self.peer(self.inside, wire.TO_STREAMER, keys=self.keys) as peer:
             return peer.ask(Stats(), State)
 

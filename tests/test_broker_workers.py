@@ -52,6 +52,22 @@ def test_new_streams_spread_over_the_workers(broker: BrokerRole) -> None:
     assert seen == {"one": 2, "two": 2}
 
 
+def test_frames_that_a_newer_one_replaced_are_counted(broker: BrokerRole) -> None:
+    """Of five frames of a watched run three wait for a worker when the next one comes: /metrics can tell how many."""
+    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker() as worker:
+        streamer.watch("replaced")
+        run = new_run()
+        publisher.open(run, "replaced")
+        publisher.say(frame(run, 0))
+        worker.done(worker.job())
+        worker.hello(credits=0)
+        for seq in range(1, 5):
+            publisher.say(frame(run, seq))
+        wait_for(lambda: broker.row("replaced")["seq"] == 4, of="all five")
+        counts = broker.stats().stats["counts"]
+    assert (counts["live_frames"], counts["live_replaced"]) == (5, 3)
+
+
 def test_a_drained_worker_gets_nothing_more_and_is_let_go(broker: BrokerRole) -> None:
     """HELLO with draining: what it holds it may finish, what comes goes to another, then DRAIN; nobody is blamed."""
     gone = broker.stats().stats["counts"].get("workers_gone", 0)

@@ -1,19 +1,28 @@
-"""The encoders' threads: each chain in order whoever encodes it, and one that fails takes no other with it."""
+"""The encoders' threads: each chain in order whoever encodes it, one that fails takes no other with it, films wait."""
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections import defaultdict
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from taesd_stream.config import load_config
 from taesd_stream.decoding.host_copies import HostCopy
 from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import EncodedPicture, Planes
-from taesd_stream_workers.encode_pool import MANY_LIVE, MAX_WAITING, EncodePool, EncodeTask
+from taesd_stream.messages import Job
+from taesd_stream_workers.encode_pool import FILM_S, MANY_LIVE, MAX_WAITING, EncodePool, EncodeTask
+from taesd_stream_workers.job_decoder import JobDecoder
+from taesd_stream_workers.job_run import JobRun
 from tests.daemon import wait_for
+from tests.golden_messages import JOB_ITEM
 
 THREADS = 4
 
@@ -109,14 +118,35 @@ def test_a_film_holds_up_nobody() -> None:
     pool.start()
     gate = Gate(np.full((48, 32), 128, np.uint8))
     pool.submit([replace(results.task("film", pts, rendition="film"), copy=gate) for pts in (0, 90)])
-    assert not pool.takes_films
+    assert not pool.takes_film("film")
     pool.submit([results.task("live", 0)])
     wait_for(lambda: results.by_run["live"], of="the live picture")
     assert not results.by_run["film"]
     gate.open.set()
     pool.close()
     assert [pts for pts, _ in results.by_run["film"]] == [0, 90]
-    assert pool.takes_films
+    assert pool.takes_film("film")
+
+
+def test_a_film_takes_only_time_that_nobody_else_wants() -> None:
+    """While more live pictures wait than threads can take, a run's film gets one a second, and no two at once."""
+    now_s = 0.0
+    results, pool = Results(), EncodePool(THREADS, lambda: now_s)
+    pool.start()
+    gate = Gate(np.full((48, 32), 128, np.uint8))
+    pool.submit([replace(results.task(f"run {number}", 0), copy=gate) for number in range(THREADS + 1)])
+    try:
+        assert pool.takes_film("a")  # the first picture of its film
+        assert not pool.takes_film("a")
+        assert not pool.takes_film("b", granted=1)
+        assert pool.takes_film("b")
+        now_s = FILM_S
+        assert pool.takes_film("a")
+        assert not pool.takes_film("a")
+    finally:
+        gate.open.set()
+        pool.close()
+    assert pool.takes_film("a")
 
 
 def test_films_of_long_clips_hold_up_nobody() -> None:
@@ -162,3 +192,67 @@ def test_planes_that_are_no_picture_harm_only_themselves(caplog: pytest.LogCaptu
     assert results.keyframes("a") == [0, 180]
     assert results.keyframes("b") == [0]
     assert "encode_failed run=a" in caplog.text
+
+
+class Decoder:
+    """A worker's decoder on the processor, and what it says and sends."""
+
+    def __init__(self) -> None:
+        self._said: list[Any] = []
+        config = load_config(sets=["decoder.choice=linear"])
+        self._decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, self._said.append, threads=2)
+        self.start, self.close = self._decoder.start, self._decoder.close
+
+    def submit(self, *jobs: Job) -> None:
+        """Queue jobs."""
+        for one in jobs:
+            self._decoder.submit(JobRun(one))
+
+    def wait_for(self, jobs: int) -> None:
+        """Until so many are done."""
+        wait_for(lambda: sum(isinstance(one, JobRun) for one in self._said) == jobs, 60, of="the jobs")
+
+    def seqs(self, rendition: Rendition) -> list[int]:
+        """Those whose pictures came, in a rendition."""
+        packets = [one[1] for one in self._said if isinstance(one, tuple)]
+        return [packet.seq for packet in packets if packet.rendition == rendition]
+
+
+def job_of(number: int, runs: int) -> Job:
+    """Pictures of so many runs, for tiles and films."""
+    latents = np.zeros((4, 4, 4), np.float16)
+    known = replace(JOB_ITEM, seq=number, shape=latents.shape, renditions=("thumb", "film"), pts=number * 90)
+    items = tuple(replace(known, run=f"{run:016x}") for run in range(runs))
+    payloads = (latents.tobytes(),) * runs
+    return Job(job=number, latent_format="sd1", items=items, packets_to="tcp://127.0.0.1:9", payloads=payloads)
+
+
+def test_a_job_of_many_runs_lets_in_few_films() -> None:
+    """Sixteen tiles in one job: no more of their pictures go into films than may wait for the thread."""
+    decoder, jobs = Decoder(), itertools.count(1)
+    decoder.start()
+
+    def is_warm() -> bool:
+        number = next(jobs)
+        decoder.submit(job_of(number, 1))
+        decoder.wait_for(number)
+        return bool(decoder.seqs("film"))
+
+    wait_for(is_warm, 60, of="a film's first picture")
+    last = next(jobs)
+    decoder.submit(job_of(last, 16))
+    decoder.wait_for(last)
+    decoder.close()
+    assert decoder.seqs("thumb").count(last) == 16
+    assert 1 <= decoder.seqs("film").count(last) <= 2
+
+
+def test_while_another_job_waits_one_film_at_most_gets_a_picture() -> None:
+    """A job that has one behind it lets a single picture into a film; viewers get all of both."""
+    decoder = Decoder()
+    decoder.submit(job_of(1, 16), job_of(2, 16))
+    decoder.start()
+    decoder.wait_for(2)
+    decoder.close()
+    assert decoder.seqs("film").count(1) <= 1
+    assert sorted(decoder.seqs("thumb")) == [1] * 16 + [2] * 16

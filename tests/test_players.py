@@ -11,11 +11,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from itertools import pairwise
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from taesd_stream import LatentPublisher
@@ -76,6 +78,50 @@ def test_mjpeg_gives_whole_pictures(daemon: Daemon) -> None:
             length = next(int(line.split()[1]) for line in answer if line.startswith(b"Content-Length"))
             assert answer.readline() == b"\r\n"
             assert np.abs(decode_jpeg(answer.read(length)).astype(int) - RED).max() <= 8
+
+
+def grey_clip(count: int) -> NDArray[np.float32]:
+    """A clip of so many pictures, each brighter than the one before."""
+    return np.stack([sd1_latents_of((40 + 150 * number // count,) * 3) for number in range(count)])
+
+
+def live_packets(daemon: Daemon) -> float:
+    """Pictures of `live` that the worker has made so far."""
+    text = daemon.get("/metrics")[1].decode()
+    return float(text.partition('\ntaesd_stream_packets_total{rendition="live"} ')[2].partition("\n")[0] or 0)
+
+
+def test_a_clip_goes_round_in_a_player_in_its_time(daemon: Daemon) -> None:
+    """A clip of 3 s in live.ts: after 4 s the player has seen 4 s of it; the worker has decoded it twice at most."""
+    before, count = live_packets(daemon), 72
+    with LatentPublisher(daemon.broker, stream="play/clip", latent_format="sd1", kind="clip", fps=24) as publisher:
+        publisher.publish(grey_clip(count), step=0)
+        wait_for(lambda: daemon.streams().get("play/clip", {}).get("seq") == 0, of="the frame")
+        with open_player(f"{daemon.web}/streams/play/clip/live.ts") as player:
+            frames = player.decode(video=0)
+            first, began_s, brightness = next(frames).time or 0.0, time.monotonic(), []
+            for frame in frames:
+                brightness.append(float(to_rgb(frame).mean()))
+                shown_s, took_s = (frame.time or 0.0) - first, time.monotonic() - began_s
+                assert abs(shown_s - took_s) < 1.0
+                if took_s > 4.0:
+                    break
+    assert sum(b < a - 50 for a, b in pairwise(brightness)) == 1  # it began anew, once
+    assert live_packets(daemon) - before <= 2 * count
+
+
+def test_a_clip_goes_round_in_mjpeg(daemon: Daemon) -> None:
+    """live.mjpeg of a clip of half a second: two of its rounds take at least as long as they last, not a moment."""
+    with LatentPublisher(daemon.broker, stream="play/round", latent_format="sd1", kind="clip", fps=24) as publisher:
+        publisher.publish(grey_clip(12), step=0)
+        wait_for(lambda: daemon.streams().get("play/round", {}).get("seq") == 0, of="the frame")
+        with urllib.request.urlopen(f"{daemon.web}/streams/play/round/live.mjpeg", timeout=30) as answer:  # noqa: S310
+            parts = (line for line in answer if line.startswith(b"Content-Length"))
+            next(parts)
+            began_s = time.monotonic()
+            for _ in range(24):
+                next(parts)
+            assert time.monotonic() - began_s > 0.8
 
 
 @pytest.mark.parametrize("name", ["live.ts", "live.mjpeg"])

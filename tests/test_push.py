@@ -7,6 +7,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -113,6 +114,31 @@ def test_a_receiver_gets_the_pictures_and_again_after_a_break(scheme: str, daemo
         process.terminate()
         process.wait(15)
         process.stderr.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["rtsp", "rtmp"])
+def test_a_clip_is_received_in_its_time(scheme: str, tmp_path: Path) -> None:
+    """A clip of 24 pictures a second comes to the receiver 1/24 s apart, through its rounds, in the clip's order."""
+    url = f"{scheme}://127.0.0.1:{free_port()}/live/clip"
+    environment = {"TAESD_STREAM_PUSHES": f'[{{"stream": "clip", "url": "{url}"}}]'}
+    shades = [(40 + 12 * number,) * 3 for number in range(12)]
+    with (
+        Daemon(tmp_path, environment=environment) as daemon,
+        LatentPublisher(daemon.broker, stream="clip", latent_format="sd1", kind="clip", fps=24) as publisher,
+    ):
+        receiver = Receiver(url, tmp_path / "out.ts")
+        publisher.publish(np.stack([sd1_latents_of(shade) for shade in shades]), step=0)
+        wait_for(lambda: receiver.file.exists() and receiver.file.stat().st_size > 60 * 188, 60, of="some rounds")
+        frames = receiver.stop()
+    times_s = [frame.time for frame in frames if frame.time is not None]
+    # ffmpeg, as a receiver of RTSP, guesses the first picture's time from the second's, whoever sends
+    steps_s = [after - before for before, after in pairwise(times_s[1:])]
+    assert len(steps_s) > 2 * len(shades)
+    assert steps_s == pytest.approx([1 / 24] * len(steps_s), abs=0.0015)  # RTMP has milliseconds
+    greys = [float(to_rgb(frame)[16:-16, 16:-16].mean()) for frame in frames]
+    rounds = [shade[0] for shade in shades] * (1 + len(greys) // len(shades))
+    assert greys == pytest.approx(rounds[: len(greys)], abs=8)
 
 
 class Relay:

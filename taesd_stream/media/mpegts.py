@@ -13,7 +13,7 @@ from taesd_stream.media.clock import ForwardPts
 # Measured with FFmpeg's readers: without any one of the two and the delimiter they are a picture late, without all two.
 # The price: their parser counts the delimiter to the next picture, which so gets the time of the one before.
 _OPTIONS: Final = {"flush_packets": "1", "omit_video_pes_length": "0"}
-_DELIMITER: Final = b"\0\0\0\1\x09\xf0"  # access unit delimiter (ISO/IEC 14496-10 7.3.2.4): the picture before it ends
+DELIMITER: Final = b"\0\0\0\1\x09\xf0"  # access unit delimiter (ISO/IEC 14496-10 7.3.2.4): the picture before it ends
 _END: Final = b"\0\0\0\1\x0a"  # end of sequence; a last delimiter alone is an error to decoders
 
 
@@ -59,7 +59,7 @@ class TransportStream:
             return b""
         self._started = True
         pts = self._forward.stamp(packet.pts, index=packet.index)
-        return self._mux(b"".join((packet.payload, _DELIMITER)), pts, is_keyframe=packet.is_keyframe)
+        return self._mux(b"".join((packet.payload, DELIMITER)), pts, is_keyframe=packet.is_keyframe)
 
     def close(self) -> bytes:
         """The bytes that end the stream in order, for a viewer that is still there. The muxer is freed."""

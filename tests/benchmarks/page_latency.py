@@ -7,7 +7,10 @@ reads the bars of what its element shows, and notes when a number is first there
 the way, drawing, and up to one 60 Hz frame of waiting. Ways: `webcodecs` is our player (`embed`); `jpeg` the same
 without VideoDecoder; `mjpeg` an <img> on live.mjpeg; `mse` a <video> fed by a WebSocket with one fragment a picture, at
 evenly spaced times, held at its newest frame, which is how MSE does best with pictures that come unevenly.
-`grid`: 25 streams at 10 a second on the wall: pictures made, those never drawn, and tasks over 100 ms. Last line: JSON.
+`grid`: 25 streams at 10 a second on the wall: pictures made, those never drawn, and tasks over 100 ms; where the others
+were lost: `publisher` before they were sent, `broker` replaced by a newer one there, `worker` (and its way to the
+streamer) and `page` behind it. Films that were made beside them: `--grid --set recording.film=off` is without. Last
+line: JSON.
 """
 
 from __future__ import annotations
@@ -98,10 +101,13 @@ def main() -> None:
     """Measure, print a table and then the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few pictures: does it run at all")
-    quick = parser.parse_args().quick
+    parser.add_argument("--grid", action="store_true", help="the wall of 25 alone")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the daemon, as `up` has it")
+    asked = parser.parse_args()
+    quick = asked.quick
     results: dict[str, Any] = {"machine": platform.processor() or platform.machine()}
-    with tempfile.TemporaryDirectory() as name, Daemon(Path(name)) as daemon, chromium() as browser:
-        for way in WAYS:
+    with tempfile.TemporaryDirectory() as name, Daemon(Path(name), *asked.set) as daemon, chromium() as browser:
+        for way in () if asked.grid else WAYS:
             results[way] = measure(daemon, browser, way, 15 if quick else 120)
             sys.stdout.write(f"{way:<10} {results[way]}\n")
         results["grid"] = measure_grid(daemon, browser, 3.0 if quick else 10.0)
@@ -210,10 +216,19 @@ def _mse(daemon: Daemon, page: Page, stack: ExitStack) -> Callable[[float], None
 _PLAYERS: Final = {"webcodecs": _webcodecs, "jpeg": _jpeg, "mse": _mse, "mjpeg": _mjpeg}
 
 
-def _thumbs(daemon: Daemon) -> float:
-    """Pictures of tiles that the daemon has made so far."""
+_COUNTS: Final = {
+    "made": 'packets_total{rendition="thumb"}',
+    "films": 'packets_total{rendition="film"}',
+    "received": 'broker{count="live_frames"}',
+    "replaced": 'broker{count="live_replaced"}',
+}
+
+
+def _counts(daemon: Daemon) -> dict[str, float]:
+    """How many pictures of tiles and films were made so far, frames came in at the broker, were replaced there."""
     text = daemon.get("/metrics")[1].decode()
-    return float(text.partition('\ntaesd_stream_packets_total{rendition="thumb"} ')[2].partition("\n")[0] or 0)
+    found = {key: text.partition(f"\ntaesd_stream_{name} ")[2].partition("\n")[0] for key, name in _COUNTS.items()}
+    return {key: float(value or 0) for key, value in found.items()}
 
 
 def measure_grid(daemon: Daemon, browser: Browser, measure_s: float) -> dict[str, float]:
@@ -244,17 +259,22 @@ def measure_grid(daemon: Daemon, browser: Browser, measure_s: float) -> dict[str
         wait_for(lambda: page.locator(canvases).count() == GRID, 60.0, of="25 tiles")
         count = f'[...document.querySelectorAll("{canvases}")].reduce((sum, c) => sum + Number(c.dataset.pictures), 0)'
         page.evaluate("window.long.length = 0")
-        before, sent_before, made_before, began_s = page.evaluate(count), sum(sent), _thumbs(daemon), time.monotonic()
+        before, sent_before, counts_before, began_s = page.evaluate(count), sum(sent), _counts(daemon), time.monotonic()
         page.wait_for_timeout(measure_s * 1000)
-        made = _thumbs(daemon) - made_before
+        counts = {key: value - counts_before[key] for key, value in _counts(daemon).items()}
         drawn, published, took_s = page.evaluate(count) - before, sum(sent) - sent_before, time.monotonic() - began_s
         long = page.evaluate("window.long")
     return {
         "published_per_s": round(published / took_s, 1),
-        "made_per_s": round(made / took_s, 1),
+        "made_per_s": round(counts["made"] / took_s, 1),
         "drawn_per_s": round(drawn / took_s, 1),
         "unseen": max(0, published - drawn),
         "of": published,
+        "lost_publisher": round(published - counts["received"]),
+        "lost_broker": round(counts["replaced"]),
+        "lost_worker": round(counts["received"] - counts["replaced"] - counts["made"]),
+        "lost_page": round(counts["made"] - drawn),
+        "films_per_s": round(counts["films"] / took_s, 1),
         "tasks_over_100_ms": sum(one > 100 for one in long),
         "longest_task_ms": round(max(long, default=0.0)),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 256  # pictures but films'; full, the decoder waits, and with it the worker's credits
 MANY_LIVE: Final = 8  # chains of `live` from which on a new one is made quickly rather than small
+FILM_S: Final = 1.0  # so often a film gets a picture however much there is to do, or busy runs would have none at all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +70,15 @@ class EncodePool:
     Films, which nobody waits for, have a few threads of their own, so that nothing else has to wait behind one.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s = clock_s
         self._chains: dict[tuple[str, Rendition], _Chain] = {}
         self._due: queue.SimpleQueue[_Chain | None] = queue.SimpleQueue()
         self._due_films: queue.SimpleQueue[_Chain | None] = queue.SimpleQueue()
         self._waiting = self._films_waiting = 0
         self._room = threading.Condition()  # of all fields
-        self._film_threads = max(1, threads // 4)
+        self._live_threads, self._film_threads = threads, max(1, threads // 4)
+        self._filmed_s: dict[str, float] = {}  # by run: when a frame of it was last let into its film
         self._heap = Heap()
         queues = [self._due] * threads + [self._due_films] * self._film_threads
         self._threads = [
@@ -94,14 +98,27 @@ class EncodePool:
             for task in tasks:
                 self._queue(self._chain(task), task)
 
-    @property
-    def takes_films(self) -> bool:
-        """Whether pictures for films would not have to wait for long."""
-        return self._films_waiting < 2 * self._film_threads
+    def takes_film(self, run: str, *, granted: int = 0, is_busy: bool = False) -> bool:
+        """Whether a frame of a run may go into its film too; from the thread that submits. If so it counts as taken.
+
+        A film takes only time that nobody else wants: while live pictures wait for a thread, or is_busy says that the
+        device is asked for, it gets one in FILM_S, and no two films at once. granted: how many frames were let in and
+        are not submitted yet.
+        """
+        now_s = self._clock_s()
+        with self._room:
+            before = self._films_waiting + granted
+            is_busy = is_busy or self._waiting - self._films_waiting > self._live_threads
+            is_due = now_s - self._filmed_s.get(run, float("-inf")) >= FILM_S
+            takes = is_due and not before if is_busy else before < 2 * self._film_threads
+            if takes:
+                self._filmed_s[run] = now_s
+        return takes
 
     def forget(self, run: str) -> None:
         """Close the encoders of a run, behind what is queued of it."""
         with self._room:
+            self._filmed_s.pop(run, None)
             for key in [key for key in self._chains if key[0] == run]:
                 self._queue(self._chains.pop(key), None)
 

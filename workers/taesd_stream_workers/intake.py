@@ -97,6 +97,9 @@ class Intake:
         """For viewers: of `live` latents that come faster than they are decoded the oldest go, as one cut."""
         share_bytes = self._registry.live_share_bytes if run.live is not None else 0
         is_watched = any(self._registry.wanted(run).values())
+        if is_watched and run.live is None and run.is_newer(frame):
+            self._links.counts["live_frames"] += 1
+            self._links.counts["live_replaced"] += run.is_newest_waiting
         cut = run.take(frame, received_ns, is_watched=is_watched, share_bytes=share_bytes)
         if not cut:
             return

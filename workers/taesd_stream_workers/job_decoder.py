@@ -245,14 +245,18 @@ class JobDecoder:
             return
         engine = self.engines.of_recordings(run.job.latent_format) if for_record or live is None else live
         mine: list[Wanted] = []
+        films, is_busy = 0, self._turns.is_waited_for
         for item, rows in items:
             is_recorded = "record" in item.renditions
             wanted = tuple(
                 rendition
                 for rendition in item.renditions
                 if for_record == (is_recorded and (rendition == "record" or self._records_as_it_shows(live)))
-                and (rendition != "film" or self._outlet.pool.takes_films)
             )
+            if "film" in wanted:
+                takes = self._outlet.pool.takes_film(item.run, granted=films, is_busy=is_busy)
+                films += takes
+                wanted = wanted if takes else tuple(rendition for rendition in wanted if rendition != "film")
             if wanted:
                 mine.append((item, rows, wanted))
         if mine:

@@ -33,6 +33,12 @@ class JobTurns:
             self._was_clip = bool(self._clips) and not (self._others and self._was_clip)
             return self._clips[0] if self._was_clip else self._others.popleft()
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether a job waits for the one whose turn it is."""
+        with self._changed:
+            return len(self._others) + len(self._clips) > self._was_clip
+
     def over(self, job: JobRun) -> None:
         """The last slice of this job is done."""
         if job.is_clip:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final
 from urllib.parse import quote, urlsplit
@@ -22,6 +21,7 @@ from taesd_stream.errors import ConfigError, TaesdStreamError
 from taesd_stream.frames import CLOCK_HZ
 from taesd_stream.media.encoder import TIME_BASE
 from taesd_stream.media.fragments import parameter_sets
+from taesd_stream.media.mpegts import DELIMITER
 from taesd_stream_workers.web_token import load_token
 
 logger = logging.getLogger(__name__)
@@ -29,9 +29,11 @@ logger = logging.getLogger(__name__)
 FORMATS: Final = {"rtsp": "rtsp", "rtmp": "flv", "rtmps": "flv"}
 TIMEOUT_S: Final = 10.0
 CLOSE_S: Final = 0.5
-MIN_STEP_TICKS: Final = CLOCK_HZ // 1000
+MIN_STEP_TICKS: Final = CLOCK_HZ // 1000  # FLV has milliseconds
+PTS_WRAP: Final = 1 << 33  # MPEG-TS counts no further: 26.5 hours
 WAITS_S: Final = (1.0, 2.0, 4.0, 8.0, 15.0)
-_READ: Final = {"probesize": "20000", "analyzeduration": "300000", "fpsprobesize": "0"}
+# noparse: a packet a picture, with its own time. FFmpeg's parser gives each the time of the one before (see mpegts.py).
+_READ: Final = {"probesize": "20000", "analyzeduration": "300000", "fpsprobesize": "0", "fflags": "noparse"}
 
 
 class PushError(TaesdStreamError):
@@ -101,25 +103,22 @@ class Push:
         options = {"rtsp_transport": "tcp"} if self._format == "rtsp" else {}
         writer: OutputContainer = av.open(self.url, "w", format=self._format, options=options, timeout=TIMEOUT_S)
         try:
-            stream = reader.streams.video[0]
-            copy = writer.add_stream_from_template(stream)
-            sets, last, began_ns, is_said = None, 0, time.monotonic_ns(), False
-            for packet in reader.demux(stream):
+            copy = writer.add_stream_from_template(reader.streams.video[0])
+            sets, time, before, is_said = None, 0, None, False
+            for picture, pts in _pictures(reader):
                 if stop.is_set():
                     return
-                if packet.dts is None:
+                found = parameter_sets(picture)
+                if found is not None and sets is not None and found != sets:
+                    raise PushError("the picture has another size")  # the receiver was told of the first one
+                sets = found or sets
+                if sets is None:
                     continue
-                if packet.is_keyframe:
-                    found = parameter_sets(bytes(packet))
-                    if sets is not None and found is not None and found != sets:
-                        raise PushError("the picture has another size")  # the receiver was told of the first one
-                    sets = found or sets
-                elif sets is None:
-                    continue
-                # It is live: the time is now, in steps that every format can tell (FLV has milliseconds).
-                last = max(last + MIN_STEP_TICKS, (time.monotonic_ns() - began_ns) * CLOCK_HZ // 1_000_000_000)
-                packet.pts = packet.dts = last
-                packet.time_base, packet.stream = TIME_BASE, copy
+                time += max(MIN_STEP_TICKS, (pts - before) % PTS_WRAP) if before is not None else 0
+                before = pts
+                packet = av.Packet(picture)
+                packet.pts = packet.dts = time
+                packet.time_base, packet.stream, packet.is_keyframe = TIME_BASE, copy, found is not None
                 writer.mux(packet)
                 self.sent += 1
                 if not is_said:
@@ -128,6 +127,16 @@ class Push:
             raise PushError("the daemon ended the stream")
         finally:
             _close(writer)
+
+
+def _pictures(reader: InputContainer) -> Iterator[tuple[bytes, int]]:
+    """Each picture of a live.ts, whole, and its time in it."""
+    data, pts = b"", 0
+    for packet in reader.demux(reader.streams.video[0]):
+        data, pts = (bytes(packet), packet.pts) if packet.pts is not None else (data + bytes(packet), pts)
+        if data.endswith(DELIMITER):  # else the rest of a large one comes
+            yield data.removesuffix(DELIMITER), pts
+            data = b""
 
 
 def source_of(web: str, stream: str) -> str:

@@ -134,12 +134,26 @@ class Run:
             del self.failures[min(self.failures)]
         return self.failures.get(seq, times)
 
+    def absolve(self, seq: int) -> None:
+        """One of the jobs that seemed to end on a frame did not."""
+        if seq in self.failures:
+            self.failures[seq] = max(0, self.failures[seq] - 1)
+
+    def is_newer(self, frame: LatentFrame) -> bool:
+        """Whether a frame that came in is the newest one, and not sent again."""
+        return self.newest is None or frame.seq > self.newest.seq
+
+    @property
+    def is_newest_waiting(self) -> bool:
+        """Whether no worker was given the newest frame for viewers: the next one takes its place."""
+        return self.newest is not None and self.newest.seq > max(self.dispatched.values(), default=-1)
+
     def take(self, frame: LatentFrame, received_ns: int, *, is_watched: bool, share_bytes: int) -> int:
         """A frame came in: it is the newest, unless it was sent again.
 
         share_bytes: most that may wait of a `live` run. Returns: latents of it that were left out, for they were late.
         """
-        if self.newest is not None and frame.seq <= self.newest.seq:
+        if not self.is_newer(frame):
             return 0
         if self.newest is not None:
             interval_s = (received_ns - self.newest_received_ns) / 1e9
