@@ -1,4 +1,4 @@
-"""Rules of the protocol at a real broker: deaths, lost runs, what is remembered, whose word on keeping holds."""
+"""Rules of the protocol at a real broker: lost runs, what is remembered, whose word on keeping holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from taesd_stream.config import load_config
 from taesd_stream.frames import Kind, StreamInfo
-from taesd_stream.messages import DemandUpdate, Done, Gap, JobItem, Record, RunHello
+from taesd_stream.messages import DemandUpdate, Done, JobItem, Record, RunHello
 from taesd_stream_workers.registry import ENDED_BYTES, ENDED_RUNS, Registry
 from taesd_stream_workers.runs import Run
 from tests.broker_role import BrokerRole, StreamerPeer, frame, new_run
@@ -23,30 +23,6 @@ def broker(tmp_path: Path) -> Iterator[BrokerRole]:
     """A broker of the test's own."""
     with BrokerRole(tmp_path) as one:
         yield one
-
-
-def test_a_frame_that_two_workers_died_of_is_left_out(tmp_path: Path) -> None:
-    """Rule 4: the second worker that is gone with it in hand is the last to get it; a GAP, and what follows is done."""
-    run = new_run()
-    with (
-        BrokerRole(tmp_path, "decoder.job_deadline_s=0.1") as broker,
-        broker.publisher() as publisher,
-        broker.streamer() as streamer,
-    ):
-        publisher.open(run, "deadly", record="all")
-        for seq in range(2):
-            publisher.say(frame(run, seq, kept=True))
-        publisher.ack(run, 1)
-        for name in ("first", "second"):
-            with broker.worker(name, credits=1) as worker:
-                assert worker.job().items[0].seq == 0
-                wait_for(lambda: not broker.stats().workers, of="the end of the worker")
-        gap = streamer.next(Gap)
-        assert gap.seq == 0
-        streamer.written(run, gap.attempt, 0)
-        with broker.worker("third") as worker:
-            assert [item.seq for item in worker.do(1)] == [1]
-        assert broker.stats().stats["counts"]["gaps"] == 1
 
 
 def recorded(broker: BrokerRole, streamer: StreamerPeer, run: str, last: int) -> int:
