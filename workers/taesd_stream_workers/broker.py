@@ -226,6 +226,7 @@ class Broker:
         run = self._registry.ask_record(record.stream, record.mode)
         if run is not None:
             run.record = record.mode
+            run.is_reopened = False  # what its publisher knows of a former broker is older than this
             self._registry.touch(run)
             self._intake.tell(run, always=True)
             self._links.is_changed = True
@@ -262,9 +263,15 @@ class Broker:
     def _tell_state(self, peer: bytes) -> None:
         """STATE, whole: to the streamer, and to whoever says STATS."""
         registry, links = self._registry, self._links
+        untold = registry.untold()
+        rows = [stream_row(run, registry.wanted(run)) for run in registry.by_name.values()]
         state = State(
-            streams=[stream_row(run, registry.wanted(run)) for run in registry.by_name.values()],
-            runs={run_id: recording_row(run) for run_id, run in registry.by_run.items() if run.kept},
+            streams=[{**row, "meta": {}} if row["run"] in untold else row for row in rows],
+            runs={
+                run_id: recording_row(run, has_meta=run_id not in untold)
+                for run_id, run in registry.by_run.items()
+                if run.kept
+            },
             workers=self._dispatcher.workers_state(),
             stats={"counts": dict(links.counts + self._gate.counts), "alerts": dict(links.alerts), "pid": os.getpid()},
             desired_workers=self._dispatcher.desired_workers,

@@ -253,6 +253,14 @@ class Dispatcher:
                 kept.restart(min(kept.written, kept.told), kept.attempt + 1)
             elif kept.is_damaged:
                 self._pass_gap(run, kept, kept.next_seq, "log_damaged")
+        self._say_unreadable()
+
+    def _say_unreadable(self) -> None:
+        texts = [run.kept.unreadable for run in self._registry.by_run.values() if run.kept and run.kept.unreadable]
+        if texts:
+            self._links.alert("log_unreadable", f"The latent log cannot be read, recordings wait: {texts[0]}")
+        else:
+            self._links.resolve("log_unreadable")
 
     def _worker_gone(self, peer: bytes) -> None:
         """It is silent, or late with a job: all that it has goes to others, what it has at hand alone."""

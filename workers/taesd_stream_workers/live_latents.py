@@ -120,6 +120,11 @@ class LiveLatents:
         for seq in [seq for seq in self._frames if seq < min([self.next_seq, *self._in_flight])]:
             self._drop(seq)
 
+    def clear(self) -> None:
+        """Hold none any more."""
+        self._frames.clear()
+        self.held_bytes = 0
+
     def _forget_old(self) -> None:
         """Keep what waits or is in flight, the newest, and the history before the oldest of those."""
         if not self._frames:

@@ -98,15 +98,21 @@ class Run:
         return quiet_s > max(10.0, 5 * self.interval_s)
 
     @property
-    def held_bytes(self) -> int:
-        """Of its latents in memory: the newest frame; of a `live` run also what waits, and the history."""
-        newest_bytes = self.newest.nbytes if self.newest is not None else 0
-        return max(newest_bytes, self.live.held_bytes) if self.live is not None else newest_bytes
+    def is_being_recorded(self) -> bool:
+        """Whether something of it is on its way into a file."""
+        return self.kept is not None and bool(self.kept.in_flight or self.kept.gaps)
 
     @property
     def frames_behind(self) -> int:
         """How far its recording is behind the newest kept frame."""
         return max(0, self.kept.logged - self.kept.written) if self.kept else 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Of latents that are in memory, and in no log, or not only there: of `live` all that waits, and its history."""
+        front = self.kept.front if self.kept is not None else None
+        newest_bytes, front_bytes = (one.nbytes if one is not None else 0 for one in (self.newest, front))
+        return max(newest_bytes, self.live.held_bytes if self.live is not None else 0) + front_bytes
 
     def say(self, note: str) -> None:
         """Something is wrong with its pictures: the page shows it."""
@@ -311,7 +317,7 @@ class Run:
 
     def _frame_at(self, seq: int) -> LatentFrame | None:
         found = self.live.get(seq) if self.live is not None else None
-        return found or (self.kept.log.read(seq) if self.kept is not None else None)
+        return found or (self.kept.read(seq) if self.kept is not None else None)
 
     def received_ns(self, frame: LatentFrame) -> int:
         """When a frame came in; 0 of one that has waited in the log."""
@@ -369,6 +375,12 @@ class Run:
         self.forced |= {rendition for rendition in candidate.renditions if rendition not in ("record", "film")}
         if self.live is not None and not candidate.is_repeat and not candidate.is_record:
             self.live.return_to(candidate.seq)
+
+    def let_go(self) -> None:
+        """It is over, and shown no more: nothing of it is held in memory that is in its log."""
+        self.newest = None
+        if self.live is not None:
+            self.live.clear()
 
     def finish_keeping(self) -> RunLog:
         """Its recording is finished. Returns: the log, which has done its work."""
