@@ -109,7 +109,7 @@ class Run:
 
     @property
     def held_bytes(self) -> int:
-        """Of latents that are in memory, and in no log, or not only there: of `live` all that waits, and its history."""
+        """Of latents that are in memory, and in no log yet or not only there; of `live` with its history."""
         front = self.kept.front if self.kept is not None else None
         newest_bytes, front_bytes = (one.nbytes if one is not None else 0 for one in (self.newest, front))
         return max(newest_bytes, self.live.held_bytes if self.live is not None else 0) + front_bytes
