@@ -18,7 +18,7 @@ from taesd_stream_workers.broken_chains import BrokenChains
 logger = logging.getLogger(__name__)
 
 PRUNE_S: Final = 10.0
-MAX_OPEN: Final = 64  # files; a film that grows again is opened again
+MAX_OPEN: Final = 128  # files; a film that grows again is opened again
 
 
 @dataclass(slots=True, kw_only=True)
@@ -104,7 +104,7 @@ class Films:
         if one is not None or film is None:
             return one
         try:
-            return Recording.open(self._folder, stream=film.stream, run=run, meta={}, is_film=True)
+            return Recording.open(self._folder, stream=film.stream, run=run, meta={}, is_film=True, paths=film.paths)
         except RecordingError as error:
             logger.warning("film_not_readable run=%s error=%s", run, error)
             return None
@@ -138,8 +138,16 @@ class Films:
     def _recording(self, packet: Packet, meta: Mapping[str, Any]) -> Recording:
         one = self._open.pop(packet.run, None)
         if one is None:
-            stream, run = packet.stream, packet.run
-            one = Recording.open(self._folder, stream=stream, run=run, meta=meta, is_film=True, name="{run}")
+            paths = film.paths if (film := self.films.get(packet.run)) else ()
+            one = Recording.open(
+                self._folder,
+                stream=packet.stream,
+                run=packet.run,
+                meta=meta,
+                is_film=True,
+                name="{run}",
+                paths=[path for path in paths if path.exists()],  # a person may have removed it
+            )
         self._open[packet.run] = one
         if len(self._open) > MAX_OPEN:
             self._open.pop(next(iter(self._open))).close()

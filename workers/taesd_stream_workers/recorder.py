@@ -24,10 +24,11 @@ from taesd_stream_workers.recording_rows import cursor_of, growing_row, meta_of,
 logger = logging.getLogger(__name__)
 
 QUEUE_BYTES: Final = 64 << 20
-FILM_BYTES: Final = QUEUE_BYTES // 2  # films take no more of it: the rest is for what people asked to keep
+FILM_BYTES: Final = 32 << 20
 MAX_EARLY: Final = 256
 SYNC_S: Final = 1.0
 TELL_S: Final = 0.2
+IDLE_S: Final = 0.1
 RETRY_S: Final = 5.0
 
 
@@ -51,6 +52,7 @@ class Recorder:
         self._on_error = on_error
         self._retention = Retention(self.library, config.recording)
         self._queue: ByteBoundedQueue[Packet | Gap | State] = ByteBoundedQueue(QUEUE_BYTES, _size)
+        self._film_queue: ByteBoundedQueue[Packet] = ByteBoundedQueue(FILM_BYTES, _size)  # behind all of the other
         self._open: dict[str, Recording] = {}
         self._finished: dict[str, int] = {}  # run -> attempt that its finished file ended with
         self._runs: dict[str, dict[str, Any]] = {}
@@ -72,7 +74,9 @@ class Recorder:
         self.films.load()
         for one in find_unfinished(self.folder):
             try:
-                recording = Recording.open(self.folder, stream=one.stream, run=one.run, meta={}, name=self._name)
+                recording = Recording.open(
+                    self.folder, stream=one.stream, run=one.run, meta={}, name=self._name, paths=one.paths
+                )
             except (RecordingError, ValueError) as error:
                 logger.error("recording_not_readable run=%s error=%s", one.run, error)
                 continue
@@ -82,11 +86,11 @@ class Recorder:
 
     def put(self, item: Packet | Gap | State) -> bool:
         """Queue work; False when full: the packet is lost, and the broker sends it again (of a film: a hole)."""
-        is_film = isinstance(item, Packet) and item.rendition == "film"
-        if not (is_film and self._queue.held_bytes > FILM_BYTES) and self._queue.put(item):
+        if not isinstance(item, Packet) or item.rendition != "film":
+            return self._queue.put(item)
+        if self._film_queue.put(item):
             return True
-        if isinstance(item, Packet) and is_film:
-            self._lost.append(item)
+        self._lost.append(item)
         return False
 
     def keep_film(self, run: str) -> Future[str]:
@@ -163,10 +167,10 @@ class Recorder:
         return recording_id in self._open
 
     def _run(self) -> None:
-        while not (self._stop.is_set() and not len(self._queue)):
-            item = self._queue.get(timeout_s=0.1)
+        while not (self._stop.is_set() and not len(self._queue) + len(self._film_queue)):
+            item = self._queue.get(timeout_s=0 if len(self._film_queue) else IDLE_S)
             try:
-                self._handle(item)
+                self._handle(item or self._film_queue.get(timeout_s=0))
                 self._keep_films()
                 self._sync_all()
                 self._is_dirty |= self._retention.tick()
