@@ -55,7 +55,9 @@ class KeptFrames:
             return None
         if self._ring and found >= self._ring[0].seq:
             return self._ring[bisect_left(self._ring, found, key=lambda frame: frame.seq)]
-        return self._log.read(found) if self._log else None
+        with contextlib.suppress(LogError):  # it is asked for again
+            return self._log.read(found) if self._log else None
+        return None
 
     def ack(self, seq: int) -> bool:
         """Forget everything up to `seq`. Returns whether there was any."""
@@ -93,7 +95,6 @@ class KeptFrames:
         if self._log:
             self._log.end(end)
             paths = self._log.paths
-            self._log.close()
         return paths
 
     def _free_log(self) -> None:

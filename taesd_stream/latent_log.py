@@ -3,6 +3,7 @@
 One run is a chain of segments `RUN.NNNN.latents`. A record is `length, crc32, header length` (big-endian uint32), then
 the header and the payload just as they travel. Each segment begins with the run's OPEN, so that any one of them can be
 read, and published again, alone. A torn tail is cut when the file is opened next; a damaged record costs itself alone.
+A file is open only while it is read or written: logs that wait for a recording, however many, hold no descriptor.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,17 +33,23 @@ _FILE = re.compile(r"([0-9a-f]{16})\.([0-9]{4,8})\.latents")
 
 
 class LogError(TaesdStreamError):
-    """The log could not take a record (disk full, say); the file ends at its last whole one."""
+    """The disk took a record not (it is full, say), and the file ends at its last whole one; or gives none now."""
 
 
 def read_messages(path: Path) -> Iterator[StreamInfo | LatentFrame | End]:
     """Every whole record of one segment file, in order; torn and damaged ones are passed over."""
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    try:
+    with _opened(path, os.O_RDONLY) as fd:
         for record in walk(fd, os.fstat(fd).st_size):
             message = read_record(fd, record.offset)
             if message is not None:
                 yield message
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags | getattr(os, "O_BINARY", 0))
+    try:
+        yield fd
     finally:
         os.close(fd)
 
@@ -50,13 +58,14 @@ def read_messages(path: Path) -> Iterator[StreamInfo | LatentFrame | End]:
 class _Segment:
     number: int
     path: Path
-    fd: int
     first_seq: int | None = None
     offsets: list[int] = field(default_factory=list)  # of frame first_seq + i; -1: it is damaged
     end: int = 0  # behind the last whole record
     info: StreamInfo | None = None
     ended: End | None = None
     damaged: int = 0  # records that are lost, as far as can be told
+    changed_unix: float = 0.0  # when it was last written to
+    is_gone: bool = False  # somebody removed the file
 
 
 class RunLog:
@@ -72,7 +81,7 @@ class RunLog:
         self.info = info
         self.ended: End | None = None
         self.damaged = 0  # records that were found damaged when it was reopened
-        self._folder = folder
+        self.folder = folder
         self._begins_at = first_seq
         self._segment_bytes = segment_bytes
         self._segments: list[_Segment] = []
@@ -83,17 +92,17 @@ class RunLog:
         """The log that a former process left; torn tails are cut. None when no segment holds its OPEN.
 
         A damaged record is passed over: `read` of its seq gives None, and what is behind it stays.
+        Raises: OSError for a file that cannot be read.
         """
         segments = [_scan(number, path) for number, path in _segments_of(folder, run)]
         info = next((one.info for one in reversed(segments) if one.info is not None), None)
         log = None if info is None else cls(folder, info, segment_bytes=segment_bytes)
         for segment in segments:
             if log is None or (segment.info is None and not segment.offsets):
-                os.close(segment.fd)
                 _put_away(segment.path)
                 continue
-            if segment.end < os.fstat(segment.fd).st_size:  # else its time of change, which is its age, would be new
-                os.ftruncate(segment.fd, segment.end)
+            if segment.end < segment.path.stat().st_size:  # else its time of change, which is its age, would be new
+                os.truncate(segment.path, segment.end)
             log.ended = segment.ended or log.ended
             log.damaged += segment.damaged
             log._segments.append(segment)
@@ -121,7 +130,7 @@ class RunLog:
     @property
     def changed_unix(self) -> float:
         """When it was last written to; 0 while it has no file."""
-        return max((path.stat().st_mtime for path in self.paths if path.exists()), default=0.0)
+        return max((segment.changed_unix for segment in self._segments), default=0.0)
 
     @property
     def paths(self) -> list[Path]:
@@ -150,11 +159,17 @@ class RunLog:
         self.ended = end
 
     def read(self, seq: int) -> LatentFrame | None:
-        """The frame `seq`, None when it is not here (any more)."""
+        """The frame `seq`, None when it is not here (any more). Raises: LogError where it cannot be read now."""
         segment, place = self._place_of(seq)
         if segment is None or (offset := segment.offsets[place]) < 0:
             return None
-        found = read_record(segment.fd, offset)
+        try:
+            with _opened(segment.path, os.O_RDONLY) as fd:
+                found = read_record(fd, offset)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise LogError(f"{segment.path}: {error.strerror}") from error
         return found if isinstance(found, LatentFrame) and found.seq == seq else None
 
     def size_of(self, seq: int) -> int:
@@ -175,19 +190,13 @@ class RunLog:
 
     def sync(self) -> None:
         """Force what was appended to the disk. Any thread; where the log goes meanwhile there is nothing to force."""
-        with contextlib.suppress(OSError, IndexError):
-            os.fsync(self._segments[-1].fd)
+        with contextlib.suppress(OSError, IndexError), _opened(self._segments[-1].path, os.O_RDWR) as fd:
+            os.fsync(fd)
 
     def delete(self) -> None:
         """Remove every segment."""
         while self._segments:
             self._remove(self._segments[0])
-
-    def close(self) -> None:
-        """Close the files; they stay."""
-        for segment in self._segments:
-            os.close(segment.fd)
-        self._segments = []
 
     def _place_of(self, seq: int) -> tuple[_Segment | None, int]:
         """The segment that has the frame, and which of its offsets is the frame's."""
@@ -199,25 +208,29 @@ class RunLog:
 
     def _remove(self, segment: _Segment) -> None:
         self._segments.remove(segment)
-        os.close(segment.fd)
-        segment.path.unlink(missing_ok=True)
+        try:
+            segment.path.unlink(missing_ok=True)
+        except OSError as error:  # it costs room, no frame; a next start finds it again
+            logger.error("log_segment_stays path=%s error=%s", segment.path, error.strerror)
 
     def _segment(self, *, is_new: bool = False) -> _Segment:
-        """The segment to write to, a new one where the last is full."""
-        if self._segments and self._segments[-1].end < self._segment_bytes and not is_new:
-            return self._segments[-1]
+        """The segment to write to, a new one where the last is full, or gone."""
+        last = self._segments[-1] if self._segments else None
+        if last is not None and last.end < self._segment_bytes and not is_new and not last.is_gone:
+            return last
         self.sync()  # a later sync() sees the new one only
-        path = self._folder / f"{self.info.run}.{self._next_number:04d}{SUFFIX}"
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        path = self.folder / f"{self.info.run}.{self._next_number:04d}{SUFFIX}"
+        segment = _Segment(self._next_number, path)
         try:
-            segment = _Segment(self._next_number, path, os.open(path, flags, 0o600))
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         except OSError as error:
+            self._next_number += isinstance(error, FileExistsError)  # one that could not be removed: not that again
             raise LogError(f"{path}: {error.strerror}") from error
         try:
             self._write(segment, pack_record(self.info))
         except LogError:
-            os.close(segment.fd)
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             raise
         self._segments.append(segment)
         self._next_number += 1
@@ -225,18 +238,28 @@ class RunLog:
 
     @staticmethod
     def _write(segment: _Segment, record: list[Part]) -> int:
-        offset = segment.end
-        data = memoryview(b"".join(record))
+        offset, data = segment.end, b"".join(record)
         try:
-            os.lseek(segment.fd, offset, os.SEEK_SET)
-            while data:
-                data = data[os.write(segment.fd, data) :]  # a short write is no exception
+            with _opened(segment.path, os.O_WRONLY) as fd:
+                _write_at(fd, offset, data)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(segment.fd, offset)
+            segment.is_gone = isinstance(error, FileNotFoundError)
             raise LogError(f"{segment.path}: {error.strerror}") from error
-        segment.end = os.lseek(segment.fd, 0, os.SEEK_CUR)
+        segment.end, segment.changed_unix = offset + len(data), time.time()
         return offset
+
+
+def _write_at(fd: int, offset: int, data: bytes) -> None:
+    """Write behind `offset`; where the disk does not take all of it, the file is cut back. Raises: OSError."""
+    left = memoryview(data)
+    try:
+        os.lseek(fd, offset, os.SEEK_SET)
+        while left:
+            left = left[os.write(fd, left) :]  # a short write is no exception
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, offset)
+        raise
 
 
 def _segments_of(folder: Path, run: str) -> list[tuple[int, Path]]:
@@ -256,25 +279,27 @@ def _put_away(path: Path) -> None:
 
 def _scan(number: int, path: Path) -> _Segment:
     """A segment file and what is in it, by the records' headers; its last record must be right in every byte."""
-    segment = _Segment(number, path, os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0)))
-    size = os.fstat(segment.fd).st_size
-    records = list(walk(segment.fd, size))
-    if records and read_record(segment.fd, records[-1].offset) is None:
-        del records[-1]  # a crash may have left its length without its bytes
-    behind = 0
-    for record in records:
-        segment.damaged += record.offset > behind
-        behind = record.end
-        if record.seq is None:
-            _take_word(segment, record)
-        else:
-            _index(segment, record, record.seq)
+    segment = _Segment(number, path)
+    with _opened(path, os.O_RDONLY) as fd:
+        stat = os.fstat(fd)
+        segment.changed_unix = stat.st_mtime
+        records = list(walk(fd, stat.st_size))
+        if records and read_record(fd, records[-1].offset) is None:
+            del records[-1]  # a crash may have left its length without its bytes
+        behind = 0
+        for record in records:
+            segment.damaged += record.offset > behind
+            behind = record.end
+            if record.seq is None:
+                _take_word(segment, fd, record)
+            else:
+                _index(segment, fd, record, record.seq)
     segment.end = behind
     return segment
 
 
-def _take_word(segment: _Segment, record: Record) -> None:
-    message = read_record(segment.fd, record.offset)
+def _take_word(segment: _Segment, fd: int, record: Record) -> None:
+    message = read_record(fd, record.offset)
     if isinstance(message, StreamInfo):
         segment.info = message
     elif isinstance(message, End):
@@ -283,14 +308,14 @@ def _take_word(segment: _Segment, record: Record) -> None:
         segment.damaged += 1
 
 
-def _index(segment: _Segment, record: Record, seq: int) -> None:
+def _index(segment: _Segment, fd: int, record: Record, seq: int) -> None:
     """Note where a frame is. Frames that should be before it, and were not found, are damaged.
 
     A seq that does not follow the one before it, the segment's first among them, may be a damaged byte: all are read.
     """
     expected = seq if segment.first_seq is None else segment.first_seq + len(segment.offsets)
     follows = segment.first_seq is not None and seq == expected
-    if not follows and (seq < expected or read_record(segment.fd, record.offset) is None):
+    if not follows and (seq < expected or read_record(fd, record.offset) is None):
         segment.damaged += 1
         return
     if segment.first_seq is None:

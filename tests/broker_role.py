@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import secrets
 import select
 import signal
@@ -55,14 +56,15 @@ SHAPE = (4, 8, 8)
 class BrokerRole:
     """`with BrokerRole(folder) as broker:` runs one alone, on free local ports."""
 
-    def __init__(self, folder: Path, *sets: str) -> None:
+    def __init__(self, folder: Path, *sets: str, config: Path | None = None) -> None:
         self.folder = folder
+        self._config = ["--config", str(config)] if config is not None else []
         self.log_folder = folder / "recordings" / ".latents"
         self._sets = [f"recording.folder={folder / 'recordings'}", *sets]
         self.front = self.inside = "tcp://127.0.0.1:0"
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.alive: list[HelloPeer] = []
-        self.keys: Keys | None = None  # of its workers, where it asks for some
+        self.keys: Keys | None = None  # of its workers and its streamer, where it asks for some
 
     def __enter__(self) -> BrokerRole:
         self.start()
@@ -81,7 +83,7 @@ class BrokerRole:
         self._log = (self.folder / "broker.log").open("ab")
         started_s = time.monotonic()
         self.process = subprocess.Popen(
-            [*COMMAND, "broker", *options],
+            [*COMMAND, "broker", *self._config, *options],
             stdout=subprocess.PIPE,
             stderr=self._log,
             env=clean_environment(self.folder),
@@ -115,12 +117,27 @@ class BrokerRole:
 
     def stats(self) -> State:
         """Its STATE, asked for."""
+        self.beat()
         with self.peer(self.inside, wire.TO_STREAMER, keys=self.keys) as peer:
             return peer.ask(Stats(), State)
 
     def row(self, stream: str) -> dict[str, Any]:
         """The stream's row of STATE."""
         return next(row for row in self.stats().streams if row["name"] == stream)
+
+    def alerts(self) -> dict[str, str]:
+        """What it warns of."""
+        found: dict[str, str] = self.stats().stats["alerts"]
+        return found
+
+    def limit_files(self, limit_bytes: int) -> None:
+        """No file of it may grow past so many bytes: its writes behind that fail, as on a full disk.
+
+        What it logs shares the limit; that much it can say in any case.
+        """
+        limit_bytes = max(limit_bytes, (self.folder / "broker.log").stat().st_size + 4096)
+        _, hard = resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (limit_bytes, hard))
 
     @contextmanager
     def peer(
@@ -148,7 +165,7 @@ class BrokerRole:
     @contextmanager
     def worker(self, identity: str = "", **hello: Any) -> Iterator[WorkerPeer]:
         """A worker that says HELLO; jobs are the test's to answer."""
-        with self.peer(self.inside, wire.TO_WORKER, identity) as one:
+        with self.peer(self.inside, wire.TO_WORKER, identity, self.keys) as one:
             worker = WorkerPeer(one.socket, one.allowed, self)
             worker.hello(**hello)
             with self._alive(worker):
@@ -157,7 +174,7 @@ class BrokerRole:
     @contextmanager
     def streamer(self) -> Iterator[StreamerPeer]:
         """A streamer that says HELLO, and writes nothing by itself."""
-        with self.peer(self.inside, wire.TO_STREAMER) as one:
+        with self.peer(self.inside, wire.TO_STREAMER, keys=self.keys) as one:
             streamer = StreamerPeer(one.socket, one.allowed, self)
             streamer.hello()
             with self._alive(streamer):
@@ -232,6 +249,11 @@ class Peer:
     def ack(self, run: str, seq: int, timeout_s: float = TIMEOUT_S) -> Ack:
         """The ACK of that seq or a later one."""
         return self.next(Ack, lambda ack: ack.run == run and ack.seq >= seq, timeout_s)
+
+    def acked(self) -> int:
+        """The last seq that was acked, of whatever run; -1 for none."""
+        self.drain()
+        return max((message.seq for message in self.heard if isinstance(message, Ack)), default=-1)
 
     def end(self, run: str, last_seq: int) -> None:
         """END of a run, and wait until the broker has it."""

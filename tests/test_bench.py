@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from taesd_stream.capacity import LOAD_FACTOR, wait_s
+from taesd_stream.config import load_config
+from taesd_stream.models import build_decoder
+from taesd_stream_workers.benching import Bench
+from taesd_stream_workers.worker_load import Case
 from tests.daemon import COMMAND, clean_environment, wait_for
 from tests.processes import children_of, lives
 from tests.test_cli import refusal, run
@@ -74,6 +80,16 @@ def test_bad_values_are_refused(words: str, told: str, tmp_path: Path) -> None:
     code, line = refusal("bench", *words.split(), folder=tmp_path)
     assert code == 2
     assert told in line
+
+
+def test_float8_is_measured_where_it_is_used(tmp_path: Path) -> None:
+    """With decoder.float8 a bench's full decoder computes in it, as a daemon's live views do."""
+    save_file(build_decoder("taef2").state_dict(), tmp_path / "taef2_decoder.safetensors")
+    sets = ["decoder.float8=true", "decoder.device=cpu", f"weights.folder={tmp_path}"]
+    bench = Bench(load_config(None, sets), ["flux2"], [64], 0.1)
+    with ExitStack() as stack:
+        bench.steps(stack)
+    assert bench._engine(Case("flux2", 64, "tiny")).is_float8
 
 
 @pytest.mark.slow

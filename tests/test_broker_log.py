@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from taesd_stream.latent_log import read_messages
 from taesd_stream.messages import Ack, DemandUpdate, End, Gap, JobItem, Record, Refused, RunHello
-from tests.broker_role import BrokerRole, Peer, StreamerPeer, WorkerPeer, frame, new_run
+from tests.broker_role import BrokerRole, StreamerPeer, WorkerPeer, frame, new_run
 from tests.daemon import wait_for
 
 
@@ -20,24 +19,6 @@ def broker(tmp_path: Path) -> Iterator[BrokerRole]:
     """A broker that the test may harm."""
     with BrokerRole(tmp_path) as one:
         yield one
-
-
-def file_limit(broker: BrokerRole, limit_bytes: int) -> None:
-    """No file of the broker may grow past so many bytes: its writes behind it fail, as on a full disk."""
-    _, hard = resource.prlimit(broker.process.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(broker.process.pid, resource.RLIMIT_FSIZE, (limit_bytes, hard))
-
-
-def alerts(broker: BrokerRole) -> dict[str, str]:
-    """What it warns of."""
-    found: dict[str, str] = broker.stats().stats["alerts"]
-    return found
-
-
-def acked(publisher: Peer) -> int:
-    """The last seq that was acked."""
-    publisher.drain()
-    return max((message.seq for message in publisher.heard if isinstance(message, Ack)), default=-1)
 
 
 def test_a_full_disk_acks_nothing_and_goes_on_when_there_is_room(broker: BrokerRole) -> None:
@@ -49,20 +30,19 @@ def test_a_full_disk_acks_nothing_and_goes_on_when_there_is_room(broker: BrokerR
         publisher.ack(run, 0)
         (path,) = broker.log_folder.glob("*.latents")
         whole = path.stat().st_size
-        # the log of the tests' broker shares the limit: it has said all that it says already
-        file_limit(broker, max(whole + 100, (broker.folder / "broker.log").stat().st_size + 4096))
+        broker.limit_files(whole + 100)
         seq = 1
-        while "log_error" not in alerts(broker):
+        while "log_error" not in broker.alerts():
             publisher.say(frame(run, seq, kept=True))
             publisher.receive(0.05)
-            seq = acked(publisher) + 1
-        assert "cannot be written" in alerts(broker)["log_error"]
-        last = acked(publisher)
+            seq = publisher.acked() + 1
+        assert "cannot be written" in broker.alerts()["log_error"]
+        last = publisher.acked()
         assert broker.stats().stats["counts"]["log_errors"] >= 1
-        file_limit(broker, 1 << 30)
+        broker.limit_files(1 << 30)
         publisher.say(frame(run, last + 1, kept=True))
         publisher.ack(run, last + 1)
-        wait_for(lambda: "log_error" not in alerts(broker), of="the all-clear")
+        wait_for(lambda: "log_error" not in broker.alerts(), of="the all-clear")
     broker.kill()
     broker.start()
     assert broker.stats().runs[run]["last_seq"] == last + 1
@@ -152,11 +132,11 @@ def test_a_log_that_is_full_acks_nothing_until_there_is_room(tmp_path: Path) -> 
         runs = [new_run(), new_run()]
         publisher.open(runs[0], "full/first", record="all")
         seq = 0
-        while "log_full" not in alerts(broker):
+        while "log_full" not in broker.alerts():
             publisher.say(frame(runs[0], seq, kept=True))
             publisher.receive(0.05)
-            seq = acked(publisher) + 1
-        last = acked(publisher)
+            seq = publisher.acked() + 1
+        last = publisher.acked()
         publisher.open(runs[1], "full/second", record="all")
         publisher.say(frame(runs[1], 0, kept=True))
         publisher.publisher_hello(**{runs[1]: RunHello(next_seq=1, kept_from=0)})
@@ -165,7 +145,7 @@ def test_a_log_that_is_full_acks_nothing_until_there_is_room(tmp_path: Path) -> 
         items: list[JobItem] = []
         take(worker, streamer, runs[0], items, last)
         streamer.written(runs[0], items[-1].attempt, last, finished=True)
-        wait_for(lambda: "log_full" not in alerts(broker), of="room in the log")
+        wait_for(lambda: "log_full" not in broker.alerts(), of="room in the log")
         publisher.say(frame(runs[1], 0, kept=True))
         publisher.ack(runs[1], 0)
 

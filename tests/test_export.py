@@ -166,7 +166,6 @@ def test_a_latent_log_is_decoded_anew(tmp_path: Path) -> None:
                 shape=(4, 8, 8), kept=True, sent_ns=2 * 10**9 + round(time_s * 1e9), payload=latents.tobytes(),
             )
         )  # fmt: skip
-    log.close()
     (path,) = tmp_path.glob("*.latents")
     output = tmp_path / "out.mp4"
     done = run("export", path, "-o", output, folder=tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,14 @@ COUNT = 40
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> Iterator[KeptRun]:
+def kept(tmp_path: Path) -> KeptRun:
     """A run of which COUNT frames are logged, and nothing is recorded."""
     run = new_run()
     info = StreamInfo(stream="a", run=run, kind="steps", latent_format="sd1")
     log = RunLog(tmp_path, info, first_seq=0)
     for seq in range(COUNT):
         log.append(frame(run, seq, kept=True, shape=SHAPE))
-    yield KeptRun(log=log, queued=COUNT - 1, logged=COUNT - 1, next_seq=0, written=-1)
-    log.close()
+    return KeptRun(log=log, queued=COUNT - 1, logged=COUNT - 1, next_seq=0, written=-1)
 
 
 def seqs(frames: list[LatentFrame]) -> list[int]:

@@ -59,7 +59,6 @@ def write_log(folder: Path, frames: list[Tensor], kind: Any = "steps") -> Path:
             )
         )
     (path,) = log.paths
-    log.close()
     return path
 
 

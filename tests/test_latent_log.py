@@ -68,7 +68,6 @@ def test_the_first_frame_is_not_passed_over(tmp_path: Path) -> None:
     log.append(frame(4))
     log.append(frame(5))
     assert (log.first_seq, log.next_seq) == (4, 6)
-    log.close()
 
 
 def test_an_empty_log_makes_no_file(tmp_path: Path) -> None:
@@ -163,7 +162,6 @@ def test_reopening_goes_on_where_it_ended(tmp_path: Path) -> None:
     """A later process reads the former one's frames and END, and appends behind them."""
     log = filled(tmp_path, 10, segment_bytes=1000)
     log.end(END)
-    log.close()
     again = RunLog.reopen(tmp_path, RUN, segment_bytes=1000)
     assert again is not None
     assert (again.info, again.ended, again.next_seq) == (OPEN, END, 10)
@@ -192,7 +190,6 @@ def test_a_torn_tail_is_cut(tmp_path: Path, cut: int) -> None:
     """Wherever a crash tore the last record, the log goes on behind the last whole one."""
     log = filled(tmp_path, 3)
     path, whole = log.paths[0], log.nbytes - log.size_of(2)
-    log.close()
     os.truncate(path, whole + cut)
     again = RunLog.reopen(tmp_path, RUN)
     assert again is not None
@@ -214,7 +211,6 @@ def test_any_damaged_byte_costs_no_more_than_its_record(
     starts = [sum(log.size_of(seq) for seq in range(first)) for first in range(3)]
     opening = path.stat().st_size - sum(log.size_of(seq) for seq in frames_in(path))
     inside = frames_in(path)
-    log.close()
     assert count > 1
     data = bytearray(path.read_bytes())
     at %= len(data)
@@ -237,7 +233,6 @@ def test_records_behind_a_damaged_one_stay(tmp_path: Path, damage: int) -> None:
     log = filled(tmp_path, 5)
     path = log.paths[0]
     at = log.nbytes - sum(log.size_of(seq) for seq in (2, 3, 4)) + damage
-    log.close()
     data = bytearray(path.read_bytes())
     data[at] ^= 0xFF
     path.write_bytes(data)
@@ -253,7 +248,6 @@ def test_a_very_large_log_is_known_without_reading_it(tmp_path: Path) -> None:
     log = RunLog(tmp_path, OPEN)
     log.append(frame(0))
     path = log.paths[0]
-    log.close()
     floats = 1 << 20
     with path.open("r+b") as file:
         file.seek(0, os.SEEK_END)
@@ -284,7 +278,6 @@ def test_a_large_segment_with_a_damaged_head_is_set_aside(tmp_path: Path) -> Non
     log = RunLog(tmp_path, OPEN)
     log.append(frame(0, floats=100_000))
     path = log.paths[0]
-    log.close()
     data = bytearray(path.read_bytes())
     data[20] ^= 0xFF
     path.write_bytes(data)
@@ -295,8 +288,7 @@ def test_a_large_segment_with_a_damaged_head_is_set_aside(tmp_path: Path) -> Non
 
 def test_a_segment_torn_in_its_head_goes(tmp_path: Path) -> None:
     """A segment that a crash left without even its OPEN holds nothing, and the one before it goes on."""
-    log = filled(tmp_path, 3)
-    log.close()
+    filled(tmp_path, 3)
     torn = tmp_path / f"{RUN}.0001.latents"
     torn.write_bytes(b"\0\0")
     again = RunLog.reopen(tmp_path, RUN)
@@ -362,7 +354,6 @@ def test_a_frame_of_the_largest_size_passes(tmp_path: Path) -> None:
     big = dataclasses.replace(FRAME, seq=0, shape=(4, 4096, 2048), payload=bytes(64 << 20))
     log.append(big)
     log.append(frame(1))
-    log.close()
     again = RunLog.reopen(tmp_path, RUN)
     assert again is not None
     found = again.read(0)

@@ -37,7 +37,7 @@ from taesd_stream.messages import (
 from taesd_stream.sockets import WakePipe
 from taesd_stream_workers.addresses import bound_address, workers_address
 from taesd_stream_workers.dispatcher import Dispatcher, StreamerLink
-from taesd_stream_workers.gate import Door, Gate
+from taesd_stream_workers.gate import OWN_NAME, Door, Gate
 from taesd_stream_workers.intake import Intake
 from taesd_stream_workers.lifecycle import Lifecycle
 from taesd_stream_workers.links import Context, Links
@@ -163,7 +163,12 @@ class Broker:
             elif client is not None:
                 take(peer, client, message)
 
-    def _take_inside(self, peer: bytes, _client: str, message: Any) -> None:
+    def _take_inside(self, peer: bytes, client: str, message: Any) -> None:
+        is_workers = self._links.inner.has_keys and client != OWN_NAME
+        if is_workers and not isinstance(message, wire.FROM_WORKER):
+            text = f"key={client} is a decode worker's: only the streamer may say {type(message).__name__}"
+            self._gate.count("refused_role", client, text)
+            return
         self._inside[type(message)](peer, message)
 
     def _refuse_inside(self, peer: bytes, message: Any, why: RefusedPeer) -> None:
@@ -221,6 +226,7 @@ class Broker:
         run = self._registry.ask_record(record.stream, record.mode)
         if run is not None:
             run.record = record.mode
+            run.is_reopened = False  # what its publisher knows of a former broker is older than this
             self._registry.touch(run)
             self._intake.tell(run, always=True)
             self._links.is_changed = True
@@ -257,9 +263,15 @@ class Broker:
     def _tell_state(self, peer: bytes) -> None:
         """STATE, whole: to the streamer, and to whoever says STATS."""
         registry, links = self._registry, self._links
+        untold = registry.untold()
+        rows = [stream_row(run, registry.wanted(run)) for run in registry.by_name.values()]
         state = State(
-            streams=[stream_row(run, registry.wanted(run)) for run in registry.by_name.values()],
-            runs={run_id: recording_row(run) for run_id, run in registry.by_run.items() if run.kept},
+            streams=[{**row, "meta": {}} if row["run"] in untold else row for row in rows],
+            runs={
+                run_id: recording_row(run, has_meta=run_id not in untold)
+                for run_id, run in registry.by_run.items()
+                if run.kept
+            },
             workers=self._dispatcher.workers_state(),
             stats={"counts": dict(links.counts + self._gate.counts), "alerts": dict(links.alerts), "pid": os.getpid()},
             desired_workers=self._dispatcher.desired_workers,

@@ -14,6 +14,7 @@ from taesd_stream.scheduling import Candidate, Group, WorkerLimits, first_due, o
 from taesd_stream_workers.live_latents import MAX_HISTORY
 
 SILENT_S: Final = 3.0
+LATE_S: Final = 60.0  # a worker that hangs has ended itself by then (lifecycle.HUNG_S): one that lives is slow
 MAX_GONE: Final = 64  # workers that are remembered for what they held
 
 
@@ -25,6 +26,7 @@ class JobHeld:
     latent_format: str
     nbytes: int
     given_s: float
+    patience_s: float  # how long it may take without a word
     deadline_s: float
 
     @property
@@ -45,11 +47,18 @@ class Worker:
     id: bytes
     hello: WorkerHello
     heard_s: float
+    patience_s: float  # how long its jobs may take without a word; a slow one is given more
     jobs: dict[int, JobHeld] = field(default_factory=dict)  # in the order they were given
-    overdue: set[int] = field(default_factory=set)  # given to others since, but still in its hands
+    overdue: dict[int, JobHeld] = field(default_factory=dict)  # given to others since, but still in its hands
+    died_of: tuple[Candidate, ...] | None = None  # what it had at hand when it fell silent
     seconds_per_byte: dict[str, float] = field(default_factory=dict)  # by latent format: how long jobs are under way
     departures: Departures = field(default_factory=Departures)  # by latent format, in bytes: how much it can do
     frames: int = 0
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it has died, as far as can be told."""
+        return time.monotonic() - self.heard_s > SILENT_S
 
     @property
     def credits(self) -> int:
@@ -95,7 +104,8 @@ class Worker:
 
     def at_hand(self) -> list[JobHeld]:
         """What it may be working on: its oldest clip, its oldest other job. What waits behind does no harm."""
-        return list({job.is_clip: job for job in reversed(self.jobs.values())}.values())
+        held = [*self.overdue.values(), *self.jobs.values()]
+        return list({job.is_clip: job for job in reversed(held)}.values())
 
     def to_state(self) -> dict[str, Any]:
         """The worker's row of STATE."""
@@ -117,16 +127,17 @@ class Crew:
         self._deadline_s = job_deadline_s
         self._max_batch_size = max_batch_size
         self._next_job = 1 + secrets.randbits(32)  # an answer to a former broker must not pass for one to us
-        self._overdue: dict[bytes, set[int]] = {}
+        self._gone: dict[bytes, Worker] = {}
 
     def hello(self, peer: bytes, hello: WorkerHello) -> bool:
         """Note that a worker is there. Returns whether it is new."""
         worker = self.workers.get(peer)
+        is_new = worker is None
         if worker is None:
-            self.workers[peer] = Worker(peer, hello, time.monotonic(), overdue=self._overdue.pop(peer, set()))
-            return True
+            known = self._gone.pop(peer) if peer in self._gone else None
+            worker = self.workers[peer] = known or Worker(peer, hello, time.monotonic(), self._deadline_s)
         worker.hello, worker.heard_s = hello, time.monotonic()
-        return False
+        return is_new
 
     def assign(self, worker: Worker, items: tuple[Candidate, ...]) -> int:
         """Give a worker a job. Returns the job's number."""
@@ -135,24 +146,32 @@ class Crew:
         latent_format: str = items[0].group[0]
         nbytes = sum(item.nbytes for item in items)
         now_s = time.monotonic()
-        worker.jobs[job] = JobHeld(items, latent_format, nbytes, now_s, now_s + self._deadline_s)
+        # one that was late already is given the time to show whether it is slow, or ends its worker
+        patience_s = max(worker.patience_s, LATE_S) if items[0].is_suspect else worker.patience_s
+        worker.jobs[job] = JobHeld(items, latent_format, nbytes, now_s, patience_s, now_s + patience_s)
         return job
 
     def progress(self, peer: bytes, job: int) -> None:
         """One slice more is done: the deadline counts from here."""
-        if peer in self.workers and job in self.workers[peer].jobs:
-            self._renew(peer)
+        worker = self.workers.get(peer)
+        if worker is not None and (job in worker.jobs or job in worker.overdue):
+            self._renew(worker)
 
     def finish(self, peer: bytes, job: int, ms: float | None = None) -> JobHeld | None:
         """The worker answered. Returns the job; None for one that was given to another since: its answer is late."""
-        worker = self.workers.get(peer)
-        (worker.overdue if worker else self._overdue.get(peer, set())).discard(job)
-        held = worker.jobs.pop(job, None) if worker else None
-        if worker is None or held is None:
+        worker = self.workers.get(peer) or self._gone.get(peer)
+        if worker is None:
             return None
-        self._renew(peer)
-        worker.frames += len(held.items)
         now_s = time.monotonic()
+        late, held = worker.overdue.pop(job, None), worker.jobs.pop(job, None)
+        answered = late or held
+        if answered is not None:
+            worker.patience_s = max(worker.patience_s, min(LATE_S, 2 * (now_s - answered.given_s)))
+            self._renew(worker)
+        if held is None:
+            worker.departures.passed(now_s)
+            return None
+        worker.frames += len(held.items)
         is_alone = not held.is_clip and not any(job.is_clip for job in worker.jobs.values())  # else slices took turns
         if ms is not None and is_alone:
             worker.departures.done(held.latent_format, max(1, held.nbytes), given_s=held.given_s, now_s=now_s)
@@ -164,28 +183,39 @@ class Crew:
             worker.seconds_per_byte[held.latent_format] = 0.7 * before + 0.3 * measured
         return held
 
-    def _renew(self, peer: bytes) -> None:
+    def _renew(self, worker: Worker) -> None:
         """It works: the jobs that wait behind the one at hand have all their time before them."""
-        for held in self.workers[peer].jobs.values():
-            held.deadline_s = time.monotonic() + self._deadline_s
+        for held in worker.jobs.values():
+            held.deadline_s = time.monotonic() + held.patience_s
 
     def remove(self, peer: bytes) -> Worker | None:
         """Forget a worker that is gone; should it come back, what it still holds counts against its credits."""
         worker = self.workers.pop(peer, None)
         if worker is not None:
-            self._overdue[peer] = worker.overdue | set(worker.jobs)
-            while len(self._overdue) > MAX_GONE:
-                del self._overdue[next(iter(self._overdue))]
+            worker.overdue |= worker.jobs
+            worker.jobs = {}
+            self._gone[peer] = worker
+            while len(self._gone) > MAX_GONE:
+                del self._gone[next(iter(self._gone))]
         return worker
 
     def gone(self) -> list[bytes]:
         """Workers that are silent, or whose job is over its deadline."""
-        now = time.monotonic()
+        now_s = time.monotonic()
+        for worker in self.workers.values():  # an answer may be lost on its way: it is not waited for in all eternity
+            worker.overdue = {job: held for job, held in worker.overdue.items() if now_s < held.deadline_s + LATE_S}
         return [
             worker.id
             for worker in self.workers.values()
-            if now - worker.heard_s > SILENT_S or any(job.deadline_s < now for job in worker.jobs.values())
+            if worker.is_silent or any(job.deadline_s < now_s for job in worker.jobs.values())
         ]
+
+    def dead(self) -> list[Worker]:
+        """Workers that are gone, and silent since: each is told once, unless it comes back."""
+        found = [worker for worker in self._gone.values() if worker.is_silent and worker.died_of is None]
+        for worker in found:
+            worker.died_of = tuple(item for job in worker.at_hand() for item in job.items)
+        return found
 
     def history(self, latent_format: str) -> int:
         """Latents that a `live` frame of the format needs before it on whatever worker; while unknown, the most."""

@@ -76,7 +76,8 @@ class Dispatcher:
         if hello.draining and self._drain(peer, hello):
             return
         if self._crew.hello(peer, hello):
-            self._placer.took(peer)
+            self._worker_lives(self._crew.workers[peer])
+            self._placer.workers_changed()
             self._registry.touch_all()
             logger.info("worker_came worker=%s device=%s", _shown(peer), hello.device)
             for run in self._registry.by_run.values():
@@ -109,7 +110,7 @@ class Dispatcher:
         worker = self._crew.workers.get(peer)
         if worker is not None:
             worker.hello, worker.heard_s = hello, time.monotonic()
-            self._placer.lost(peer)
+            self._placer.workers_changed()
             self._registry.touch_all()  # its streams move
         mine = [run for run in self._registry.by_run.values() if run.worker == peer]
         if worker is not None and (worker.jobs or any(run.kept and run.kept.in_flight for run in mine)):
@@ -185,7 +186,8 @@ class Dispatcher:
             logger.warning("frame_failed stream=%s seq=%d code=%s %s (said once)", *fields)
         kept = run.kept if item.is_record else None
         if failed.code == "internal":
-            self._blame(run, item)
+            if not self._blame(run, item):
+                self._try_again(run, item)
         elif kept is None:
             if failed.code == "bad_frame" and run.live is not None:
                 run.failed(item.seq, MAX_TRIES)
@@ -199,18 +201,20 @@ class Dispatcher:
         else:
             self._pass_gap(run, kept, item.seq, failed.code)
 
-    def _blame(self, run: Run, item: Candidate) -> None:
-        """A frame that ended a job is tried again, alone; one that ended two is poison: nobody gets it any more."""
+    def _blame(self, run: Run, item: Candidate) -> bool:
+        """A frame ended a job. Returns whether it ended two: then it is poison, and nobody gets it any more."""
         is_poison = run.failed(item.seq) >= MAX_TRIES
         if is_poison:
             run.say(f"frame {item.seq} ended {MAX_TRIES} decode jobs and is left out")
-        elif run.live is not None:
+            if item.is_record and run.kept is not None:
+                self._pass_gap(run, run.kept, item.seq, "poison")
+        return is_poison
+
+    def _try_again(self, run: Run, item: Candidate) -> None:
+        if run.live is not None:
             run.show_again(item)
         if item.is_record and run.kept is not None:
-            if is_poison:
-                self._pass_gap(run, run.kept, item.seq, "poison")
-            else:
-                run.kept.restart(run.kept.written, run.kept.attempt + 1)
+            run.kept.restart(run.kept.written, run.kept.attempt + 1)
 
     def _pass_gap(self, run: Run, kept: KeptRun, seq: int, code: str) -> None:
         self._links.counts["gaps"] += 1
@@ -233,6 +237,8 @@ class Dispatcher:
         """Twice a second: workers that are gone, recordings that stand still."""
         for peer in self._crew.gone():
             self._worker_gone(peer)
+        for worker in self._crew.dead():
+            self._worker_died(worker)
         self._placer.tick()
         wait_s = self._placer.oldest_wait_s([one for offer in self._offers.values() for one in offer])
         self._scaling.update(time.monotonic(), self._placer.loads(), wait_s, len(self._crew.workers))
@@ -247,14 +253,23 @@ class Dispatcher:
                 kept.restart(min(kept.written, kept.told), kept.attempt + 1)
             elif kept.is_damaged:
                 self._pass_gap(run, kept, kept.next_seq, "log_damaged")
+        self._say_unreadable()
+
+    def _say_unreadable(self) -> None:
+        texts = [run.kept.unreadable for run in self._registry.by_run.values() if run.kept and run.kept.unreadable]
+        if texts:
+            self._links.alert("log_unreadable", f"The latent log cannot be read, recordings wait: {texts[0]}")
+        else:
+            self._links.resolve("log_unreadable")
 
     def _worker_gone(self, peer: bytes) -> None:
+        """It is silent, or late with a job: all that it has goes to others, what it has at hand alone."""
         worker = self._crew.remove(peer)
         if worker is None:
             return
-        self._placer.lost(peer)
+        self._placer.workers_changed()
         self._registry.touch_all()
-        logger.warning("worker_gone worker=%s jobs=%d", _shown(peer), len(worker.jobs))
+        logger.warning("worker_gone worker=%s jobs=%d", _shown(peer), len(worker.overdue))
         self._links.counts["workers_gone"] += 1
         for run in self._registry.by_run.values():
             if run.worker == peer:
@@ -262,8 +277,23 @@ class Dispatcher:
         for item in [item for job in worker.at_hand() for item in job.items]:
             owner = self._registry.by_run.get(item.run)
             if owner is not None:
-                self._blame(owner, item)
+                owner.failed(item.seq, 0)
         self._links.is_changed = True
+
+    def _worker_died(self, worker: Worker) -> None:
+        """It did not come back: what it had at hand may be why, unless another could do it."""
+        for item in worker.died_of or ():
+            run = self._registry.by_run.get(item.run)
+            if run is not None and item.seq in run.failures:
+                self._blame(run, item)
+
+    def _worker_lives(self, worker: Worker) -> None:
+        """One that was taken for dead is back: it had been stopped, or cut off, and no frame is to blame for that."""
+        for item in worker.died_of or ():
+            run = self._registry.by_run.get(item.run)
+            if run is not None:
+                run.absolve(item.seq)
+        worker.died_of = None
 
     # --- giving work ---
 

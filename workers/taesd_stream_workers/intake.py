@@ -16,7 +16,7 @@ from taesd_stream_workers.kept_run import KeptRun
 from taesd_stream_workers.limits import Limits
 from taesd_stream_workers.links import Links
 from taesd_stream_workers.log_writer import LogWriter
-from taesd_stream_workers.registry import Registry
+from taesd_stream_workers.registry import MAX_META_BYTES, Registry
 from taesd_stream_workers.runs import Run, meta_bytes
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 LOG_ROOM_AGAIN: Final = 0.9  # of the log's bytes: under it, the alert goes
 RANKS: Final[dict[Kind, tuple[int, ...]]] = {"steps": (3, 4), "clip": (4,), "live": (3, 4)}  # axes of a frame
 MAX_REFUSALS_LOGGED: Final = 100  # of one kind
-MAX_META_BYTES: Final = 6 << 20  # of all runs: STATE tells it to the streamer, twice where a run is kept
 
 
 class Intake:
@@ -40,9 +39,11 @@ class Intake:
         self._log_bytes = 0  # counted anew at each tick
 
     def open(self) -> None:
-        """Find out how much the log may hold."""
-        if not self._log_max_bytes:
-            self._log_max_bytes = shutil.disk_usage(self._registry.log_folder).free // 2
+        """Find out how much the log holds, and may hold."""
+        self._log_bytes = self._registry.log_bytes
+        if not self._log_max_bytes:  # what it holds was free once: the bound is the same after each start
+            free = shutil.disk_usage(self._registry.log_folder).free
+            self._log_max_bytes = (free + self._log_bytes) // 2
 
     def take(self, peer: bytes, client: str, message: Any) -> None:
         """One message of a publisher. client: whose it is, as Door.client_of says."""
@@ -81,16 +82,23 @@ class Intake:
         return None
 
     def _has_room(self, run: Run, frame: LatentFrame) -> bool:
-        """Whether its bytes may take the place of the stream's newest frame; else they are refused and not held."""
+        """Whether its bytes may take the place of the stream's newest frame, of `live` behind it; else refused."""
         if run.newest is not None and frame.seq <= run.newest.seq:
             return True  # one that was sent again takes no place
-        more_bytes = frame.nbytes - (run.newest.nbytes if run.newest is not None else 0)
-        text = self.limits.memory_refusal(run.client, more_bytes) if more_bytes > 0 else None
-        if text is None:
-            self.limits.holds(run.client, more_bytes)
-        elif run.peer is not None:
+        text = self._memory_refusal(run, frame)
+        if text is not None and run.live is not None:  # its history gives way: a late viewer's colours are approximate
+            run.live.forget_history()
+            text = self._memory_refusal(run, frame)
+        if text is not None and run.peer is not None:
             self._refuse(run.peer, run.info, "limit", text)
         return text is None
+
+    def _memory_refusal(self, run: Run, frame: LatentFrame) -> str | None:
+        newest = run.newest
+        is_history = newest is not None and run.live is not None and run.live.get(newest.seq) is not None
+        replaced_bytes = newest.nbytes if newest is not None and not is_history else 0
+        more_bytes = run.held_bytes - run.counted_bytes + frame.nbytes - replaced_bytes
+        return self.limits.memory_refusal(run.client, more_bytes) if more_bytes > 0 else None
 
     def _show(self, run: Run, frame: LatentFrame, received_ns: int) -> None:
         """For viewers: of `live` latents that come faster than they are decoded the oldest go, as one cut."""
@@ -100,6 +108,7 @@ class Intake:
             self._links.counts["live_frames"] += 1
             self._links.counts["live_replaced"] += run.is_newest_waiting
         cut = run.take(frame, received_ns, is_watched=is_watched, share_bytes=share_bytes)
+        self.limits.holds(run)
         if not cut:
             return
         if not self._links.counts["latents_cut"]:
@@ -133,37 +142,71 @@ class Intake:
             run = self._registry.by_run.get(done.log.info.run)
             if run is None:
                 continue
+            kept = run.kept if run.kept is not None and run.kept.log is done.log else None
             if isinstance(done.message, End):
-                self._ack_end(run)
-                continue
-            kept = run.kept
-            if kept is None or kept.log is not done.log:
-                continue
-            if done.error is not None:
-                if done.message.seq != kept.logged + 1:
-                    continue  # it only followed one that failed, which was sent again since
-                kept.queued = kept.logged
-                self._links.counts["log_errors"] += 1
-                self._links.alert("log_error", f"The latent log cannot be written: {done.error}")
-                continue
-            self._links.resolve("log_error")
-            kept.logged = done.message.seq
-            self._registry.touch(run)
-            if run.peer is not None:
-                self._links.to_publisher(run.peer, Ack(run=run.info.run, seq=kept.logged))
+                self._end_written(run, kept, done.error)
+            elif kept is not None:
+                self._frame_written(run, kept, done.message.seq, done.error)
+
+    def _frame_written(self, run: Run, kept: KeptRun, seq: int, error: str | None) -> None:
+        if error is not None and seq != kept.logged + 1:
+            return  # it only followed one that failed, which was sent again since
+        kept.error = error
+        if error is not None:
+            kept.queued = kept.logged
+            self._say_error(error)
+            return
+        kept.logged = seq
+        if kept.front is not None and kept.front.seq <= seq:
+            kept.front = None
+        self._registry.touch(run)
+        if run.peer is not None:
+            self._links.to_publisher(run.peer, Ack(run=run.info.run, seq=seq))
+
+    def _end_written(self, run: Run, kept: KeptRun | None, error: str | None) -> None:
+        if kept is None or error is None:
+            self._ack_end(run)
+        else:
+            kept.is_end_queued, kept.error = False, error  # it is tried again
+            self._say_error(error)
+
+    def _say_error(self, error: str) -> None:
+        self._links.counts["log_errors"] += 1
+        self._links.alert("log_error", f"The latent log cannot be written: {error}")
 
     def tick(self) -> None:
-        """Twice a second: runs whose publisher is silent for too long are kept no longer."""
+        """Twice a second: what is over, what waits for a disk, and how much is held."""
         now = time.monotonic()
         for run in self._registry.by_run.values():
-            is_silent = run.end is None and now - run.heard_s > self._config.recording.lost_after_s
-            if run.kept is not None and is_silent:
-                run.kept.is_over = True
+            kept = run.kept
+            if kept is None:
+                continue
+            kept.is_over |= run.end is None and now - run.heard_s > self._config.recording.lost_after_s
+            if self._log_end(run) and kept.is_over:
+                kept.error = None  # it waits for no disk
+            if kept.is_over and kept.is_empty:
+                self._forget_log(run)  # there is nothing to record
+        if not any(run.kept is not None and run.kept.error for run in self._registry.by_run.values()):
+            self._links.resolve("log_error")
         self.limits.recount(self._registry.by_run.values())
         self._drop_old_logs()
-        self._log_bytes = sum(run.kept.log.nbytes for run in self._registry.by_run.values() if run.kept)
+        self._log_bytes = self._registry.log_bytes
         if self._log_bytes < LOG_ROOM_AGAIN * self._log_max_bytes:
             self._links.resolve("log_full")
+
+    def _log_end(self, run: Run) -> bool:
+        """Whether the END of a run is in its log, or need not be; else it goes there, again where the disk was full."""
+        kept = run.kept
+        if run.end is None or kept is None or kept.is_empty or kept.log.ended is not None:
+            return True
+        if not kept.is_end_queued:
+            kept.is_end_queued = self._writer.submit(kept.log, run.end)
+        return False
+
+    def _forget_log(self, run: Run) -> None:
+        self._writer.delete(run.finish_keeping())
+        self._registry.touch(run)
+        self._links.is_changed = True
 
     def _drop_old_logs(self) -> None:
         """What nobody could record for `broker.log_max_age_s` goes; never without that key."""
@@ -175,8 +218,7 @@ class Intake:
                 continue
             logger.error("log_expired stream=%s run=%s frames=%d", run.info.stream, run.info.run, run.frames_behind)
             self._links.counts["logs_expired"] += 1
-            self._writer.delete(run.finish_keeping())
-            self._registry.touch(run)
+            self._forget_log(run)
 
     # --- opening and ending ---
 
@@ -189,14 +231,17 @@ class Intake:
             if known.is_reopened:  # the last word on keeping was said to a former broker
                 known.is_reopened = False
                 known.record = info.record or self._config.recording.default
+                holder = self._registry.by_name.get(known.info.stream)
+                if holder is None or not self._holds_name(holder, info.owner):
+                    self._registry.add(known)
             return self.tell(known, always=True)
         holder = self._registry.by_name.get(info.stream)
         if holder is not None and self._holds_name(holder, info.owner):
             use = self._registry.free_name(info.stream, lambda run: self._holds_name(run, info.owner))
             text = f"{info.stream}: another run of that name lives; {use} is free"
             return self._refuse(peer, info, "taken", text, use=use)
-        if self._registry.meta_bytes + meta_bytes(info) > MAX_META_BYTES:
-            text = f"what all runs say of themselves (meta) is over {MAX_META_BYTES} bytes; say less, or end some"
+        if self._registry.living_meta_bytes + meta_bytes(info) > MAX_META_BYTES:
+            text = f"what living runs say of themselves (meta) is over {MAX_META_BYTES} bytes; say less, or end some"
             return self._refuse(peer, info, "limit", text)
         if (over := self.limits.stream_refusal(client)) is not None:
             return self._refuse(peer, info, "limit", over)
@@ -242,15 +287,13 @@ class Intake:
         if self._is_foreign(run, owner):
             return None
         run.peer = peer
-        waits_for_log = False
         if run.end is None:
             run.end, run.ended_unix = end, time.time()
             logger.info("stream_ended stream=%s run=%s reason=%s", run.info.stream, end.run, end.reason)
             if run.kept is not None:
                 run.kept.is_over = True
-                waits_for_log = self._writer.submit(run.kept.log, end)  # acked then: a broker that dies now knows of it
         self._links.is_changed = True
-        if not waits_for_log:
+        if self._log_end(run):  # else it is acked when it is there: a broker that dies then knows of it
             self._ack_end(run)
         return None
 
@@ -319,8 +362,11 @@ class Intake:
             return  # HELLO's ACK says that it is in a file already, or that one before it is missing
         if kept is None:
             kept = self._begin_keeping(run, frame)
-        if kept.is_over or frame.seq != kept.queued + 1:
-            return  # its recording is being finished, or it is there already, or one was lost: it is sent again
+        for one in (kept.front, frame) if not kept.is_over else ():  # else its recording is being finished
+            if one is not None and one.seq == kept.queued + 1:  # else it is there already, or one before it is not
+                self._log(kept, one)
+
+    def _log(self, kept: KeptRun, frame: LatentFrame) -> None:
         if self._log_bytes > self._log_max_bytes:
             text = "The latent log is full: recordings wait. Free space or raise broker.log_max_bytes."
             self._links.alert("log_full", text)
@@ -335,8 +381,7 @@ class Intake:
         if newest is None or not follows or newest.kept or run.record != "all":
             return self._registry.keep_log(run, frame.seq)
         kept = self._registry.keep_log(run, newest.seq)
-        if self._writer.submit(kept.log, newest):
-            kept.queued = newest.seq
+        kept.front = newest
         return kept
 
 
@@ -344,7 +389,7 @@ def _ends_keeping(run: Run, kept: KeptRun, row: RunHello) -> bool:
     """Whether nothing more comes for this recording: keeping is off, or was, and began again behind a hole."""
     if row.kept_from is None:
         return run.record != "all"
-    return row.kept_from > kept.queued + 1
+    return row.kept_from > kept.held_until + 1
 
 
 def _is_behind_a_lost_one(run: Run, frame: LatentFrame) -> bool:

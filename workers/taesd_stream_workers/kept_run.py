@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from taesd_stream.frames import LatentFrame
-from taesd_stream.latent_log import RunLog
+from taesd_stream.latent_log import LogError, RunLog
 
 READ_AHEAD_FRAMES: Final = 16
 READ_AHEAD_BYTES: Final = 16 << 20
@@ -28,12 +28,17 @@ class KeptRun:
     in_flight: deque[tuple[int, int]] = field(default_factory=deque)  # (seq, bytes) on their way into the file
     in_flight_bytes: int = 0  # of latents
     is_over: bool = False  # nothing more will be kept
+    front: LatentFrame | None = None  # the first frame, where nobody but us has it: until it is in the log
+    is_end_queued: bool = False  # the run's END is on its way into the log
+    error: str | None = None  # why the log did not take what it was given last
     moved_s: float = 0.0  # when the cursor last moved, or the first frame behind it was sent
     not_before_s: float = 0.0  # when the next frame may be tried
     told: int = -1  # last seq in the file, as the streamer last said, of whatever attempt
     blocked: str | None = None  # why it waits: no decoder, say
     gaps: set[int] = field(default_factory=set)  # seqs that give no picture: the cursor passes them
+    unreadable: str | None = None  # why the log did not give what it was asked for last, and may yet
     _ahead: list[LatentFrame] = field(default_factory=list)
+    _missing: int | None = None  # seq that the log should have, and has not
 
     def send(self, frame: LatentFrame) -> None:
         """A worker has this frame now: it is on its way into the file."""
@@ -44,11 +49,28 @@ class KeptRun:
         self.next_seq = frame.seq + 1
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing is in the log, or on its way there."""
+        return self.queued == self.logged and self.log.first_seq is None
+
+    @property
+    def held_until(self) -> int:
+        """Last seq that is in the log, on its way there, or here to be sent there again."""
+        return max(self.queued, self.front.seq if self.front is not None else -1)
+
+    @property
     def is_damaged(self) -> bool:
         """Whether the log has not what it should have: the next frame cannot be read."""
-        is_due = self.next_seq <= self.logged and self.next_seq not in self.gaps and not self.in_flight
-        is_here = is_due and (self.held(self.next_seq) or self.log.read(self.next_seq))
-        return is_due and self.blocked is None and not is_here
+        return self._missing == self.next_seq and not self.in_flight and self.blocked is None
+
+    def read(self, seq: int) -> LatentFrame | None:
+        """A frame out of the log, None where it is not there, or cannot be read now."""
+        self.unreadable = None
+        try:
+            return self.log.read(seq)
+        except LogError as error:
+            self.unreadable = str(error)
+            return None
 
     def ahead(self, room_bytes: int) -> list[LatentFrame]:
         """The next frames to decode, in order, up to a gap; read from the log, and held until they are sent.
@@ -56,15 +78,18 @@ class KeptRun:
         room_bytes: as much of them as may be held, but two with those on their way, however large. What was held and
         has no more room is let go.
         """
-        before, self._ahead = {frame.seq: frame for frame in self._ahead}, []
+        before, self._ahead, self._missing = {frame.seq: frame for frame in self._ahead}, [], None
         room_bytes = min(room_bytes, READ_AHEAD_BYTES)
         last = min(self.logged, self.next_seq + READ_AHEAD_FRAMES - 1)
         for seq in range(self.next_seq, last + 1):
             known = before.get(seq)
             room_bytes -= known.nbytes if known is not None else self.log.size_of(seq)
             is_over = room_bytes < 0 and len(self.in_flight) + len(self._ahead) >= LEAST_FRAMES
-            frame = None if is_over or seq in self.gaps else known or self.log.read(seq)
+            if is_over or seq in self.gaps:
+                break
+            frame = known or self.read(seq)
             if frame is None:
+                self._missing = seq if self.unreadable is None else None
                 break
             self._ahead.append(frame)
         return self._ahead
@@ -95,6 +120,7 @@ class KeptRun:
         self.attempt = attempt
         self.in_flight.clear()
         self.in_flight_bytes = 0
+        self._missing = None
         self.moved_s = time.monotonic()
 
     def on_cursor(self, written: int) -> None:

@@ -66,18 +66,19 @@ class Limits:
         asked = self._config
         if (mine := self._bytes[client] + more_bytes) > asked.max_client_memory_bytes:
             allowed = f"broker.max_client_memory_bytes = {asked.max_client_memory_bytes} allows no more"
-            return f"{mine} bytes of newest frames of one client: {allowed}"
+            return f"{mine} bytes of latents of one client: {allowed}"
         if (every := self._bytes.total() + more_bytes) > asked.max_memory_bytes:
-            return f"{every} bytes of newest frames: broker.max_memory_bytes = {asked.max_memory_bytes} allows no more"
+            return f"{every} bytes of latents: broker.max_memory_bytes = {asked.max_memory_bytes} allows no more"
         return None
 
     def opened(self, client: str) -> None:
         """It has another stream."""
         self._streams[client] += 1
 
-    def holds(self, client: str, more_bytes: int) -> None:
-        """So many bytes more, or less, are held for it."""
-        self._bytes[client] += more_bytes
+    def holds(self, run: Run) -> None:
+        """Count what is held of a run now."""
+        self._bytes[run.client] += run.held_bytes - run.counted_bytes
+        run.counted_bytes = run.held_bytes
 
     def recount(self, runs: Iterable[Run]) -> None:
         """Count anew, and forget clients that are quiet."""
@@ -86,7 +87,8 @@ class Limits:
         for run in runs:
             if run.end is None:
                 self._streams[run.client] += run.is_alive
-                self._bytes[run.client] += run.newest.nbytes if run.newest is not None else 0
+                run.counted_bytes = run.held_bytes
+                self._bytes[run.client] += run.counted_bytes
         now = self._clock_s()
         self._tokens = {client: one for client, one in self._tokens.items() if now - one[1] < 1}  # else it is full
         self._told_s = {client: told_s for client, told_s in self._told_s.items() if now - told_s < TELL_S}

@@ -56,12 +56,14 @@ class LiveLatents:
         self.epoch = 0
         self.next_seq = 0  # the first frame that waits
         self._frames: dict[int, tuple[LatentFrame, int]] = {}  # by seq, rising: the frame, and when it came
+        self.held_bytes = 0  # of all of them
         self._in_flight: set[int] = set()
         self.history = MAX_HISTORY
 
     def add(self, frame: LatentFrame, received_ns: int, *, waits: bool) -> None:
         """The next frame came in. waits: somebody wants its pictures."""
         self._frames[frame.seq] = (frame, received_ns)
+        self.held_bytes += frame.nbytes
         if not waits:
             self.next_seq = frame.seq + 1
         self._forget_old()
@@ -113,6 +115,16 @@ class LiveLatents:
         """Its worker is gone, and what it had waits again."""
         self.return_to(min(self._in_flight, default=self.next_seq))
 
+    def forget_history(self) -> None:
+        """Keep only what waits or is in flight."""
+        for seq in [seq for seq in self._frames if seq < min([self.next_seq, *self._in_flight])]:
+            self._drop(seq)
+
+    def clear(self) -> None:
+        """Hold none any more."""
+        self._frames.clear()
+        self.held_bytes = 0
+
     def _forget_old(self) -> None:
         """Keep what waits or is in flight, the newest, and the history before the oldest of those."""
         if not self._frames:
@@ -122,6 +134,9 @@ class LiveLatents:
         held = 0
         for seq in sorted((seq for seq in self._frames if seq < oldest), reverse=True):
             if held >= self.history:
-                del self._frames[seq]
+                self._drop(seq)
             else:
                 held += latents_in(self._frames[seq][0])
+
+    def _drop(self, seq: int) -> None:
+        self.held_bytes -= self._frames.pop(seq)[0].nbytes

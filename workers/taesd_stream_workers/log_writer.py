@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -99,6 +100,8 @@ class LogWriter:
                 self._touched.add(log)
         except (LogError, ValueError) as failure:
             error = str(failure)
+            with contextlib.suppress(OSError):  # where it is gone, it is there for the next try
+                log.folder.mkdir(parents=True, exist_ok=True)
         self._results.append(Written(log, message, error))
         self._wake()
 

@@ -42,7 +42,7 @@ class Placer:
             run.worker = least_loaded(self._loads)
             if run.worker is not None:
                 self._loads[run.worker] += max(BASE_LOAD, self._load(run))
-        elif run.moves_to is None and self._crew.workers[run.worker].hello.draining:
+        elif run.moves_to is None and run.worker not in self._loads:
             run.moves_to = least_loaded(self._loads)
         if run.moves_to is not None:
             self._go_on(run)
@@ -69,7 +69,7 @@ class Placer:
 
     def tick(self) -> None:
         """Twice a second: what every worker has to do, and at most one move."""
-        workers = [worker.id for worker in self._crew.workers.values() if not worker.hello.draining]
+        workers = self._takers()
         streams = [one for run in self._registry.by_run.values() if (one := self._stream_load(run)) is not None]
         self._loads = loads_of(streams, workers)
         move = next_move(streams, workers)
@@ -79,13 +79,14 @@ class Placer:
             logger.info("stream_moves stream=%s to=%s", run.info.stream, move[1].decode("ascii", "replace"))
             self._registry.touch(run)
 
-    def took(self, worker: bytes) -> None:
-        """A worker is there, and may be given streams at once."""
-        self._loads.setdefault(worker, 0.0)
+    def workers_changed(self) -> None:
+        """One came, and may be given streams at once, or takes no more."""
+        self._loads = {worker: self._loads.get(worker, 0.0) for worker in self._takers()}
 
-    def lost(self, worker: bytes) -> None:
-        """It takes no more."""
-        self._loads.pop(worker, None)
+    def _takers(self) -> list[bytes]:
+        """Workers that streams go to: one that owes an answer may hang, and is taken only where there is no other."""
+        staying = [worker for worker in self._crew.workers.values() if not worker.hello.draining]
+        return [worker.id for worker in staying if not worker.overdue] or [worker.id for worker in staying]
 
     def loads(self) -> list[float]:
         """Every stream's share of one worker: what is watched or kept."""

@@ -212,7 +212,8 @@ class Recorder:
         if packet.rendition == "film":
             return packet.run in self._shown
         row = self._runs.get(packet.run)
-        return packet.run in self._open or (row is not None and row["attempt"] >= packet.attempt)
+        is_told = row is not None and row["meta"] is not None and row["attempt"] >= packet.attempt
+        return packet.run in self._open or is_told
 
     def _write(self, packet: Packet) -> None:
         if not self._is_named(packet) and len(self._early) < MAX_EARLY:
@@ -293,8 +294,8 @@ class Recorder:
             if attempt <= self._finished.get(run, -1):
                 return None  # late, of a file that is finished
             row = self._runs.get(run)
-            if row is None or (row["ended"] and self.library.holds(run, row["last_seq"])):
-                return None  # a run that the broker no longer keeps, or whose file is finished
+            if row is None or row["meta"] is None or (row["ended"] and self.library.holds(run, row["last_seq"])):
+                return None  # a run that the broker no longer keeps, or has not told all of; or its file is finished
             if (last := self.library.last_seq(run)) >= seq:
                 # it comes again, for its ACK was lost with the broker: the rest of the run goes to another file
                 self._tell_broker(Cursor(run=run, attempt=attempt, written=last, synced=last))

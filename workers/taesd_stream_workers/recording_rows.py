@@ -48,4 +48,4 @@ def cursor_of(one: Recording) -> Cursor:
 
 def meta_of(said: Mapping[str, Any]) -> dict[str, Any]:
     """What a file keeps of a run. said: the broker's row of it."""
-    return {**said["meta"], "latent_format": said["latent_format"], "kind": said["kind"]}
+    return {**(said["meta"] or {}), "latent_format": said["latent_format"], "kind": said["kind"]}

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 ENDED_RUNS: Final = 64
 ENDED_BYTES: Final = 256 << 20
 PENDING_RECORD_S: Final = 3600.0
+MAX_META_BYTES: Final = 5 << 20  # of living runs: STATE tells it to the streamer, twice where a run is kept
 LIVE_BYTES: Final = 256 << 20  # of latents of `live` runs that wait for a worker, all runs together
 
 
@@ -35,33 +36,28 @@ class Registry:
 
     def load_logs(self, goes_on: Callable[[], None]) -> None:
         """Know again the kept runs that a former broker left. goes_on: called after each."""
+        logs: list[RunLog] = []
         for run_id in runs_in(self.log_folder):
-            log = RunLog.reopen(self.log_folder, run_id)
+            try:
+                log = RunLog.reopen(self.log_folder, run_id)
+            except OSError as error:
+                logger.error("log_not_read run=%s error=%s (its files stay)", run_id, error)
+                log = None
+            logs += [log] if log is not None else []
             goes_on()
-            if log is None:
-                continue
-            run = Run(log.info, peer=None, record="all")
-            run.is_reopened = True
-            if log.damaged:
-                logger.error("log_damaged stream=%s run=%s records=%d", log.info.stream, run_id, log.damaged)
-            last = (log.next_seq or 0) - 1
-            first = log.first_seq if log.first_seq is not None else 0
-            run.kept = KeptRun(
-                log=log, queued=last, logged=last, next_seq=first, written=first - 1, moved_s=time.monotonic()
-            )
-            run.heard_s = time.monotonic()  # its publisher has a while to say HELLO again
-            if log.ended is not None:
-                run.end, run.kept.is_over = log.ended, True
-                run.ended_unix = time.time()
-            run.newest = log.read(last) if last >= first else None
+        # of one name's runs the newest was written to last: when it came, nothing more was kept of the one before
+        held = 0
+        runs = [_known_again(log) for log in sorted(logs, key=lambda one: (one.changed_unix, one.ended is None))]
+        for run in runs:
             self.add(run)
-            logger.info("log_reopened stream=%s run=%s frames=%d", log.info.stream, run_id, last - first + 1)
+        for run, kept in [(run, run.kept) for run in reversed(runs[-ENDED_RUNS:]) if run.kept is not None]:
+            held += kept.log.size_of(kept.logged)
+            run.newest = kept.read(kept.logged) if held <= ENDED_BYTES else None
 
     def add(self, run: Run) -> None:
         """Know a run; it becomes what its name means."""
-        self.by_run[run.info.run] = run
+        self.by_run[run.info.run] = self.by_name[run.info.stream] = run
         self.touch(run)
-        self.by_name[run.info.stream] = run
 
     def touch(self, run: Run) -> None:
         """What of it could be decoded may have changed."""
@@ -101,9 +97,20 @@ class Registry:
         return LIVE_BYTES // max(1, sum(run.live is not None and run.is_alive for run in self.by_name.values()))
 
     @property
-    def meta_bytes(self) -> int:
-        """Bytes of what all runs say of themselves."""
-        return sum(run.meta_bytes for run in self.by_run.values())
+    def living_meta_bytes(self) -> int:
+        """Bytes of what living runs say of themselves."""
+        return sum(run.meta_bytes for run in self.by_run.values() if run.is_alive)
+
+    def untold(self) -> set[str]:
+        """Runs that say more of themselves than STATE has room for: none, or all that wait for their recording."""
+        if sum(run.meta_bytes for run in self.by_run.values()) <= MAX_META_BYTES:
+            return set()
+        return {run_id for run_id, run in self.by_run.items() if not run.is_alive and not run.is_being_recorded}
+
+    @property
+    def log_bytes(self) -> int:
+        """Bytes of all logs on disk."""
+        return sum(run.kept.log.nbytes for run in self.by_run.values() if run.kept is not None)
 
     def free_name(self, stream: str, is_held: Callable[[Run], bool]) -> str:
         """A name like `stream` that no run holds."""
@@ -121,7 +128,6 @@ class Registry:
 
     def keep_log(self, run: Run, first_seq: int) -> KeptRun:
         """Begin to keep a run from `first_seq`."""
-        self.log_folder.mkdir(parents=True, exist_ok=True)
         run.kept = KeptRun(
             log=RunLog(self.log_folder, run.info, first_seq=first_seq),
             queued=first_seq - 1,
@@ -134,20 +140,47 @@ class Registry:
         return run.kept
 
     def forget_old(self) -> list[Run]:
-        """Drop what is no longer shown nor kept: replaced runs, the oldest ended ones over the bound, old wishes."""
+        """Drop what is no longer shown nor kept: replaced runs, the oldest ended ones over the bound, old wishes.
+
+        What waits for its recording is in its log: over the bound it is held there alone. Returns: the runs that went.
+        """
         now = time.monotonic()
         self._pending_record = {name: wish for name, wish in self._pending_record.items() if wish[1] > now}
-        over = [run for run in self.by_run.values() if run.kept is None and not run.is_alive]
-        replaced = [run for run in over if self.by_name.get(run.info.stream) is not run]
-        shown = sorted((run for run in over if run not in replaced), key=lambda run: run.heard_s, reverse=True)
-        held = 0
-        dropped = replaced
-        for place, run in enumerate(shown):
-            held += run.newest.nbytes if run.newest else 0
-            if place >= ENDED_RUNS or held > ENDED_BYTES:
-                dropped.append(run)
-        for run in dropped:
+        over = [run for run in self.by_run.values() if not run.is_alive]
+        shown = [run for run in over if self.by_name.get(run.info.stream) is run]
+        shown.sort(key=lambda run: run.heard_s, reverse=True)
+        held, stays = 0, set[str]()
+        for run in shown[:ENDED_RUNS]:
+            held += run.held_bytes
+            if held <= ENDED_BYTES:
+                stays.add(run.info.run)
+        dropped = []
+        for run in over:
+            if run.info.run in stays:
+                continue
+            if run.kept is not None:
+                run.let_go()
+                continue
+            dropped.append(run)
             del self.by_run[run.info.run]
             if self.by_name.get(run.info.stream) is run:
                 del self.by_name[run.info.stream]
         return dropped
+
+
+def _known_again(log: RunLog) -> Run:
+    """The run of a log that a former broker left."""
+    run = Run(log.info, peer=None, record="all")
+    run.is_reopened = True
+    if log.damaged:
+        logger.error("log_damaged stream=%s run=%s records=%d", log.info.stream, log.info.run, log.damaged)
+    last = (log.next_seq or 0) - 1
+    first = log.first_seq if log.first_seq is not None else 0
+    now_s = time.monotonic()
+    run.kept = KeptRun(log=log, queued=last, logged=last, next_seq=first, written=first - 1, moved_s=now_s)
+    run.heard_s = now_s  # its publisher has a while to say HELLO again
+    if log.ended is not None:
+        run.end, run.kept.is_over = log.ended, True
+        run.ended_unix = time.time()
+    logger.info("log_reopened stream=%s run=%s frames=%d", log.info.stream, log.info.run, last - first + 1)
+    return run

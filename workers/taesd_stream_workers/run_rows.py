@@ -58,13 +58,16 @@ def _size_px(run: Run) -> tuple[int | None, int | None]:
     return width, height
 
 
-def recording_row(run: Run) -> dict[str, Any]:
-    """What the streamer must know of a kept run."""
+def recording_row(run: Run, *, has_meta: bool) -> dict[str, Any]:
+    """What the streamer must know of a kept run.
+
+    has_meta: else `meta` is None: it is told once something of the run is on its way into its file.
+    """
     kept = run.kept
     assert kept is not None
     return {
         "stream": run.info.stream,
-        "meta": run.info.meta,
+        "meta": run.info.meta if has_meta else None,
         "kind": run.info.kind,
         "latent_format": run.info.latent_format,
         "started": run.started_unix,

@@ -38,6 +38,7 @@ class Run:
         self.info = info
         self.film = film
         self.client = ""  # who speaks for it: a key's name, else a host
+        self.counted_bytes = 0  # of what it holds, against that client's limit
         self.meta_bytes = meta_bytes(info)
         self.peer = peer
         self.record = record
@@ -97,9 +98,21 @@ class Run:
         return quiet_s > max(10.0, 5 * self.interval_s)
 
     @property
+    def is_being_recorded(self) -> bool:
+        """Whether something of it is on its way into a file."""
+        return self.kept is not None and bool(self.kept.in_flight or self.kept.gaps)
+
+    @property
     def frames_behind(self) -> int:
         """How far its recording is behind the newest kept frame."""
         return max(0, self.kept.logged - self.kept.written) if self.kept else 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Of latents that are in memory, and in no log yet or not only there; of `live` with its history."""
+        front = self.kept.front if self.kept is not None else None
+        newest_bytes, front_bytes = (one.nbytes if one is not None else 0 for one in (self.newest, front))
+        return max(newest_bytes, self.live.held_bytes if self.live is not None else 0) + front_bytes
 
     def say(self, note: str) -> None:
         """Something is wrong with its pictures: the page shows it."""
@@ -122,6 +135,11 @@ class Run:
         if len(self.failures) > MAX_FAILURES:
             del self.failures[min(self.failures)]
         return self.failures.get(seq, times)
+
+    def absolve(self, seq: int) -> None:
+        """One of the jobs that seemed to end on a frame did not."""
+        if seq in self.failures:
+            self.failures[seq] = max(0, self.failures[seq] - 1)
 
     def is_newer(self, frame: LatentFrame) -> bool:
         """Whether a frame that came in is the newest one, and not sent again."""
@@ -299,7 +317,7 @@ class Run:
 
     def _frame_at(self, seq: int) -> LatentFrame | None:
         found = self.live.get(seq) if self.live is not None else None
-        return found or (self.kept.log.read(seq) if self.kept is not None else None)
+        return found or (self.kept.read(seq) if self.kept is not None else None)
 
     def received_ns(self, frame: LatentFrame) -> int:
         """When a frame came in; 0 of one that has waited in the log."""
@@ -357,6 +375,12 @@ class Run:
         self.forced |= {rendition for rendition in candidate.renditions if rendition not in ("record", "film")}
         if self.live is not None and not candidate.is_repeat and not candidate.is_record:
             self.live.return_to(candidate.seq)
+
+    def let_go(self) -> None:
+        """It is over, and shown no more: nothing of it is held in memory that is in its log."""
+        self.newest = None
+        if self.live is not None:
+            self.live.clear()
 
     def finish_keeping(self) -> RunLog:
         """Its recording is finished. Returns: the log, which has done its work."""

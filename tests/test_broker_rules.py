@@ -1,0 +1,178 @@
+"""Rules of the protocol at a real broker: lost runs, what is remembered, whose word on keeping holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from taesd_stream.config import load_config
+from taesd_stream.frames import Kind, StreamInfo
+from taesd_stream.messages import DemandUpdate, Done, JobItem, Record, RunHello
+from taesd_stream_workers.registry import ENDED_BYTES, ENDED_RUNS, Registry
+from taesd_stream_workers.runs import Run
+from tests.broker_role import BrokerRole, StreamerPeer, frame, new_run
+from tests.daemon import wait_for
+
+HALF_SEGMENT = (4, 2112, 2048)  # 33 MiB: two fill a segment of the log
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[BrokerRole]:
+    """A broker of the test's own."""
+    with BrokerRole(tmp_path) as one:
+        yield one
+
+
+def recorded(broker: BrokerRole, streamer: StreamerPeer, run: str, last: int) -> int:
+    """Decode and write a run up to `last`, and say that its file is finished. Returns the attempt."""
+    items: list[JobItem] = []
+    with broker.worker() as worker:
+        while not items or items[-1].seq < last:
+            items += worker.do(1)
+    streamer.written(run, items[-1].attempt, last)
+    wait_for(lambda: broker.stats().runs[run]["ended"], of="the end of keeping")
+    streamer.written(run, items[-1].attempt, last, finished=True)
+    wait_for(lambda: run not in broker.stats().runs, of="the end of the recording")
+    return items[-1].attempt
+
+
+def test_a_lost_run_that_comes_back_goes_on_in_another_file(tmp_path: Path) -> None:
+    """Its publisher silent for recording.lost_after_s, the file is finished; what comes then is kept, as a new part."""
+    run = new_run()
+    with (
+        BrokerRole(tmp_path, "recording.lost_after_s=0.3") as broker,
+        broker.publisher() as publisher,
+        broker.streamer() as streamer,
+    ):
+        publisher.open(run, "lost", record="all")
+        for seq in range(2):
+            publisher.say(frame(run, seq, kept=True))
+        publisher.ack(run, 1)
+        attempt = recorded(broker, streamer, run, 1)
+        publisher.publisher_hello(**{run: RunHello(next_seq=3, kept_from=2)})
+        publisher.say(frame(run, 2, kept=True))
+        publisher.ack(run, 2)
+        row = broker.stats().runs[run]
+        assert (row["kept_from"], row["last_seq"]) == (2, 2)
+        assert row["attempt"] > attempt
+
+
+def test_the_newest_ended_runs_are_remembered(broker: BrokerRole) -> None:
+    """64 of them with their last frame; older ones go."""
+    names = [f"ended/{number}" for number in range(ENDED_RUNS + 3)]
+    with broker.publisher() as publisher:
+        for name in names:
+            run = new_run()
+            publisher.open(run, name)
+            publisher.say(frame(run, 0))
+            publisher.end(run, 0)
+    wait_for(lambda: len(broker.stats().streams) == ENDED_RUNS, of="the oldest to go")
+    rows = broker.stats().streams
+    assert [row["name"] for row in rows] == names[3:]
+    assert {row["seq"] for row in rows} == {0}
+
+
+def test_what_is_remembered_is_bounded_in_bytes(tmp_path: Path) -> None:
+    """Of ended runs whose last frames are over 256 MiB together the oldest go."""
+    registry = Registry(load_config(sets=[f"recording.folder={tmp_path}"]))
+    large = frame(new_run(), 0, shape=HALF_SEGMENT)
+    count = ENDED_BYTES // large.nbytes
+    for number in range(count + 2):
+        info = StreamInfo(stream=f"s/{number}", run=new_run(), kind="steps", latent_format="sd1")
+        run = Run(info, peer=None, record="off")
+        run.newest, run.heard_s = large, float(number - 100)
+        registry.add(run)
+    assert [run.info.stream for run in registry.forget_old()] == ["s/0", "s/1"]
+    assert len(registry.by_run) == count
+
+
+def test_a_persons_word_waits_for_the_run_and_beats_all_others(tmp_path: Path) -> None:
+    """RECORD of a name that nobody has holds for its next run, whatever that says itself, and whatever a rule says."""
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rules]]\nstream = "later/*"\nrecord = "off"\n')
+    with (
+        BrokerRole(tmp_path, config=rules) as broker,
+        broker.publisher() as publisher,
+        broker.streamer() as streamer,
+    ):
+        streamer.say(Record(stream="later/one", mode="all"))
+        streamer.say_hello()
+        streamer.drain()
+        assert publisher.open(new_run(), "later/one", record="off").record == "all"
+        assert publisher.open(new_run(), "later/two", record="all").record == "off"  # the rule's word
+
+
+@pytest.mark.parametrize(("shown", "kept_from"), [(4, 4), (3, 5)])
+def test_the_step_that_is_shown_is_recorded_too(broker: BrokerRole, shown: int, kept_from: int) -> None:
+    """The newest frame is put in front of a recording that begins with the one behind it; never across a hole."""
+    run = new_run()
+    with broker.publisher() as publisher, broker.streamer() as streamer:
+        publisher.open(run, "front")
+        publisher.say(frame(run, shown))
+        wait_for(lambda: broker.row("front")["seq"] == shown, of="the frame that is shown")
+        streamer.say(Record(stream="front", mode="all"))
+        publisher.next(DemandUpdate, lambda demand: demand.record == "all")
+        publisher.say(frame(run, 5, kept=True))
+        publisher.ack(run, 5)
+        assert broker.stats().runs[run]["kept_from"] == kept_from
+
+
+def test_a_stream_that_does_not_say_follows_the_default(tmp_path: Path) -> None:
+    """OPEN without `record`: recording.default is what is kept; one that says so beats it."""
+    with BrokerRole(tmp_path, "recording.default=all") as broker, broker.publisher() as publisher:
+        run = new_run()
+        publisher.say(StreamInfo(stream="default", run=run, kind="steps", latent_format="sd1"))
+        assert publisher.next(DemandUpdate).record == "all"
+        assert publisher.open(new_run(), "says", record="off").record == "off"
+
+
+@pytest.mark.parametrize(("kind", "stays"), [("steps", 1), ("live", 2)])
+def test_the_log_is_freed_behind_what_is_safe_in_the_file(broker: BrokerRole, kind: Kind, stays: int) -> None:
+    """Whole segments go behind `synced`, not behind `written`; of `live` those stay that the next latents need."""
+    run = new_run()
+    with broker.publisher() as publisher, broker.streamer() as streamer:
+        publisher.open(run, "freed", kind=kind, record="all")
+        for seq in range(3):
+            publisher.say(frame(run, seq, kept=True, shape=HALF_SEGMENT))
+        publisher.ack(run, 2)
+        attempt = broker.stats().runs[run]["attempt"]
+
+        def segments(written: int, synced: int) -> int:
+            streamer.written(run, attempt, written, synced=synced)
+            wait_for(lambda: broker.row("freed")["behind"] == 2 - written, of="the cursor")
+            return len([*broker.log_folder.glob("*.latents")])
+
+        assert segments(written=1, synced=0) == 2
+        assert segments(written=2, synced=2) == stays
+
+
+def test_frames_of_a_format_that_no_worker_has_wait_for_one_that_has(broker: BrokerRole) -> None:
+    """They stay in the log, the page says why; nobody is asked again until another worker comes."""
+    run = new_run()
+    with broker.publisher() as publisher, broker.streamer():
+        publisher.open(run, "unknown", record="all", latent_format="my-own")
+        publisher.say(frame(run, 0, kept=True))
+        publisher.ack(run, 0)
+        with broker.worker("without") as without:
+            without.failed(without.job(), "no_decoder", retry=False)
+            row = wait_for(lambda: (row := broker.row("unknown"))["note"] and row, of="the note")
+            assert "no_decoder" in row["note"]
+            without.no_job(0.2)
+            assert broker.stats().runs[run]["last_seq"] == 0
+        with broker.worker("with") as able:
+            assert [item.seq for item in able.do(1)] == [0]
+
+
+def test_the_number_of_workers_that_are_needed_follows_the_load(broker: BrokerRole) -> None:
+    """Frames that each take a worker longer than the next one takes to come ask for more than one."""
+    run = new_run()
+    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker() as worker:
+        assert broker.stats().desired_workers == 1
+        streamer.watch("load")
+        publisher.open(run, "load")
+        for seq in range(5):
+            publisher.say(frame(run, seq))
+            worker.say(Done(job=worker.job().job, ms=5000.0))
+        assert wait_for(lambda: (found := broker.stats().desired_workers) > 1 and found, of="more workers")
