@@ -20,8 +20,8 @@ from taesd_stream.config import RecordingConfig, load_config
 from taesd_stream.frames import Packet
 from taesd_stream.media.recording import Recording, RecordingError
 from taesd_stream.media.steps import StepPicture, pictures_around, steps_of
-from taesd_stream_workers.films import Films
-from taesd_stream_workers.recorder import Recorder
+from taesd_stream_workers.streamer.films import Films
+from taesd_stream_workers.streamer.recorder import Recorder
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import PATCHES, decode_jpeg, sd1_latents_of

@@ -14,7 +14,7 @@ import pytest
 from taesd_stream.config import load_config
 from taesd_stream.frames import Packet
 from taesd_stream.messages import Cursor, State
-from taesd_stream_workers.recorder import Recorder
+from taesd_stream_workers.streamer.recorder import Recorder
 from tests.daemon import wait_for
 from tests.test_recording import META, RUN, chain, read, start
 
