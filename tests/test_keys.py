@@ -33,7 +33,7 @@ from taesd_stream.messages import (
     StopStream,
     StreamerHello,
 )
-from taesd_stream_workers.key_files import AllowList, clients_in, make_client, revoke
+from taesd_stream_workers.role.key_files import AllowList, clients_in, make_client, revoke
 from tests.broker_role import BrokerRole, frame, new_run
 from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for

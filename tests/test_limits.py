@@ -12,8 +12,8 @@ from taesd_stream.config import BrokerConfig
 from taesd_stream.frames import StreamInfo
 from taesd_stream.keys import load_keys
 from taesd_stream.messages import Refused
-from taesd_stream_workers.key_files import make_client
-from taesd_stream_workers.limits import Limits
+from taesd_stream_workers.broker.limits import Limits
+from taesd_stream_workers.role.key_files import make_client
 from tests.broker_role import BrokerRole, Peer, frame, new_run
 from tests.daemon import wait_for
 from tests.pictures import sd1_latents_of

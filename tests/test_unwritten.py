@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from taesd_stream_workers.unwritten import MAX_BYTES, Unwritten
+from taesd_stream_workers.streamer.unwritten import MAX_BYTES, Unwritten
 from tests.golden_messages import OTHER_RUN, PACKET
 
 FIRST = replace(PACKET, rendition="record", attempt=1, seq=0)
