@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,22 @@ def test_what_follows_a_finished_file_is_another_one(tmp_path: Path, told: list[
         wait_for(finished(told), of="the second file")
     files = list(tmp_path.rglob("*.mp4"))
     assert sorted([number for number, _ in read(path)] for path in files) == [[0, 1, 2], [7, 8]]
+
+
+def test_a_file_waits_for_what_its_run_says_of_itself(tmp_path: Path, told: list[Any]) -> None:
+    """Packets of a run whose meta the broker has not told wait for a STATE that does: it goes into the file's head."""
+    known = state(ended=False)
+    unknown = dataclasses.replace(known, runs={RUN: {**known.runs[RUN], "meta": None}})
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None)
+    recorder.start()
+    try:
+        recorder.put(unknown)
+        for packet in chain(0, 2):
+            recorder.put(packet)
+        recorder.put(known)
+        wait_for(lambda: any(one.written == 2 for one in told), of="the frames")
+        about = recorder.about_run(RUN)
+    finally:
+        recorder.close()
+    assert about is not None
+    assert META.items() <= about["meta"].items()
