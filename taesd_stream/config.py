@@ -57,7 +57,7 @@ class BrokerConfig(_Section):
     max_client_streams: int = Field(default=256, ge=1, le=65536)
     """Most runs that one client has open at once. A client is a key or, without keys, a host."""
     max_memory_bytes: int = Field(default=4 << 30, ge=64 << 20)
-    """Most bytes of newest frames in memory, one a stream; more are refused, and kept ones not acked."""
+    """Most bytes of latents in memory: newest frames, one a stream, and what `live` ones need; more are refused."""
     max_client_memory_bytes: int = Field(default=1 << 30, ge=1 << 20)
     """The same, of one client."""
     max_messages_s: int = Field(default=40_000, ge=10)

@@ -67,6 +67,7 @@ FROM_INSIDE: Final = (
     Cursor,
     Stats,
 )
+FROM_WORKER: Final = (WorkerHello, Progress, Done, Failed, Keyframe, Stats)  # of those, with a worker's key
 TO_WORKER: Final = (Job, Forget, Drain, Echo, RefusedPeer)
 TO_STREAMER: Final = (State, Gap, Echo, RefusedPeer)
 FROM_WORKER_TO_STREAMER: Final = (Packet,)

@@ -64,7 +64,7 @@ class BrokerRole:
         self.front = self.inside = "tcp://127.0.0.1:0"
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.alive: list[HelloPeer] = []
-        self.keys: Keys | None = None  # of its workers, where it asks for some
+        self.keys: Keys | None = None  # of its workers and its streamer, where it asks for some
 
     def __enter__(self) -> BrokerRole:
         self.start()
@@ -165,7 +165,7 @@ class BrokerRole:
     @contextmanager
     def worker(self, identity: str = "", **hello: Any) -> Iterator[WorkerPeer]:
         """A worker that says HELLO; jobs are the test's to answer."""
-        with self.peer(self.inside, wire.TO_WORKER, identity) as one:
+        with self.peer(self.inside, wire.TO_WORKER, identity, self.keys) as one:
             worker = WorkerPeer(one.socket, one.allowed, self)
             worker.hello(**hello)
             with self._alive(worker):
@@ -174,7 +174,7 @@ class BrokerRole:
     @contextmanager
     def streamer(self) -> Iterator[StreamerPeer]:
         """A streamer that says HELLO, and writes nothing by itself."""
-        with self.peer(self.inside, wire.TO_STREAMER) as one:
+        with self.peer(self.inside, wire.TO_STREAMER, keys=self.keys) as one:
             streamer = StreamerPeer(one.socket, one.allowed, self)
             streamer.hello()
             with self._alive(streamer):

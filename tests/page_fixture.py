@@ -33,9 +33,9 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-import taesd_stream_workers.web
+import taesd_stream_workers.streamer.web
 
-PAGE = Path(taesd_stream_workers.web.__file__).parent / "page"
+PAGE = Path(taesd_stream_workers.streamer.web.__file__).parent / "page"
 Json = dict[str, Any]
 Colour = tuple[int, int, int]
 Open = Callable[..., Page]

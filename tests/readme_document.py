@@ -12,10 +12,19 @@ ROOT: Final = Path(__file__).parent.parent
 README: Final = ROOT / "README.md"
 BEGIN: Final = "<!-- files: begin, made by tests/readme_document.py -->"
 END: Final = "<!-- files: end -->"
+PAGE: Final = "workers/taesd_stream_workers/streamer/web/page"
 FOLDERS: Final = {
     "taesd_stream": "the library: no process, no signals, no logging set-up",
-    "workers/taesd_stream_workers": "the processes and the command line",
-    "workers/taesd_stream_workers/web/page": "the page: no build step, nothing from elsewhere",
+    "workers/taesd_stream_workers": "the daemon as a whole: checked, started, kept alive, asked",
+    "workers/taesd_stream_workers/commands": "the command line",
+    "workers/taesd_stream_workers/broker": "the broker: latents in, jobs out; no decoding",
+    "workers/taesd_stream_workers/worker": "the decode worker: latents in, packets out; pixels live here only",
+    "workers/taesd_stream_workers/streamer": "the streamer: packets in, viewers and files out",
+    "workers/taesd_stream_workers/streamer/web": "its web address: pages, players, programs, other daemons",
+    PAGE: "the page: no build step, nothing from elsewhere",
+    "workers/taesd_stream_workers/role": "what the roles share: addresses, doors and keys, how a role lives and ends",
+    "workers/taesd_stream_workers/offline": "latents and pictures in files: read, fitted, distilled, decoded anew",
+    "workers/taesd_stream_workers/bench": "what a machine can do, measured",
     "configs": "settings",
     "deploy": "the daemon as a service, in containers, on clusters",
     "docs": "documents",
@@ -40,12 +49,12 @@ WITHOUT_WORDS: Final = {  # files that cannot say what they are, and those whose
     "tests/javascript/package-lock.json": "The npm packages of the JavaScript client as they were tested.",
     "tests/javascript/package.json": "The npm packages that the JavaScript client needs.",
     "tests/benchmarks/RESULTS.md": "What was measured, on what, and by which command.",
-    "workers/taesd_stream_workers/web/page/connect.json": "The lines that connect a sampler, as the page shows them.",
-    "workers/taesd_stream_workers/web/page/embed.css": "How the bare player looks.",
-    "workers/taesd_stream_workers/web/page/embed.html": "A bare player, for an iframe, a notebook or OBS.",
-    "workers/taesd_stream_workers/web/page/icon.svg": "The icon.",
-    "workers/taesd_stream_workers/web/page/index.html": "The page's skeleton, and the shapes of its icons.",
-    "workers/taesd_stream_workers/web/page/style.css": "All of its looks: dark and light, desktop and phone.",
+    f"{PAGE}/connect.json": "The lines that connect a sampler, as the page shows them.",
+    f"{PAGE}/embed.css": "How the bare player looks.",
+    f"{PAGE}/embed.html": "A bare player, for an iframe, a notebook or OBS.",
+    f"{PAGE}/icon.svg": "The icon.",
+    f"{PAGE}/index.html": "The page's skeleton, and the shapes of its icons.",
+    f"{PAGE}/style.css": "All of its looks: dark and light, desktop and phone.",
 }
 # golden and broken messages, of which tests/golden_messages.py has a word for each; what npm puts there
 _SKIPPED: Final = {"tests/data", "tests/javascript/node_modules"}

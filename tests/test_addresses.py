@@ -10,7 +10,7 @@ import pytest
 
 from taesd_stream.config import Config
 from taesd_stream.errors import ConfigError
-from taesd_stream_workers.addresses import runtime_folder
+from taesd_stream_workers.role.addresses import runtime_folder
 from taesd_stream_workers.start_checks import check_free
 
 STRANGER = 64321  # a user's number that nobody has

@@ -18,8 +18,8 @@ import pytest
 from websockets.sync.client import ClientConnection, connect
 
 from taesd_stream import LatentPublisher
-from taesd_stream_workers.library import Library
-from taesd_stream_workers.web import schema
+from taesd_stream_workers.streamer.library import Library
+from taesd_stream_workers.streamer.web import schema
 from tests.daemon import Daemon, wait_for
 from tests.pictures import decode_jpeg, sd1_latents_of
 

@@ -26,7 +26,7 @@ from taesd_stream.media.finished import finish_file, read_summary
 from taesd_stream.media.fragments import read_index
 from taesd_stream.media.recording import Recording
 from taesd_stream.media.steps import pictures_around, steps_of
-from taesd_stream_workers.library import first_pictures
+from taesd_stream_workers.streamer.library import first_pictures
 from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.page_socket import PageSocket

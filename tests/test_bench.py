@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from taesd_stream.capacity import LOAD_FACTOR, wait_s
 from taesd_stream.config import load_config
 from taesd_stream.models import build_decoder
-from taesd_stream_workers.benching import Bench
-from taesd_stream_workers.worker_load import Case
+from taesd_stream_workers.bench.benching import Bench
+from taesd_stream_workers.bench.worker_load import Case
 from tests.daemon import COMMAND, clean_environment, wait_for
 from tests.processes import children_of, lives
 from tests.test_cli import refusal, run

@@ -12,7 +12,7 @@ import pytest
 from taesd_stream.frames import StreamInfo
 from taesd_stream.latent_log import read_messages
 from taesd_stream.messages import Ack, DemandUpdate, End, Record, RunHello
-from taesd_stream_workers.registry import ENDED_RUNS, MAX_META_BYTES
+from taesd_stream_workers.broker.registry import ENDED_RUNS, MAX_META_BYTES
 from tests.broker_role import BrokerRole, Peer, frame, new_run
 from tests.daemon import wait_for
 

@@ -10,8 +10,8 @@ import pytest
 from taesd_stream.config import load_config
 from taesd_stream.frames import Kind, StreamInfo
 from taesd_stream.messages import DemandUpdate, Done, JobItem, Record, RunHello
-from taesd_stream_workers.registry import ENDED_BYTES, ENDED_RUNS, Registry
-from taesd_stream_workers.runs import Run
+from taesd_stream_workers.broker.registry import ENDED_BYTES, ENDED_RUNS, Registry
+from taesd_stream_workers.broker.runs import Run
 from tests.broker_role import BrokerRole, StreamerPeer, frame, new_run
 from tests.daemon import wait_for
 

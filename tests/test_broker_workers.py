@@ -14,8 +14,8 @@ import pytest
 
 from taesd_stream import LatentPublisher
 from taesd_stream.messages import Cursor, Drain, Echo, Forget, Gap, JobItem
-from taesd_stream_workers.dispatcher import STREAMER_GONE_S
-from taesd_stream_workers.runs import RECORD_STUCK_S
+from taesd_stream_workers.broker.dispatcher import STREAMER_GONE_S
+from taesd_stream_workers.broker.runs import RECORD_STUCK_S
 from tests.broker_role import BrokerRole, frame, new_run
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.pictures import decode_file, sd1_latents_of

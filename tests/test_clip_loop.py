@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from taesd_stream.frames import CLOCK_HZ, Packet
-from taesd_stream_workers.web.clip_loop import LATE_NS, ClipLoop
+from taesd_stream_workers.streamer.web.clip_loop import LATE_NS, ClipLoop
 from tests.test_recording import chain, clip
 
 S = 1_000_000_000

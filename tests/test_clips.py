@@ -19,9 +19,9 @@ from taesd_stream.config import load_config
 from taesd_stream.frames import Packet
 from taesd_stream.messages import Job, Progress
 from taesd_stream.models import build_decoder
-from taesd_stream_workers.degrading import Pace
-from taesd_stream_workers.job_decoder import JobDecoder
-from taesd_stream_workers.job_run import JobRun
+from taesd_stream_workers.worker.degrading import Pace
+from taesd_stream_workers.worker.job_decoder import JobDecoder
+from taesd_stream_workers.worker.job_run import JobRun
 from tests.daemon import Daemon, wait_for
 from tests.golden_messages import JOB_ITEM
 from tests.page_socket import PageSocket

@@ -26,7 +26,7 @@ from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.integrations.comfyui.formats import format_of, published
 from taesd_stream.integrations.comfyui.graph import fps_of, told
 from taesd_stream.messages import End, StopRun
-from taesd_stream_workers.commands import app
+from taesd_stream_workers.commands.command_line import app
 from tests.broker_peer import BrokerPeer
 from tests.comfyui_standin import NODE, ComfyUI, InterruptProcessingException, ModelPatcher, model_of, pack_latents
 from tests.daemon import clean_environment

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from taesd_stream.frames import StreamInfo
 from taesd_stream.messages import StopRun
-from taesd_stream_workers.commands import app
+from taesd_stream_workers.commands.command_line import app
 from tests.broker_peer import BrokerPeer
 from tests.daemon import wait_for
 from tests.test_comfyui import array, seen

@@ -9,7 +9,7 @@ import pytest
 
 from taesd_stream.messages import WorkerHello
 from taesd_stream.scheduling import Candidate
-from taesd_stream_workers.crew import Crew, Worker
+from taesd_stream_workers.broker.crew import Crew, Worker
 from tests.daemon import wait_for
 
 HELLO = WorkerHello(device="cpu", credits=2)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from taesd_stream import LatentPublisher
 from taesd_stream.models import build_decoder
-from taesd_stream_workers.degrading import CHEAPER, LEAST_BYTES, Pace, is_out_of_memory, ways
+from taesd_stream_workers.worker.degrading import CHEAPER, LEAST_BYTES, Pace, is_out_of_memory, ways
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
 

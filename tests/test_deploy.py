@@ -145,7 +145,7 @@ def test_every_command_is_one_of_ours(words: list[str]) -> None:
     """The command line knows the command and each of its options; its configuration is a file of configs/."""
     from typer.main import get_command
 
-    from taesd_stream_workers.commands import app
+    from taesd_stream_workers.commands.command_line import app
 
     root: Any = get_command(app)
     command = root.commands[words[0]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from taesd_stream.errors import ConfigError
-from taesd_stream_workers.devices import SHARE, busy_reason, choose_device, no_gpu_reason, share_of
+from taesd_stream_workers.worker.devices import SHARE, busy_reason, choose_device, no_gpu_reason, share_of
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

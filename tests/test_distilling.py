@@ -20,7 +20,7 @@ from taesd_stream.models import AutoencoderTiny
 from taesd_stream.models.nano import NanoDecoder
 from taesd_stream.training.distillation import Settings
 from taesd_stream.training.quality import psnr_db, sharpness, ssim
-from taesd_stream_workers.distilling import distil, from_pairs, from_pictures, measure, save
+from taesd_stream_workers.offline.distilling import distil, from_pairs, from_pictures, measure, save
 from tests.commands import run_command
 from tests.daemon import COMMAND, clean_environment
 

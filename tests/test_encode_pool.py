@@ -18,9 +18,9 @@ from taesd_stream.decoding.host_copies import HostCopy
 from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import EncodedPicture, Planes
 from taesd_stream.messages import Job
-from taesd_stream_workers.encode_pool import FILM_S, MANY_LIVE, MAX_WAITING, EncodePool, EncodeTask
-from taesd_stream_workers.job_decoder import JobDecoder
-from taesd_stream_workers.job_run import JobRun
+from taesd_stream_workers.worker.encode_pool import FILM_S, MANY_LIVE, MAX_WAITING, EncodePool, EncodeTask
+from taesd_stream_workers.worker.job_decoder import JobDecoder
+from taesd_stream_workers.worker.job_run import JobRun
 from tests.daemon import wait_for
 from tests.golden_messages import JOB_ITEM
 

@@ -18,7 +18,7 @@ from taesd_stream import LatentPublisher
 from taesd_stream.demo_sampler import load_scenes
 from taesd_stream.models import build_decoder, build_encoder
 from taesd_stream.models.checkpoints import load_state_dict
-from taesd_stream_workers.latency import STAGES
+from taesd_stream_workers.streamer.latency import STAGES
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import PATCHES, decode_file, decode_h264, decode_jpeg, psnr_db, sd1_latents_of

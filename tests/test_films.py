@@ -20,8 +20,8 @@ from taesd_stream.config import RecordingConfig, load_config
 from taesd_stream.frames import Packet
 from taesd_stream.media.recording import Recording, RecordingError
 from taesd_stream.media.steps import StepPicture, pictures_around, steps_of
-from taesd_stream_workers.films import Films
-from taesd_stream_workers.recorder import Recorder
+from taesd_stream_workers.streamer.films import Films
+from taesd_stream_workers.streamer.recorder import Recorder
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import PATCHES, decode_jpeg, sd1_latents_of
@@ -132,6 +132,19 @@ def test_steps_tell_what_the_sampler_said(tmp_path: Path) -> None:
     (path,) = one.finish()
     finished = [(s.seq, s.step, s.of, s.sigma, s.pts) for s in steps_of(path)]
     assert growing == finished == expected
+
+
+def test_a_long_run_has_all_its_steps(tmp_path: Path) -> None:
+    """A finished file with more frames than one note can list tells each of them, and shows the last."""
+    one, (first,) = Recording.open(tmp_path, stream="demo/a", run=RUN, meta=META), chain(0, 0)
+    count, large = 14_000, 10**14
+    for seq in range(count):
+        one.write(replace(first, seq=seq, pts=seq * 9000, step=large + seq, total_steps=large, sigma=0.1 + seq / 7))
+    growing = steps_of(one.paths[0])
+    (path,) = one.finish()
+    assert steps_of(path) == growing
+    assert [step.seq for step in growing] == list(range(count))
+    assert [picture.seq for picture in pictures_around(path, count - 1)] == [count - 1]
 
 
 def test_all_pictures_of_a_clip_are_around_its_step(tmp_path: Path) -> None:

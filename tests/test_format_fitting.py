@@ -27,7 +27,7 @@ from taesd_stream.user_formats import (
     read_user_format,
     user_formats_folder,
 )
-from taesd_stream_workers.format_fitting import Fit, find_pairs, fit_format, read_picture
+from taesd_stream_workers.offline.format_fitting import Fit, find_pairs, fit_format, read_picture
 from tests.commands import run_command
 from tests.daemon import Daemon, clean_environment, wait_for
 from tests.pictures import decode_jpeg

@@ -22,6 +22,7 @@ from taesd_stream.media.fragments import (
     parameter_sets,
     read_head,
     read_index,
+    read_on,
     sample_data,
     split_nals,
 )
@@ -169,6 +170,24 @@ def test_a_file_cut_anywhere_tells_its_whole_frames(tmp_path: Path) -> None:
         count = sum(end <= length for end in ends[1:])
         assert [entry.seq for entry in index.entries] == list(range(count))
         assert (index.end, index.attempt) == (ends[count], count - 1)
+
+
+def test_what_has_come_since_is_read_on(tmp_path: Path) -> None:
+    """After each write, a tear, a cut and other frames in its place, reading on gives what reading anew does."""
+    made = samples([0, 9000, 18000, 27000])
+    parts = [head(made[0]), *(note({"attempt": 1}) + fragment(seq, [one]) for seq, one in enumerate(made))]
+    parts.insert(3, note({"missing": 2, "attempt": 2}))
+    parts[4:] = [note({"attempt": 2}) + fragment(3, made[2:3]), note({"attempt": 2}) + fragment(4, made[3:])]
+    other = note({"attempt": 3}) + fragment(1, made[3:]) + note({"attempt": 3}) + fragment(2, made[2:3])
+    grown = [b"".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    path = tmp_path / "a.mp4"
+    path.write_bytes(grown[0])
+    known = read_index(path)
+    for data in (*grown, grown[-1][:-5], grown[2], grown[3] + other[:-7], grown[2] + other, parts[0], grown[-1] + b"x"):
+        path.write_bytes(data)
+        known = read_on(path, known)
+        assert known == read_index(path)
+    assert known.missing == [2]
 
 
 @pytest.mark.parametrize("seed", range(100))

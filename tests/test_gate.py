@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from taesd_stream.config import Config
-from taesd_stream_workers.gate import MAX_SAID, Gate
+from taesd_stream_workers.role.gate import MAX_SAID, Gate
 
 
 def test_a_stranger_with_ever_new_keys_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:

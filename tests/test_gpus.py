@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from taesd_stream import LatentPublisher
-from taesd_stream_workers.gpus import devices, local_cpus
+from taesd_stream_workers.role.gpus import devices, local_cpus
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
 

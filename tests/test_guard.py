@@ -18,7 +18,7 @@ from websockets.typing import Origin
 from taesd_stream import LatentPublisher
 from taesd_stream.config import load_config
 from taesd_stream.errors import ConfigError
-from taesd_stream_workers.web_token import load_token, page_link
+from taesd_stream_workers.role.web_token import load_token, page_link
 from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.pictures import sd1_latents_of

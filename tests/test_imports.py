@@ -74,10 +74,10 @@ def test_what_travels_is_light(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "kept_out"),
     [
-        ("broker", ("torch", "av", "fastapi", "uvicorn", "starlette")),
-        ("streamer", ("torch",)),
+        ("broker.broker", ("torch", "av", "fastapi", "uvicorn", "starlette")),
+        ("streamer.streamer", ("torch",)),
         ("supervisor", ("torch", "av", "fastapi", "uvicorn", "starlette")),
-        ("commands", ("torch", "av", "fastapi", "uvicorn", "pydantic")),
+        ("commands.command_line", ("torch", "av", "fastapi", "uvicorn", "pydantic")),
         ("cli", ("torch", "av", "fastapi", "uvicorn", "pydantic", "typer")),
     ],
 )
@@ -123,6 +123,28 @@ def test_the_library_knows_nothing_of_the_processes(module: str) -> None:
             assert node.level == 0, "imports here are absolute"
             imported.add(node.module or "")
     assert [name for name in imported if name.startswith("taesd_stream_workers")] == []
+
+
+MAY_IMPORT: Final = {  # folders of the processes: what each may know of the others; the command line knows all
+    "role": set(),
+    "broker": {"role"},
+    "worker": {"role"},
+    "streamer": {"role"},
+    "offline": {"worker"},
+    "bench": {"role", "worker"},
+}
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_no_role_knows_another(folder: str) -> None:
+    """Broker, worker and streamer share `role` and the wire: none of them imports another, and `role` imports none."""
+    known: set[str] = set()
+    for path in (ROOT / "workers" / "taesd_stream_workers" / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("taesd_stream_workers."):
+                known.add(f"{node.module}.".split(".")[1])
+    assert known - {folder} <= MAY_IMPORT[folder]
+    assert known
 
 
 IMPORT_AND_TELL = """

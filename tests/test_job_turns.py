@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taesd_stream.messages import Job
-from taesd_stream_workers.job_run import JobRun
-from taesd_stream_workers.job_turns import JobTurns
+from taesd_stream_workers.worker.job_run import JobRun
+from taesd_stream_workers.worker.job_turns import JobTurns
 from tests.golden_messages import JOB_ITEM
 
 

@@ -21,7 +21,7 @@ from taesd_stream.config import load_config
 from taesd_stream.decoding.choice import open_engine
 from taesd_stream.decoding.keeping_up import best_that_keeps_up, seconds_a_picture
 from taesd_stream.models import build_decoder
-from taesd_stream_workers.engines import Engines
+from taesd_stream_workers.worker.engines import Engines
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
 

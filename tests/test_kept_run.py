@@ -8,8 +8,8 @@ import pytest
 
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.latent_log import RunLog
-from taesd_stream_workers.kept_run import LEAST_FRAMES, READ_AHEAD_FRAMES, KeptRun
-from taesd_stream_workers.runs import MAX_FAILURES, Run
+from taesd_stream_workers.broker.kept_run import LEAST_FRAMES, READ_AHEAD_FRAMES, KeptRun
+from taesd_stream_workers.broker.runs import MAX_FAILURES, Run
 from tests.broker_role import frame, new_run
 
 SHAPE = (4, 32, 32)

@@ -21,8 +21,20 @@ from taesd_stream import LatentPublisher, wire
 from taesd_stream.errors import ConfigError
 from taesd_stream.keys import Keys, load_keys
 from taesd_stream.line import Line
-from taesd_stream.messages import End, PublisherHello, Refused, RunHello
-from taesd_stream_workers.key_files import AllowList, clients_in, make_client, revoke
+from taesd_stream.messages import (
+    Cursor,
+    End,
+    PublisherHello,
+    Record,
+    Refused,
+    RunHello,
+    State,
+    Stats,
+    StopStream,
+    StreamerHello,
+)
+from taesd_stream_workers.role.key_files import AllowList, clients_in, make_client, revoke
+from tests.broker_role import BrokerRole, frame, new_run
 from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.golden_messages import FRAME, PACKET
@@ -248,6 +260,38 @@ def refusal(line: Line, run: str) -> Refused:
 
 
 # --- workers and the streamer ---
+
+
+def test_a_workers_key_is_not_the_streamers(tmp_path: Path) -> None:
+    """It may neither take the packets, nor end a recording, nor stop or keep a stream: counted, and nothing happens."""
+    sampler = make_client(tmp_path / "keys", "sampler", "samplers")
+    decoder = make_client(tmp_path / "keys", "worker", "workers")
+    run = new_run()
+    with BrokerRole(tmp_path, f"security.keys_folder={tmp_path / 'keys'}") as broker:
+        broker.keys = load_keys(tmp_path / "keys")
+        with (
+            broker.publisher(load_keys(sampler)) as publisher,
+            broker.streamer(),
+            broker.worker(credits=0) as worker,
+            broker.peer(broker.inside, wire.TO_STREAMER, keys=load_keys(decoder)) as other,
+        ):
+            publisher.open(run, "kept", record="all")
+            publisher.say(frame(run, 0, kept=True))
+            publisher.ack(run, 0)
+            publisher.end(run, 0)
+            publisher.open(new_run(), "goes/on")
+            other.say(StreamerHello(endpoint="tcp://127.0.0.1:6666"))
+            other.say(Cursor(run=run, attempt=9, written=0, synced=0, finished=True))
+            other.say(StopStream(stream="goes/on"))
+            other.say(Record(stream="goes/on", mode="all"))
+            told = other.ask(Stats(), State)
+            rows = {row["name"]: row for row in told.streams}
+            assert (rows["goes/on"]["record"], rows["goes/on"]["flags"]) == ("off", [])
+            assert told.stats["counts"]["refused_role"] == 4
+            worker.hello(credits=1)
+            assert worker.job().packets_to == "tcp://127.0.0.1:9"
+            assert list(broker.log_folder.glob(f"{run}.*"))
+    assert "key=worker is a decode worker's" in broker.log()
 
 
 def test_a_samplers_key_opens_no_inner_socket(guarded: Guarded, lines: Lines) -> None:

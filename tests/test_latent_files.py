@@ -16,7 +16,7 @@ from taesd_stream.errors import ConfigError
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.latent_formats import LATENT_FORMATS
 from taesd_stream.latent_log import RunLog
-from taesd_stream_workers.latent_files import format_of, info_of_log, load_latents, rows_of, rows_of_log
+from taesd_stream_workers.offline.latent_files import format_of, info_of_log, load_latents, rows_of, rows_of_log
 
 SD1 = LATENT_FORMATS["sd1"]
 RUN = "00112233445566aa"

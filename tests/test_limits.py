@@ -12,13 +12,14 @@ from taesd_stream.config import BrokerConfig
 from taesd_stream.frames import StreamInfo
 from taesd_stream.keys import load_keys
 from taesd_stream.messages import Refused
-from taesd_stream_workers.key_files import make_client
-from taesd_stream_workers.limits import Limits
+from taesd_stream_workers.broker.limits import Limits
+from taesd_stream_workers.role.key_files import make_client
 from tests.broker_role import BrokerRole, Peer, frame, new_run
 from tests.daemon import wait_for
 from tests.pictures import sd1_latents_of
 
 LARGE = (4, 256, 320)  # 640 KiB
+SMALL = (4, 128, 128)  # 128 KiB
 HUGE = (4, 1024, 4500)  # 35 MiB
 
 
@@ -104,6 +105,22 @@ def test_bytes_of_one_client_and_of_all(two: TwoClients) -> None:
         assert b.ack(other, 0).seq == 0
         rows = {row["run"]: row["seq"] for row in two.broker.stats().streams}
         assert rows == {first: 0, second: None, other: 0}
+
+
+@pytest.mark.parametrize(("limit", "held"), [(16, 11), (12, 11), (8, 4)])
+def test_the_history_of_live_runs_counts(tmp_path: Path, limit: int, held: int) -> None:
+    """Of an unwatched `live` run the newest frame and ten before it are held, and counted; over the limit these go."""
+    allowed = limit * len(frame(new_run(), 0, shape=SMALL).payload)
+    with BrokerRole(tmp_path, f"broker.max_client_memory_bytes={allowed}") as broker, broker.publisher() as publisher:
+        run, other = new_run(), new_run()
+        publisher.open(run, "live", kind="live", latent_format="unheard of")
+        publisher.open(other, "other", latent_format="unheard of")
+        for seq in range(20):
+            publisher.say(frame(run, seq, shape=SMALL))
+        publisher.say(frame(other, 0, shape=(limit, *SMALL)))
+        refused = publisher.refused()
+        assert (refused.run, broker.row("live")["seq"]) == (other, 19)
+        assert refused.text.startswith(f"{(held + limit) * allowed // limit} bytes of latents of one client")
 
 
 def test_messages_of_one_client(two: TwoClients) -> None:

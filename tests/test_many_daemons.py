@@ -30,7 +30,7 @@ from taesd_stream.keys import load_keys
 from taesd_stream.latent_log import read_messages
 from taesd_stream.message_fields import MAX_META_BYTES
 from taesd_stream.messages import End, PublisherHello
-from taesd_stream_workers.key_files import make_client, revoke
+from taesd_stream_workers.role.key_files import make_client, revoke
 from tests.broker_peer import BrokerPeer
 from tests.broker_role import BrokerRole
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for

@@ -13,7 +13,7 @@ import zmq
 from taesd_stream import wire
 from taesd_stream.frames import Packet
 from taesd_stream.sockets import prepare, receive_parts
-from taesd_stream_workers.outgoing import MAX_BYTES, Outgoing
+from taesd_stream_workers.worker.outgoing import MAX_BYTES, Outgoing
 from tests.daemon import wait_for
 from tests.golden_messages import OTHER_RUN, PACKET, RUN
 

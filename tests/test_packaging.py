@@ -73,7 +73,7 @@ def test_the_wheel_holds_both_packages_whole(wheel: zipfile.ZipFile) -> None:
         "taesd_stream/data/nano_flux2.safetensors",
         "taesd_stream/data/nano_sana.safetensors",
         "taesd_stream_workers/py.typed",
-        "taesd_stream_workers/web/page/index.html",
+        "taesd_stream_workers/streamer/web/page/index.html",
     } <= packed
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, ViewportSize, expect
 
 from taesd_stream import LatentPublisher
-from taesd_stream_workers.demo import DemoSamplers
+from taesd_stream_workers.commands.demo import DemoSamplers
 from tests.daemon import Daemon, wait_for
 from tests.page_fixture import Colour, Open, await_colour, chromium_path, middle_of, opening
 from tests.pictures import PATCHES, decode_file, sd1_latents_of

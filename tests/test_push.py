@@ -16,7 +16,7 @@ import pytest
 
 from taesd_stream import LatentPublisher
 from taesd_stream.errors import ConfigError
-from taesd_stream_workers.push import format_of, shown
+from taesd_stream_workers.streamer.push import format_of, shown
 from tests.daemon import COMMAND, Daemon, clean_environment, free_port, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import sd1_latents_of, to_rgb

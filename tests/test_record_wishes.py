@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from taesd_stream.messages import Record, State
-from taesd_stream_workers.record_wishes import KEPT_S, SETTLED_S, RecordWishes
+from taesd_stream_workers.streamer.record_wishes import KEPT_S, SETTLED_S, RecordWishes
 
 
 class Streamer:

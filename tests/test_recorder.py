@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from taesd_stream.config import load_config
+from taesd_stream.frames import Packet
 from taesd_stream.messages import Cursor, State
-from taesd_stream_workers.recorder import Recorder
+from taesd_stream_workers.streamer.recorder import Recorder
 from tests.daemon import wait_for
-from tests.test_recording import META, RUN, chain, read
+from tests.test_recording import META, RUN, chain, read, start
 
 
 def state(*, ended: bool, last_seq: int = -1, kept_from: int = 0, attempt: int = 1) -> State:
@@ -101,7 +103,7 @@ def test_what_follows_a_finished_file_is_another_one(tmp_path: Path, told: list[
 def test_a_file_waits_for_what_its_run_says_of_itself(tmp_path: Path, told: list[Any]) -> None:
     """Packets of a run whose meta the broker has not told wait for a STATE that does: it goes into the file's head."""
     known = state(ended=False)
-    unknown = dataclasses.replace(known, runs={RUN: {**known.runs[RUN], "meta": None}})
+    unknown = replace(known, runs={RUN: {**known.runs[RUN], "meta": None}})
     recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None)
     recorder.start()
     try:
@@ -115,3 +117,51 @@ def test_a_file_waits_for_what_its_run_says_of_itself(tmp_path: Path, told: list
         recorder.close()
     assert about is not None
     assert META.items() <= about["meta"].items()
+
+
+FILMED = [f"{number:016x}" for number in range(5000, 5080)]
+
+
+def many_films(folder: Path, count: int) -> None:
+    """So many films of other runs, copies of one."""
+    one = start(folder / "one")
+    one.write(chain(0, 0)[0])
+    data = one.paths[0].read_bytes()
+    one.close()
+    for number in range(count):
+        run = f"{number:016x}"
+        (folder / f"{run}.mp4.part").write_bytes(data.replace(RUN.encode(), run.encode()))
+
+
+def film_packets(rounds: int) -> Iterator[Packet]:
+    """Pictures of 80 films, one of each in turn."""
+    for packet in chain(0, rounds - 1):
+        for run in FILMED:
+            yield replace(packet, run=run, rendition="film")
+
+
+def test_films_of_many_runs_do_not_hold_up_a_recording(tmp_path: Path, told: list[Any]) -> None:
+    """Among 2,000 old films 80 runs grow in turn, faster than the disk: a kept run's frame is written within 1 s."""
+    many_films(tmp_path / ".films", 2000)
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None)
+    filmed = [{"run": run, "state": "live", "meta": META, "latent_format": "sd1", "kind": "steps"} for run in FILMED]
+    over = threading.Event()
+
+    def shoot() -> None:
+        for packet in film_packets(200):
+            if over.is_set():
+                return
+            recorder.put(packet)
+
+    shooting = threading.Thread(target=shoot)
+    recorder.start()
+    try:
+        recorder.put(replace(state(ended=False), streams=filmed))
+        shooting.start()
+        wait_for(lambda: len(recorder.films.films) > 2000, 60, of="films that grow")
+        recorder.put(chain(0, 0)[0])
+        wait_for(lambda: any(isinstance(one, Cursor) and one.written == 0 for one in told), 1.0, of="the cursor")
+    finally:
+        over.set()
+        shooting.join()
+        recorder.close()

@@ -8,7 +8,7 @@ import torch
 from taesd_stream.decoding.colour import fit_within, jpeg_planes, video_planes
 from taesd_stream.decoding.host_copies import HostCopies
 from taesd_stream.frames import RENDITIONS, Rendition
-from taesd_stream_workers.rendering import Rendered, Sizes, render
+from taesd_stream_workers.worker.rendering import Rendered, Sizes, render
 
 SIZES = Sizes(live_max_px=64, thumb_max_px=32)
 COPIES = HostCopies(torch.device("cpu"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from taesd_stream_workers.service_manager import ServiceManager, take_notify_socket
+from taesd_stream_workers.role.service_manager import ServiceManager, take_notify_socket
 from tests.daemon import COMMAND, Daemon, clean_environment
 
 pytestmark = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="systemd is Linux's")

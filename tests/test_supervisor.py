@@ -123,7 +123,7 @@ def test_a_supervisor_that_was_paused_takes_no_role_for_hung(tmp_path: Path) -> 
 
 HUNG_LOOP = """
 import ctypes
-from taesd_stream_workers.lifecycle import Lifecycle
+from taesd_stream_workers.role.lifecycle import Lifecycle
 lifecycle = Lifecycle("worker", is_supervised=True)
 lifecycle.start()
 lifecycle.tick()

@@ -14,7 +14,7 @@ from taesd_stream.decoding.choice import open_engine
 from taesd_stream.decoding.stream_memories import StreamMemories, StreamMemory
 from taesd_stream.decoding.video_engine import LiveFrames, LivePart, VideoEngine
 from taesd_stream.models.tiny_video import VideoDecoder
-from taesd_stream_workers.job_pictures import Rows, pictures_of
+from taesd_stream_workers.worker.job_pictures import Rows, pictures_of
 from tests.golden_messages import JOB_ITEM
 from tests.test_tiny_video import stepped, video_decoder
 

@@ -22,12 +22,12 @@ from taesd_stream import wire
 from taesd_stream.frames import Packet, Stamps
 from taesd_stream.messages import Echo, Keyframe, Record, State, StopStream, StreamerHello
 from taesd_stream.sockets import bind, prepare
-from taesd_stream_workers.broken_chains import ASK_AGAIN_S
-from taesd_stream_workers.hub import Hub
-from taesd_stream_workers.inbox import INBOX_BYTES, Inbox
-from taesd_stream_workers.latency import Latency
-from taesd_stream_workers.newest_runs import NewestRuns
-from taesd_stream_workers.viewer import Viewer
+from taesd_stream_workers.role.broken_chains import ASK_AGAIN_S
+from taesd_stream_workers.streamer.hub import Hub
+from taesd_stream_workers.streamer.inbox import INBOX_BYTES, Inbox
+from taesd_stream_workers.streamer.latency import Latency
+from taesd_stream_workers.streamer.newest_runs import NewestRuns
+from taesd_stream_workers.streamer.viewer import Viewer
 from tests.daemon import Daemon, wait_for
 from tests.golden_messages import OTHER_RUN, PACKET, RUN
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import av
 
 from taesd_stream.frames import CLOCK_HZ
-from taesd_stream.media.fragments import MAX_NOTE_BYTES, FileIndex, note, read_index
+from taesd_stream.media.fragments import FileIndex, read_index, table
 from taesd_stream.media.growing_file import FINISHED_SUFFIX, PART_SUFFIX, free_name, sync_folder
 
 SUMMARY_KEY: Final = "taesd_stream"  # the tag that holds everything, as JSON
@@ -104,11 +104,9 @@ def _append_table(path: Path, index: FileIndex) -> None:
         time += min(entry.tfdt - before, _MAX_STEP_TICKS) if before is not None else 0
         rows.append([entry.seq, entry.step, entry.of, entry.sigma, time])
         time, before = time + entry.last_pts - entry.tfdt, entry.last_pts
-    table = note({"frames": rows})
-    if len(table) <= MAX_NOTE_BYTES:  # else it is hours of video, which nobody walks through by steps
-        with path.open("ab") as file:
-            file.write(table)
-        _force_to_disk(path)
+    with path.open("ab") as file:
+        file.write(table(rows))
+    _force_to_disk(path)
 
 
 def summary_of(index: FileIndex, part: int | None = None) -> dict[str, Any]:

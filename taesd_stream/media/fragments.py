@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import struct
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from taesd_stream.frames import CLOCK_HZ, Packet
 from taesd_stream.media.clock import PROVISIONAL_TICKS
 
 MAX_NOTE_BYTES: Final = 1 << 20
+_TABLE_ROWS: Final = 8192  # in one note
 NOTE_UUID: Final = bytes.fromhex("7461657364537472b65d6e6f74653031")  # our own box: JSON about what follows (4.2.2)
 
 _START_CODE = b"\0\0\1"
@@ -68,13 +68,30 @@ class Entry:
 
 @dataclass(slots=True)
 class FileIndex:
-    """What `read_index` found. head: what `init_segment` was given. end: behind the last whole box."""
+    """What `read_index` found. head: what `init_segment` was given. end: behind the last whole box.
+
+    missing: the seqs among the entries that are missing for ever. Entries come and go by `add` and `cut_before` alone.
+    """
 
     head: dict[str, Any]
     head_end: int
     end: int
     attempt: int = -1  # of the last frame
     entries: list[Entry] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+
+    def add(self, entry: Entry, attempt: int) -> None:
+        """Another one behind the last."""
+        self.entries.append(entry)
+        if entry.tfdt is None:
+            self.missing.append(entry.seq)
+        self.attempt, self.end = attempt, entry.end
+
+    def cut_before(self, seq: int) -> None:
+        """Drop the entry of a frame, and all behind it. The lists are new ones: other threads may read the old."""
+        self.entries = [entry for entry in self.entries if entry.seq < seq]
+        self.missing = [one for one in self.missing if one < seq]
+        self.end = self.entries[-1].end if self.entries else self.head_end
 
 
 def split_nals(access_unit: bytes | memoryview) -> list[bytes]:
@@ -228,6 +245,24 @@ def read_index(path: Path) -> FileIndex:
     return index
 
 
+def read_on(path: Path, known: FileIndex) -> FileIndex:
+    """As `read_index`, of a file that held `known` before: read is its last frame, and what has come behind it.
+
+    A file that was cut back meanwhile has another frame there: it is read from its beginning.
+    """
+    with path.open("rb") as file:
+        index = _read_head(path, file, _boxes(file))
+        if known.entries and index.head == known.head:
+            last = known.entries[-1]
+            index.entries, index.attempt, index.end = known.entries[:-1], known.attempt, last.offset
+            index.missing = [seq for seq in known.missing if seq < last.seq]
+            before = len(index.entries)
+            _read_body(file, _boxes(file, last.offset), index)
+            if index.entries[before:] and index.entries[before] == last:
+                return index
+    return read_index(path)
+
+
 def read_samples(data: bytes, track: int = 0) -> list[tuple[int, bool, bytes]]:
     """Time, whether a keyframe, and sample of each picture of a track in an `Entry`'s bytes. Raises: FragmentError."""
     offset, moof, moof_at = 0, b"", 0
@@ -255,14 +290,20 @@ def read_samples(data: bytes, track: int = 0) -> list[tuple[int, bool, bytes]]:
     raise FragmentError(f"expected a fragment of ours, moof and mdat, with a track {track}")
 
 
-def read_table(path: Path) -> dict[str, Any]:
-    """The note behind everything else in a finished file. Raises: FragmentError when there is none; OSError."""
+def table(rows: Sequence[Any]) -> bytes:
+    """Notes that list rows, for behind everything else in a finished file. A row has at most 120 bytes of JSON."""
+    return b"".join(note({"frames": rows[first : first + _TABLE_ROWS]}) for first in range(0, len(rows), _TABLE_ROWS))
+
+
+def read_table(path: Path) -> list[Any]:
+    """The rows of a file's `table`; none where it has none. Raises: OSError."""
+    rows: list[Any] = []
     with path.open("rb") as file:
-        last = deque(_boxes(file), maxlen=1)
-        said = _read_note(file, last[0]) if last and last[0][0] == b"uuid" else None
-    if said is None:
-        raise FragmentError(f"{path}: no table at its end")
-    return said
+        for box in _boxes(file):
+            said = _read_note(file, box) if box[0] == b"uuid" else None
+            found = said.get("frames") if said is not None else None
+            rows += found if isinstance(found, list) else []
+    return rows
 
 
 def _read_head(path: Path, file: IO[bytes], boxes: Iterator[tuple[bytes, int, int]]) -> FileIndex:
@@ -295,8 +336,8 @@ def _read_body(file: IO[bytes], boxes: Iterator[tuple[bytes, int, int]], index: 
         if entry is not None:  # a note alone says nothing: it belongs to the fragment behind it
             if entry.seq <= (index.entries[-1].seq if index.entries else -1):
                 return
-            index.entries.append(entry)
-            index.attempt, index.end, start = attempt, end, end
+            index.add(entry, attempt)
+            start = end
 
 
 def _number(said: Mapping[str, Any], key: str, otherwise: int) -> int:
@@ -313,10 +354,9 @@ def _shown(said: Mapping[str, Any]) -> tuple[int, int | None, float | None]:
     )
 
 
-def _boxes(file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, offset and end of each whole top-level box."""
+def _boxes(file: IO[bytes], offset: int = 0) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, offset and end of each whole top-level box, from the one at `offset` on."""
     size = file.seek(0, 2)
-    offset = 0
     while offset + 8 <= size:
         file.seek(offset)
         length, kind = struct.unpack(">I4s", file.read(8))

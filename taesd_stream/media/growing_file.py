@@ -113,8 +113,7 @@ class GrowingFile:
         start = self.index.end
         self._write(data)
         placed: tuple[int | None, int, int] = (None, -1, 0) if times is None else times
-        self.index.entries.append(Entry(seq, start, self.index.end, *placed, *shown))
-        self.index.attempt = attempt
+        self.index.add(Entry(seq, start, self.index.end, *placed, *shown), attempt)
 
     def move_to(self, folder: Path, name: str) -> None:
         """Go on under this name, or the first free one like it, in another folder of the same disk. Raises: OSError."""
@@ -134,11 +133,12 @@ class GrowingFile:
 
     def cut_before(self, seq: int) -> bool:
         """Drop frame `seq` and all behind it; False (and nothing is done) when none would be left. Raises: OSError."""
-        kept = [entry for entry in self.index.entries if entry.seq < seq]
-        if kept:
-            self._cut(kept[-1].end)
-            self.index.entries = kept
-        return bool(kept)
+        kept = next((entry for entry in reversed(self.index.entries) if entry.seq < seq), None)
+        if kept is None:
+            return False
+        self._cut(kept.end)
+        self.index.cut_before(seq)
+        return True
 
     def close(self) -> None:
         """Let go of the file as it is."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -23,7 +23,6 @@ from taesd_stream.media.clock import ForwardPts
 from taesd_stream.media.file_names import DEFAULT_NAME, file_name
 from taesd_stream.media.finished import finish_file
 from taesd_stream.media.fragments import (
-    Entry,
     FragmentError,
     Sample,
     durations,
@@ -85,19 +84,22 @@ class Recording:
         kept_from: int | None = None,
         is_film: bool = False,
         name: str = DEFAULT_NAME,
+        paths: Sequence[Path] | None = None,
     ) -> Recording:
         """A new recording, or the one that this run has there already: a torn tail is cut, and it goes on.
 
         kept_from: seq that the first frame must have; None: the first keyframe that comes begins the file.
         is_film: it takes packets of `film`, whichever come. name: template of new files' names, see `file_name`.
+        paths: the growing files of the run, in the order of their frames; None: every head in the folder is read.
         Raises: RecordingError when a file cannot be opened; ValueError for a name that is no stream's or no run's.
         """
         recording = cls(folder, stream=stream, run=run, meta=meta, kept_from=kept_from)
         recording.is_film, recording.name = is_film, name
         try:
-            for one in find_unfinished(folder):
-                for path in one.paths if one.run == run else ():
-                    recording._take_over(path)
+            if paths is None:
+                paths = next((one.paths for one in find_unfinished(folder) if one.run == run), ())
+            for path in paths:
+                recording._take_over(path)
         except (OSError, FragmentError) as error:
             recording.close()
             raise RecordingError(f"{folder}: {error}", written=-1) from error
@@ -113,12 +115,12 @@ class Recording:
     @property
     def missing(self) -> list[int]:
         """The seqs that will never come, in order."""
-        return [*self._early_gaps, *(entry.seq for entry in self._entries() if entry.tfdt is None)]
+        return [*self._early_gaps, *(seq for file in self._files for seq in file.index.missing)]
 
     @property
     def frames(self) -> int:
         """How many frames are in the files."""
-        return sum(entry.tfdt is not None for entry in self._entries())
+        return sum(len(file.index.entries) - len(file.index.missing) for file in self._files)
 
     @property
     def first_seq(self) -> int | None:
@@ -246,9 +248,6 @@ class Recording:
                 file.close()
             self._files = []
             self._pending = []
-
-    def _entries(self) -> Iterator[Entry]:
-        return (entry for file in self._files for entry in file.index.entries)
 
     def _failed(self, error: OSError, path: Path) -> RecordingError:
         return RecordingError(f"{error.filename or path}: {error.strerror}", written=self.written)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import struct
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import Any, Final
 import av
 from av.bitstream import BitStreamFilterContext
 
-from taesd_stream.media.fragments import Entry, FileIndex, FragmentError, read_index, read_samples, read_table
+from taesd_stream.media.fragments import Entry, FileIndex, read_index, read_on, read_samples, read_table
 from taesd_stream.media.growing_file import PART_SUFFIX
 
+MAX_KNOWN: Final = 16  # growing files whose frames are remembered
 _START_CODE: Final = b"\0\0\0\1"
+_known: dict[Path, FileIndex] = {}
+_lock = threading.Lock()  # of _known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +56,7 @@ def steps_of(path: Path) -> list[Step]:
     if path.name.endswith(PART_SUFFIX):
         return [
             Step(seq=entry.seq, step=entry.step, of=entry.of, sigma=entry.sigma, pts=entry.tfdt)
-            for entry in read_index(path).entries
+            for entry in _index_of(path).entries
             if entry.tfdt is not None
         ]
     return [Step(seq=seq, step=step, of=of, sigma=sigma, pts=pts) for seq, step, of, sigma, pts in _table(path)]
@@ -70,7 +74,7 @@ def pictures_around(path: Path, seq: int, part: int = 1) -> list[StepPicture]:
 
 
 def _from_growing(path: Path, seq: int, part: int) -> list[StepPicture]:
-    index = read_index(path)
+    index = _index_of(path)
     track = part - 1 if "parts" in index.head else 0
     entries = [entry for entry in index.entries if entry.tfdt is not None]
     at = bisect.bisect_left([entry.seq for entry in entries], seq)
@@ -141,8 +145,16 @@ def _row(times: list[int], pts: int) -> int:
 
 def _table(path: Path) -> list[Any]:
     """Rows [seq, step, of, sigma, pts] of a finished file; empty where it has none."""
-    try:
-        rows = read_table(path).get("frames", [])
-    except FragmentError:
-        return []
-    return [row for row in rows if isinstance(row, list) and len(row) == 5]
+    return [row for row in read_table(path) if isinstance(row, list) and len(row) == 5]
+
+
+def _index_of(path: Path) -> FileIndex:
+    """What a growing file holds; of one that was looked at lately only what has come since is read. Any thread."""
+    with _lock:
+        known = _known.pop(path, None)
+    index = read_on(path, known) if known is not None else read_index(path)
+    with _lock:
+        _known[path] = index
+        while len(_known) > MAX_KNOWN:
+            del _known[next(iter(_known))]
+    return index

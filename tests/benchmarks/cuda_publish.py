@@ -210,7 +210,7 @@ def beside_daemons(sampler: Sampler, weights: str | None, pairs: int) -> dict[st
 
 def beside_daemon(sampler: Sampler, device: str, weights: str | None, pairs: int) -> dict[str, Any]:
     """One daemon, one page."""
-    from taesd_stream_workers.worker_load import melting_latents
+    from taesd_stream_workers.bench.worker_load import melting_latents
     from tests.benchmarks.daemon_load import FORMAT, packets
     from tests.daemon import Daemon, wait_for
 

@@ -21,7 +21,7 @@ from taesd_stream.capacity import LOAD_FACTOR, Departures, JobCost, bottleneck, 
 from taesd_stream.daemons import ranked
 from taesd_stream.frames import Demand
 from taesd_stream.scheduling import RECORD_PATIENCE_NS
-from taesd_stream_workers.runs import MAX_LIVE_IN_FLIGHT
+from taesd_stream_workers.broker.runs import MAX_LIVE_IN_FLIGHT
 
 SEED: Final = 9
 STEP_S: Final = (0.2, 3.0)  # of the samplers, log-uniform between

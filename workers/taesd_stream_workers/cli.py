@@ -13,7 +13,7 @@ INTERRUPTED: Final = 130
 def main() -> None:
     """Run the command line."""
     try:
-        from taesd_stream_workers.commands import run
+        from taesd_stream_workers.commands.command_line import run
 
         run()
     except KeyboardInterrupt:  # while modules were imported

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 from taesd_stream.config import AUTO, Config, PeerDaemon
 from taesd_stream.errors import ConfigError
-from taesd_stream_workers.addresses import LOOPBACK
-from taesd_stream_workers.gpus import devices
+from taesd_stream_workers.role.addresses import LOOPBACK
+from taesd_stream_workers.role.gpus import devices
 from taesd_stream_workers.start_checks import is_free
 from taesd_stream_workers.supervisor import Addresses, Supervisor
 

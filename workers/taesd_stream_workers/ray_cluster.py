@@ -17,7 +17,7 @@ from typing import Any, Final
 from taesd_stream.config import load_config
 from taesd_stream.errors import TaesdStreamError
 from taesd_stream_workers.daemon_client import DaemonClient
-from taesd_stream_workers.role_process import Reports, Role
+from taesd_stream_workers.role.process import Reports, Role
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from taesd_stream.config import Config
 from taesd_stream.errors import ConfigError
 from taesd_stream.folder_lock import FolderLock
 from taesd_stream.keys import load_keys
-from taesd_stream_workers.addresses import check_inner_addresses, require_guarded, web_address
-from taesd_stream_workers.key_files import AllowList
-from taesd_stream_workers.push import format_of
-from taesd_stream_workers.web_token import load_token, peer_tokens
+from taesd_stream_workers.role.addresses import check_inner_addresses, require_guarded, web_address
+from taesd_stream_workers.role.key_files import AllowList
+from taesd_stream_workers.role.web_token import load_token, peer_tokens
+from taesd_stream_workers.streamer.push import format_of
 
 ROLES: Final = ("broker", "streamer", "worker")
 

@@ -18,10 +18,10 @@ from typing import Any, Final
 
 from taesd_stream.config import AUTO, Config, PeerDaemon
 from taesd_stream.errors import ConfigError, TaesdStreamError
-from taesd_stream_workers.addresses import MAX_IPC_PATH_BYTES
-from taesd_stream_workers.gpus import devices
-from taesd_stream_workers.role_process import Reports, Role
-from taesd_stream_workers.service_manager import ServiceManager
+from taesd_stream_workers.role.addresses import MAX_IPC_PATH_BYTES
+from taesd_stream_workers.role.gpus import devices
+from taesd_stream_workers.role.process import Reports, Role
+from taesd_stream_workers.role.service_manager import ServiceManager
 
 logger = logging.getLogger(__name__)
 

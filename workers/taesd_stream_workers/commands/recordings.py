@@ -1,0 +1,179 @@
+"""Commands on recorded files, without a daemon: what is in one, and one made into another kind."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from taesd_stream.errors import ConfigError
+from taesd_stream_workers.commands.options import SetOption, check_output, say
+
+if TYPE_CHECKING:
+    import av
+
+    from taesd_stream.config import Config
+
+LOG_SUFFIX: Final = ".latents"
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Put the commands on the application."""
+    app.command(rich_help_panel="Watch and record")(info)
+    app.command(rich_help_panel="Watch and record")(export)
+
+
+def info(
+    file: Annotated[Path, typer.Argument(help="A recording, finished or growing, or a .latents file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """What a file was painted from: prompt, seed, sampler, model, steps, and which frames it holds.
+
+    Example: taesd-stream info recording.mp4
+    """
+    import json
+    import sys
+
+    from rich.console import Console
+
+    facts = _facts(file)
+    if as_json:
+        sys.stdout.write(json.dumps(facts) + "\n")
+        return
+    meta = facts.pop("meta")
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    for key, value in [*facts.items(), *meta.items()]:
+        shown = _shown(key, value)
+        if shown:
+            console.print(f"{key:<14}{shown}")
+
+
+def _shown(key: str, value: Any) -> str:
+    if key == "started":
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+    if value is None or value == []:
+        return ""
+    return value if isinstance(value, str) else str(value)
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    """Raises: ConfigError for a file that is none of ours."""
+    import av
+
+    from taesd_stream.errors import TaesdStreamError
+    from taesd_stream.media.file_facts import facts_of
+
+    if not file.is_file():
+        raise ConfigError(f"{file}: there is no such file")
+    if file.suffix == LOG_SUFFIX:
+        return _log_facts(file)
+    try:
+        return facts_of(file)
+    except (OSError, av.FFmpegError, TaesdStreamError) as error:
+        raise ConfigError(f"{file}: cannot be read as a recording: {error}") from error
+
+
+def _log_facts(file: Path) -> dict[str, Any]:
+    from taesd_stream.frames import LatentFrame
+    from taesd_stream.latent_log import read_messages
+    from taesd_stream_workers.offline.latent_files import info_of_log
+
+    info = info_of_log(file)
+    assert info is not None
+    seqs = [message.seq for message in read_messages(file) if isinstance(message, LatentFrame)]
+    return {
+        "stream": info.stream,
+        "run": info.run,
+        "started": file.stat().st_mtime,
+        "frames": len(seqs),
+        "first_seq": seqs[0] if seqs else None,
+        "last_seq": seqs[-1] if seqs else None,
+        "bytes": file.stat().st_size,
+        "meta": {**info.meta, "latent_format": info.latent_format, "kind": info.kind},
+    }
+
+
+def export(
+    file: Annotated[Path, typer.Argument(help="A recording, finished or growing, or a .latents file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help=".mp4, .mkv, .webm, .webp, .gif.")],
+    codec: Annotated[
+        str | None, typer.Option(help="h264, h265, av1, vp9, lossless, webp, gif; else what suits the name.")
+    ] = None,
+    quality: Annotated[int | None, typer.Option(min=0, max=100, help="On the codec's own scale, as crf.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(min=0.01, max=1000, help="Pictures a second; else each has the time it came at.")
+    ] = None,
+    part: Annotated[
+        int, typer.Option(min=1, help="Which picture of a batch that still grows in one file, from 1.")
+    ] = 1,
+    sets: SetOption = [],  # noqa: B006 typer copies it
+) -> None:
+    """Make another kind of file of a recording; of a latent log by the best decoder that is here.
+
+    Example: taesd-stream export recording.mp4 -o recording.webp --fps 12
+    """
+    import av
+
+    from taesd_stream.config import load_config
+    from taesd_stream.frames import CLOCK_HZ
+    from taesd_stream.media.export import ExportError, ExportFile, codec_for
+
+    os.environ.setdefault("SVT_LOG", "1")  # errors: libsvtav1 tells its life on stderr
+    check_output(output)
+    if output.exists() and file.exists() and output.samefile(file):
+        raise ConfigError(f"{output}: is the file that is read")
+    config, facts = load_config(sets=sets), _facts(file)
+    parts = facts.get("parts", 1) if facts.get("state") == "growing" else 1
+    if part > parts:
+        raise ConfigError(f"--part {part}: {file} has {parts}")
+    try:
+        chosen = codec_for(output, codec)
+        with ExportFile(output, chosen, facts, quality) as target:
+            count = 0
+            for frame, pts in _with_progress(_pictures(file, facts, config, part, is_rgb=chosen.is_rgb), facts):
+                target.add(frame, pts if fps is None else round(count * CLOCK_HZ / fps))
+                count += 1
+    except (ExportError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    except (OSError, av.FFmpegError) as error:
+        raise ConfigError(f"{output}: {error.strerror or error}") from error
+    say(f"{output}: {count} pictures, {chosen.encoder}")
+
+
+def _pictures(
+    file: Path, facts: dict[str, Any], config: Config, part: int, *, is_rgb: bool
+) -> Iterator[tuple[av.VideoFrame, int]]:
+    from taesd_stream.media.export import pictures_of_file
+
+    if file.suffix != LOG_SUFFIX:
+        yield from pictures_of_file(file, part)
+        return
+    import av
+    import torch
+
+    from taesd_stream.decoding.colour import video_planes
+    from taesd_stream_workers.commands.files import open_best_engine
+    from taesd_stream_workers.offline.log_pictures import log_pictures
+
+    engine = open_best_engine(facts["meta"]["latent_format"], config)
+    say(f"decoder {engine.decoder}" if engine.is_full else engine.reason)
+    for rgb, pts in log_pictures(file, engine, config.decoder.memory_bytes):
+        if is_rgb:
+            yield av.VideoFrame.from_ndarray(rgb, "rgb24"), pts
+        else:
+            planes = video_planes(torch.from_numpy(rgb).permute(2, 0, 1).unsqueeze(0) / 255)[0].numpy()
+            yield av.VideoFrame.from_ndarray(planes, "yuv420p"), pts
+
+
+def _with_progress(
+    pictures: Iterator[tuple[av.VideoFrame, int]], facts: dict[str, Any]
+) -> Iterator[tuple[av.VideoFrame, int]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
+        yield from progress.track(pictures, total=facts.get("pictures") or facts["frames"], description="export")

@@ -1,0 +1,70 @@
+"""Pictures of a latent log, decoded anew: by the best decoder that is here now, whatever showed them then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taesd_stream.errors import ConfigError
+from taesd_stream.frames import LatentFrame, StreamInfo
+from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
+from taesd_stream.latent_log import read_messages
+from taesd_stream.media.clock import ForwardPts, picture_ticks, steps_pts
+from taesd_stream.messages import JobItem
+
+if TYPE_CHECKING:
+    from taesd_stream.decoding.engine import Engine
+
+
+def log_pictures(path: Path, engine: Engine, budget_bytes: int) -> Iterator[tuple[NDArray[np.uint8], int]]:
+    """(H, W, 3) RGB of every picture, and its time from the first one, ticks of 1/90000 s; a frame at a time.
+
+    Raises: ConfigError for a file that holds no frame, ValueError for latents that the format does not have.
+    """
+    from taesd_stream.decoding.payloads import latents_from_payload
+    from taesd_stream_workers.worker.job_pictures import Rows, pictures_of
+    from taesd_stream_workers.worker.rendering import as_pictures
+
+    info: StreamInfo | None = None
+    forward, first = ForwardPts(), None
+    for message in read_messages(path):
+        if isinstance(message, StreamInfo):
+            info = message
+        elif isinstance(message, LatentFrame) and info is not None:
+            known = LATENT_FORMATS.get(info.latent_format)
+            magnitude = known.magnitude if known else DEFAULT_MAGNITUDE
+            latents = as_pictures(latents_from_payload(message.payload, message.dtype, message.shape, magnitude))
+            entry = (0, _item(info, message), Rows(latents, 0, len(latents)))
+            if not latents.isfinite().all():
+                continue  # it gave no picture then either
+            for shown in pictures_of(engine, [entry], budget_bytes):
+                for one, values in zip(shown.pictures, shown.rgb, strict=True):
+                    pts = forward.stamp(one.pts, index=one.index)
+                    first = pts if first is None else first
+                    rgb = (values.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+                    yield rgb, pts - first
+    if first is None:
+        raise ConfigError(f"{path}: no whole frame is in it")
+
+
+def _item(info: StreamInfo, frame: LatentFrame) -> JobItem:
+    known: dict[str, Any] = {name: getattr(frame, name) for name in ("seq", "index", "shape", "dtype", "step")}
+    return JobItem(
+        **known,
+        stream=info.stream,
+        run=info.run,
+        kind=info.kind,
+        renditions=("record",),
+        attempt=0,
+        keyframe=False,
+        pts=steps_pts(frame.sent_ns, info.opened_ns),
+        picture_ticks=picture_ticks(info.fps),
+        total_steps=frame.total_steps,
+        sigma=frame.sigma,
+        sent_ns=frame.sent_ns,
+        received_ns=0,
+    )

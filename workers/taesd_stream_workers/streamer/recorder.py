@@ -1,0 +1,400 @@
+"""The streamer's writing thread: record packets into files, cursors back. A file itself tells how far it is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Final
+
+from taesd_stream.config import Config
+from taesd_stream.errors import TaesdStreamError
+from taesd_stream.frames import END_REASONS, Packet
+from taesd_stream.media.recording import Recording, RecordingError, find_unfinished
+from taesd_stream.messages import Cursor, Gap, State
+from taesd_stream.queues import ByteBoundedQueue
+from taesd_stream_workers.streamer.films import Films
+from taesd_stream_workers.streamer.library import Library, Retention
+from taesd_stream_workers.streamer.recording_rows import cursor_of, growing_row, meta_of, stuck_row
+
+logger = logging.getLogger(__name__)
+
+QUEUE_BYTES: Final = 64 << 20
+FILM_BYTES: Final = 32 << 20
+MAX_EARLY: Final = 256
+SYNC_S: Final = 1.0
+TELL_S: Final = 0.2
+IDLE_S: Final = 0.1
+RETRY_S: Final = 5.0
+
+
+class Recorder:
+    """All recordings of a daemon. `put` from the streamer's thread; `on_change` is called in the writing thread."""
+
+    def __init__(
+        self,
+        config: Config,
+        tell_broker: Callable[[Any], None],
+        on_change: Callable[[list[dict[str, Any]], dict[str, int]], None],
+        on_error: Callable[[], None] = lambda: None,
+        on_film_error: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder = folder = config.recording_folder
+        self.films = Films(folder / ".films", config.recording, on_film_error)
+        self.library = Library(folder)
+        self._name = config.recording.name
+        self._tell_broker = tell_broker
+        self._on_change = on_change
+        self._on_error = on_error
+        self._retention = Retention(self.library, config.recording)
+        self._queue: ByteBoundedQueue[Packet | Gap | State] = ByteBoundedQueue(QUEUE_BYTES, _size)
+        self._film_queue: ByteBoundedQueue[Packet] = ByteBoundedQueue(FILM_BYTES, _size)  # behind all of the other
+        self._open: dict[str, Recording] = {}
+        self._finished: dict[str, int] = {}  # run -> attempt that its finished file ended with
+        self._runs: dict[str, dict[str, Any]] = {}
+        self._shown: dict[str, dict[str, Any]] = {}  # rows of all streams, by run
+        self._wishes: deque[tuple[str, Future[str]]] = deque()  # films of runs that are over, to be kept
+        self._errors: dict[str, str] = {}
+        self._retry_at_s: dict[str, float] = {}  # when a file that could not be finished is tried again
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="recorder")
+        self._lost: deque[Packet] = deque(maxlen=MAX_EARLY)  # of films, for want of room
+        self._early: deque[Packet] = deque()  # of recordings that no STATE has named yet
+        self._next_sync_s = 0.0
+        self._next_tell_s = 0.0
+        self._is_dirty = True
+
+    def start(self) -> None:
+        """Take over what a former process left, then start the thread."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.films.load()
+        for one in find_unfinished(self.folder):
+            try:
+                recording = Recording.open(
+                    self.folder, stream=one.stream, run=one.run, meta={}, name=self._name, paths=one.paths
+                )
+            except (RecordingError, ValueError) as error:
+                logger.error("recording_not_readable run=%s error=%s", one.run, error)
+                continue
+            if recording.paths:
+                self._open[one.run] = recording
+        self._thread.start()
+
+    def put(self, item: Packet | Gap | State) -> bool:
+        """Queue work; False when full: the packet is lost, and the broker sends it again (of a film: a hole)."""
+        if not isinstance(item, Packet) or item.rendition != "film":
+            return self._queue.put(item)
+        if self._film_queue.put(item):
+            return True
+        self._lost.append(item)
+        return False
+
+    def keep_film(self, run: str) -> Future[str]:
+        """Make a recording of the film of a run that is over; the future has its id, or KeyError. Any thread."""
+        wish: Future[str] = Future()
+        self._wishes.append((run, wish))
+        return wish
+
+    def paths_of_run(self, run: str, part: int = 1) -> list[Path]:
+        """All files that hold frames of a run, its film's among them, in the order of their frames; any thread.
+
+        part: from 1, of a batch that is recorded in files of their own.
+        """
+        growing, film = self._open.get(run), self.films.films.get(run)
+        finished = [row for row in self.library.rows() if row["run"] == run and row["part"] in (None, part)]
+        finished.sort(key=lambda row: int(row["first_seq"]))
+        paths = [path for row in finished if (path := self.library.path_of(row["id"])) is not None]
+        return [*paths, *(growing.paths if growing else []), *(film.paths if film else ())]
+
+    def about_run(self, run: str) -> dict[str, Any] | None:
+        """Stream, start and meta of a run that has frames in files; any thread.
+
+        film: whether nobody keeps it; parts: how many pictures a batch has in files of their own, 1: none.
+        """
+        growing, film = self._open.get(run), self.films.films.get(run)
+        if growing is not None or film is not None:
+            known = growing or film
+            assert known is not None
+            about = {"stream": known.stream, "started": known.started, "meta": known.meta}
+            return {**about, "film": growing is None, "parts": growing.parts if growing else 1}
+        rows = [row for row in self.library.rows() if row["run"] == run]
+        about = {key: rows[0][key] for key in ("stream", "started", "meta")} if rows else {}
+        return {**about, "film": False, "parts": max(row["parts"] for row in rows)} if rows else None
+
+    def newest_run_of(self, stream: str) -> str | None:
+        """The run of a stream that began last, of those that have frames in files; any thread."""
+        known = [(one.started, one.run, one.stream) for one in list(self._open.values()) if one.paths]
+        known += [(one.started, one.run, one.stream) for one in list(self.films.films.values())]
+        known += [(row["started"], row["run"], row["stream"]) for row in self.library.rows()]
+        return max((one for one in known if one[2] == stream), default=(0.0, None, stream))[1]
+
+    def cursors(self) -> tuple[Cursor, ...]:
+        """How far every file is; any thread."""
+        return tuple(cursor_of(one) for one in list(self._open.values()))
+
+    def close(self) -> None:
+        """Write what is queued, sync, close the files (playable as they are), join the thread."""
+        self._stop.set()
+        self._thread.join()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every recording, growing ones first; the writing thread alone."""
+        growing = [
+            growing_row(one, error=self._errors.get(run), is_ended=bool(self._runs.get(run, {}).get("ended")))
+            for run, one in self._open.items()
+            if one.paths or self._errors.get(run)
+        ]
+        stuck = [
+            stuck_row(self.folder, run, self._runs[run], error)
+            for run, error in self._errors.items()
+            if run not in self._open and run in self._runs
+        ]
+        return [*growing, *stuck, *self.library.rows()]
+
+    def path_of(self, recording_id: str) -> Path | None:
+        """The file of an id that `rows` gave, growing or finished; any thread."""
+        for run, one in list(self._open.items()):
+            if run == recording_id and (paths := one.paths):
+                return paths[0]
+        return self.library.path_of(recording_id)
+
+    def is_growing(self, recording_id: str) -> bool:
+        """Whether the id is of a recording that is not finished; any thread."""
+        return recording_id in self._open
+
+    def _run(self) -> None:
+        while not (self._stop.is_set() and not len(self._queue) + len(self._film_queue)):
+            item = self._queue.get(timeout_s=0 if len(self._film_queue) else IDLE_S)
+            try:
+                self._handle(item or self._film_queue.get(timeout_s=0))
+                self._keep_films()
+                self._sync_all()
+                self._is_dirty |= self._retention.tick()
+                self._tell_people()
+            except Exception as error:  # the thread's outermost loop: one bad file must not end the others
+                logger.exception("recorder_failed error=%s", error)
+        for one in self._open.values():
+            self._sync(one)
+            one.close()
+        self.films.close()
+
+    def _handle(self, item: Packet | Gap | State | None) -> None:
+        if isinstance(item, Packet):
+            self._write(item)
+        elif isinstance(item, Gap):
+            self._skip(item)
+        elif isinstance(item, State):
+            self._runs = item.runs
+            self._shown = {row["run"]: row for row in item.streams}
+            self.films.tick(run for run, row in self._shown.items() if row["state"] not in END_REASONS)
+            for run, row in item.runs.items():
+                if run in self._open and row["kept_from"] is not None:
+                    self._open[run].begin_at(row["kept_from"])
+            self._finished = {run: attempt for run, attempt in self._finished.items() if run in item.runs}
+            self._errors = {run: text for run, text in self._errors.items() if run in item.runs or run in self._open}
+            self._write_early(item.now_ns)
+            self._finish_what_ended()
+
+    def _write_early(self, state_ns: int) -> None:
+        """Packets may overtake the STATE that names their attempt; one that a later STATE does not name is nobody's."""
+        early = list(self._early)
+        self._early.clear()
+        for packet in early:
+            if self._is_named(packet) or packet.stamps.encoded_ns > state_ns:
+                self._write(packet)
+
+    def _is_named(self, packet: Packet) -> bool:
+        """Whether what we know of its run is as new as the packet: a run may be recorded again, from another frame."""
+        if packet.rendition == "film":
+            return packet.run in self._shown
+        row = self._runs.get(packet.run)
+        is_told = row is not None and row["meta"] is not None and row["attempt"] >= packet.attempt
+        return packet.run in self._open or is_told
+
+    def _write(self, packet: Packet) -> None:
+        if not self._is_named(packet) and len(self._early) < MAX_EARLY:
+            self._early.append(packet)
+            return None
+        if packet.rendition == "film":
+            return self._write_film(packet)
+        try:
+            recording = self._recording(packet.run, packet.attempt, packet.seq)
+            is_written = recording is not None and recording.write(packet)
+        except RecordingError as error:
+            return self._fail(packet.run, str(error))  # the cursor stays: the broker sends the frame again
+        if recording is not None and is_written:
+            self._errors.pop(packet.run, None)
+            self._tell(recording)
+        return None
+
+    def _skip(self, gap: Gap) -> None:
+        try:
+            recording = self._recording(gap.run, gap.attempt, gap.seq)
+            if recording is not None:
+                recording.skip(gap.seq, gap.attempt)
+                self._tell(recording)
+        except RecordingError as error:
+            self._fail(gap.run, str(error))
+
+    def _fail(self, run: str, text: str) -> None:
+        """Say that a recording stands still; it goes on by itself when its cause is gone."""
+        if run not in self._errors:
+            logger.error("recording_failed run=%s error=%s", run, text)
+        self._errors[run] = text
+        self._is_dirty = True
+        self._on_error()
+
+    def _write_film(self, packet: Packet) -> None:
+        while self._lost:
+            self.films.lose(self._lost.popleft())
+        row = self._shown.get(packet.run)
+        if row is not None and packet.run not in self._open and self.films.write(packet, meta_of(row)):
+            self._is_dirty = True
+
+    def _keep_films(self) -> None:
+        """Films that people want kept, of runs that are over: those of living ones are the broker's to record."""
+        while self._wishes:
+            run, wish = self._wishes.popleft()
+            if not wish.set_running_or_notify_cancel():
+                continue  # who asked is gone
+            try:
+                wish.set_result(self._keep(run))
+            except Exception as error:  # noqa: BLE001 whoever waits for it is told, whatever it is
+                wish.set_exception(error)
+
+    def _keep(self, run: str) -> str:
+        """Make a recording of a film. Returns its id. Raises: KeyError for none; RecordingError, and it is there."""
+        film = self.films.move(run, self.folder, self._name)
+        if film is None:
+            raise KeyError(run)
+        self._is_dirty = True
+        self._open[run] = film
+        paths = self._finish(run)
+        if not paths:  # it is tried again, as of every recording
+            raise RecordingError(self._errors.get(run, "cannot be finished yet"), written=film.written)
+        return self.library.id_of(paths[0])
+
+    def _take_film(self, run: str, kept_from: int | None) -> Recording | None:
+        """The film of a run that is recorded from now on: the recording goes on in it."""
+        try:
+            film = self.films.move(run, self.folder, self._name)
+        except RecordingError as error:
+            logger.error("film_not_kept run=%s error=%s", run, error)
+            return None
+        if film is not None and kept_from is not None:
+            film.begin_at(kept_from)
+        return film
+
+    def _recording(self, run: str, attempt: int, seq: int) -> Recording | None:
+        if run not in self._open:
+            if attempt <= self._finished.get(run, -1):
+                return None  # late, of a file that is finished
+            row = self._runs.get(run)
+            if row is None or row["meta"] is None or (row["ended"] and self.library.holds(run, row["last_seq"])):
+                return None  # a run that the broker no longer keeps, or has not told all of; or its file is finished
+            if (last := self.library.last_seq(run)) >= seq:
+                # it comes again, for its ACK was lost with the broker: the rest of the run goes to another file
+                self._tell_broker(Cursor(run=run, attempt=attempt, written=last, synced=last))
+                return None
+            film = self._take_film(run, row["kept_from"]) if row["takes_film"] else None
+            self._open[run] = film or Recording.open(
+                self.folder,
+                stream=row["stream"],
+                run=run,
+                meta=meta_of(row),
+                kept_from=row["kept_from"],
+                name=self._name,
+            )
+            logger.info("recording_begins stream=%s run=%s", row["stream"], run)
+        return self._open[run]
+
+    def _finish_what_ended(self) -> None:
+        for run in [run for run in self._open if run not in self._runs]:
+            self._finish(run)  # the broker has forgotten it: what a shutdown left
+        for run, row in self._runs.items():
+            if not row["ended"]:
+                continue
+            one = self._open.get(run)
+            if one is not None:
+                if one.written >= row["last_seq"]:
+                    self._finish(run)
+            elif run not in self._retry_at_s and (  # of a batch in tracks some files may be done, and others not
+                self._finished.get(run, -1) >= row["attempt"] or self.library.holds(run, row["last_seq"])
+            ):
+                self._tell_broker(Cursor(run=run, attempt=row["attempt"], written=-1, synced=-1, finished=True))
+            elif time.monotonic() >= self._retry_at_s.get(run, float("inf")):
+                self._reopen(run, row["stream"], meta_of(row))
+
+    def _reopen(self, run: str, stream: str, meta: dict[str, Any]) -> None:
+        try:
+            self._open[run] = Recording.open(self.folder, stream=stream, run=run, meta=meta, name=self._name)
+        except RecordingError as error:
+            self._retry_at_s[run] = time.monotonic() + RETRY_S
+            self._fail(run, str(error))
+
+    def _finish(self, run: str) -> list[Path]:
+        """Returns: its files; none where that must wait."""
+        one = self._open[run]
+        if time.monotonic() < self._retry_at_s.get(run, 0.0):
+            return []
+        attempt = max(0, one.attempt)
+        try:
+            paths = one.finish()
+        except RecordingError as error:
+            self._fail(run, str(error))
+            self._retry_at_s[run] = time.monotonic() + RETRY_S
+            del self._open[run]
+            self._reopen(run, one.stream, one.meta)
+            return []
+        del self._open[run]
+        self._retry_at_s.pop(run, None)
+        self._errors.pop(run, None)
+        self._finished[run] = attempt
+        self._is_dirty = True
+        logger.info("recording_finished stream=%s files=%s", one.stream, ", ".join(path.name for path in paths))
+        self._tell_broker(Cursor(run=run, attempt=attempt, written=-1, synced=-1, finished=True))
+        return paths
+
+    def _tell(self, one: Recording) -> None:
+        self._is_dirty = True
+        self._tell_broker(cursor_of(one))
+
+    def _sync_all(self) -> None:
+        now = time.monotonic()
+        if now < self._next_sync_s:
+            return
+        self._next_sync_s, self._is_dirty = now + SYNC_S, True  # a person may have removed a file
+        for run, one in list(self._open.items()):
+            if (path := one.lost_path) is not None:
+                self._lose(run, one, path)
+            elif one.synced < one.written:
+                self._sync(one)
+                self._tell(one)
+
+    def _lose(self, run: str, one: Recording, path: Path) -> None:
+        """Its file is gone, with what the log no longer has; the rest begins another one."""
+        self._fail(run, f"{path}: was removed while it grew")
+        attempt = max(0, one.attempt)
+        one.close()
+        del self._open[run]
+        self._tell_broker(Cursor(run=run, attempt=attempt, written=-1, synced=-1))
+
+    def _tell_people(self) -> None:
+        now = time.monotonic()
+        if self._is_dirty and now >= self._next_tell_s:
+            self._next_tell_s, self._is_dirty = now + TELL_S, False
+            self._on_change(self.rows(), {run: film.last_seq for run, film in self.films.films.items()})
+
+    def _sync(self, one: Recording) -> None:
+        try:
+            one.sync()
+        except TaesdStreamError as error:
+            self._fail(one.run, f"not safe from a power cut: {error}")
+
+
+def _size(item: Packet | Gap | State) -> int:
+    return len(item.payload) if isinstance(item, Packet) else 0

@@ -1,0 +1,207 @@
+"""The streamer: packets in, viewers and files out. One thread for the sockets, one for the web, one for the files."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import deque
+from typing import Any, Final
+
+import zmq
+
+from taesd_stream import wire
+from taesd_stream.config import Config
+from taesd_stream.errors import ConfigError, WireError
+from taesd_stream.folder_lock import FolderLock
+from taesd_stream.frames import Packet
+from taesd_stream.messages import Echo, Gap, Record, RefusedPeer, State, StreamerHello
+from taesd_stream.sockets import ClockOffset, WakePipe
+from taesd_stream_workers.role.addresses import bound_address, dialled, packets_address, workers_address
+from taesd_stream_workers.role.gate import Door, Gate
+from taesd_stream_workers.role.lifecycle import Lifecycle
+from taesd_stream_workers.role.line import RoleLine
+from taesd_stream_workers.streamer.hub import Hub
+from taesd_stream_workers.streamer.latency import Latency
+from taesd_stream_workers.streamer.push import Pushes
+from taesd_stream_workers.streamer.recorder import Recorder
+from taesd_stream_workers.streamer.web.server import WebServer
+
+logger = logging.getLogger(__name__)
+
+HELLO_S: Final = 1.0
+MAX_DRAIN: Final = 256
+MAX_WAITING: Final = 1000  # wishes to record while the broker is away
+
+
+class Streamer:
+    """One daemon's streamer. `run` owns the two ZeroMQ sockets; other threads speak through `tell_broker`."""
+
+    def __init__(self, config: Config, lifecycle: Lifecycle) -> None:
+        self._config = config
+        self._life = lifecycle
+        self._wake = WakePipe()
+        self._clock = ClockOffset()
+        self._to_broker: deque[Any] = deque()
+        self._latency = Latency()
+        self._gate = Gate(config)
+        self._hub = Hub(self._latency, self.tell_broker, max_viewers=config.web.max_viewers)
+        self._hub.clock_ns = self.now_ns
+        self._recorder = Recorder(
+            config,
+            self.tell_broker,
+            self._hub.offer_recordings,
+            self._latency.recording_errors.inc,
+            self._latency.film_errors.inc,
+        )
+        self._web = WebServer(config, self._hub, self._recorder)
+        self._pushes = Pushes(config, lambda stream: self._latency.push_failures.labels(stream).inc())
+        self._bad = 0
+
+    def now_ns(self) -> int:
+        """This moment on the broker's clock. Any thread."""
+        return time.monotonic_ns() + (self._clock.offset_ns or 0)
+
+    def tell_broker(self, message: Any) -> None:
+        """Say something to the broker. Any thread."""
+        self._to_broker.append(message)
+        self._wake.wake()
+
+    def run(self) -> None:
+        """Bind, work until told to stop, then close every file playable.
+
+        Raises: ConfigError for an address in use, or a recording folder that another daemon uses.
+        """
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        context.linger = 0
+        self._config.recording_folder.mkdir(parents=True, exist_ok=True)
+        with FolderLock(self._config.recording_folder):
+            web_address = self._web.bind()
+            self._gate.open(context)
+            self._packets = _bind_pull(self._gate, context, packets_address(self._config))
+            where, name = dialled(workers_address(self._config)), f"streamer-{secrets.token_hex(8)}"
+            self._line = RoleLine(context, zmq.DEALER, where, keys=self._gate.keys, identity=name.encode())
+            self._endpoint = bound_address(self._packets.socket)
+            self._life.on_stop(self._wake.wake)
+            self._recorder.start()
+            self._web.start()
+            self._pushes.start(web_address)
+            self._life.ready(web=web_address, web_port=self._web.port, packets_bind=self._endpoint)
+            try:
+                self._loop()
+            finally:
+                self._life.end()
+                self._web.stop()
+                self._pushes.close()
+                self._receive_packets()  # what workers have sent goes into the files
+                self._recorder.close()
+                context.destroy()
+
+    def _loop(self) -> None:
+        poller = zmq.Poller()
+        for waited in (self._packets.socket, self._line.socket, *self._gate.waited_for()):
+            poller.register(waited, zmq.POLLIN)
+        poller.register(self._wake.fileno(), zmq.POLLIN)
+        next_hello_s = 0.0
+        while not self._life.stop.is_set():
+            self._line.attend(poller)
+            if time.monotonic() >= next_hello_s:
+                self._hello()
+                next_hello_s = time.monotonic() + HELLO_S
+            poller.poll(200)
+            self._wake.drain()
+            self._gate.attend()
+            self._latency.take_gate(self._gate.counts)
+            self._receive_packets()
+            self._receive_broker()
+            self._send_queued()
+            self._life.tick()
+
+    def _hello(self) -> None:
+        hello = StreamerHello(endpoint=self._endpoint, cursors=self._recorder.cursors(), echo_ns=time.monotonic_ns())
+        if self._send(hello):
+            for watch in self._hub.watches():  # a broker that was restarted knows none of them
+                self._send(watch)
+
+    def _receive_packets(self) -> None:
+        for _ in range(MAX_DRAIN):
+            try:
+                head, *payloads = self._packets.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            if self._packets.client_of(head) is None:
+                continue  # its key was revoked
+            parts: list[Any] = [head.bytes, *(payload.buffer for payload in payloads)]
+            streamed_ns = self.now_ns()
+            try:
+                packet: Packet = wire.unpack(parts, wire.FROM_WORKER_TO_STREAMER)
+            except WireError as error:
+                self._bad += 1
+                if self._bad == 1:
+                    logger.warning("packet_dropped error=%s (said once)", error)
+                continue
+            self._latency.on_packet(packet, streamed_ns)
+            if packet.rendition in ("record", "film"):
+                self._recorder.put(packet)
+            else:
+                self._hub.offer_packet(packet, streamed_ns)
+
+    def _receive_broker(self) -> None:
+        for _ in range(MAX_DRAIN):
+            try:
+                parts = self._line.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = wire.unpack(parts, wire.TO_STREAMER)
+            except WireError as error:
+                logger.warning("broker_message_bad error=%s", error)
+                continue
+            if isinstance(message, Echo):
+                self._clock.add(message.echo_ns, message.now_ns, time.monotonic_ns())
+            elif isinstance(message, State):
+                self._hub.offer_state(message)
+                self._recorder.put(message)
+            elif isinstance(message, Gap):
+                self._recorder.put(message)
+            elif isinstance(message, RefusedPeer):
+                self._line.refused(message.text)
+
+    def _send_queued(self) -> None:
+        while self._to_broker:
+            if not self._send(self._to_broker[0]):
+                self._keep_records()
+                return
+            self._to_broker.popleft()
+
+    def _keep_records(self) -> None:
+        """The broker is away: HELLO will tell it all that still holds, but not what a person pressed meanwhile.
+
+        A STOP is the hub's to say again: it knows the run that was meant.
+        """
+        waiting = [self._to_broker.popleft() for _ in range(len(self._to_broker))]
+        records = [message for message in waiting if isinstance(message, Record)]
+        if len(records) > MAX_WAITING:
+            logger.warning("record_lost count=%d reason=broker_away", len(records) - MAX_WAITING)
+        self._to_broker.extendleft(reversed(records[-MAX_WAITING:]))
+
+    def _send(self, message: Any) -> bool:
+        try:
+            self._line.socket.send_multipart(wire.pack(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+
+def _bind_pull(gate: Gate, context: zmq.Context[zmq.Socket[bytes]], address: str) -> Door:
+    try:
+        return gate.bind(context, zmq.PULL, address, "workers", hwm=256)
+    except zmq.ZMQError as error:
+        raise ConfigError(
+            f"streamer.packets_bind = {address}: {error.strerror}; choose another with --set streamer.packets_bind=…"
+        ) from error
+
+
+def run_streamer(config: Config, lifecycle: Lifecycle) -> None:
+    """Run the streamer in this thread until it is told to stop. Raises: ConfigError for an address in use."""
+    Streamer(config, lifecycle).run()

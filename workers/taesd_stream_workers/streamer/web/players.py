@@ -1,0 +1,71 @@
+"""A stream for players that speak plain HTTP: MPEG-TS for ffplay, VLC and PyAV, MJPEG for curl and OBS."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Final
+
+from taesd_stream.frames import Packet, Rendition
+from taesd_stream.media.clock import PlayerClock
+from taesd_stream.media.mpegts import TransportStream
+from taesd_stream_workers.streamer.hub import Hub
+from taesd_stream_workers.streamer.viewer import Viewer
+from taesd_stream_workers.streamer.web.clip_loop import ClipLoop
+
+REPEAT_S: Final = 1.0  # a player's clock stands still when nothing comes
+POLL_S: Final = 0.1
+FIRST_REPEATS_S: Final = (0.1, 0.1)  # players want to see a picture or two before they open
+BOUNDARY: Final = "taesd-stream-picture"
+TS_TYPE: Final = "video/mp2t"
+MJPEG_TYPE: Final = f"multipart/x-mixed-replace; boundary={BOUNDARY}"
+
+
+async def transport_stream(hub: Hub, stream: str) -> AsyncIterator[bytes]:
+    """The `live` rendition as MPEG-TS, until the player goes or the daemon stops.
+
+    It begins at a keyframe that is asked for, and shows the last picture again while no other comes; a clip goes round.
+    """
+    muxer, clock = TransportStream(), PlayerClock()
+    waits_s = itertools.chain(FIRST_REPEATS_S, itertools.repeat(REPEAT_S))
+    repeat_at_s = float("inf")
+    async for due in _due(hub, stream, "live"):
+        if due:
+            repeat_at_s = float("inf") if due[-1][0].kind == "clip" else time.monotonic() + next(waits_s)
+            timed = [replace(packet, pts=clock.stamp(packet, at_ns)) for packet, at_ns in due]
+            yield b"".join(muxer.mux(packet) for packet in timed)
+        elif time.monotonic() >= repeat_at_s:
+            repeat_at_s = time.monotonic() + REPEAT_S
+            hub.keyframe(stream)
+    yield muxer.close()
+
+
+async def motion_jpeg(hub: Hub, stream: str) -> AsyncIterator[bytes]:
+    """The `jpeg` rendition as parts of one endless answer. Browsers show each part when the next one begins."""
+    async for due in _due(hub, stream, "jpeg"):
+        for packet, _ in due:
+            head = f"--{BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(packet.payload)}\r\n\r\n"
+            yield head.encode() + bytes(packet.payload) + b"\r\n"
+
+
+async def _due(hub: Hub, stream: str, rendition: Rendition) -> AsyncIterator[list[tuple[Packet, int]]]:
+    """What one viewer of one stream gets, as `ClipLoop.due`; an empty list now and then while nothing is due."""
+    viewer, loop = Viewer(hub.latency), ClipLoop()
+    hub.join(viewer)
+    hub.watch(viewer, viewer.want({stream: rendition}), viewer.wants)
+    try:
+        while not hub.is_closing:
+            taken = viewer.take()
+            for packet, _ in taken:
+                loop.add(packet)
+            yield loop.due(time.monotonic_ns())
+            if taken:  # the player has taken them
+                viewer.credit(stream)
+            for starved in viewer.starved():
+                hub.keyframe(starved)
+            await viewer.wait(loop.wait_s(time.monotonic_ns(), POLL_S))
+    finally:
+        hub.watch(viewer, viewer.want({}), {})
+        hub.leave(viewer)

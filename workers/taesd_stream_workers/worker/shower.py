@@ -1,0 +1,159 @@
+"""Decoded pictures of a job on their way: into renditions, through the encoders, out as packets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from taesd_stream.decoding.host_copies import HostCopies
+from taesd_stream.decoding.sheet import grid_columns
+from taesd_stream.frames import Packet, Rendition, Stamps
+from taesd_stream.media.encoder import EncodedPicture
+from taesd_stream.messages import JobItem
+from taesd_stream_workers.worker.encode_pool import EncodePool, EncodeTask
+from taesd_stream_workers.worker.job_pictures import Picture, Shown
+from taesd_stream_workers.worker.job_run import JobRun
+from taesd_stream_workers.worker.rendering import Rendered, Sizes, render
+
+
+@dataclass(frozen=True, slots=True)
+class Last:
+    """The last picture of a `live` run in one rendition, for late viewers."""
+
+    seq: int
+    decoder: str
+    rendered: Rendered
+    pts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outlet:
+    """What all pictures of a worker go through.
+
+    last: of each `live` run and rendition. now_ns: this moment on the broker's clock. pass_on: called in any thread
+    with (endpoint, packet), and with a JobRun that is over.
+    """
+
+    sizes: Sizes
+    copies: HostCopies
+    pool: EncodePool
+    now_ns: Callable[[], int]
+    pass_on: Callable[[Any], None]
+    last: dict[tuple[str, Rendition], Last] = field(default_factory=dict)
+
+    def part_done(self, run: JobRun) -> None:
+        """A picture of the job, or its decoding, is over."""
+        if run.is_last():
+            self.pass_on(run)
+
+
+class Shower:
+    """Of one job and decoder; used by the thread that owns the device.
+
+    items: those of the job, with the renditions that are wanted of each.
+    """
+
+    def __init__(
+        self, outlet: Outlet, run: JobRun, decoder: str, items: Sequence[tuple[JobItem, tuple[Rendition, ...]]]
+    ) -> None:
+        self._outlet = outlet
+        self._run = run
+        self._decoder = decoder
+        self._items = items
+        self._started_ns = outlet.now_ns()
+
+    def show(self, shown: Shown) -> None:
+        """Queue the pictures of a slice for every rendition that is wanted of them."""
+        outlet = self._outlet
+        wanted = [
+            tuple(rendition for rendition in self._items[picture.place][1] if picture.is_for(rendition))
+            for picture in shown.pictures
+        ]
+        if shown.planes is None:
+            rendered = list(render(shown.rgb, wanted, outlet.sizes, outlet.copies))
+        else:
+            copy = outlet.copies.download(shown.planes)
+            rendered = [
+                Rendered(number, rendition, copy.array[number], shown.size, copy)
+                for number, renditions in enumerate(wanted)
+                for rendition in renditions
+            ]
+        for one in rendered:
+            item, picture = self._items[shown.pictures[one.number].place][0], shown.pictures[one.number]
+            if item.kind == "live" and picture.index == picture.count - 1:
+                outlet.last[item.run, one.rendition] = Last(item.seq, self._decoder, one, picture.pts)
+        self._run.add(sum(one.rendition != "film" for one in rendered))  # films hold nobody's credit
+        outlet.pool.submit([self._task(one, shown.pictures[one.number]) for one in rendered])
+
+    def show_again(self, last: Last) -> None:
+        """Queue planes of an earlier job once more, as a keyframe of the first of our items."""
+        self._run.add(int(last.rendered.rendition != "film"))
+        task = self._task(last.rendered, Picture(0, 0, 1, last.pts))
+        self._outlet.pool.submit([replace(task, keyframe=True)])
+
+    def _task(self, one: Rendered, picture: Picture) -> EncodeTask:
+        item = self._items[picture.place][0]
+        return EncodeTask(
+            run=item.run,
+            rendition=one.rendition,
+            attempt=_attempt(item, one.rendition),
+            keyframe=one.rendition == "live" and picture.index == 0 and (item.keyframe or item.kind == "clip"),
+            pts=picture.pts,
+            planes=one.planes,
+            size=one.size,
+            copy=one.copy,
+            track=picture.index % picture.tracks,
+            tracks=picture.tracks,
+            on_done=partial(self._send, item, one, picture),
+        )
+
+    def _send(self, item: JobItem, one: Rendered, picture: Picture, encoded: EncodedPicture | None) -> None:
+        """In a thread of the pool."""
+        if encoded is not None:
+            self._outlet.pass_on((self._run.job.packets_to, self._packet(item, one, picture, encoded)))
+        elif one.rendition == "record":
+            self._run.fail("internal", RuntimeError("encoding failed"), retry=True)
+        if one.rendition != "film":
+            self._outlet.part_done(self._run)
+
+    def _packet(self, item: JobItem, one: Rendered, picture: Picture, encoded: EncodedPicture) -> Packet:
+        now_ns = self._outlet.now_ns()
+        is_sheet = item.kind == "steps" and len(item.shape) == 4 and picture.tracks == 1
+        parts = item.shape[0] if is_sheet else 1
+        return Packet(
+            stream=item.stream,
+            run=item.run,
+            seq=item.seq,
+            index=picture.index,
+            count=picture.count,
+            rendition=one.rendition,
+            attempt=_attempt(item, one.rendition),
+            is_keyframe=encoded.is_keyframe,
+            pts=picture.pts,
+            width=encoded.width,
+            height=encoded.height,
+            decoder=self._decoder,
+            step=item.step,
+            total_steps=item.total_steps,
+            sigma=item.sigma,
+            stamps=Stamps(
+                sent_ns=item.sent_ns,
+                received_ns=item.received_ns,
+                started_ns=self._started_ns,
+                decoded_ns=now_ns - (time.monotonic_ns() - one.copy.wait()),
+                encoded_ns=now_ns,
+            ),
+            kind=item.kind,
+            parts=parts,
+            columns=grid_columns(parts, *item.shape[-2:]),
+            tracks=picture.tracks,
+            placed_ns=item.placed_ns,
+            payload=encoded.payload,
+        )
+
+
+def _attempt(item: JobItem, rendition: Rendition) -> int:
+    return item.attempt if rendition in ("record", "film") else 0
