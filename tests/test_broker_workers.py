@@ -15,7 +15,7 @@ import pytest
 from taesd_stream import LatentPublisher
 from taesd_stream.messages import Cursor, Drain, Echo, Forget, Gap, JobItem
 from taesd_stream_workers.broker.dispatcher import STREAMER_GONE_S
-from taesd_stream_workers.broker.runs import RECORD_STUCK_S
+from taesd_stream_workers.broker.kept_run import RECORD_STUCK_S
 from tests.broker_role import BrokerRole, frame, new_run
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.pictures import decode_file, sd1_latents_of
@@ -258,6 +258,25 @@ def test_a_move_does_not_wait_for_a_disk_that_stands_still(broker: BrokerRole) -
             leaving.hello(draining=True)
             job = staying.job(RECORD_STUCK_S / 2)
             assert [(item.seq, item.attempt > sent[-1].attempt) for item in job.items] == [(0, True), (1, True)]
+
+
+@pytest.mark.slow
+def test_a_recording_that_stands_still_is_not_decoded_for_ever(broker: BrokerRole) -> None:
+    """Nothing reaches its file: after a while one frame tries, and no other; once that is written, all follow."""
+    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker() as worker:
+        run = new_run()
+        publisher.open(run, "stands", record="all")
+        for seq in range(30):
+            publisher.say(frame(run, seq, kept=True))
+        publisher.ack(run, 29)
+        assert [item.seq for item in worker.do(30)] == list(range(30))
+        job = worker.job(2 * RECORD_STUCK_S)
+        worker.done(job)
+        (tried,) = job.items
+        assert tried.seq == 0
+        worker.no_job(RECORD_STUCK_S + 2)
+        streamer.written(run, tried.attempt, 0)
+        assert [item.seq for item in worker.do(29)] == list(range(1, 30))
 
 
 @contextlib.contextmanager

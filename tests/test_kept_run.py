@@ -8,7 +8,7 @@ import pytest
 
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.latent_log import RunLog
-from taesd_stream_workers.broker.kept_run import LEAST_FRAMES, READ_AHEAD_FRAMES, KeptRun
+from taesd_stream_workers.broker.kept_run import LEAST_FRAMES, MAX_STUCK_S, READ_AHEAD_FRAMES, RECORD_STUCK_S, KeptRun
 from taesd_stream_workers.broker.runs import MAX_FAILURES, Run
 from tests.broker_role import frame, new_run
 
@@ -63,6 +63,23 @@ def test_what_was_sent_is_held_no_longer(kept: KeptRun) -> None:
     assert seqs(kept.ahead(4 * NBYTES))[0] == 0
     kept.let_go()
     assert kept.held(0) is None
+
+
+def test_a_file_that_does_not_grow_costs_less_and_less(kept: KeptRun) -> None:
+    """Each attempt in vain waits twice as long, a minute at most, and sends one frame; once one is written, all go."""
+    for waits_s in (RECORD_STUCK_S, 2 * RECORD_STUCK_S, MAX_STUCK_S, MAX_STUCK_S):
+        for one in kept.ahead(1000 * NBYTES):
+            kept.send(one)
+        kept.moved_s -= waits_s - 1
+        assert not kept.is_stuck
+        kept.moved_s -= 1
+        assert kept.is_stuck
+        kept.try_again()
+        assert not kept.is_stuck
+        assert seqs(kept.ahead(1000 * NBYTES)) == [0]
+    kept.send(kept.ahead(1000 * NBYTES)[0])
+    kept.on_cursor(0)
+    assert seqs(kept.ahead(1000 * NBYTES)) == list(range(1, 1 + READ_AHEAD_FRAMES))
 
 
 def test_a_gap_ends_what_is_read(kept: KeptRun) -> None:

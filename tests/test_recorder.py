@@ -119,6 +119,30 @@ def test_a_file_waits_for_what_its_run_says_of_itself(tmp_path: Path, told: list
     assert META.items() <= about["meta"].items()
 
 
+def test_what_the_disk_did_not_take_is_written_once_it_does(tmp_path: Path, told: list[Any]) -> None:
+    """A folder that cannot be made, then can: all frames that came meanwhile are in the file, sent once each."""
+    (tmp_path / "demo").write_text("in the way")
+    failed: list[None] = []
+    recorder = Recorder(
+        load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None, lambda: failed.append(None)
+    )
+    recorder.start()
+    try:
+        recorder.put(state(ended=False))
+        for packet in chain(0, 5):
+            recorder.put(packet)
+        recorder.put(state(ended=True, last_seq=5))
+        wait_for(lambda: failed, of="the error")
+        (tmp_path / "demo").unlink()
+        wait_for(lambda: any(one.written == 5 for one in told), of="the cursor")
+        recorder.put(state(ended=True, last_seq=5))
+        wait_for(finished(told), of="the file")
+    finally:
+        recorder.close()
+    (path,) = tmp_path.rglob("*.mp4")
+    assert [number for number, _ in read(path)] == list(range(6))
+
+
 FILMED = [f"{number:016x}" for number in range(5000, 5080)]
 
 

@@ -30,7 +30,7 @@ from taesd_stream_workers.broker.links import Links
 from taesd_stream_workers.broker.live_latents import LiveLatents
 from taesd_stream_workers.broker.placer import Placer
 from taesd_stream_workers.broker.registry import Registry
-from taesd_stream_workers.broker.runs import MAX_TRIES, RECORD_STUCK_S, Run
+from taesd_stream_workers.broker.runs import MAX_TRIES, Run
 
 logger = logging.getLogger(__name__)
 
@@ -248,9 +248,8 @@ class Dispatcher:
             if kept is None:
                 continue
             self.tell_gap(run, kept)
-            is_behind = bool(kept.in_flight) or (kept.told < kept.written and kept.log.first_seq is not None)
-            if is_behind and time.monotonic() - kept.moved_s > RECORD_STUCK_S:
-                kept.restart(min(kept.written, kept.told), kept.attempt + 1)
+            if kept.is_stuck:
+                kept.try_again()
             elif kept.is_damaged:
                 self._pass_gap(run, kept, kept.next_seq, "log_damaged")
         self._say_unreadable()

@@ -12,6 +12,8 @@ from taesd_stream.latent_log import LogError, RunLog
 
 READ_AHEAD_FRAMES: Final = 16
 READ_AHEAD_BYTES: Final = 16 << 20
+RECORD_STUCK_S: Final = 15.0  # packets that were sent and never written: a new attempt
+MAX_STUCK_S: Final = 60.0  # the same, after several that got nowhere
 LEAST_FRAMES: Final = 2  # on their way or ready, however large: one is decoded while another is written
 
 
@@ -31,6 +33,7 @@ class KeptRun:
     front: LatentFrame | None = None  # the first frame, where nobody but us has it: until it is in the log
     is_end_queued: bool = False  # the run's END is on its way into the log
     error: str | None = None  # why the log did not take what it was given last
+    vain: int = 0  # attempts that got nowhere, one after the other
     moved_s: float = 0.0  # when the cursor last moved, or the first frame behind it was sent
     not_before_s: float = 0.0  # when the next frame may be tried
     told: int = -1  # last seq in the file, as the streamer last said, of whatever attempt
@@ -80,7 +83,8 @@ class KeptRun:
         """
         before, self._ahead, self._missing = {frame.seq: frame for frame in self._ahead}, [], None
         room_bytes = min(room_bytes, READ_AHEAD_BYTES)
-        last = min(self.logged, self.next_seq + READ_AHEAD_FRAMES - 1)
+        # where nothing got into the file one frame tells whether it does now; more would be decoded in vain
+        last = min(self.logged, self.written + 1 if self.vain else self.next_seq + READ_AHEAD_FRAMES - 1)
         for seq in range(self.next_seq, last + 1):
             known = before.get(seq)
             room_bytes -= known.nbytes if known is not None else self.log.size_of(seq)
@@ -101,6 +105,17 @@ class KeptRun:
     def held(self, seq: int) -> LatentFrame | None:
         """A frame that `ahead` gave, if it is still to be sent."""
         return next((frame for frame in self._ahead if frame.seq == seq >= self.next_seq), None)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether what was sent does not get into the file."""
+        is_behind = bool(self.in_flight) or (self.told < self.written and self.log.first_seq is not None)
+        return is_behind and time.monotonic() - self.moved_s > min(MAX_STUCK_S, RECORD_STUCK_S * 2**self.vain)
+
+    def try_again(self) -> None:
+        """It is stuck: a new attempt."""
+        self.vain += 1
+        self.restart(min(self.written, self.told), self.attempt + 1)
 
     def pass_gap(self, seq: int) -> None:
         """This frame gives no picture: a new attempt, that leaves it out. The file is told when it is its turn."""
@@ -129,5 +144,6 @@ class KeptRun:
             self.written = written
             self.next_seq = max(self.next_seq, written + 1)
             self.moved_s = time.monotonic()
+            self.vain = 0
         while self.in_flight and self.in_flight[0][0] <= written:
             self.in_flight_bytes -= self.in_flight.popleft()[1]

@@ -21,7 +21,6 @@ MAX_LIVE_IN_FLIGHT: Final = 2
 MAX_VIDEO_IN_FLIGHT: Final = 8  # frames of a `live` run that nobody keeps: none of them may be passed over
 MAX_TRIES: Final = 2  # jobs that may end on one frame
 MAX_FAILURES: Final = 256  # frames of one run
-RECORD_STUCK_S: Final = 15.0  # packets that were sent and never written: a new attempt
 LOGGED_SOON_NS: Final = 50_000_000  # a disk that takes longer holds up no viewer
 NOTE_S: Final = 1.0  # so long at least a person can read what was wrong
 

@@ -20,6 +20,7 @@ from taesd_stream.queues import ByteBoundedQueue
 from taesd_stream_workers.streamer.films import Films
 from taesd_stream_workers.streamer.library import Library, Retention
 from taesd_stream_workers.streamer.recording_rows import cursor_of, growing_row, meta_of, stuck_row
+from taesd_stream_workers.streamer.unwritten import Unwritten
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Recorder:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recorder")
         self._lost: deque[Packet] = deque(maxlen=MAX_EARLY)  # of films, for want of room
+        self._unwritten = Unwritten()
         self._early: deque[Packet] = deque()  # of recordings that no STATE has named yet
         self._next_sync_s = 0.0
         self._next_tell_s = 0.0
@@ -221,11 +223,14 @@ class Recorder:
             return None
         if packet.rendition == "film":
             return self._write_film(packet)
+        if self._unwritten.takes(packet):
+            return None
         try:
             recording = self._recording(packet.run, packet.attempt, packet.seq)
             is_written = recording is not None and recording.write(packet)
         except RecordingError as error:
-            return self._fail(packet.run, str(error))  # the cursor stays: the broker sends the frame again
+            self._unwritten.put(packet)
+            return self._fail(packet.run, str(error))  # the cursor stays, until the disk takes it
         if recording is not None and is_written:
             self._errors.pop(packet.run, None)
             self._tell(recording)
@@ -374,6 +379,8 @@ class Recorder:
             elif one.synced < one.written:
                 self._sync(one)
                 self._tell(one)
+        for packet in self._unwritten.take_all():
+            self._write(packet)
 
     def _lose(self, run: str, one: Recording, path: Path) -> None:
         """Its file is gone, with what the log no longer has; the rest begins another one."""
