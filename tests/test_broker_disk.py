@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from taesd_stream.frames import StreamInfo
 from taesd_stream.latent_log import read_messages
 from taesd_stream.messages import Ack, DemandUpdate, End, Record, RunHello
-from tests.broker_role import BrokerRole, frame, new_run
+from taesd_stream_workers.broker.registry import ENDED_RUNS, MAX_META_BYTES
+from tests.broker_role import BrokerRole, Peer, frame, new_run
 from tests.daemon import wait_for
 
 LARGE = (4, 64, 64)  # 32 KiB: more than the broker's own log, which shares the limit of its files
@@ -99,3 +103,122 @@ def test_the_warning_stays_while_one_run_waits(broker: BrokerRole) -> None:
         publisher.say(frame(large, 0, kept=True, shape=LARGE))
         publisher.ack(large, 0)
         wait_for(lambda: "log_error" not in broker.alerts(), of="the all-clear")
+
+
+@contextmanager
+def no_log_folder(broker: BrokerRole) -> Iterator[None]:
+    """A file stands where the log's folder was, for a while."""
+    away = broker.log_folder.rename(broker.folder / "away")
+    broker.log_folder.write_text("no folder")
+    yield
+    broker.log_folder.unlink()
+    away.rename(broker.log_folder)
+
+
+def test_a_log_folder_that_is_none_ends_no_broker(broker: BrokerRole) -> None:
+    """Nothing is acked then, and it is said; what is finished is forgotten; with the folder it goes on."""
+    done, old, new = (new_run() for _ in range(3))
+    with broker.publisher() as publisher, broker.streamer() as streamer:
+        for run in (done, old):
+            publisher.open(run, f"s/{run}", record="all")
+            publisher.say(frame(run, 0, kept=True))
+            publisher.ack(run, 0)
+        publisher.end(done, 0)
+        publisher.open(new, f"s/{new}", record="all")
+        with no_log_folder(broker):
+            publisher.say(frame(old, 1, kept=True))
+            publisher.say(frame(new, 0, kept=True))
+            wait_for(lambda: broker.stats().stats["counts"].get("log_errors", 0) >= 2, of="both errors")
+            assert "cannot be written" in broker.alerts()["log_error"]
+            streamer.written(done, 99, 0, finished=True)
+            wait_for(lambda: done not in broker.stats().runs, of="the end of the one that is done")
+            assert "log_segment_stays" in broker.log()
+            publisher.drain()
+            acks = {(one.run, one.seq) for one in publisher.heard if isinstance(one, Ack)}
+            assert not acks & {(old, 1), (new, 0)}
+        for run, seq in ((old, 1), (new, 0)):
+            publisher.say(frame(run, seq, kept=True))
+            publisher.ack(run, seq)
+        wait_for(lambda: "log_error" not in broker.alerts(), of="the all-clear")
+
+
+def test_a_log_that_cannot_be_read_is_waited_for(broker: BrokerRole) -> None:
+    """Its frames are not left out: it is said, and with the folder back they are decoded."""
+    run = new_run()
+    with broker.publisher() as publisher, broker.streamer(), broker.worker(credits=0) as worker:
+        publisher.open(run, "unread", record="all")
+        for seq in range(2):
+            publisher.say(frame(run, seq, kept=True))
+        publisher.ack(run, 1)
+        with no_log_folder(broker):
+            worker.hello(credits=2)
+            wait_for(lambda: "log_unreadable" in broker.alerts(), of="the warning")
+        assert [item.seq for item in worker.do(2)] == [0, 1]
+        wait_for(lambda: "log_unreadable" not in broker.alerts(), of="the all-clear")
+        assert "gaps" not in broker.stats().stats["counts"]
+
+
+def test_a_log_folder_that_somebody_removed_is_made_again(broker: BrokerRole) -> None:
+    """What comes then is kept, by runs that were kept before too."""
+    run = new_run()
+    with broker.publisher() as publisher:
+        publisher.open(run, "made-again", record="all")
+        publisher.say(frame(run, 0, kept=True))
+        publisher.ack(run, 0)
+        broker.log_folder.rename(broker.folder / "away")
+        publisher.say(frame(run, 1, kept=True))
+        wait_for(lambda: "log_error" in broker.alerts(), of="the error")
+        publisher.say(frame(run, 1, kept=True))
+        publisher.ack(run, 1)
+        assert [path.name for path in broker.log_folder.iterdir()] == [f"{run}.0001.latents"]
+
+
+FEW_FILES = (64, 64)
+
+
+def waiting_runs(publisher: Peer, count: int, **meta: str) -> list[str]:
+    """Runs that have ended, and whose recordings wait."""
+    runs = [new_run() for _ in range(count)]
+    for run in runs:
+        info = StreamInfo(stream=f"waits/{run}", run=run, kind="steps", latent_format="sd1", record="all", meta=meta)
+        for message in (info, frame(run, 0, kept=True), End(run=run, last_seq=0, reason="done")):
+            publisher.say(message)
+    publisher.next(Ack, lambda ack: ack.run == runs[-1] and ack.ended)
+    return runs
+
+
+def test_runs_that_wait_hold_neither_files_nor_memory(tmp_path: Path) -> None:
+    """Of 150 ended runs without a streamer, in a broker that may open 64 files, the newest 64 have a frame in memory:
+    new streams are taken, and a next broker knows all of them, as cheaply."""
+    with BrokerRole(tmp_path) as broker:
+        resource.prlimit(broker.process.pid, resource.RLIMIT_NOFILE, FEW_FILES)
+        with broker.publisher() as publisher:
+            runs = waiting_runs(publisher, 150)
+        wait_for(lambda: in_memory(broker) == ENDED_RUNS, of="the others to be let go")
+        broker.kill()
+        broker.start(prepare=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, FEW_FILES))
+        with broker.publisher() as publisher:
+            publisher.open(new_run(), "new")
+        assert (set(broker.stats().runs), in_memory(broker)) == (set(runs), ENDED_RUNS)
+
+
+def in_memory(broker: BrokerRole) -> int:
+    """Of how many ended streams a frame is held."""
+    return sum(row["seq"] is not None for row in broker.stats().streams if row["state"] == "done")
+
+
+def test_what_waiting_runs_say_of_themselves_refuses_nobody(tmp_path: Path) -> None:
+    """Where it is more than STATE may tell it is told of those that are being recorded, and new streams are taken."""
+    text = "x" * 16_000
+    count = MAX_META_BYTES // len(text) + 2
+    with BrokerRole(tmp_path, "broker.max_client_streams=1000") as broker, broker.publisher() as publisher:
+        runs = waiting_runs(publisher, count, prompt=text)
+        info = StreamInfo(stream="new", run=new_run(), kind="steps", latent_format="sd1", meta={"prompt": text})
+        publisher.say(info)
+        publisher.next(DemandUpdate, lambda one: one.run == info.run)
+        told = broker.stats()
+        assert broker.row("new")["meta"] == {"prompt": text}
+        assert [told.runs[run]["meta"] for run in runs] == [None] * count
+        with broker.streamer(), broker.worker(credits=1) as worker:
+            (first, *_) = worker.job().items
+            assert broker.stats().runs[first.run]["meta"] == {"prompt": text}

@@ -324,6 +324,48 @@ def test_a_folder_that_is_gone_is_a_log_error(tmp_path: Path) -> None:
         RunLog(tmp_path / "gone", OPEN).append(frame(0))
 
 
+def test_no_file_is_open_but_while_it_is_used(tmp_path: Path) -> None:
+    """Logs of many segments, new and reopened, hold no descriptor: hundreds of runs may wait for their recording."""
+    open_files = Path("/proc/self/fd")
+    before = len([*open_files.iterdir()])
+    log = filled(tmp_path, 20, segment_bytes=600)
+    again = RunLog.reopen(tmp_path, RUN)
+    assert again is not None
+    assert (log.read(7), again.read(7), len(log.paths) > 4) == (frame(7), frame(7), True)
+    log.sync()
+    assert len([*open_files.iterdir()]) == before
+
+
+def test_a_file_that_somebody_removed_is_followed_by_another(tmp_path: Path) -> None:
+    """The append that finds it gone is an error, the next goes to a new segment; what was in it is lost."""
+    log = filled(tmp_path, 3)
+    log.paths[0].unlink()
+    with pytest.raises(LogError, match="No such file"):
+        log.append(frame(3))
+    log.append(frame(3))
+    assert [log.read(seq) is not None for seq in range(4)] == [False, False, False, True]
+    again = RunLog.reopen(tmp_path, RUN)
+    assert again is not None
+    assert (again.first_seq, again.read(3)) == (3, frame(3))
+
+
+def test_what_cannot_be_read_now_is_no_missing_frame(tmp_path: Path) -> None:
+    """A folder that is none for a while is an error of the disk, for reading and writing; then all is there again."""
+    folder = tmp_path / "log"
+    folder.mkdir()
+    log = filled(folder, 3)
+    folder.rename(tmp_path / "away")
+    folder.write_text("no folder")
+    with pytest.raises(LogError, match="Not a directory"):
+        log.read(0)
+    with pytest.raises(LogError, match="Not a directory"):
+        log.append(frame(3))
+    folder.unlink()
+    (tmp_path / "away").rename(folder)
+    log.append(frame(3))
+    assert [log.read(seq) for seq in range(4)] == [frame(seq) for seq in range(4)]
+
+
 def test_a_killed_writer_loses_only_what_it_was_writing(tmp_path: Path) -> None:
     """After SIGKILL in the midst of appending, the log holds frames 0..n without a hole, each whole."""
     code = (

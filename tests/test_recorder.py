@@ -102,6 +102,25 @@ def test_what_follows_a_finished_file_is_another_one(tmp_path: Path, told: list[
     assert sorted([number for number, _ in read(path)] for path in files) == [[0, 1, 2], [7, 8]]
 
 
+def test_a_file_waits_for_what_its_run_says_of_itself(tmp_path: Path, told: list[Any]) -> None:
+    """Packets of a run whose meta the broker has not told wait for a STATE that does: it goes into the file's head."""
+    known = state(ended=False)
+    unknown = replace(known, runs={RUN: {**known.runs[RUN], "meta": None}})
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None)
+    recorder.start()
+    try:
+        recorder.put(unknown)
+        for packet in chain(0, 2):
+            recorder.put(packet)
+        recorder.put(known)
+        wait_for(lambda: any(one.written == 2 for one in told), of="the frames")
+        about = recorder.about_run(RUN)
+    finally:
+        recorder.close()
+    assert about is not None
+    assert META.items() <= about["meta"].items()
+
+
 def test_what_the_disk_did_not_take_is_written_once_it_does(tmp_path: Path, told: list[Any]) -> None:
     """A folder that cannot be made, then can: all frames that came meanwhile are in the file, sent once each."""
     (tmp_path / "demo").write_text("in the way")
