@@ -26,7 +26,7 @@ from taesd_stream.media.finished import finish_file, read_summary
 from taesd_stream.media.fragments import read_index
 from taesd_stream.media.recording import Recording
 from taesd_stream.media.steps import pictures_around, steps_of
-from taesd_stream_workers.streamer.library import first_pictures
+from taesd_stream_workers.streamer.library import first_frames
 from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.page_socket import PageSocket
@@ -189,13 +189,13 @@ def test_a_growing_part_can_be_copied_out(tmp_path: Path) -> None:
     """The first pictures of one part while the recording grows; a part that there is not is an IndexError."""
     recording = start(tmp_path)
     write_all(recording, frames(0, 5))
-    copy = first_pictures(recording.paths[0], 2, 3)
+    copy = first_frames(recording.paths[0], 2, 3)
     try:
         assert read(copy) == expect(3, 0, 1)
     finally:
         copy.unlink()
     with pytest.raises(IndexError):
-        first_pictures(recording.paths[0], 2, 4)
+        first_frames(recording.paths[0], 2, 4)
     recording.close()
 
 

@@ -13,19 +13,24 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from taesd_stream import LatentPublisher
 from taesd_stream.config import RecordingConfig, load_config
 from taesd_stream.frames import Packet
+from taesd_stream.media.encoder import VideoEncoder
+from taesd_stream.media.finished import read_summary
 from taesd_stream.media.recording import Recording, RecordingError
 from taesd_stream.media.steps import StepPicture, pictures_around, steps_of
 from taesd_stream_workers.streamer.films import Films
+from taesd_stream_workers.streamer.library import first_frames, picture_of_step
 from taesd_stream_workers.streamer.recorder import Recorder
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
-from tests.pictures import PATCHES, decode_jpeg, sd1_latents_of
-from tests.test_recording import META, RUN, chain, clip, number_in
+from tests.pictures import PATCHES, decode_h264, decode_jpeg, psnr_db, sd1_latents_of
+from tests.test_recording import META, RUN, chain, clip, number_in, read
+from tests.test_recording import packet as made
 
 COLOURS = list(PATCHES.values())
 
@@ -158,6 +163,42 @@ def test_all_pictures_of_a_clip_are_around_its_step(tmp_path: Path) -> None:
     found = pictures_around(path, 1)
     assert numbers(found) == [10, 11, 12, 13]
     assert [(picture.seq, picture.index) for picture in found] == [(1, 0), (1, 1), (1, 2), (1, 3)]
+
+
+def textured(seq: int) -> NDArray[np.uint8]:
+    """A picture of 512x512 with edges and grain, (H*3//2, W) I420."""
+    rng = np.random.default_rng(seq)
+    luma = np.indices((512, 512)).sum(axis=0) * 3 % 180 + rng.normal(0, 4, (512, 512)) + 40
+    return np.concatenate([luma.clip(16, 235).astype(np.uint8), np.full((256, 512), 110, np.uint8)])
+
+
+def test_a_step_as_jpeg_is_as_good_as_the_film(tmp_path: Path) -> None:
+    """The JPEG of a textured step is within 36 dB of the H.264 picture that it is made of."""
+    encoder, one = VideoEncoder("film"), Recording.open(tmp_path, stream="demo/a", run=RUN, meta=META)
+    for seq in range(3):
+        picture = encoder.encode(textured(seq), seq * 9000)
+        one.write(made(seq, picture.payload, is_keyframe=picture.is_keyframe, pts=seq * 9000, width=512, height=512))
+    pictures = pictures_around(one.paths[0], 2)
+    film = decode_h264([picture.payload for picture in pictures])[-1]
+    assert psnr_db(decode_jpeg(picture_of_step(pictures, 2)), film) >= 36
+    one.close()
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_the_first_frames_of_clips_are_all_their_pictures(tmp_path: Path, is_finished: bool) -> None:
+    """Two frames of a recording of clips of four are eight pictures, and the copy says that it has two frames."""
+    one = Recording.open(tmp_path, stream="demo/a", run=RUN, meta=META)
+    for packet in [packet for seq in range(3) for packet in clip(seq, 4)]:
+        one.write(packet)
+    copy = first_frames(one.finish()[0] if is_finished else one.paths[0], 2)
+    try:
+        assert [number for number, _ in read(copy)] == [0, 1, 2, 3, 10, 11, 12, 13]
+        summary = read_summary(copy)
+        assert summary is not None
+        assert (summary["frames"], summary["last_seq"]) == (2, 1)
+    finally:
+        copy.unlink()
+        one.close()
 
 
 def test_a_lost_packet_ends_the_film_until_the_next_keyframe(tmp_path: Path) -> None:

@@ -591,8 +591,8 @@ def test_the_first_pictures_can_be_copied_out(tmp_path: Path) -> None:
     for one in chain(0, 9):
         recording.write(one)
     summary = {"stream": "demo/a", "run": RUN, "started": 0.0, "meta": {}}
-    copy_pictures(recording.paths[0], tmp_path / "a.mp4", summary, max_pictures=4)
-    copy_pictures(recording.finish()[0], tmp_path / "b.mp4", summary, max_pictures=3)
+    copy_pictures(recording.paths[0], tmp_path / "a.mp4", summary, until=4 * 9000)
+    copy_pictures(recording.finish()[0], tmp_path / "b.mp4", summary, until=3 * 9000)
     assert [read(tmp_path / name) for name in ("a.mp4", "b.mp4")] == [expect(0, 3), expect(0, 2)]
 
 

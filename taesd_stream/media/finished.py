@@ -57,12 +57,12 @@ def _finish_part(growing: Path, index: FileIndex, part: int) -> Path:
 
 
 def copy_pictures(
-    source: Path, target: Path, summary: Mapping[str, Any], *, max_pictures: int | None = None, part: int = 1
+    source: Path, target: Path, summary: Mapping[str, Any], *, until: int | None = None, part: int = 1
 ) -> None:
     """Copy the pictures of a recording to an ordinary MP4 that begins at time 0, and force it to the disk.
 
     summary: `stream`, `run`, `started`, `meta` and more: the new file's tags, each key of `meta` one by itself too.
-    A wait of more than 6 h becomes one of 6 h. max_pictures: stop behind so many. part: from 1, of a batch in tracks.
+    A wait of more than 6 h becomes one of 6 h. until: where in the source to stop, ticks. part: from 1, of tracks.
     Raises: OSError, av.FFmpegError; what is at `target` then is worth nothing.
     """
     with av.open(source) as reader, av.open(target, "w", format="mp4", options=_MP4) as writer:
@@ -70,8 +70,8 @@ def copy_pictures(
         copy = writer.add_stream_from_template(stream)
         writer.metadata.update(tags_of(summary))
         time, before = 0, None
-        for number, packet in enumerate(reader.demux(stream)):
-            if packet.pts is None or number == max_pictures:
+        for packet in reader.demux(stream):
+            if packet.pts is None or (until is not None and packet.pts >= until):
                 break
             time += min(packet.pts - before, _MAX_STEP_TICKS) if before is not None else 0
             before = packet.pts

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import av
+import numpy as np
 from av.codec.context import Flags
 from av.video.codeccontext import VideoCodecContext
 
 from taesd_stream.config import RecordingConfig
-from taesd_stream.media.encoder import TIME_BASE
+from taesd_stream.media.encoder import JpegEncoder
 from taesd_stream.media.finished import copy_pictures, read_summary
 from taesd_stream.media.fragments import FragmentError, read_head
 from taesd_stream.media.growing_file import FINISHED_SUFFIX, PART_SUFFIX, files_in
-from taesd_stream.media.steps import StepPicture
+from taesd_stream.media.steps import StepPicture, steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +167,8 @@ def _row(name: str, summary: dict[str, Any], path: Path) -> dict[str, Any]:
     }
 
 
-def first_pictures(path: Path, count: int | None, part: int = 1) -> Path:
-    """An ordinary MP4 of the first `count` pictures of a file (None: all), in a temporary file that the caller removes.
+def first_frames(path: Path, count: int | None, part: int = 1) -> Path:
+    """An ordinary MP4 of the first `count` frames of a file (None: all), in a temporary file that the caller removes.
 
     path: finished or growing. part: from 1, of a batch that grows in tracks.
     Raises: OSError, av.FFmpegError, FragmentError; IndexError for a part that it has not.
@@ -176,11 +177,14 @@ def first_pictures(path: Path, count: int | None, part: int = 1) -> Path:
     summary = read_head(path) if growing else (read_summary(path) or {"stream": path.stem, "run": "", "started": 0})
     summary |= {"part": part} if growing and "parts" in summary else {}
     summary = {"meta": {}, **{key: value for key, value in summary.items() if key not in ("sps", "pps")}}
+    steps = steps_of(path) if count is not None else []
+    until = steps[count].pts if count is not None and count < len(steps) else None
+    summary |= {"frames": count, "last_seq": steps[count - 1].seq} if count is not None and until is not None else {}
     fd, name = tempfile.mkstemp(suffix=FINISHED_SUFFIX)
     os.close(fd)
     target = Path(name)
     try:
-        copy_pictures(path, target, summary, max_pictures=count, part=part)
+        copy_pictures(path, target, summary, until=until, part=part)
     except (OSError, av.FFmpegError, FragmentError, IndexError):
         target.unlink(missing_ok=True)
         raise
@@ -217,8 +221,4 @@ def _as_jpeg(last: av.VideoFrame, long_side_px: int) -> bytes:
     picture = last.reformat(
         width, height, format="yuvj420p", src_colorspace="ITU709", dst_colorspace="ITU601", dst_color_range="JPEG"
     )
-    context = av.CodecContext.create("mjpeg", "w")
-    assert isinstance(context, VideoCodecContext)
-    context.width, context.height, context.pix_fmt = width, height, "yuvj420p"
-    context.time_base = picture.time_base = TIME_BASE
-    return b"".join(bytes(packet) for packet in [*context.encode(picture), *context.encode(None)])
+    return JpegEncoder("jpeg").encode(np.ascontiguousarray(picture.to_ndarray())).payload

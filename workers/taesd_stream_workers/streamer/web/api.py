@@ -23,7 +23,7 @@ from taesd_stream import __version__
 from taesd_stream.errors import TaesdStreamError
 from taesd_stream.frames import Packet, is_stream_name
 from taesd_stream_workers.streamer.hub import Hub
-from taesd_stream_workers.streamer.library import first_pictures, thumbnail
+from taesd_stream_workers.streamer.library import first_frames, thumbnail
 from taesd_stream_workers.streamer.recorder import Recorder
 from taesd_stream_workers.streamer.web import schema
 from taesd_stream_workers.streamer.web.docs import POLICY as DOCS_POLICY
@@ -273,7 +273,7 @@ def _add_recordings(app: FastAPI, recorder: Recorder) -> None:
 
     @app.get("/api/v1/recordings/{recording_id:path}/file", response_class=Response, responses=_content("video/mp4"))
     async def file(recording_id: str, frames: FrameCount = None, part: Part = None, inline: bool = False) -> Response:
-        """The MP4; of its first `frames` pictures only, or of what is there now while it grows.
+        """The MP4; of its first `frames` frames only, each one published step, or of what is there now while it grows.
 
         `part`: of a growing one that will be several files, the picture of the batch, from 1.
         """
@@ -286,7 +286,7 @@ def _add_recordings(app: FastAPI, recorder: Recorder) -> None:
         if is_growing and part is not None:
             name = f"{name.removesuffix('.mp4')}.{part}.mp4"
         try:
-            copy = await asyncio.to_thread(first_pictures, path, frames, part or 1 if is_growing else 1)
+            copy = await asyncio.to_thread(first_frames, path, frames, part or 1 if is_growing else 1)
         except IndexError as error:
             raise ApiError(404, "no_part", f"{recording_id} has no part {part}.") from error
         except (OSError, av.FFmpegError, TaesdStreamError) as error:
