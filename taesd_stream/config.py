@@ -137,7 +137,7 @@ class RecordingConfig(_Section):
     default: RecordMode = "off"
     """What is kept of a stream that does not say: "off", "last" (its final frame) or "all"."""
     batch: BatchMode = "grid"
-    """A batch of pictures: "grid", all in one picture of one file; "each", a file of its own for each of them."""
+    """A batch of pictures: "grid", all in one picture of one file; "each", a file of its own for each of up to 64."""
     film: FilmMode = "watched"
     """Steps of a run that nobody records: "watched" remembers those that somebody saw, "off" none."""
     film_max_bytes: int = Field(default=4 << 30, ge=1 << 20)

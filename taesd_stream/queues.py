@@ -31,6 +31,15 @@ class ByteBoundedQueue(Generic[T]):
             self._changed.notify()
             return True
 
+    def put_newest(self, item: T) -> None:
+        """Append it, full or not. Of its class at most two wait: the oldest, which keeps its turn, and this one."""
+        with self._changed:
+            same = [other for other in self._items if type(other) is type(item)][1:]
+            self._items = deque(other for other in self._items if not any(other is one for one in same))
+            self._items.append(item)
+            self.held_bytes += self._size_of(item) - sum(map(self._size_of, same))
+            self._changed.notify()
+
     def get(self, timeout_s: float) -> T | None:
         """Return the oldest item, or None once timeout_s has passed."""
         with self._changed:

@@ -7,14 +7,17 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,9 +29,13 @@ from taesd_stream.media.finished import finish_file, read_summary
 from taesd_stream.media.fragments import read_index
 from taesd_stream.media.recording import Recording
 from taesd_stream.media.steps import pictures_around, steps_of
+from taesd_stream.messages import Job
 from taesd_stream_workers.streamer.library import first_frames
+from taesd_stream_workers.worker.job_decoder import MAX_TRACKS, JobDecoder
+from taesd_stream_workers.worker.job_run import JobRun
 from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
+from tests.golden_messages import JOB_ITEM
 from tests.page_socket import PageSocket
 from tests.pictures import PATCHES, decode_file, decode_h264, decode_jpeg, sd1_latents_of, to_rgb
 from tests.test_fragments import ffprobe
@@ -72,6 +79,25 @@ def expect(part: int, first: int, last: int) -> list[tuple[int, int]]:
 def write_all(recording: Recording, packets: tuple[Packet, ...]) -> int:
     """Write these. Returns how many frames became whole."""
     return sum(recording.write(one) for one in packets)
+
+
+@pytest.mark.parametrize("count", [MAX_TRACKS, MAX_TRACKS + 1])
+def test_a_large_batch_is_recorded_as_one_picture(count: int) -> None:
+    """One picture more than get a file each: all are in one, and the worker says so with its answer."""
+    said: list[Any] = []
+    config = load_config(sets=["recording.batch=each", "decoder.choice=linear"])
+    decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, said.append, threads=2)
+    item = replace(JOB_ITEM, shape=(count, 4, 2, 2), renditions=("record",))
+    payload = bytes(count * 4 * 2 * 2 * 2)
+    run = JobRun(Job(job=1, latent_format="sd1", items=(item,), packets_to="tcp://127.0.0.1:9", payloads=(payload,)))
+    decoder.start()
+    decoder.submit(run)
+    wait_for(lambda: run in said, 60, of="the job")
+    decoder.close()
+    packets = [one[1] for one in said if isinstance(one, tuple)]
+    is_single = count <= MAX_TRACKS
+    assert [one.tracks for one in packets] == [count if is_single else 1] * (count if is_single else 1)
+    assert [one.code for one in run.degraded.values()] == ([] if is_single else ["one_sheet"])
 
 
 def test_a_frame_is_written_when_all_its_pictures_are_there(tmp_path: Path) -> None:

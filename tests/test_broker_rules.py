@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from taesd_stream.config import load_config
 from taesd_stream.frames import Kind, StreamInfo
 from taesd_stream.messages import DemandUpdate, Done, JobItem, Record, RunHello
-from taesd_stream_workers.broker.registry import ENDED_BYTES, ENDED_RUNS, Registry
+from taesd_stream_workers.broker.registry import ENDED_BYTES, ENDED_RUNS, MAX_PENDING, Registry
 from taesd_stream_workers.broker.runs import Run
 from tests.broker_role import BrokerRole, StreamerPeer, frame, new_run
 from tests.daemon import wait_for
@@ -59,6 +60,64 @@ def test_a_lost_run_that_comes_back_goes_on_in_another_file(tmp_path: Path) -> N
         assert row["attempt"] > attempt
 
 
+def test_of_a_lost_run_its_newest_frame_is_the_last_one(tmp_path: Path) -> None:
+    """With record "last" and no word from its publisher, what the broker holds is kept, once."""
+    first, second = new_run(), new_run()
+    with (
+        BrokerRole(tmp_path, "recording.lost_after_s=0.1") as broker,
+        broker.publisher() as publisher,
+        broker.streamer() as streamer,
+    ):
+        for run in (first, second):
+            publisher.open(run, f"last/{run}", record="last")
+            publisher.say(frame(run, 3))
+            wait_for(lambda: broker.stats().runs, of="the recording")
+            assert set(broker.stats().runs) == {run}
+            recorded(broker, streamer, run, 3)
+
+
+def test_a_word_about_a_former_recording_ends_no_other(broker: BrokerRole) -> None:
+    """A run that is recorded twice: "finished", said again of the first, frees nothing that the second still needs."""
+    run = new_run()
+    with broker.publisher() as publisher, broker.streamer() as streamer:
+        publisher.open(run, "twice", record="all")
+        publisher.say(frame(run, 0, kept=True))
+        publisher.ack(run, 0)
+        streamer.say(Record(stream="twice", mode="off"))
+        publisher.next(DemandUpdate, lambda demand: demand.record == "off")
+        publisher.publisher_hello(**{run: RunHello(next_seq=1)})
+        first = recorded(broker, streamer, run, 0)
+        streamer.say(Record(stream="twice", mode="all"))
+        publisher.next(DemandUpdate, lambda demand: demand.record == "all")
+        publisher.say(frame(run, 1, kept=True))
+        publisher.ack(run, 1)
+        publisher.end(run, 1)
+        streamer.written(run, first, -1, finished=True)
+        assert recorded(broker, streamer, run, 1) > first
+
+
+def test_poison_is_counted_where_nobody_records_it(broker: BrokerRole) -> None:
+    """A frame that ended two jobs is left out of the views: counted, and said on the page."""
+    run = new_run()
+    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker() as worker:
+        streamer.watch("poison")
+        publisher.open(run, "poison")
+        publisher.say(frame(run, 0))
+        worker.failed(worker.job(), "internal")
+        streamer.keyframe("poison")  # a viewer comes, and it is tried again
+        worker.failed(worker.job(), "internal")
+        wait_for(lambda: broker.stats().stats["counts"].get("frames_poisoned") == 1, of="the count")
+        assert "left out" in broker.row("poison")["note"]
+
+
+def test_a_broker_takes_as_many_connections_as_the_system_allows(tmp_path: Path) -> None:
+    """Where a shell lets it open 128 files, and the system more, it takes what the system allows."""
+    with BrokerRole(tmp_path) as broker:
+        broker.kill()
+        broker.start(prepare=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (128, 4096)))
+        assert resource.prlimit(broker.process.pid, resource.RLIMIT_NOFILE) == (4096, 4096)
+
+
 def test_the_newest_ended_runs_are_remembered(broker: BrokerRole) -> None:
     """64 of them with their last frame; older ones go."""
     names = [f"ended/{number}" for number in range(ENDED_RUNS + 3)]
@@ -86,6 +145,18 @@ def test_what_is_remembered_is_bounded_in_bytes(tmp_path: Path) -> None:
         registry.add(run)
     assert [run.info.stream for run in registry.forget_old()] == ["s/0", "s/1"]
     assert len(registry.by_run) == count
+
+
+def test_names_that_wait_for_a_run_are_bounded(tmp_path: Path) -> None:
+    """Of more RECORDs for names that nobody has than MAX_PENDING the oldest are forgotten."""
+    registry = Registry(load_config(sets=[f"recording.folder={tmp_path}"]))
+    for number in range(MAX_PENDING + 1):
+        registry.ask_record(f"s/{number}", "all")
+    modes = [
+        registry.record_mode(StreamInfo(stream=f"s/{number}", run=new_run(), kind="steps", latent_format="sd1"))
+        for number in range(2)
+    ]
+    assert modes == ["off", "all"]
 
 
 def test_a_persons_word_waits_for_the_run_and_beats_all_others(tmp_path: Path) -> None:

@@ -94,3 +94,16 @@ def test_threads_lose_nothing() -> None:
             came.append(item)
     assert sorted(came) == sorted(accepted)
     assert one.held_bytes == 0
+
+
+def test_of_a_class_the_oldest_and_the_newest_wait() -> None:
+    """put_newest takes its item in any case; what came between is gone, and its bytes; the oldest keeps its turn."""
+    one: ByteBoundedQueue[bytes | str] = ByteBoundedQueue(4, len)
+    for text in ("a", "bb"):
+        one.put_newest(text)
+    assert one.put(b"x")
+    for text in ("ccc", "dddd"):
+        one.put_newest(text)
+    assert (len(one), one.held_bytes) == (3, 6)
+    assert [one.get(0.0) for _ in range(3)] == ["a", b"x", "dddd"]
+    assert one.held_bytes == 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from taesd_stream.config import load_config
 from taesd_stream.frames import Packet
 from taesd_stream.messages import Cursor, State
-from taesd_stream_workers.streamer.recorder import Recorder
+from taesd_stream_workers.streamer.recorder import EARLY_BYTES, Recorder
 from tests.daemon import wait_for
 from tests.test_recording import META, RUN, chain, read, start
 
@@ -220,3 +222,48 @@ def test_a_large_file_that_is_finished_holds_up_nobody(tmp_path: Path, told: lis
     assert [number for number, _ in read(finished_file)] == list(range(20))
     (growing,) = (path for path in tmp_path.rglob("*.mp4.part"))
     assert [number for number, _ in read(growing)] == [0]
+
+
+def test_a_writer_that_hangs_holds_few_states(tmp_path: Path, told: list[Any]) -> None:
+    """While a write hangs 10,000 STATEs come: two of them wait, the last one among them, and it is acted on then."""
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(*_: object) -> None:
+        hangs.set()
+        goes_on.wait(60)
+
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, hang)
+    recorder.start()
+    try:
+        assert hangs.wait(20)
+        for packet in chain(0, 5):
+            recorder.put(packet)
+        gc.collect()
+        before = sum(type(one) is State for one in gc.get_objects())
+        for _ in range(10_000):
+            recorder.put(state(ended=False))
+        recorder.put(state(ended=True, last_seq=5))
+        assert sum(type(one) is State for one in gc.get_objects()) <= before + 2
+        goes_on.set()
+        wait_for(finished(told), of="the file")
+    finally:
+        goes_on.set()
+        recorder.close()
+
+
+def test_packets_that_no_state_names_are_bounded_in_bytes(tmp_path: Path, told: list[Any]) -> None:
+    """Large packets of a run that nobody knows wait for a STATE, as many as fit; the others are let go."""
+    first = chain(0, 0)[0]
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None)
+    recorder.start()
+    try:
+        sent: list[weakref.ref[memoryview]] = []
+        while len(sent) < 40:
+            packet = replace(first, seq=len(sent), payload=memoryview(bytes(EARLY_BYTES // 8)))
+            if recorder.put(packet):  # else there is room in a moment
+                assert isinstance(packet.payload, memoryview)
+                sent.append(weakref.ref(packet.payload))
+        del packet
+        wait_for(lambda: sum(one() is not None for one in sent) <= 8, of="what does not fit to go")
+    finally:
+        recorder.close()

@@ -5,6 +5,7 @@ The samplers' side is intake.py, the workers' side dispatcher.py; here are the l
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -44,6 +45,9 @@ from taesd_stream_workers.broker.run_rows import recording_row, stream_row
 from taesd_stream_workers.role.addresses import bound_address, workers_address
 from taesd_stream_workers.role.gate import OWN_NAME, Door, Gate
 from taesd_stream_workers.role.lifecycle import Lifecycle
+
+if sys.platform != "win32":
+    import resource
 
 logger = logging.getLogger(__name__)
 
@@ -240,10 +244,11 @@ class Broker:
         run = self._registry.by_run.get(cursor.run)
         if run is None or run.kept is None:
             return
-        if cursor.finished and run.kept.is_over:
-            self._writer.delete(run.finish_keeping())
-            self._links.is_changed = True
-            self._dispatcher.forget(run)
+        if cursor.finished:
+            if run.kept.is_over and cursor.attempt >= run.kept.first_attempt:  # else it is about a former recording
+                self._writer.delete(run.finish_keeping())
+                self._links.is_changed = True
+                self._dispatcher.forget(run)
             return
         run.kept.told = cursor.written
         self._registry.touch(run)
@@ -296,4 +301,13 @@ def run_broker(config: Config, lifecycle: Lifecycle) -> None:
     """Run the broker in this thread until it is told to stop. Raises: ConfigError for an address in use."""
     # The log's thread lets go of the GIL at each write and CRC; the loop, when busy, would hold it 5 ms each time.
     sys.setswitchinterval(SWITCH_S)
+    _allow_connections()
     Broker(config, lifecycle).run()
+
+
+def _allow_connections() -> None:
+    """As many open files as the system lets us have: each sampler is one, and a shell's 1024 are too few for them."""
+    if sys.platform != "win32":
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):  # macOS says that there is no limit, and has one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

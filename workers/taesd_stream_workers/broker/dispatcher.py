@@ -205,6 +205,7 @@ class Dispatcher:
         """A frame ended a job. Returns whether it ended two: then it is poison, and nobody gets it any more."""
         is_poison = run.failed(item.seq) >= MAX_TRIES
         if is_poison:
+            self._links.counts["frames_poisoned"] += 1
             run.say(f"frame {item.seq} ended {MAX_TRIES} decode jobs and is left out")
             if item.is_record and run.kept is not None:
                 self._pass_gap(run, run.kept, item.seq, "poison")

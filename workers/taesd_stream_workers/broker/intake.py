@@ -178,10 +178,13 @@ class Intake:
         """Twice a second: what is over, what waits for a disk, and how much is held."""
         now = time.monotonic()
         for run in self._registry.by_run.values():
+            is_lost = run.end is None and now - run.heard_s > self._config.recording.lost_after_s
+            if is_lost and run.kept is None and run.record == "last":
+                self._keep_newest(run)
             kept = run.kept
             if kept is None:
                 continue
-            kept.is_over |= run.end is None and now - run.heard_s > self._config.recording.lost_after_s
+            kept.is_over |= is_lost
             if self._log_end(run) and kept.is_over:
                 kept.error = None  # it waits for no disk
             if kept.is_over and kept.is_empty:
@@ -373,6 +376,14 @@ class Intake:
         elif self._writer.submit(kept.log, frame):
             kept.queued = frame.seq
             self._log_bytes += frame.nbytes
+
+    def _keep_newest(self, run: Run) -> None:
+        """A run of which only the last frame was to be kept is lost: its last one is the newest that is here."""
+        newest = run.newest
+        if newest is not None and newest.seq > run.recorded_until:
+            kept = self._registry.keep_log(run, newest.seq)
+            kept.front = newest
+            self._log(kept, newest)
 
     def _begin_keeping(self, run: Run, frame: LatentFrame) -> KeptRun:
         """Keep from this frame on, or from the newest one we hold if it is the one before (PROTOCOL 2)."""

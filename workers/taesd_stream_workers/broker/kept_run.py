@@ -27,6 +27,7 @@ class KeptRun:
     next_seq: int  # next to decode
     written: int  # last seq in the file
     attempt: int = 1
+    first_attempt: int = 1  # what is said of an earlier one is about another recording of the run
     in_flight: deque[tuple[int, int]] = field(default_factory=deque)  # (seq, bytes) on their way into the file
     in_flight_bytes: int = 0  # of latents
     is_over: bool = False  # nothing more will be kept

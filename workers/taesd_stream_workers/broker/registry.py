@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 ENDED_RUNS: Final = 64
 ENDED_BYTES: Final = 256 << 20
 PENDING_RECORD_S: Final = 3600.0
+MAX_PENDING: Final = 1000  # names that wait for a run to record
 MAX_META_BYTES: Final = 5 << 20  # of living runs: STATE tells it to the streamer, twice where a run is kept
 LIVE_BYTES: Final = 256 << 20  # of latents of `live` runs that wait for a worker, all runs together
 
@@ -81,7 +82,10 @@ class Registry:
         """The living run that a RECORD means; None: it waits for the name's next run."""
         run = self.by_name.get(stream)
         if run is None or not run.is_alive:  # a lost one may come back, or be run again
+            self._pending_record.pop(stream, None)
             self._pending_record[stream] = (mode, time.monotonic() + PENDING_RECORD_S)
+            if len(self._pending_record) > MAX_PENDING:
+                del self._pending_record[next(iter(self._pending_record))]
         return run if run is not None and run.end is None else None
 
     def watch(self, stream: str, rendition: Rendition, viewers: int) -> None:
@@ -135,6 +139,7 @@ class Registry:
             next_seq=first_seq,
             written=first_seq - 1,
             attempt=run.attempts + 1,
+            first_attempt=run.attempts + 1,
             moved_s=time.monotonic(),
         )
         return run.kept

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 QUEUE_BYTES: Final = 64 << 20
 FILM_BYTES: Final = 32 << 20
-MAX_EARLY: Final = 256
+EARLY_BYTES: Final = 16 << 20
+ITEM_BYTES: Final = 512  # of one in a queue, without its picture
+MAX_LOST: Final = 256
 SYNC_S: Final = 1.0
 TELL_S: Final = 0.2
 IDLE_S: Final = 0.1
@@ -69,9 +72,9 @@ class Recorder:
         self._retry_at_s: dict[str, float] = {}  # when a file that could not be finished is tried again
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recorder")
-        self._lost: deque[Packet] = deque(maxlen=MAX_EARLY)  # of films, for want of room
+        self._lost: deque[Packet] = deque(maxlen=MAX_LOST)  # of films, for want of room; without their pictures
         self._unwritten = Unwritten()
-        self._early: deque[Packet] = deque()  # of recordings that no STATE has named yet
+        self._early: ByteBoundedQueue[Packet] = ByteBoundedQueue(EARLY_BYTES, _size)  # that no STATE has named yet
         self._next_sync_s = 0.0
         self._next_tell_s = 0.0
         self._is_dirty = True
@@ -95,11 +98,14 @@ class Recorder:
 
     def put(self, item: Packet | Gap | State) -> bool:
         """Queue work; False when full: the packet is lost, and the broker sends it again (of a film: a hole)."""
+        if isinstance(item, State):
+            self._queue.put_newest(item)
+            return True
         if not isinstance(item, Packet) or item.rendition != "film":
             return self._queue.put(item)
         if self._film_queue.put(item):
             return True
-        self._lost.append(item)
+        self._lost.append(replace(item, payload=b""))
         return False
 
     def keep_film(self, run: str) -> Future[str]:
@@ -170,9 +176,9 @@ class Recorder:
 
     def _write_early(self, state_ns: int) -> None:
         """Packets may overtake the STATE that names their attempt; one that a later STATE does not name is nobody's."""
-        early = list(self._early)
-        self._early.clear()
-        for packet in early:
+        for _ in range(len(self._early)):
+            packet = self._early.get(timeout_s=0)
+            assert packet is not None
             if self._is_named(packet) or packet.stamps.encoded_ns > state_ns:
                 self._write(packet)
 
@@ -185,8 +191,7 @@ class Recorder:
         return packet.run in self._open or is_told
 
     def _write(self, packet: Packet) -> None:
-        if not self._is_named(packet) and len(self._early) < MAX_EARLY:
-            self._early.append(packet)
+        if not self._is_named(packet) and self._early.put(packet):
             return None
         if packet.rendition == "film":
             return self._write_film(packet)
@@ -373,4 +378,4 @@ class Recorder:
 
 
 def _size(item: Packet | Gap | State) -> int:
-    return len(item.payload) if isinstance(item, Packet) else 0
+    return ITEM_BYTES + (len(item.payload) if isinstance(item, Packet) else 0)

@@ -41,6 +41,7 @@ from taesd_stream_workers.worker.shower import Outlet, Shower
 
 logger = logging.getLogger(__name__)
 
+MAX_TRACKS: Final = 64  # pictures of a batch that are recorded singly: each takes an encoder of full size
 MAX_ENCODERS: Final = 4096  # that one HELLO names
 WARM_UP_FORMAT: Final = "sd1"  # any one with rgb factors
 Wanted: TypeAlias = tuple[JobItem, Rows, Any]  # an item, its latents (n,C,h,w), and which renditions to make
@@ -192,7 +193,7 @@ class JobDecoder:
                 before = latents_from_payload(history, item.dtype, (item.history, *item.shape[-3:]), magnitude)
                 run.histories[item.run] = torch.nan_to_num(before)  # what was left out for NaN leaves no trace here
             if not (item.is_repeat and self._repeat(run, item)):
-                good.append((item, Rows(batch, place * each, each, is_each=self._is_each(item))))
+                good.append((item, Rows(batch, place * each, each, is_each=self._is_each(run, item))))
         by_choice: dict[DecoderChoice, list[tuple[JobItem, Rows]]] = {}
         for item, rows in good:
             by_choice.setdefault(self._choice_for(item.stream), []).append((item, rows))
@@ -211,11 +212,16 @@ class JobDecoder:
         """The decoder of a stream's live view, as rules and `decoder.choice` say."""
         return self._config.rule_of(stream).decoder or self._config.decoder.choice
 
-    def _is_each(self, item: JobItem) -> bool:
-        """Whether a batch is recorded picture by picture, as rules and `recording.batch` say."""
+    def _is_each(self, run: JobRun, item: JobItem) -> bool:
+        """Whether a batch is recorded picture by picture, as rules and `recording.batch` say; a large one never is."""
         if item.kind != "steps" or len(item.shape) < 4 or item.shape[0] == 1 or "record" not in item.renditions:
             return False
-        return (self._config.rule_of(item.stream).batch or self._config.recording.batch) == "each"
+        is_each = (self._config.rule_of(item.stream).batch or self._config.recording.batch) == "each"
+        if is_each and item.shape[0] > MAX_TRACKS:
+            text = f"{item.shape[0]} pictures at once are recorded as one: at most {MAX_TRACKS} get a file each."
+            run.degrade(item.run, "one_sheet", text)
+            return False
+        return is_each
 
     def _repeat(self, run: JobRun, item: JobItem) -> bool:
         """Show a `live` frame once more from its last planes, where all of what is wanted is here."""

@@ -1,0 +1,141 @@
+"""Placement, credits and scheduling together: the broker's dispatcher with many workers over real sockets, by property.
+
+The test is the broker's loop and its workers; what comes, goes, answers and is watched is hypothesis' choice.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import zmq
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from taesd_stream import wire
+from taesd_stream.config import load_config
+from taesd_stream.frames import StreamInfo
+from taesd_stream.messages import Done, Forget, Job, WorkerHello
+from taesd_stream_workers.broker.dispatcher import Dispatcher, StreamerLink
+from taesd_stream_workers.broker.links import Links
+from taesd_stream_workers.broker.registry import Registry
+from taesd_stream_workers.broker.runs import Run
+from taesd_stream_workers.role.gate import Gate
+from tests.broker_role import frame, new_run
+
+WORKERS = [b"one", b"two", b"three"]
+RUNS = 6
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("frame"), st.integers(0, RUNS - 1)),
+        st.tuples(st.just("answer"), st.integers(0, len(WORKERS) - 1)),
+        st.tuples(st.just("hello"), st.integers(0, len(WORKERS) - 1)),
+        st.tuples(st.just("drain"), st.integers(0, len(WORKERS) - 1)),
+        st.tuples(st.just("tick"), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+class Farm:
+    """A dispatcher, its workers, and what each of them has in hand."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], credits_: list[int]) -> None:
+        config = load_config()
+        self._links = Links()
+        self._links.bind(Gate(config), context, "inproc://front", "inproc://inside")
+        self._registry = Registry(config)
+        streamer = StreamerLink()
+        streamer.peer, streamer.packets_to, streamer.heard_s = b"streamer", "inproc://packets", float("inf")
+        self._dispatcher = Dispatcher(config, self._registry, streamer, self._links)
+        self._hellos = [WorkerHello(device="cpu", credits=count) for count in credits_]
+        self._sockets = [context.socket(zmq.DEALER) for _ in WORKERS]
+        for name, socket in zip(WORKERS, self._sockets, strict=True):
+            socket.setsockopt(zmq.IDENTITY, name)
+            socket.connect("inproc://inside")
+        self.jobs: list[list[Job]] = [[] for _ in WORKERS]
+        self.runs: list[Run] = []
+        for number in range(RUNS):
+            info = StreamInfo(stream=f"s/{number}", run=new_run(), kind="steps", latent_format="sd1")
+            self.runs.append(Run(info, peer=b"publisher", record="off"))
+            self._registry.add(self.runs[-1])
+            self._registry.watch(info.stream, "live", 1)
+        self.published = [-1] * RUNS
+        self.shown: defaultdict[str, list[int]] = defaultdict(list)
+        self.is_draining = [False] * len(WORKERS)
+
+    def take(self, word: str, number: int) -> None:
+        """One step, and the jobs that come of it."""
+        if word == "frame":
+            self.published[number] += 1
+            run = self.runs[number]
+            run.take(frame(run.info.run, self.published[number]), 1, is_watched=True, share_bytes=0)
+            self._registry.touch(run)
+        elif word == "answer" and self.jobs[number]:
+            self._dispatcher.on_done(WORKERS[number], Done(job=self.jobs[number].pop(0).job, ms=1.0))
+        elif word in ("hello", "drain"):
+            self.is_draining[number] = word == "drain"
+            hello = WorkerHello(device="cpu", credits=self._hellos[number].credits, draining=word == "drain")
+            self._dispatcher.on_hello(WORKERS[number], hello)
+        elif word == "tick":
+            self._dispatcher.tick()
+        self._dispatcher.give_jobs()
+        for place, socket in enumerate(self._sockets):
+            self._receive(place, socket)
+        self._check()
+
+    def _receive(self, place: int, socket: zmq.Socket[bytes]) -> None:
+        while socket.poll(0):
+            message = wire.unpack(socket.recv_multipart(), wire.TO_WORKER)
+            if isinstance(message, Forget):
+                assert not any(item.run == message.run for job in self.jobs[place] for item in job.items)
+            if not isinstance(message, Job):
+                continue
+            assert not self.is_draining[place]
+            self.jobs[place].append(message)
+            for item in message.items:
+                self.shown[item.run].append(item.seq)
+
+    def _check(self) -> None:
+        for place, jobs in enumerate(self.jobs):
+            assert len(jobs) <= self._hellos[place].credits
+        for run in self.runs:
+            holders = {place for place, jobs in enumerate(self.jobs) if any(_has(job, run) for job in jobs)}
+            assert len(holders) <= 1, "two workers encode one chain"
+            seqs = self.shown[run.info.run]
+            assert seqs == sorted(seqs), "a run goes back"  # its newest frame may come again, at another worker
+
+
+def _has(job: Job, run: Run) -> bool:
+    return any(item.run == run.info.run for item in job.items)
+
+
+@contextmanager
+def farm(credits_: list[int]) -> Iterator[Farm]:
+    """One, and its sockets closed behind it."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        yield Farm(context, credits_)
+    finally:
+        context.destroy(linger=0)
+
+
+@given(st.lists(st.integers(1, 4), min_size=len(WORKERS), max_size=len(WORKERS)), steps)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_every_newest_frame_is_shown_by_one_worker_at_a_time(credits_: list[int], taken: list[tuple[str, int]]) -> None:
+    """Workers come and drain, frames and answers come in any order: credits hold, no run is at two workers at once or
+    goes back; and once all is answered every run's newest frame was given to a worker."""
+    with farm(credits_) as one:
+        for word, number in taken:
+            one.take(word, number)
+        for number in range(len(WORKERS)):
+            one.take("hello", number)
+        for _ in range(4 * RUNS):
+            for number in range(len(WORKERS)):
+                one.take("answer", number)
+            one.take("tick", 0)
+        assert [one.shown[run.info.run][-1:] for run in one.runs] == [
+            [seq] if seq >= 0 else [] for seq in one.published
+        ]
