@@ -81,8 +81,10 @@ class Dispatcher:
             self._registry.touch_all()
             logger.info("worker_came worker=%s device=%s", _shown(peer), hello.device)
             for run in self._registry.by_run.values():
-                if run.kept is not None:
+                run.refused_by.discard(peer)
+                if run.kept is not None and run.kept.blocked is not None:
                     run.kept.blocked = None
+                    self._placer.try_another(run)
             self._links.is_changed = True
         for run in self._registry.by_run.values():
             if run.live is not None:
@@ -159,7 +161,7 @@ class Dispatcher:
         for place, item in enumerate(held.items):
             run = self._item_over(item)
             if run is not None and (not failed.items or place in failed.items):
-                self._item_failed(run, item, failed)
+                self._item_failed(run, item, failed, peer)
         self._links.is_changed = True
 
     def _item_over(self, item: Candidate) -> Run | None:
@@ -169,7 +171,7 @@ class Dispatcher:
             self._registry.touch(run)
         return run
 
-    def _item_failed(self, run: Run, item: Candidate, failed: Failed) -> None:
+    def _item_failed(self, run: Run, item: Candidate, failed: Failed, worker: bytes) -> None:
         counts = self._links.counts
         if run.is_late(item) and failed.code != "internal":
             return  # it goes again already
@@ -185,6 +187,7 @@ class Dispatcher:
             fields = (run.info.stream, item.seq, failed.code, failed.text)
             logger.warning("frame_failed stream=%s seq=%d code=%s %s (said once)", *fields)
         kept = run.kept if item.is_record else None
+        is_blocked = failed.code == "no_decoder" and not self._is_elsewhere(run, worker)
         if failed.code == "internal":
             if not self._blame(run, item):
                 self._try_again(run, item)
@@ -193,13 +196,18 @@ class Dispatcher:
                 run.failed(item.seq, MAX_TRIES)
                 run.show_again(item)  # what follows it, for the worker has stopped there
         elif failed.code == "no_decoder":
-            kept.blocked = failed.text  # the frames stay in the log
+            kept.blocked = failed.text if is_blocked else None  # the frames stay in the log
             kept.restart(kept.written, kept.attempt + 1)
         elif failed.retry:
             kept.restart(kept.written, kept.attempt + 1)
             kept.not_before_s = time.monotonic() + RETRY_S  # memory comes back: a recording waits for it
         else:
             self._pass_gap(run, kept, item.seq, failed.code)
+
+    def _is_elsewhere(self, run: Run, worker: bytes) -> bool:
+        """A worker has no decoder for a run. Returns whether another one is asked."""
+        run.refused_by.add(worker)
+        return run.worker != worker or self._placer.try_another(run)
 
     def _blame(self, run: Run, item: Candidate) -> bool:
         """A frame ended a job. Returns whether it ended two: then it is poison, and nobody gets it any more."""

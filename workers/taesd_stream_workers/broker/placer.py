@@ -88,6 +88,12 @@ class Placer:
         staying = [worker for worker in self._crew.workers.values() if not worker.hello.draining]
         return [worker.id for worker in staying if not worker.overdue] or [worker.id for worker in staying]
 
+    def try_another(self, run: Run) -> bool:
+        """Its worker has no decoder for it. Returns whether it goes to one that has not said so yet."""
+        untried = {worker: load for worker, load in self._loads.items() if worker not in run.refused_by}
+        run.moves_to = least_loaded(untried)
+        return run.moves_to is not None
+
     def loads(self) -> list[float]:
         """Every stream's share of one worker: what is watched or kept."""
         return [load for run in self._registry.by_run.values() if (load := self._load(run)) > 0]

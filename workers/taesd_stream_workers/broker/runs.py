@@ -55,6 +55,7 @@ class Run:
         self.failures: dict[int, int] = {}  # seq -> how many jobs ended on it
         self.worker: bytes | None = None
         self.moves_to: bytes | None = None  # another worker, once nothing is under way at this one
+        self.refused_by: set[bytes] = set()  # workers that have no decoder for it
         self.moved_s = float("-inf")
         self.placed_ns = time.monotonic_ns()  # since when its worker has it; of a former one's pictures none is shown
         self.live_in_flight = 0  # frames that a worker decodes for viewers

@@ -100,6 +100,7 @@ class DecodeWorker:
             if now >= next_hello_s or self._has_news:
                 self._has_news = False
                 self._say(self._hello())
+                self._decoder.beat()
                 next_hello_s = now + HELLO_S
             poller.poll(50 if self._outgoing.held_bytes else 200)
             self._wake.drain()

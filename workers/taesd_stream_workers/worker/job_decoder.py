@@ -41,6 +41,7 @@ from taesd_stream_workers.worker.shower import Outlet, Shower
 
 logger = logging.getLogger(__name__)
 
+LEAST_WORK_S: Final = 0.01  # of the processor, between two beats: less is no work
 MAX_TRACKS: Final = 64  # pictures of a batch that are recorded singly: each takes an encoder of full size
 MAX_ENCODERS: Final = 4096  # that one HELLO names
 WARM_UP_FORMAT: Final = "sd1"  # any one with rgb factors
@@ -72,17 +73,36 @@ class JobDecoder:
         sizes = Sizes(config.streamer.live_max_px, config.streamer.thumb_max_px)
         self._outlet = Outlet(sizes, HostCopies(device), EncodePool(threads), now_ns, pass_on)
         self._slice_since_s = float("inf")
+        self._at_hand: JobRun | None = None
+        self._worked_s = 0.0  # of the processor, by its thread
+        self._worked_at_s = 0.0  # when that was seen to grow
         self._turns = JobTurns()
         self._pace = Pace()
         self._thread = threading.Thread(target=self._run, name="device")
 
     @property
     def busy_since_s(self) -> float:
-        """When the slice at hand began, or, later, to come to the host; a hung device shows here. Any one thread.
+        """When the slice at hand began or, on a processor, last went on, or began to come to the host. Any one thread.
+
+        A hung device shows here.
 
         Raises: RuntimeError when the device failed: nothing in this process can use it any more.
         """
-        return min(self._slice_since_s, self._outlet.copies.waiting_since_s)
+        return min(max(self._slice_since_s, self._worked_at_s), self._outlet.copies.waiting_since_s)
+
+    def beat(self) -> None:
+        """See whether a slice goes on, and say so: one picture may take minutes. Now and then, any one thread.
+
+        Where the processor decodes its time tells that; what a GPU does, nobody can see from here.
+        """
+        run = self._at_hand
+        if run is None or self._device.type != "cpu" or not hasattr(time, "pthread_getcpuclockid"):
+            return
+        assert self._thread.ident is not None
+        worked_s = time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
+        if worked_s - self._worked_s > LEAST_WORK_S:
+            self._worked_s, self._worked_at_s = worked_s, time.monotonic()
+            self._outlet.pass_on(Progress(job=run.job.job))
 
     def start(self) -> None:
         """Start the threads."""
@@ -117,9 +137,9 @@ class JobDecoder:
             self.error = error
             return
         while (run := self._turns.next()) is not None:
-            self._slice_since_s = time.monotonic()
+            self._slice_since_s, self._at_hand = time.monotonic(), run
             is_over = self._go_on(run)
-            self._slice_since_s = float("inf")
+            self._slice_since_s, self._at_hand = float("inf"), None
             if is_over:
                 self._turns.over(run)
                 self._outlet.part_done(run)
