@@ -117,7 +117,7 @@ def test_a_film_that_could_not_be_kept_can_be_kept_later(tmp_path: Path) -> None
     try:
         with pytest.raises(RecordingError, match="taken"):
             recorder.keep_film(RUN).result(timeout=30)
-        assert [path.parent.name for path in recorder.paths_of_run(RUN)] == [".films"]
+        assert [path.parent.name for path in recorder.files.paths_of(RUN)] == [".films"]
         (tmp_path / "taken").unlink()
         assert recorder.keep_film(RUN).result(timeout=30) == f"taken/{RUN}"
         with pytest.raises(KeyError):

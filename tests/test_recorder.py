@@ -114,7 +114,7 @@ def test_a_file_waits_for_what_its_run_says_of_itself(tmp_path: Path, told: list
             recorder.put(packet)
         recorder.put(known)
         wait_for(lambda: any(one.written == 2 for one in told), of="the frames")
-        about = recorder.about_run(RUN)
+        about = recorder.files.about(RUN)
     finally:
         recorder.close()
     assert about is not None
@@ -191,6 +191,37 @@ def test_films_of_many_runs_do_not_hold_up_a_recording(tmp_path: Path, told: lis
         over.set()
         shooting.join()
         recorder.close()
+
+
+def large(packet: Packet) -> Packet:
+    """The same picture with 4 MiB of filler behind it (H.264's NAL 12), which every copy must carry."""
+    return replace(packet, payload=bytes(packet.payload) + b"\0\0\0\1\x0c" + b"\xff" * (4 << 20) + b"\x80")
+
+
+def test_a_large_file_that_is_finished_holds_up_nobody(tmp_path: Path, told: list[Any]) -> None:
+    """While 80 MiB of one run become an ordinary file, a frame of another is written and told; then both are whole."""
+    other = "00000000000000cd"
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None)
+    recorder.start()
+    try:
+        first = state(ended=False)
+        recorder.put(replace(first, runs={**first.runs, other: first.runs[RUN]}))
+        for packet in chain(0, 19):
+            recorder.put(large(packet))
+            wait_for(lambda seq=packet.seq: any(one.written == seq for one in told), of="a large frame")  # type: ignore[misc]
+        over = state(ended=True, last_seq=19)
+        recorder.put(replace(over, runs={**over.runs, other: first.runs[RUN]}))
+        recorder.put(replace(chain(0, 0)[0], run=other))
+        wait_for(lambda: any(one.finished for one in told), 60, of="the file")
+        order = [(one.run, one.finished) for one in told if one.finished or one.run == other]
+        assert order[0] == (other, False)
+        assert (RUN, True) in order
+    finally:
+        recorder.close()
+    (finished_file,) = tmp_path.rglob("*.mp4")
+    assert [number for number, _ in read(finished_file)] == list(range(20))
+    (growing,) = (path for path in tmp_path.rglob("*.mp4.part"))
+    assert [number for number, _ in read(growing)] == [0]
 
 
 def test_a_writer_that_hangs_holds_few_states(tmp_path: Path, told: list[Any]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,10 +31,18 @@ def finish_file(growing: Path) -> list[Path]:
     Raises: OSError, FragmentError, av.FFmpegError; the growing file is there still.
     """
     index = read_index(growing)
+    _check_room(growing)
     parts = range(1, index.head.get("parts", 1) + 1)
     finished = [_finish_part(growing, index, part) for part in parts]
     growing.unlink()
     return finished
+
+
+def _check_room(growing: Path) -> None:
+    """Raises: OSError where a copy would fill the disk: one of many GiB is not tried over and over."""
+    free_bytes = shutil.disk_usage(growing.parent).free
+    if 0 < free_bytes < growing.stat().st_size:  # some file systems say 0 for unknown
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(growing))
 
 
 def _finish_part(growing: Path, index: FileIndex, part: int) -> Path:

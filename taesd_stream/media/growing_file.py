@@ -141,8 +141,10 @@ class GrowingFile:
         return True
 
     def close(self) -> None:
-        """Let go of the file as it is."""
-        os.close(self.fd)
+        """Let go of the file as it is; a second time it does nothing."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def remove(self) -> None:
         """Close and delete the file. Raises: OSError, with the file empty: nobody will go on in it."""

@@ -47,7 +47,8 @@ class RecordingError(TaesdStreamError):
 class Recording:
     """The growing files `NAME.mp4.part` of one run: append fragments, cut back, finish.
 
-    One thread writes, reads and finishes it; another one may call `sync`. Nothing is on disk before the first frame.
+    One thread writes, reads and finishes it; another one may call `sync`, but not while it is being finished. Nothing
+    is on disk before the first frame.
     """
 
     def __init__(
@@ -228,14 +229,18 @@ class Recording:
                 self.synced = max(self.synced, target)
 
     def finish(self) -> list[Path]:
-        """Turn each file into an ordinary fast-start MP4 `NAME.mp4`; returns them. The recording is closed then.
+        """Turn each file into an ordinary fast-start MP4 `NAME.mp4`; returns them. The recording is of no use then.
 
         A file of several tracks becomes as many, `NAME.1.mp4`, `NAME.2.mp4`…
 
+        What it tells of itself stays as it was, for any thread.
         Raises: RecordingError; what is not finished grows still: open and finish it again.
         """
         written, paths = self.written, self.paths
-        self.close()
+        with self._lock:
+            self._pending = []
+            for file in self._files:
+                file.close()  # Windows removes no open file
         try:
             return [finished for path in paths for finished in finish_file(path)]
         except (OSError, av.FFmpegError, FragmentError) as error:

@@ -19,8 +19,10 @@ from taesd_stream.media.recording import Recording, RecordingError, find_unfinis
 from taesd_stream.messages import Cursor, Gap, State
 from taesd_stream.queues import ByteBoundedQueue
 from taesd_stream_workers.streamer.films import Films
+from taesd_stream_workers.streamer.finisher import Finished, Finisher
 from taesd_stream_workers.streamer.library import Library, Retention
 from taesd_stream_workers.streamer.recording_rows import cursor_of, growing_row, meta_of, stuck_row
+from taesd_stream_workers.streamer.run_files import RunFiles
 from taesd_stream_workers.streamer.unwritten import Unwritten
 
 logger = logging.getLogger(__name__)
@@ -61,7 +63,11 @@ class Recorder:
         self._finished: dict[str, int] = {}  # run -> attempt that its finished file ended with
         self._runs: dict[str, dict[str, Any]] = {}
         self._shown: dict[str, dict[str, Any]] = {}  # rows of all streams, by run
+        self._finisher = Finisher()
+        self._finishing: dict[str, Finished] = {}  # by run, of those in _open: they are not written any more
+        self.files = RunFiles(self._open, self.films, self.library)
         self._wishes: deque[tuple[str, Future[str]]] = deque()  # films of runs that are over, to be kept
+        self._kept: dict[str, Future[str]] = {}  # by run: who waits for its film to be finished
         self._errors: dict[str, str] = {}
         self._retry_at_s: dict[str, float] = {}  # when a file that could not be finished is tried again
         self._stop = threading.Event()
@@ -87,6 +93,7 @@ class Recorder:
                 continue
             if recording.paths:
                 self._open[one.run] = recording
+        self._finisher.start()
         self._thread.start()
 
     def put(self, item: Packet | Gap | State) -> bool:
@@ -106,39 +113,6 @@ class Recorder:
         wish: Future[str] = Future()
         self._wishes.append((run, wish))
         return wish
-
-    def paths_of_run(self, run: str, part: int = 1) -> list[Path]:
-        """All files that hold frames of a run, its film's among them, in the order of their frames; any thread.
-
-        part: from 1, of a batch that is recorded in files of their own.
-        """
-        growing, film = self._open.get(run), self.films.films.get(run)
-        finished = [row for row in self.library.rows() if row["run"] == run and row["part"] in (None, part)]
-        finished.sort(key=lambda row: int(row["first_seq"]))
-        paths = [path for row in finished if (path := self.library.path_of(row["id"])) is not None]
-        return [*paths, *(growing.paths if growing else []), *(film.paths if film else ())]
-
-    def about_run(self, run: str) -> dict[str, Any] | None:
-        """Stream, start and meta of a run that has frames in files; any thread.
-
-        film: whether nobody keeps it; parts: how many pictures a batch has in files of their own, 1: none.
-        """
-        growing, film = self._open.get(run), self.films.films.get(run)
-        if growing is not None or film is not None:
-            known = growing or film
-            assert known is not None
-            about = {"stream": known.stream, "started": known.started, "meta": known.meta}
-            return {**about, "film": growing is None, "parts": growing.parts if growing else 1}
-        rows = [row for row in self.library.rows() if row["run"] == run]
-        about = {key: rows[0][key] for key in ("stream", "started", "meta")} if rows else {}
-        return {**about, "film": False, "parts": max(row["parts"] for row in rows)} if rows else None
-
-    def newest_run_of(self, stream: str) -> str | None:
-        """The run of a stream that began last, of those that have frames in files; any thread."""
-        known = [(one.started, one.run, one.stream) for one in list(self._open.values()) if one.paths]
-        known += [(one.started, one.run, one.stream) for one in list(self.films.films.values())]
-        known += [(row["started"], row["run"], row["stream"]) for row in self.library.rows()]
-        return max((one for one in known if one[2] == stream), default=(0.0, None, stream))[1]
 
     def cursors(self) -> tuple[Cursor, ...]:
         """How far every file is; any thread."""
@@ -163,31 +137,24 @@ class Recorder:
         ]
         return [*growing, *stuck, *self.library.rows()]
 
-    def path_of(self, recording_id: str) -> Path | None:
-        """The file of an id that `rows` gave, growing or finished; any thread."""
-        for run, one in list(self._open.items()):
-            if run == recording_id and (paths := one.paths):
-                return paths[0]
-        return self.library.path_of(recording_id)
-
-    def is_growing(self, recording_id: str) -> bool:
-        """Whether the id is of a recording that is not finished; any thread."""
-        return recording_id in self._open
-
     def _run(self) -> None:
         while not (self._stop.is_set() and not len(self._queue) + len(self._film_queue)):
             item = self._queue.get(timeout_s=0 if len(self._film_queue) else IDLE_S)
             try:
                 self._handle(item or self._film_queue.get(timeout_s=0))
                 self._keep_films()
+                self._take_finished()
                 self._sync_all()
                 self._is_dirty |= self._retention.tick()
                 self._tell_people()
             except Exception as error:  # the thread's outermost loop: one bad file must not end the others
                 logger.exception("recorder_failed error=%s", error)
-        for one in self._open.values():
-            self._sync(one)
-            one.close()
+        self._finisher.close()
+        self._take_finished()
+        for run, one in self._open.items():
+            if run not in self._finishing:
+                self._sync(one)
+                one.close()
         self.films.close()
 
     def _handle(self, item: Packet | Gap | State | None) -> None:
@@ -272,21 +239,15 @@ class Recorder:
             if not wish.set_running_or_notify_cancel():
                 continue  # who asked is gone
             try:
-                wish.set_result(self._keep(run))
+                film = self.films.move(run, self.folder, self._name)
+                if film is None:
+                    raise KeyError(run)
             except Exception as error:  # noqa: BLE001 whoever waits for it is told, whatever it is
                 wish.set_exception(error)
-
-    def _keep(self, run: str) -> str:
-        """Make a recording of a film. Returns its id. Raises: KeyError for none; RecordingError, and it is there."""
-        film = self.films.move(run, self.folder, self._name)
-        if film is None:
-            raise KeyError(run)
-        self._is_dirty = True
-        self._open[run] = film
-        paths = self._finish(run)
-        if not paths:  # it is tried again, as of every recording
-            raise RecordingError(self._errors.get(run, "cannot be finished yet"), written=film.written)
-        return self.library.id_of(paths[0])
+                continue
+            self._is_dirty = True
+            self._open[run], self._kept[run] = film, wish
+            self._finish(run)
 
     def _take_film(self, run: str, kept_from: int | None) -> Recording | None:
         """The film of a run that is recorded from now on: the recording goes on in it."""
@@ -300,6 +261,8 @@ class Recorder:
         return film
 
     def _recording(self, run: str, attempt: int, seq: int) -> Recording | None:
+        if run in self._finishing:
+            return None
         if run not in self._open:
             if attempt <= self._finished.get(run, -1):
                 return None  # late, of a file that is finished
@@ -346,28 +309,34 @@ class Recorder:
             self._retry_at_s[run] = time.monotonic() + RETRY_S
             self._fail(run, str(error))
 
-    def _finish(self, run: str) -> list[Path]:
-        """Returns: its files; none where that must wait."""
-        one = self._open[run]
-        if time.monotonic() < self._retry_at_s.get(run, 0.0):
-            return []
-        attempt = max(0, one.attempt)
-        try:
-            paths = one.finish()
-        except RecordingError as error:
-            self._fail(run, str(error))
-            self._retry_at_s[run] = time.monotonic() + RETRY_S
-            del self._open[run]
-            self._reopen(run, one.stream, one.meta)
-            return []
-        del self._open[run]
+    def _finish(self, run: str) -> None:
+        """Begin to make ordinary files of a recording, unless that must wait."""
+        if run not in self._finishing and time.monotonic() >= self._retry_at_s.get(run, 0.0):
+            self._finishing[run] = self._finisher.finish(self._open[run])
+
+    def _take_finished(self) -> None:
+        for run in [run for run, answer in self._finishing.items() if answer.done()]:
+            one, answer, wish = self._open.pop(run), self._finishing.pop(run), self._kept.pop(run, None)
+            self._is_dirty = True
+            error = answer.exception()
+            if error is None:
+                self._on_finished(one, answer.result())
+            else:
+                self._fail(run, str(error))
+                self._retry_at_s[run] = time.monotonic() + RETRY_S
+                self._reopen(run, one.stream, one.meta)
+            if wish is not None and error is None:
+                wish.set_result(self.library.id_of(answer.result()[0]))
+            elif wish is not None:  # it is tried again, as every recording is
+                wish.set_exception(error)
+
+    def _on_finished(self, one: Recording, paths: list[Path]) -> None:
+        run, attempt = one.run, max(0, one.attempt)
         self._retry_at_s.pop(run, None)
         self._errors.pop(run, None)
         self._finished[run] = attempt
-        self._is_dirty = True
         logger.info("recording_finished stream=%s files=%s", one.stream, ", ".join(path.name for path in paths))
         self._tell_broker(Cursor(run=run, attempt=attempt, written=-1, synced=-1, finished=True))
-        return paths
 
     def _tell(self, one: Recording) -> None:
         self._is_dirty = True
@@ -378,7 +347,7 @@ class Recorder:
         if now < self._next_sync_s:
             return
         self._next_sync_s, self._is_dirty = now + SYNC_S, True  # a person may have removed a file
-        for run, one in list(self._open.items()):
+        for run, one in [(run, one) for run, one in self._open.items() if run not in self._finishing]:
             if (path := one.lost_path) is not None:
                 self._lose(run, one, path)
             elif one.synced < one.written:

@@ -266,7 +266,7 @@ def _add_players(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
 def _add_recordings(app: FastAPI, recorder: Recorder) -> None:
     def path_of(recording_id: str) -> Path:
         """Looks at every file of the folder: not for the loop's thread."""
-        path = recorder.path_of(recording_id)
+        path = recorder.files.path_of_id(recording_id)
         if path is None:
             raise ApiError(404, "no_recording", f"There is no recording {recording_id}.")
         return path
@@ -280,7 +280,7 @@ def _add_recordings(app: FastAPI, recorder: Recorder) -> None:
         path = await asyncio.to_thread(path_of, recording_id)
         kind: Literal["inline", "attachment"] = "inline" if inline else "attachment"
         name = path.relative_to(recorder.folder).as_posix().replace("/", "-").removesuffix(".part")
-        is_growing = recorder.is_growing(recording_id)
+        is_growing = recorder.files.is_growing(recording_id)
         if frames is None and not is_growing:
             return FileResponse(path, media_type="video/mp4", filename=name, content_disposition_type=kind)
         if is_growing and part is not None:
@@ -306,7 +306,7 @@ def _add_recordings(app: FastAPI, recorder: Recorder) -> None:
     @app.delete("/api/v1/recordings/{recording_id:path}", responses=_says(schema.Done))
     async def delete(recording_id: str) -> dict[str, Any]:
         """Remove a finished recording for good."""
-        if recorder.is_growing(recording_id):
+        if recorder.files.is_growing(recording_id):
             raise ApiError(409, "growing", "It is being recorded; stop recording first.")
         if not await asyncio.to_thread(recorder.library.delete, recording_id):
             raise ApiError(404, "no_recording", f"There is no recording {recording_id}.")

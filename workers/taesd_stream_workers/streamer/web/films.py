@@ -81,12 +81,12 @@ def add_films(app: FastAPI, hub: Hub, recorder: Recorder, peers: Peers) -> None:
 
 async def last_picture(recorder: Recorder, stream: str) -> bytes:
     """The last picture of a stream's newest run that files remember, as JPEG. Raises: ApiError 404, 503."""
-    run = await asyncio.to_thread(recorder.newest_run_of, stream)
+    run = await asyncio.to_thread(recorder.files.newest_run_of, stream)
     if run is None:
         raise ApiError(404, "no_stream", f"There is no stream {stream}.")
 
     def read() -> bytes:
-        seqs = [one.seq for path in recorder.paths_of_run(run) for one in steps_of(path)]
+        seqs = [one.seq for path in recorder.files.paths_of(run) for one in steps_of(path)]
         return picture_of_step(_around(recorder, run, max(seqs), 1), max(seqs)) if seqs else b""
 
     return await _read(read, f"run {run}")
@@ -108,10 +108,10 @@ async def _read(read: Callable[[], T], what: str) -> T:
 
 
 def _film(recorder: Recorder, run: str, after: int) -> dict[str, Any]:
-    about = recorder.about_run(run)
+    about = recorder.files.about(run)
     if about is None:
         return {}
-    steps = {one.seq: one for path in recorder.paths_of_run(run) for one in steps_of(path)}
+    steps = {one.seq: one for path in recorder.files.paths_of(run) for one in steps_of(path)}
     rows = [
         [one.seq, one.step, one.of, one.sigma, round(one.pts * 1000 / CLOCK_HZ)]
         for seq, one in sorted(steps.items())
@@ -121,7 +121,7 @@ def _film(recorder: Recorder, run: str, after: int) -> dict[str, Any]:
 
 
 def _around(recorder: Recorder, run: str, seq: int, part: int) -> list[StepPicture]:
-    paths = recorder.paths_of_run(run, part)
+    paths = recorder.files.paths_of(run, part)
     return next((found for path in reversed(paths) if (found := pictures_around(path, seq, part))), [])
 
 
