@@ -12,8 +12,8 @@ import pytest
 from taesd_stream.frames import StreamInfo
 from taesd_stream.latent_log import read_messages
 from taesd_stream.messages import Ack, DemandUpdate, End, Record, RunHello
-from taesd_stream_workers.broker.registry import ENDED_RUNS, MAX_META_BYTES
-from tests.broker_role import BrokerRole, Peer, frame, new_run
+from taesd_stream_workers.broker.registry import ENDED_AT_ONCE, ENDED_RUNS, MAX_META_BYTES
+from tests.broker_role import SHAPE, BrokerRole, Peer, frame, new_run
 from tests.daemon import wait_for
 
 LARGE = (4, 64, 64)  # 32 KiB: more than the broker's own log, which shares the limit of its files
@@ -176,12 +176,15 @@ def test_a_log_folder_that_somebody_removed_is_made_again(broker: BrokerRole) ->
 FEW_FILES = (64, 64)
 
 
-def waiting_runs(publisher: Peer, count: int, **meta: str) -> list[str]:
-    """Runs that have ended, and whose recordings wait."""
-    runs = [new_run() for _ in range(count)]
+def waiting_runs(
+    publisher: Peer, number: int, *, count: int = 1, shape: tuple[int, ...] = SHAPE, **meta: str
+) -> list[str]:
+    """Runs of `count` frames that have ended, and whose recordings wait."""
+    runs = [new_run() for _ in range(number)]
     for run in runs:
         info = StreamInfo(stream=f"waits/{run}", run=run, kind="steps", latent_format="sd1", record="all", meta=meta)
-        for message in (info, frame(run, 0, kept=True), End(run=run, last_seq=0, reason="done")):
+        frames = (frame(run, seq, kept=True, shape=shape) for seq in range(count))
+        for message in (info, *frames, End(run=run, last_seq=count - 1, reason="done")):
             publisher.say(message)
     publisher.next(Ack, lambda ack: ack.run == runs[-1] and ack.ended)
     return runs
@@ -222,3 +225,21 @@ def test_what_waiting_runs_say_of_themselves_refuses_nobody(tmp_path: Path) -> N
         with broker.streamer(), broker.worker(credits=1) as worker:
             (first, *_) = worker.job().items
             assert broker.stats().runs[first.run]["meta"] == {"prompt": text}
+
+
+def test_not_all_that_waits_is_read_at_once(tmp_path: Path) -> None:
+    """Of twenty ended runs, of which two frames each are over recording.window_bytes, eight are begun, and all done."""
+    shape = (4, 192, 192)  # 288 KiB
+    sets = (f"recording.window_bytes={1 << 20}", "decoder.max_batch_size=64")
+    with BrokerRole(tmp_path, *sets) as broker, broker.publisher() as publisher, broker.streamer() as streamer:
+        runs = waiting_runs(publisher, 20, count=2, shape=shape)
+        with broker.worker(credits=1) as worker:
+            seen: list[str] = []
+            while len(seen) < 40:
+                job = worker.job()
+                assert len({item.run for item in job.items}) <= ENDED_AT_ONCE + 3  # that the window holds
+                worker.done(job)
+                for item in job.items:
+                    seen.append(item.run)
+                    streamer.written(item.run, item.attempt, item.seq, finished=item.seq == 1)
+    assert sorted(seen) == sorted([*runs, *runs])

@@ -247,6 +247,7 @@ class Broker:
         if cursor.finished:
             if run.kept.is_over and cursor.attempt >= run.kept.first_attempt:  # else it is about a former recording
                 self._writer.delete(run.finish_keeping())
+                self._registry.touch_all()  # another one has its turn
                 self._links.is_changed = True
                 self._dispatcher.forget(run)
             return

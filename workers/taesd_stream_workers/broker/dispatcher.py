@@ -261,14 +261,6 @@ class Dispatcher:
                 kept.try_again()
             elif kept.is_damaged:
                 self._pass_gap(run, kept, kept.next_seq, "log_damaged")
-        self._say_unreadable()
-
-    def _say_unreadable(self) -> None:
-        texts = [run.kept.unreadable for run in self._registry.by_run.values() if run.kept and run.kept.unreadable]
-        if texts:
-            self._links.alert("log_unreadable", f"The latent log cannot be read, recordings wait: {texts[0]}")
-        else:
-            self._links.resolve("log_unreadable")
 
     def _worker_gone(self, peer: bytes) -> None:
         """It is silent, or late with a job: all that it has goes to others, what it has at hand alone."""
@@ -324,7 +316,7 @@ class Dispatcher:
         touched, self._registry.touched = self._registry.touched, {}
         for run_id in touched:
             self._offered_bytes -= _record_bytes(self._offers.pop(run_id, []))
-        in_flight = sum(run.kept.in_flight_bytes for run in runs.values() if run.kept) if touched else 0
+        in_flight = self._registry.give_turns() if touched else 0
         for run_id, run in touched.items():
             room = self._window_bytes - in_flight - self._offered_bytes
             offer = self._offer(run, room) if run_id in runs else []

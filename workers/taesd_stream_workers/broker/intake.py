@@ -189,13 +189,22 @@ class Intake:
                 kept.error = None  # it waits for no disk
             if kept.is_over and kept.is_empty:
                 self._forget_log(run)  # there is nothing to record
-        if not any(run.kept is not None and run.kept.error for run in self._registry.by_run.values()):
-            self._links.resolve("log_error")
+        self._say_of_disk()
         self.limits.recount(self._registry.by_run.values())
         self._drop_old_logs()
         self._log_bytes = self._registry.log_bytes
         if self._log_bytes < LOG_ROOM_AGAIN * self._log_max_bytes:
             self._links.resolve("log_full")
+
+    def _say_of_disk(self) -> None:
+        kept_runs = [run.kept for run in self._registry.by_run.values() if run.kept is not None]
+        if not any(kept.error for kept in kept_runs):
+            self._links.resolve("log_error")
+        unreadable = next((kept.unreadable for kept in kept_runs if kept.unreadable), None)
+        if unreadable is None:
+            self._links.resolve("log_unreadable")
+        else:
+            self._links.alert("log_unreadable", f"The latent log cannot be read, recordings wait: {unreadable}")
 
     def _log_end(self, run: Run) -> bool:
         """Whether the END of a run is in its log, or need not be; else it goes there, again where the disk was full."""

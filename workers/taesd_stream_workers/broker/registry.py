@@ -10,13 +10,14 @@ from typing import Final
 from taesd_stream.config import Config
 from taesd_stream.frames import RecordMode, Rendition, StreamInfo
 from taesd_stream.latent_log import RunLog, runs_in
-from taesd_stream_workers.broker.kept_run import KeptRun
+from taesd_stream_workers.broker.kept_run import LEAST_FRAMES, KeptRun
 from taesd_stream_workers.broker.runs import Run
 
 logger = logging.getLogger(__name__)
 
 ENDED_RUNS: Final = 64
 ENDED_BYTES: Final = 256 << 20
+ENDED_AT_ONCE: Final = 8  # recordings of ended runs, oldest first, that go on also where the window is full
 PENDING_RECORD_S: Final = 3600.0
 MAX_PENDING: Final = 1000  # names that wait for a run to record
 MAX_META_BYTES: Final = 5 << 20  # of living runs: STATE tells it to the streamer, twice where a run is kept
@@ -143,6 +144,15 @@ class Registry:
             moved_s=time.monotonic(),
         )
         return run.kept
+
+    def give_turns(self) -> int:
+        """Living runs are recorded all at once, ended ones by turns. Returns: bytes that are on their way to files."""
+        ended = in_flight = 0
+        for kept in [run.kept for run in self.by_run.values() if run.kept is not None]:
+            ended += kept.is_over and kept.blocked is None
+            kept.least_frames = LEAST_FRAMES if not kept.is_over or ended <= ENDED_AT_ONCE else 0
+            in_flight += kept.in_flight_bytes
+        return in_flight
 
     def forget_old(self) -> list[Run]:
         """Drop what is no longer shown nor kept: replaced runs, the oldest ended ones over the bound, old wishes.
