@@ -6,8 +6,10 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ from taesd_stream_workers.broker.dispatcher import STREAMER_GONE_S
 from taesd_stream_workers.broker.kept_run import RECORD_STUCK_S
 from tests.broker_role import BrokerRole, frame, new_run
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
-from tests.pictures import decode_file, sd1_latents_of
+from tests.page_socket import PageSocket
+from tests.pictures import decode_file, decode_h264, sd1_latents_of
+from tests.troubles import pid_of, stopped
 
 
 @pytest.fixture
@@ -341,3 +345,46 @@ def test_streams_go_over_three_real_workers_and_back(tmp_path: Path) -> None:
             greys = [float(np.mean(picture)) for picture in decode_file(daemon.file(recording["id"]))]
             assert greys == pytest.approx(expected, abs=1.5)
         assert "worker_gone" not in daemon.log()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_worker_that_wakes_disturbs_no_picture(tmp_path: Path) -> None:
+    """Each of two real workers is stopped with jobs in hand until the other shows its stream, and wakes: every picture
+    that a page gets is the one that was published, and none comes behind a later one."""
+    over = threading.Event()
+    seen: list[tuple[dict[str, Any], bytes]] = []
+    with Daemon(tmp_path) as daemon, extra_worker(daemon, tmp_path) as extra, PageSocket(daemon) as page:
+        wait_for(lambda: len(daemon.json("/api/v1/workers")["workers"]) == 2, 60, of="both workers")
+
+        def paint() -> None:
+            with LatentPublisher(daemon.broker, stream="woken", latent_format="sd1") as publisher:
+                seq = 0
+                while not over.wait(0.02):
+                    publisher.publish(sd1_latents_of((grey_of(seq),) * 3), step=seq)
+                    seq += 1
+
+        def see(pictures: int) -> None:
+            seen.extend(page.picture(60.0) for _ in range(pictures))
+
+        painter = threading.Thread(target=paint)
+        painter.start()
+        try:
+            page.watch({"woken": "live"})
+            see(20)
+            for pid in (pid_of(daemon, "worker"), extra.pid) * 2:
+                with stopped(pid):
+                    see(30)  # while it is the one that shows the stream they are the other's, after some seconds
+                see(30)
+        finally:
+            over.set()
+            painter.join()
+    seqs = [header["seq"] for header, _ in seen]
+    assert seqs == sorted(seqs)
+    greys = [float(np.mean(picture)) for picture in decode_h264([payload for _, payload in seen])]
+    assert greys == pytest.approx([grey_of(seq) for seq in seqs], abs=2)
+
+
+def grey_of(seq: int) -> int:
+    """The shade that a frame is painted in: unlike those around it."""
+    return 40 + 3 * (seq % 60)
