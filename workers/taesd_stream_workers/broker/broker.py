@@ -1,6 +1,6 @@
 """The broker: takes latents in, keeps what must be kept, gives workers their jobs. One loop, no decoding, no torch.
 
-The samplers' side is intake.py, the workers' side dispatcher.py; here are the loop and the streamer's side.
+The samplers' side is intake.py and keeping.py, the workers' side dispatcher.py; here are the loop, and the streamer's.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from taesd_stream.messages import (
 from taesd_stream.sockets import WakePipe
 from taesd_stream_workers.broker.dispatcher import Dispatcher, StreamerLink
 from taesd_stream_workers.broker.intake import Intake
+from taesd_stream_workers.broker.keeping import Keeping
 from taesd_stream_workers.broker.links import Context, Links
 from taesd_stream_workers.broker.log_writer import LogWriter
 from taesd_stream_workers.broker.registry import Registry
@@ -75,7 +76,8 @@ class Broker:
         self._registry = Registry(config)
         self._streamer = StreamerLink()
         self._writer = LogWriter(self._wake.wake)
-        self._intake = Intake(config, self._registry, self._writer, self._links)
+        self._keeping = Keeping(config, self._registry, self._writer, self._links)
+        self._intake = Intake(config, self._registry, self._keeping, self._links)
         self._dispatcher = Dispatcher(config, self._registry, self._streamer, self._links)
         self._next_state_s = 0.0
         self._next_tick_s = 0.0
@@ -103,7 +105,7 @@ class Broker:
         context.linger = 0
         with FolderLock(self._registry.log_folder):
             self._registry.load_logs(self._life.tick)
-            self._intake.open()
+            self._keeping.open()
             self._links.bind(self._gate, context, self._config.broker.bind, workers_address(self._config))
             self._life.on_stop(self._wake.wake)
             self._writer.start()
@@ -114,7 +116,7 @@ class Broker:
             finally:
                 self._life.end()
                 self._writer.close()
-                self._intake.ack_written()
+                self._keeping.ack_written()
                 context.destroy(linger=200)
 
     def _loop(self) -> None:
@@ -130,7 +132,7 @@ class Broker:
             self._drain(self._links.front, wire.FROM_PUBLISHER, self._intake.take, self._intake.refuse)
             if self._writer.error is not None:
                 raise self._writer.error
-            self._intake.ack_written()
+            self._keeping.ack_written()
             self._dispatcher.give_jobs()
             self._send_state()
             self._tick()
@@ -290,7 +292,8 @@ class Broker:
         if now < self._next_tick_s:
             return
         self._next_tick_s = now + TICK_S
-        self._intake.tick()
+        self._keeping.tick()
+        self._intake.limits.recount(self._registry.by_run.values())
         self._registry.touch_all()  # what waits for a time, or for room that others had
         self._dispatcher.tick()
         for run in self._registry.forget_old():
