@@ -31,6 +31,8 @@ class KeptRun:
     first_attempt: int = 1  # what is said of an earlier one is about another recording of the run
     in_flight: deque[tuple[int, int]] = field(default_factory=deque)  # (seq, bytes) on their way into the file
     in_flight_bytes: int = 0  # of latents
+    undecoded: set[int] = field(default_factory=set)  # seqs of those that a worker has not answered
+    answered_s: float = 0.0  # when one last did
     is_over: bool = False  # nothing more will be kept
     front: LatentFrame | None = None  # the first frame, where nobody but us has it: until it is in the log
     is_end_queued: bool = False  # the run's END is on its way into the log
@@ -51,7 +53,13 @@ class KeptRun:
             self.moved_s = time.monotonic()
         self.in_flight.append((frame.seq, frame.nbytes))
         self.in_flight_bytes += frame.nbytes
+        self.undecoded.add(frame.seq)
         self.next_seq = frame.seq + 1
+
+    def on_answered(self, seq: int) -> None:
+        """A worker is done with this frame, for better or worse."""
+        self.undecoded.discard(seq)
+        self.answered_s = time.monotonic()
 
     @property
     def is_empty(self) -> bool:
@@ -110,9 +118,10 @@ class KeptRun:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether what was sent does not get into the file."""
+        """Whether what was decoded does not get into the file; what is still at a worker takes as long as it takes."""
         is_behind = bool(self.in_flight) or (self.told < self.written and self.log.first_seq is not None)
-        return is_behind and time.monotonic() - self.moved_s > min(MAX_STUCK_S, RECORD_STUCK_S * 2**self.vain)
+        quiet_s = time.monotonic() - max(self.moved_s, self.answered_s)
+        return is_behind and not self.undecoded and quiet_s > min(MAX_STUCK_S, RECORD_STUCK_S * 2**self.vain)
 
     def try_again(self) -> None:
         """It is stuck: a new attempt."""
@@ -137,6 +146,7 @@ class KeptRun:
         self.attempt = attempt
         self.in_flight.clear()
         self.in_flight_bytes = 0
+        self.undecoded.clear()
         self._missing = None
         self.moved_s = time.monotonic()
 
