@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Literal
 
 import av
 from fastapi import FastAPI, Query, Request, Response
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import FileResponse
 from pydantic import BaseModel
 from starlette.background import BackgroundTask
 from starlette.routing import WebSocketRoute
@@ -33,7 +33,7 @@ from taesd_stream_workers.streamer.web.films import add_films, last_picture
 from taesd_stream_workers.streamer.web.forwarding import Forwarding
 from taesd_stream_workers.streamer.web.health import add_health
 from taesd_stream_workers.streamer.web.peers import Peers
-from taesd_stream_workers.streamer.web.players import MJPEG_TYPE, TS_TYPE, motion_jpeg, transport_stream
+from taesd_stream_workers.streamer.web.players import MJPEG_TYPE, TS_TYPE, PlayerResponse, motion_jpeg, transport_stream
 from taesd_stream_workers.streamer.web.sockets import serve_page
 
 LATEST_WAIT_S: Final = 4.0
@@ -254,13 +254,13 @@ def _add_players(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
     async def live_ts(name: str) -> Response:
         """The stream for players, as MPEG-TS without end."""
         admit(name)
-        return StreamingResponse(transport_stream(hub, name), media_type=TS_TYPE, headers=_NO_STORE)
+        return PlayerResponse(transport_stream(hub, name), media_type=TS_TYPE, headers=_NO_STORE)
 
     @app.get("/streams/{name:path}/live.mjpeg", response_class=Response, responses=_endless(MJPEG_TYPE))
     async def live_mjpeg(name: str) -> Response:
         """The stream as JPEG pictures without end."""
         admit(name)
-        return StreamingResponse(motion_jpeg(hub, name), media_type=MJPEG_TYPE, headers=_NO_STORE)
+        return PlayerResponse(motion_jpeg(hub, name), media_type=MJPEG_TYPE, headers=_NO_STORE)
 
 
 def _add_recordings(app: FastAPI, recorder: Recorder) -> None:
