@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from websockets.sync.client import ClientConnection, connect
 from taesd_stream import LatentPublisher
 from taesd_stream_workers.streamer.library import Library
 from taesd_stream_workers.streamer.web import schema
+from taesd_stream_workers.streamer.web.api import LATEST_WAIT_S
 from tests.daemon import Daemon, wait_for
 from tests.pictures import decode_jpeg, sd1_latents_of
 
@@ -46,6 +48,32 @@ def test_every_error_has_a_code_and_a_text(
     assert error.keys() == {"code", "text"}
     assert error["code"] == code
     assert error["text"]
+
+
+@pytest.mark.slow
+def test_a_picture_that_does_not_come_is_a_503(daemon: Daemon) -> None:
+    """latest.jpg of a stream without a frame waits 4 s, then says that there was none."""
+    with LatentPublisher(daemon.broker, stream="empty", latent_format="sd1", record="off"):
+        wait_for(lambda: "empty" in daemon.streams(), of="the stream")
+        began_s = time.monotonic()
+        status, body = daemon.get("/streams/empty/latest.jpg")
+        assert time.monotonic() - began_s >= LATEST_WAIT_S
+    assert (status, json.loads(body)["code"]) == (503, "no_picture")
+
+
+def test_a_picture_that_comes_meanwhile_is_the_answer(daemon: Daemon) -> None:
+    """latest.jpg of a stream without a frame waits, and gives the first one that is published."""
+    with (
+        LatentPublisher(daemon.broker, stream="awaited", latent_format="sd1", record="off") as publisher,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        wait_for(lambda: "awaited" in daemon.streams(), of="the stream")
+        answer = pool.submit(daemon.get, "/streams/awaited/latest.jpg")
+        wait_for(lambda: daemon.streams()["awaited"]["viewers"] == 1, of="who waits")
+        publisher.publish(sd1_latents_of((60, 170, 60)), step=0)
+        status, body = answer.result(20)
+    assert status == 200
+    assert np.abs(decode_jpeg(body).astype(int) - (60, 170, 60)).max() <= 8
 
 
 def test_a_bad_request_says_what_is_wrong(daemon: Daemon) -> None:

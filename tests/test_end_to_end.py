@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import av
@@ -141,17 +142,44 @@ def test_many_streams_get_their_own_pictures(daemon: Daemon) -> None:
 
 
 def test_late_viewer_sees_the_newest_picture_at_once(daemon: Daemon) -> None:
-    """A viewer that comes while the sampler is between two slow steps gets the newest picture without a new publish."""
+    """A viewer that comes between two slow steps has the newest picture within 1 s, without a new publish."""
     with LatentPublisher(daemon.broker, stream="late", latent_format="sd1") as publisher:
         publisher.publish(sd1_latents_of((200, 60, 60)), step=0, total_steps=9)
         wait_for(lambda: daemon.streams().get("late", {}).get("seq") == 0, of="the first frame")
         for rendition in ("thumb", "live", "jpeg", "live"):
             with PageSocket(daemon) as page:
                 page.watch({"late": rendition})
-                header, payload = page.picture(5.0)
+                header, payload = page.picture(1.0)
                 assert (header["seq"], header["keyframe"]) == (0, True)
                 shown = decode_h264([payload])[0] if rendition == "live" else decode_jpeg(payload)
                 assert np.abs(shown.mean(axis=(0, 1)) - (200, 60, 60)).max() <= 8
+
+
+def test_many_viewers_cost_one_decode_and_one_encode(daemon: Daemon) -> None:
+    """Fifty pages that watch a stream, half of them in either rendition: a frame is decoded once, and encoded twice."""
+
+    def made() -> dict[str, float]:
+        text = daemon.get("/metrics")[1].decode()
+        lines = {name: f'\ntaesd_stream_packets_total{{rendition="{name}"}} ' for name in ("thumb", "jpeg", "live")}
+        packets = {name: float(text.partition(line)[2].partition("\n")[0] or 0) for name, line in lines.items()}
+        return packets | {"frames": sum(row["frames"] for row in daemon.json("/api/v1/workers")["workers"])}
+
+    with (
+        LatentPublisher(daemon.broker, stream="shared", latent_format="sd1", record="off") as publisher,
+        ExitStack() as stack,
+    ):
+        pages = [stack.enter_context(PageSocket(daemon)) for _ in range(50)]
+        for number, page in enumerate(pages):
+            page.watch({"shared": "thumb" if number % 2 else "jpeg"})
+        wait_for(lambda: daemon.streams().get("shared", {}).get("viewers") == 25, of="all pages")
+        before = made()
+        for step in range(5):
+            publisher.publish(sd1_latents_of((60, 30 * step, 60)), step=step)
+            assert {page.picture()[0]["step"] for page in pages} == {step}
+        wait_for(lambda: made()["frames"] >= before["frames"] + 5, of="the worker's count")
+        assert {key: value - before[key] for key, value in made().items()} == {
+            "thumb": 5, "jpeg": 5, "live": 0, "frames": 5,
+        }  # fmt: skip
 
 
 def test_late_viewer_gets_nothing_of_a_former_run(daemon: Daemon) -> None:

@@ -88,6 +88,7 @@ def flood(daemon: Daemon, seconds: float) -> int:
 def deaf_viewer(daemon: Daemon, stream: str, name: str = "live.mjpeg") -> Iterator[None]:
     """A player that asks for a stream and never reads. name: of what it asks for."""
     parts = urlsplit(daemon.web)
+    wait_for(lambda: stream in daemon.streams(), of="the stream")  # else it is told 404, and gone
     with socket.socket() as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         one.connect((parts.hostname, parts.port))
@@ -100,6 +101,7 @@ def slow_reader(daemon: Daemon, stream: str) -> Iterator[None]:
     """A player that reads a few bytes now and then."""
     over = threading.Event()
     parts = urlsplit(daemon.web)
+    wait_for(lambda: stream in daemon.streams(), of="the stream")  # else it is told 404, and gone
     with socket.socket() as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         one.connect((parts.hostname, parts.port))

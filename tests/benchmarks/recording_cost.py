@@ -4,8 +4,8 @@
 
 A real daemon, a publisher process, a page's WebSocket that takes `live` of each stream. `packet_ms`: publish() to the
 packet at the streamer, of the pictures that were shown in a turn; `shown_fps`: pictures a second that reached the page.
-Pairs of turns, record off and all, in changing order; the difference is the median of the pairs'. The last line is one
-JSON object.
+Pairs of turns, record off and all, without films, in changing order; the difference is the median of the pairs'. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def measure(streams: int, hz: float, pairs: int, turn_s: float, folder: Path) ->
     """Pairs of turns over one daemon."""
     names = [f"cost/{number}" for number in range(streams)]
     turns: dict[str, list[dict[str, float]]] = {"off": [], "all": []}
-    with Daemon(folder) as daemon:
+    with Daemon(folder, "recording.film=off") as daemon:  # a film is encoded as a recording is
         command = [sys.executable, "-c", PUBLISH, daemon.broker, str(streams), str(hz), str(SHAPE)]
         load = subprocess.Popen(command)
         try:
