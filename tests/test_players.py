@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +25,7 @@ from taesd_stream import LatentPublisher
 from tests.daemon import Daemon, wait_for
 from tests.pictures import Pixels, decode_jpeg, sd1_latents_of, to_rgb
 from tests.readme_document import README
+from tests.troubles import deaf_viewer
 
 RED = (200, 60, 60)
 LOW_DELAY = {"flags": "low_delay", "probesize": "20000", "analyzeduration": "300000", "fpsprobesize": "0"}
@@ -211,6 +213,35 @@ def newest_is(folder: Path, colour: tuple[int, int, int]) -> bool:
             shown += [to_rgb(frame) for frame in container.decode(video=0)]
     # VLC's pictures are as far off as BT.601 is from BT.709
     return bool(shown) and bool(np.abs(shown[-1][16:-16, 16:-16].astype(int) - colour).max() <= 24)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["live.ts", "live.mjpeg"])
+def test_a_player_that_takes_nothing_gives_its_place_back(tmp_path: Path, name: str) -> None:
+    """With one place, held by a player that never reads, the next one is refused; after 10 s of it, it is let in."""
+    noise = [np.random.default_rng(seed).standard_normal((4, 64, 64)).astype(np.float32) * 3 for seed in range(4)]
+    step, pace = 0, threading.Event()
+    with (
+        Daemon(tmp_path, "web.max_viewers=1") as own,
+        LatentPublisher(own.broker, stream="deaf", latent_format="sd1", record="off") as publisher,
+    ):
+
+        def status() -> int:
+            nonlocal step
+            publisher.publish(noise[step % len(noise)], step=step)
+            step += 1
+            pace.wait(0.05)
+            try:
+                with urllib.request.urlopen(f"{own.web}/streams/deaf/{name}", timeout=30) as answer:  # noqa: S310
+                    return int(answer.status)
+            except urllib.error.HTTPError as error:
+                return error.code
+
+        wait_for(lambda: status() == 200, of="the stream")
+        wait_for(lambda: b"taesd_stream_viewers 0.0" in own.get("/metrics")[1], of="an empty house")
+        with deaf_viewer(own, "deaf", name):
+            wait_for(lambda: status() == 503, of="a full house")
+            wait_for(lambda: status() == 200, 60, of="its place")
 
 
 @pytest.mark.faults

@@ -445,6 +445,14 @@ def test_a_woken_workers_pictures_are_not_shown(streamer: LoneStreamer, page: Pa
     assert streamer.get(f"/streams/{STREAM}/latest.jpg?rendition=thumb") == (200, b"new")
 
 
+def test_the_number_of_workers_that_are_needed_is_told(streamer: LoneStreamer) -> None:
+    """Whoever places workers reads it in /api/v1/workers, whoever watches a farm in /metrics: as the broker says it."""
+    streamer.come()
+    streamer.tell(replace(state(1), desired_workers=3))
+    wait_for(lambda: streamer.json("/api/v1/workers")["desired_workers"] == 3, of="the broker's word")
+    assert b"\ntaesd_stream_desired_workers 3.0\n" in streamer.get("/metrics")[1]
+
+
 def test_a_worker_that_is_back_soon_alarms_nobody() -> None:
     """`No decode worker` is said, as an alert and on living tiles, once none was there for 10 s, not before."""
     clock = Clock()

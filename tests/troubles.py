@@ -85,13 +85,13 @@ def flood(daemon: Daemon, seconds: float) -> int:
 
 
 @contextmanager
-def deaf_viewer(daemon: Daemon, stream: str) -> Iterator[None]:
-    """A player that asks for a stream and never reads."""
+def deaf_viewer(daemon: Daemon, stream: str, name: str = "live.mjpeg") -> Iterator[None]:
+    """A player that asks for a stream and never reads. name: of what it asks for."""
     parts = urlsplit(daemon.web)
     with socket.socket() as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         one.connect((parts.hostname, parts.port))
-        one.sendall(f"GET /streams/{stream}/live.mjpeg HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n".encode())
+        one.sendall(f"GET /streams/{stream}/{name} HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n".encode())
         yield
 
 
@@ -116,7 +116,8 @@ def slow_reader(daemon: Daemon, stream: str) -> Iterator[None]:
             yield
         finally:
             over.set()
-            one.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # it was let go
+                one.shutdown(socket.SHUT_RDWR)
             thread.join()
 
 

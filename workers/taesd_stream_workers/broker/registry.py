@@ -149,7 +149,7 @@ class Registry:
         """Living runs are recorded all at once, ended ones by turns. Returns: bytes that are on their way to files."""
         ended = in_flight = 0
         for kept in [run.kept for run in self.by_run.values() if run.kept is not None]:
-            ended += kept.is_over and kept.blocked is None
+            ended += kept.is_over and kept.blocked is None and kept.written < kept.logged
             kept.least_frames = LEAST_FRAMES if not kept.is_over or ended <= ENDED_AT_ONCE else 0
             in_flight += kept.in_flight_bytes
         return in_flight

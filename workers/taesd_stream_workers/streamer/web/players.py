@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 from typing import Final
+
+from starlette.responses import StreamingResponse
+from starlette.types import Message, Send
 
 from taesd_stream.frames import Packet, Rendition
 from taesd_stream.media.clock import PlayerClock
@@ -14,6 +19,7 @@ from taesd_stream.media.mpegts import TransportStream
 from taesd_stream_workers.streamer.hub import Hub
 from taesd_stream_workers.streamer.viewer import Viewer
 from taesd_stream_workers.streamer.web.clip_loop import ClipLoop
+from taesd_stream_workers.streamer.web.sockets import STALLED_S
 
 REPEAT_S: Final = 1.0  # a player's clock stands still when nothing comes
 POLL_S: Final = 0.1
@@ -21,6 +27,23 @@ FIRST_REPEATS_S: Final = (0.1, 0.1)  # players want to see a picture or two befo
 BOUNDARY: Final = "taesd-stream-picture"
 TS_TYPE: Final = "video/mp2t"
 MJPEG_TYPE: Final = f"multipart/x-mixed-replace; boundary={BOUNDARY}"
+
+
+class PlayerResponse(StreamingResponse):
+    """An answer without end. A player that takes nothing for STALLED_S is let go, and with it its place."""
+
+    async def stream_response(self, send: Send) -> None:
+        """Send it; StreamingResponse calls this."""
+
+        async def in_time(message: Message) -> None:
+            async with asyncio.timeout(STALLED_S):
+                await send(message)
+
+        pictures = self.body_iterator
+        assert isinstance(pictures, AsyncGenerator)
+        async with contextlib.aclosing(pictures):
+            with contextlib.suppress(TimeoutError):
+                await super().stream_response(in_time)
 
 
 async def transport_stream(hub: Hub, stream: str) -> AsyncIterator[bytes]:
