@@ -167,10 +167,10 @@ def _row(name: str, summary: dict[str, Any], path: Path) -> dict[str, Any]:
     }
 
 
-def first_frames(path: Path, count: int | None, part: int = 1) -> Path:
+def first_frames(path: Path, count: int | None, part: int = 1, *, folder: Path | None = None) -> Path:
     """An ordinary MP4 of the first `count` frames of a file (None: all), in a temporary file that the caller removes.
 
-    path: finished or growing. part: from 1, of a batch that grows in tracks.
+    path: finished or growing. part: from 1, of a batch that grows in tracks. folder: for it; None: the system's.
     Raises: OSError, av.FFmpegError, FragmentError; IndexError for a part that it has not.
     """
     growing = path.name.endswith(PART_SUFFIX)
@@ -180,7 +180,7 @@ def first_frames(path: Path, count: int | None, part: int = 1) -> Path:
     steps = steps_of(path) if count is not None else []
     until = steps[count].pts if count is not None and count < len(steps) else None
     summary |= {"frames": count, "last_seq": steps[count - 1].seq} if count is not None and until is not None else {}
-    fd, name = tempfile.mkstemp(suffix=FINISHED_SUFFIX)
+    fd, name = tempfile.mkstemp(suffix=FINISHED_SUFFIX, dir=folder)
     os.close(fd)
     target = Path(name)
     try:

@@ -7,6 +7,7 @@ import base64
 import gzip
 import hashlib
 import re
+from contextlib import AsyncExitStack
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -16,16 +17,16 @@ import av
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse
 from pydantic import BaseModel
-from starlette.background import BackgroundTask
 from starlette.routing import WebSocketRoute
 
 from taesd_stream import __version__
 from taesd_stream.errors import TaesdStreamError
 from taesd_stream.frames import Packet, is_stream_name
 from taesd_stream_workers.streamer.hub import Hub
-from taesd_stream_workers.streamer.library import first_frames, thumbnail
+from taesd_stream_workers.streamer.library import thumbnail
 from taesd_stream_workers.streamer.recorder import Recorder
 from taesd_stream_workers.streamer.web import schema
+from taesd_stream_workers.streamer.web.copies import Copies, CopyResponse
 from taesd_stream_workers.streamer.web.docs import POLICY as DOCS_POLICY
 from taesd_stream_workers.streamer.web.docs import docs_page
 from taesd_stream_workers.streamer.web.errors import ERROR_RESPONSES, ApiError, answer_errors
@@ -96,7 +97,7 @@ class Page:
         )
 
 
-def make_app(hub: Hub, recorder: Recorder, peers: Peers) -> FastAPI:
+def make_app(hub: Hub, recorder: Recorder, peers: Peers, copies: Copies) -> FastAPI:
     """The application, its routes bound to one hub, one recorder, and the daemons beside them."""
     app = FastAPI(
         title="taesd-stream", version=__version__, responses={**ERROR_RESPONSES}, docs_url=None, redoc_url=None
@@ -108,7 +109,7 @@ def make_app(hub: Hub, recorder: Recorder, peers: Peers) -> FastAPI:
     _add_lists(app, peers)
     _add_streams(app, hub)
     _add_players(app, hub, recorder)
-    _add_recordings(app, recorder)
+    _add_recordings(app, recorder, copies)
     add_films(app, hub, recorder, peers)
     add_health(app, hub)
     socket = partial(serve_page, hub=hub, peers=peers, page_version=page.version)
@@ -263,7 +264,7 @@ def _add_players(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
         return PlayerResponse(motion_jpeg(hub, name), media_type=MJPEG_TYPE, headers=_NO_STORE)
 
 
-def _add_recordings(app: FastAPI, recorder: Recorder) -> None:
+def _add_recordings(app: FastAPI, recorder: Recorder, copies: Copies) -> None:
     def path_of(recording_id: str) -> Path:
         """Looks at every file of the folder: not for the loop's thread."""
         path = recorder.files.path_of_id(recording_id)
@@ -285,14 +286,14 @@ def _add_recordings(app: FastAPI, recorder: Recorder) -> None:
             return FileResponse(path, media_type="video/mp4", filename=name, content_disposition_type=kind)
         if is_growing and part is not None:
             name = f"{name.removesuffix('.mp4')}.{part}.mp4"
+        held = AsyncExitStack()
         try:
-            copy = await asyncio.to_thread(first_frames, path, frames, part or 1 if is_growing else 1)
+            copy = await held.enter_async_context(copies.of(path, frames, part or 1 if is_growing else 1))
         except IndexError as error:
             raise ApiError(404, "no_part", f"{recording_id} has no part {part}.") from error
         except (OSError, av.FFmpegError, TaesdStreamError) as error:
             raise ApiError(503, "not_readable", f"{recording_id}: {error}") from error
-        done = BackgroundTask(partial(copy.unlink, missing_ok=True))
-        return FileResponse(copy, media_type="video/mp4", filename=name, content_disposition_type=kind, background=done)
+        return CopyResponse(copy, held, media_type="video/mp4", filename=name, content_disposition_type=kind)
 
     @app.get("/api/v1/recordings/{recording_id:path}/thumb", response_class=Response, responses=_JPEG)
     async def thumb(recording_id: str) -> Response:

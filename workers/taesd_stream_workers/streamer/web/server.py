@@ -16,6 +16,7 @@ from taesd_stream_workers.role.web_token import load_token
 from taesd_stream_workers.streamer.hub import Hub
 from taesd_stream_workers.streamer.recorder import Recorder
 from taesd_stream_workers.streamer.web.api import make_app
+from taesd_stream_workers.streamer.web.copies import Copies
 from taesd_stream_workers.streamer.web.guard import Guard
 from taesd_stream_workers.streamer.web.peers import Peers, peers_of
 from taesd_stream_workers.streamer.web.sockets import MAX_TEXT_BYTES
@@ -34,6 +35,7 @@ class WebServer:
         self._hub = hub
         self._recorder = recorder
         self._peers = Peers(hub, peers_of(config))
+        self._copies = Copies()
         self._thread = threading.Thread(target=self._run, name="web")
         self._server: uvicorn.Server | None = None
 
@@ -59,7 +61,7 @@ class WebServer:
         url = f"http://[{shown}]:{self.port}" if ":" in shown else f"http://{shown}:{self.port}"
         own_names = [socket.gethostname(), f"{socket.gethostname()}.local"] if token else []
         guarded = Guard(
-            make_app(self._hub, self._recorder, self._peers),
+            make_app(self._hub, self._recorder, self._peers, self._copies),
             port=self.port,
             hosts=[host, *own_names],
             proxies=self._config.web.hosts,
@@ -92,6 +94,7 @@ class WebServer:
             self._hub.call(self._peers.close)
             self._server.should_exit = True
             self._thread.join(GRACE_S + 2)
+            self._copies.close()
 
     def _run(self) -> None:
         asyncio.run(self._serve())
