@@ -11,7 +11,7 @@ import pytest
 from taesd_stream.config import load_config
 from taesd_stream.frames import Kind, StreamInfo
 from taesd_stream.messages import DemandUpdate, Done, JobItem, Record, RunHello
-from taesd_stream_workers.broker.registry import ENDED_BYTES, ENDED_RUNS, MAX_PENDING, Registry
+from taesd_stream_workers.broker.registry import ENDED_BYTES, ENDED_RUNS, MAX_PENDING, PENDING_RECORD_S, Registry
 from taesd_stream_workers.broker.runs import Run
 from tests.broker_role import BrokerRole, StreamerPeer, frame, new_run
 from tests.daemon import wait_for
@@ -145,6 +145,20 @@ def test_what_is_remembered_is_bounded_in_bytes(tmp_path: Path) -> None:
         registry.add(run)
     assert [run.info.stream for run in registry.forget_old()] == ["s/0", "s/1"]
     assert len(registry.by_run) == count
+
+
+def test_a_persons_word_waits_for_an_hour(tmp_path: Path) -> None:
+    """A name's next run is recorded if it comes within the hour; a later one has no such wish any more."""
+    now_s = 100.0
+    registry = Registry(load_config(sets=[f"recording.folder={tmp_path}"]), lambda: now_s)
+    opened = StreamInfo(stream="later", run=new_run(), kind="steps", latent_format="sd1")
+    registry.ask_record("later", "all")
+    now_s += PENDING_RECORD_S - 1
+    registry.forget_old()
+    assert registry.record_mode(opened) == "all"
+    registry.ask_record("later", "all")
+    now_s += PENDING_RECORD_S
+    assert registry.record_mode(opened) == "off"
 
 
 def test_names_that_wait_for_a_run_are_bounded(tmp_path: Path) -> None:

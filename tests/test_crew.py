@@ -9,7 +9,7 @@ import pytest
 
 from taesd_stream.messages import WorkerHello
 from taesd_stream.scheduling import Candidate
-from taesd_stream_workers.broker.crew import Crew, Worker
+from taesd_stream_workers.broker.crew import LATE_S, Crew, Worker
 from tests.daemon import wait_for
 
 HELLO = WorkerHello(device="cpu", credits=2)
@@ -73,6 +73,20 @@ def test_what_it_still_holds_counts_against_its_credits(crew: Crew) -> None:
     assert crew.hello(PEER, HELLO)
     assert worker_of(crew).credits == 1
     assert crew.finish(PEER, jobs[1]) is None
+    assert worker_of(crew).credits == 2
+
+
+def test_an_answer_that_was_lost_is_not_waited_for_in_all_eternity(crew: Crew) -> None:
+    """What a worker that is back owes costs a credit until long past its deadline, which PROGRESS puts off."""
+    job = crew.assign(worker_of(crew), (item(0),))
+    crew.remove(PEER)
+    crew.hello(PEER, HELLO)
+    worker_of(crew).overdue[job].deadline_s -= LATE_S + 1
+    crew.progress(PEER, job)
+    assert crew.gone() == []
+    assert worker_of(crew).credits == 1
+    worker_of(crew).overdue[job].deadline_s -= LATE_S + 1
+    assert crew.gone() == []
     assert worker_of(crew).credits == 2
 
 

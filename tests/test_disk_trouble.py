@@ -113,6 +113,7 @@ def test_a_full_disk_is_said_and_healed(tmp_path: Path, small_disk: Path) -> Non
         recording = daemon.recording(publisher.run)
         assert (recording["frames"], recording["gaps"]) == (30, [])
         assert len(decode_file(daemon.file(recording["id"]))) == 30
+        assert daemon.json("/api/v1/workers")["workers"][0]["frames"] < 45  # what the disk did not take had waited
         command.stderr.read()
         command.stderr.close()
         assert command.wait(60) == 0

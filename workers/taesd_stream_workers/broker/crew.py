@@ -154,7 +154,9 @@ class Crew:
     def progress(self, peer: bytes, job: int) -> None:
         """One slice more is done: the deadline counts from here."""
         worker = self.workers.get(peer)
-        if worker is not None and (job in worker.jobs or job in worker.overdue):
+        held = (worker.jobs.get(job) or worker.overdue.get(job)) if worker is not None else None
+        if worker is not None and held is not None:
+            held.deadline_s = time.monotonic() + held.patience_s
             self._renew(worker)
 
     def finish(self, peer: bytes, job: int, ms: float | None = None) -> JobHeld | None:

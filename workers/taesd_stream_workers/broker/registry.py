@@ -27,7 +27,8 @@ LIVE_BYTES: Final = 256 << 20  # of latents of `live` runs that wait for a worke
 class Registry:
     """The broker's runs. A name means its newest run; older ones stay while their recording is not finished."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s = clock_s
         self.by_run: dict[str, Run] = {}
         self.by_name: dict[str, Run] = {}
         self.viewers: dict[str, dict[Rendition, int]] = {}
@@ -75,7 +76,7 @@ class Registry:
         A person's word beats a program's, and of two persons' the later one.
         """
         pending = self._pending_record.pop(info.stream, None)
-        if pending is not None and time.monotonic() < pending[1]:
+        if pending is not None and self._clock_s() < pending[1]:
             return pending[0]
         return self._config.rule_of(info.stream).record or info.record or self._config.recording.default
 
@@ -84,7 +85,7 @@ class Registry:
         run = self.by_name.get(stream)
         if run is None or not run.is_alive:  # a lost one may come back, or be run again
             self._pending_record.pop(stream, None)
-            self._pending_record[stream] = (mode, time.monotonic() + PENDING_RECORD_S)
+            self._pending_record[stream] = (mode, self._clock_s() + PENDING_RECORD_S)
             if len(self._pending_record) > MAX_PENDING:
                 del self._pending_record[next(iter(self._pending_record))]
         return run if run is not None and run.end is None else None
@@ -159,7 +160,7 @@ class Registry:
 
         What waits for its recording is in its log: over the bound it is held there alone. Returns: the runs that went.
         """
-        now = time.monotonic()
+        now = self._clock_s()
         self._pending_record = {name: wish for name, wish in self._pending_record.items() if wish[1] > now}
         over = [run for run in self.by_run.values() if not run.is_alive]
         shown = [run for run in over if self.by_name.get(run.info.stream) is run]
