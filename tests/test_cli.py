@@ -221,6 +221,31 @@ def test_record_waits_and_downloads(daemon: Daemon, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("out*")] == ["out.mp4"]
 
 
+def test_record_keeps_the_last_frame_alone_and_no_more(daemon: Daemon, tmp_path: Path) -> None:
+    """--mode last writes a file of the run's last frame; --mode off ends what is kept, and writes no file."""
+    output = tmp_path / "last.mp4"
+    words = ["record", "cli/last", "--connect", daemon.web]
+    with started(*words, "-o", str(output), "--mode", "last", folder=tmp_path) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "waiting for cli/last\n"
+        with LatentPublisher(daemon.broker, stream="cli/last", latent_format="sd1") as publisher:
+            for step, latents in enumerate(moving_latents(4)):
+                publisher.publish(latents, step=step)
+            wait_for(lambda: daemon.streams().get("cli/last", {}).get("record") == "last", of="the word")
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert daemon.recording(publisher.run)["first_seq"] == 3
+    assert len(decode_file(output)) == 1
+
+    with LatentPublisher(daemon.broker, stream="cli/off", latent_format="sd1", record="all") as publisher:
+        publisher.publish(moving_latents(1)[0], step=0)
+        wait_for(lambda: daemon.streams().get("cli/off", {}).get("record") == "all", of="the word")
+        done = run("record", "cli/off", "--mode", "off", "--connect", daemon.web, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert daemon.recording(publisher.run)["frames"] == 1
+        assert daemon.streams()["cli/off"]["record"] == "off"
+
+
 def test_record_of_a_name_that_has_ended_means_its_next_run(daemon: Daemon, tmp_path: Path) -> None:
     """What an earlier run recorded is not taken for the answer."""
     output = tmp_path / "out.mp4"

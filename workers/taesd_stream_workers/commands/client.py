@@ -11,6 +11,7 @@ import typer
 from taesd_stream.errors import ConfigError, UnreachableError
 from taesd_stream.frames import is_stream_name
 from taesd_stream.media.file_names import MAKING_SUFFIX
+from taesd_stream_workers.commands.files import RecordWord
 from taesd_stream_workers.commands.options import (
     DEFAULT_WEB,
     INTERRUPTED,
@@ -90,7 +91,12 @@ def _table(rows: list[dict[str, Any]]) -> Any:
 
 def record(
     name: Annotated[str, typer.Argument(help="The stream, running already or not yet.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The MP4 to write.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="The MP4 to write; not with --mode off.")
+    ] = None,
+    mode: Annotated[
+        RecordWord, typer.Option(help="Keep every frame from now on, the last one alone, or no more.")
+    ] = "all",
     connect: WebOption = DEFAULT_WEB,
     frames: Annotated[
         int | None, typer.Option(min=1, help="Download the first N frames, without waiting for the end.")
@@ -99,16 +105,22 @@ def record(
     """Record a stream: wait for it, keep every frame until its end, download the file.
 
     Where it becomes several (recording.batch "each", or another size of picture), they are FILE.1, FILE.2 and so on.
+    With --mode off it is recorded no more, what was kept is finished, and nothing is downloaded.
 
     Example: taesd-stream record my-run -o my-run.mp4
     """
     if not is_stream_name(name):
         raise ConfigError(f"{name}: {NAME_RULE}")
-    check_output(output)
     client = DaemonClient(connect)
+    if mode == "off":
+        client.record(name, mode)
+        return
+    if output is None:
+        raise ConfigError("-o FILE: expected the MP4 to write")
+    check_output(output)
     # What is over already is an earlier run's: asked for is the one that lives, else the next.
     old = {row["run"] for row in client.recordings() if row["stream"] == name and row["state"] in OVER}
-    client.record(name, "all")
+    client.record(name, mode)
     try:
         say(f"waiting for {name}")
         recordings = _wait_for_recordings(client, name, old, frames)
