@@ -324,6 +324,11 @@ def _index(segment: _Segment, fd: int, record: Record, seq: int) -> None:
     segment.offsets.append(record.offset)
 
 
+def segment_paths(folder: Path, run: str) -> list[Path]:
+    """The run's segment files, oldest first. run: 16 hex digits."""
+    return [path for _, path in _segments_of(folder, run)]
+
+
 def runs_in(folder: Path) -> list[str]:
     """The runs that have segments in `folder`."""
     matches = (_FILE.fullmatch(path.name) for path in folder.glob(f"*{SUFFIX}"))

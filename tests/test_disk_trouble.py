@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from taesd_stream import LatentPublisher
+from taesd_stream.frames import LatentFrame
+from taesd_stream.latent_log import read_messages
 from tests.broker_role import BrokerRole, frame, new_run
 from tests.daemon import COMMAND, Daemon, wait_for
 from tests.page_socket import PageSocket
@@ -153,6 +155,26 @@ def test_a_folder_that_cannot_be_made_stops_its_stream_alone(tmp_path: Path) -> 
         (daemon.recordings_folder / "blocked").unlink()
         recording = daemon.recording(publisher.run)
         assert (recording["frames"], recording["first_seq"], recording["last_seq"]) == (5, 0, 4)
+
+
+def test_what_waits_can_be_downloaded_as_latents(tmp_path: Path) -> None:
+    """While a recording waits its row tells of a latent log that holds every frame; downloading takes nothing away."""
+    with Daemon(tmp_path, "broker.log_folder=" + str(tmp_path / "log")) as daemon:
+        (daemon.recordings_folder / "waits").write_text("a file where the folder should be")
+        with LatentPublisher(daemon.broker, stream="waits", latent_format="sd1", record="all") as publisher:
+            for seq in range(5):
+                publisher.publish(sd1_latents_of((40 + 30 * seq,) * 3), step=seq)
+            assert publisher.wait_until_acked(20), publisher.error
+            row = wait_for(lambda: failed(daemon, publisher.run), of="the error")
+            status, body = daemon.get(f"/api/v1/runs/{publisher.run}/latents")
+        assert (status, row["latents"] > 0) == (200, True)
+        path = tmp_path / "downloaded.latents"
+        path.write_bytes(body)
+        assert [one.seq for one in read_messages(path) if isinstance(one, LatentFrame)] == [0, 1, 2, 3, 4]
+        (daemon.recordings_folder / "waits").unlink()
+        assert daemon.recording(publisher.run)["frames"] == 5
+        wait_for(lambda: daemon.get(f"/api/v1/runs/{publisher.run}/latents")[0] == 404, of="the log's end")
+        assert daemon.get("/api/v1/runs/..%2Fsecret/latents")[0] in (404, 422)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -164,6 +164,7 @@ def _row(name: str, summary: dict[str, Any], path: Path) -> dict[str, Any]:
         "height": height,
         "meta": summary.get("meta", {}),
         "error": None,
+        "latents": None,
     }
 
 

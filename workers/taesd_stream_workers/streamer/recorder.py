@@ -52,6 +52,7 @@ class Recorder:
         self.folder = folder = config.recording_folder
         self.films = Films(folder / ".films", config.recording, on_film_error)
         self.library = Library(folder)
+        self.log_folder = config.log_folder
         self._name = config.recording.name
         self._tell_broker = tell_broker
         self._on_change = on_change
@@ -126,12 +127,17 @@ class Recorder:
     def rows(self) -> list[dict[str, Any]]:
         """Every recording, growing ones first; the writing thread alone."""
         growing = [
-            growing_row(one, error=self._errors.get(run), is_ended=bool(self._runs.get(run, {}).get("ended")))
+            growing_row(
+                one,
+                self.log_folder,
+                error=self._errors.get(run),
+                is_ended=bool(self._runs.get(run, {}).get("ended")),
+            )
             for run, one in self._open.items()
             if one.paths or self._errors.get(run)
         ]
         stuck = [
-            stuck_row(self.folder, run, self._runs[run], error)
+            stuck_row(self.folder, self.log_folder, run, self._runs[run], error)
             for run, error in self._errors.items()
             if run not in self._open and run in self._runs
         ]

@@ -33,6 +33,7 @@ from taesd_stream_workers.streamer.web.errors import ERROR_RESPONSES, ApiError, 
 from taesd_stream_workers.streamer.web.films import add_films, last_picture
 from taesd_stream_workers.streamer.web.forwarding import Forwarding
 from taesd_stream_workers.streamer.web.health import add_health
+from taesd_stream_workers.streamer.web.latents import add_latents
 from taesd_stream_workers.streamer.web.peers import Peers
 from taesd_stream_workers.streamer.web.players import MJPEG_TYPE, TS_TYPE, PlayerResponse, motion_jpeg, transport_stream
 from taesd_stream_workers.streamer.web.sockets import serve_page
@@ -111,6 +112,7 @@ def make_app(hub: Hub, recorder: Recorder, peers: Peers, copies: Copies) -> Fast
     _add_players(app, hub, recorder)
     _add_recordings(app, recorder, copies)
     add_films(app, hub, recorder, peers)
+    add_latents(app, recorder.log_folder)
     add_health(app, hub)
     socket = partial(serve_page, hub=hub, peers=peers, page_version=page.version)
     app.router.routes.append(WebSocketRoute("/ws", socket))

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _STREAM: Final = re.compile(
     r"(/api/v1)?/streams/(?P<name>.+)/(?P<act>record|stop|snapshot|live\.ts|live\.mjpeg|latest\.jpg)"
 )
-_RUN: Final = re.compile(r"/api/v1/runs/(?P<run>[0-9a-f]{16})/(film(/[0-9]{1,16}(\.jpg)?)?|keep)")
+_RUN: Final = re.compile(r"/api/v1/runs/(?P<run>[0-9a-f]{16})/(film(/[0-9]{1,16}(\.jpg)?)?|keep|latents)")
 _RECORDING: Final = re.compile(r"/api/v1/recordings/(?P<id>.+?)(?P<part>/file|/thumb)?")
 # All that is passed on, so neither our cookie nor our token; and of the answer nothing that speaks for our address.
 _ASKED: Final = ("accept", "content-type", "range", "if-range", "if-none-match", "if-modified-since")

@@ -89,6 +89,8 @@ class RecordingRow(_Answer):
     meta: dict[str, Any]
     error: str | None
     """Why it does not grow, or cannot be finished, at the moment."""
+    latents: int | None
+    """Bytes of GET /api/v1/runs/{run}/latents, while there is such an error; None: there is none, or no log here."""
     daemon: str | None = None
     """The page of the daemon that has it, if that is another than this one."""
 
