@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taesd_stream import LatentPublisher
-from tests.benchmarks.preview_cost import cpu_name, percentiles
+from tests.benchmarks.figures import cpu_name, percentiles
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
 
@@ -45,6 +45,7 @@ NAMES: Final = ("receive", "wait", "decode", "encode", "stream")
 MOST_FPS: Final = 60.0
 LATENTS: Final = 24  # different ones that a load process publishes in turn
 WARM_UP_S: Final = 8.0
+BEGAN_S: Final = time.monotonic()
 PACKETS = re.compile(r'^taesd_stream_packets_total\{rendition="live"\} (\S+)', re.M)
 
 
@@ -95,15 +96,18 @@ def measure(daemon: Daemon, arguments: argparse.Namespace, folder: Path) -> dict
     others: list[dict[str, Any]] = daemon.facts.get("others", [])
     brokers = ",".join([daemon.broker, *(one["broker"] for one in others)])
     webs = [daemon.web, *(one["web"] for one in others)]
+    progress("daemons ready")
     loads = [start_load(brokers, arguments, part) for part in range(arguments.processes)]
     pages: list[subprocess.Popen[str]] = []
     try:
         names = {f"load/{number}" for number in range(arguments.streams)}
         wait_for(lambda: names <= set(daemon.streams()), 60, of="the load's streams")
+        progress("streams open")
         files = [folder / f"page-{place}.npz" for place in range(len(webs))]
         pages = [start_page(web, arguments, file) for web, file in zip(webs, files, strict=True)]
         for page in pages:
             said(page, "warm")
+        progress("pages warm")
         before, busy, started_s = [packets(web) for web in webs], cpu_seconds(), time.monotonic()
         for page in pages:
             tell(page, "go")
@@ -112,6 +116,7 @@ def measure(daemon: Daemon, arguments: argparse.Namespace, folder: Path) -> dict
         seconds = time.monotonic() - started_s
         after = [packets(web) for web in webs]
         cores = round((cpu_seconds() - busy) / seconds, 1)
+        progress("measured")
         workers = [row for web in webs for row in answer(web, "/api/v1/workers")["workers"]]
         seen = [np.load(file) for file in files]
     finally:
@@ -120,6 +125,7 @@ def measure(daemon: Daemon, arguments: argparse.Namespace, folder: Path) -> dict
             process.stdin.close()
         for process in (*loads, *pages):
             process.wait(60)
+        progress("load ended")
     times_ms = np.diff(np.concatenate([one["stamps"] for one in seen]), axis=1) / 1000
     by_daemon = [round((b - a) / seconds, 1) for a, b in zip(before, after, strict=True)]
     return {
@@ -172,6 +178,11 @@ def answer(web: str, path: str) -> Any:
     """What a daemon's API says."""
     with urllib.request.urlopen(web + path, timeout=30) as reply:  # noqa: S310 our own daemon
         return json.loads(reply.read())
+
+
+def progress(word: str) -> None:
+    """A line for who waits: a run takes half a minute."""
+    sys.stderr.write(f"{time.monotonic() - BEGAN_S:6.1f} s: {word}\n")
 
 
 def say(word: str) -> None:

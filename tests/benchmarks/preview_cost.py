@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from safetensors.torch import save_file
 
 from taesd_stream import LatentPublisher
 from taesd_stream.models import build_decoder
+from tests.benchmarks.figures import cpu_name, percentiles
 from tests.benchmarks.in_process import in_process_preview
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
@@ -212,19 +212,6 @@ def products_of(matrix: torch.Tensor) -> int:
 
 
 _products = 0
-
-
-def percentiles(times_ms: list[float]) -> dict[str, float]:
-    """p50, p95 and p99, ms."""
-    return {f"p{one}": round(float(np.percentile(times_ms, one)), 3) for one in (50, 95, 99)}
-
-
-def cpu_name() -> str:
-    """The processor, as the system names it."""
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def flat(value: Any, path: str = "") -> list[tuple[str, Any]]:

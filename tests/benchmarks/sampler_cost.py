@@ -34,8 +34,8 @@ from safetensors.torch import save_file
 
 from taesd_stream.integrations.diffusers import preview
 from taesd_stream.models import build_decoder
+from tests.benchmarks.figures import cpu_name
 from tests.benchmarks.in_process import in_process_preview
-from tests.benchmarks.preview_cost import cpu_name
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
 

@@ -25,7 +25,7 @@ from taesd_stream.decoding.folding import fold_upsampling
 from taesd_stream.decoding.live_bytes import LiveBytes
 from taesd_stream.decoding.tiling import decode_tiled
 from taesd_stream.models import build_decoder
-from tests.benchmarks.preview_cost import cpu_name
+from tests.benchmarks.figures import cpu_name
 from tests.test_tiling import lively
 
 Decode: TypeAlias = Callable[[Tensor], Tensor]

@@ -26,7 +26,7 @@ from taesd_stream.decoding.video_engine import LivePart, VideoEngine
 from taesd_stream.latent_formats import latent_format
 from taesd_stream.models import build_decoder
 from taesd_stream.models.tiny_video import VideoDecoder
-from tests.benchmarks.preview_cost import cpu_name
+from tests.benchmarks.figures import cpu_name
 
 FORMAT: Final = "wan2_1"
 STREAMS: Final = 8
