@@ -41,9 +41,11 @@ class PlayerResponse(StreamingResponse):
 
         pictures = self.body_iterator
         assert isinstance(pictures, AsyncGenerator)
-        async with contextlib.aclosing(pictures):
-            with contextlib.suppress(TimeoutError):
+        try:
+            async with contextlib.aclosing(pictures):
                 await super().stream_response(in_time)
+        except TimeoutError:  # should it read again, or go, it has the end
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def transport_stream(hub: Hub, stream: str) -> AsyncIterator[bytes]:
