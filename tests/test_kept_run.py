@@ -86,6 +86,20 @@ def test_a_file_that_does_not_grow_costs_less_and_less(kept: KeptRun) -> None:
     assert seqs(kept.ahead(1000 * NBYTES)) == list(range(1, 1 + READ_AHEAD_FRAMES))
 
 
+def test_what_comes_behind_does_not_hold_up_a_new_attempt(kept: KeptRun) -> None:
+    """The file lacks a frame that was decoded long ago: it goes again, though others are decoded all the time."""
+    first, *others = kept.ahead(1000 * NBYTES)
+    kept.send(first)
+    kept.on_answered(first.seq)
+    for one in others:
+        kept.send(one)
+    kept.on_answered(others[0].seq)
+    kept.moved_s -= RECORD_STUCK_S + 1
+    assert not kept.is_stuck
+    kept.answered_s -= RECORD_STUCK_S + 1
+    assert kept.is_stuck
+
+
 def test_a_gap_ends_what_is_read(kept: KeptRun) -> None:
     """Frames behind one that gives no picture wait until the file has passed it."""
     kept.pass_gap(2)

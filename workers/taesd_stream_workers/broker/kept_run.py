@@ -32,7 +32,7 @@ class KeptRun:
     in_flight: deque[tuple[int, int]] = field(default_factory=deque)  # (seq, bytes) on their way into the file
     in_flight_bytes: int = 0  # of latents
     undecoded: set[int] = field(default_factory=set)  # seqs of those that a worker has not answered
-    answered_s: float = 0.0  # when one last did
+    answered_s: float = 0.0  # when the first of those on their way was answered
     is_over: bool = False  # nothing more will be kept
     front: LatentFrame | None = None  # the first frame, where nobody but us has it: until it is in the log
     is_end_queued: bool = False  # the run's END is on its way into the log
@@ -59,7 +59,8 @@ class KeptRun:
     def on_answered(self, seq: int) -> None:
         """A worker is done with this frame, for better or worse."""
         self.undecoded.discard(seq)
-        self.answered_s = time.monotonic()
+        if self.in_flight and seq == self.in_flight[0][0]:
+            self.answered_s = time.monotonic()
 
     @property
     def is_empty(self) -> bool:
@@ -118,10 +119,15 @@ class KeptRun:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether what was decoded does not get into the file; what is still at a worker takes as long as it takes."""
+        """Whether the next frame was decoded and does not get into the file; at a worker it takes as long as it takes.
+
+        However many come behind it: a sampler that goes on must not hold up what its file waits for.
+        """
+        if self.in_flight and self.in_flight[0][0] in self.undecoded:
+            return False
         is_behind = bool(self.in_flight) or (self.told < self.written and self.log.first_seq is not None)
         quiet_s = time.monotonic() - max(self.moved_s, self.answered_s)
-        return is_behind and not self.undecoded and quiet_s > min(MAX_STUCK_S, RECORD_STUCK_S * 2**self.vain)
+        return is_behind and quiet_s > min(MAX_STUCK_S, RECORD_STUCK_S * 2**self.vain)
 
     def try_again(self) -> None:
         """It is stuck: a new attempt."""
