@@ -477,7 +477,7 @@ def test_a_worker_that_is_back_soon_alarms_nobody() -> None:
 
 
 def test_stamps_never_go_back() -> None:
-    """Where two hosts' guesses of the broker's clock differ, no stage ends before it began; what is not known stays 0."""
+    """Where hosts' guesses of the broker's clock differ, no stage ends before it began; what is unknown stays 0."""
     stamps = Stamps(sent_ns=9_000, received_ns=0, started_ns=7_000, decoded_ns=11_000, encoded_ns=10_000)
     header, _ = unpack_picture(to_message(replace(PACKET, stamps=stamps), 8_000))
     assert list(header["stamps"].values()) == [9, 0, 9, 11, 11, 11]
