@@ -477,7 +477,7 @@ def test_a_full_peer_is_followed(tmp_path: Path) -> None:
 
 
 def test_not_any_number_of_daemons_follows(daemon: Daemon) -> None:
-    """Who says to be a daemon is no viewer, but past 64 of them the next is closed with 1013; one goes, one may come."""
+    """Who says to be a daemon is no viewer, but past 64 of them the next is closed with 1013; one goes, one comes."""
     url, own = daemon.web.replace("http", "ws") + "/ws", {OWN_HEADER: FOLLOWS}
     with ExitStack() as stack:
         followers = [stack.enter_context(connect(url, additional_headers=own)) for _ in range(MAX_FOLLOWERS)]
