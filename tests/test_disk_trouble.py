@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import pytest
 from taesd_stream import LatentPublisher
 from taesd_stream.frames import LatentFrame
 from taesd_stream.latent_log import read_messages
+from taesd_stream.media.finished import finish_file
 from tests.broker_role import BrokerRole, frame, new_run
 from tests.daemon import COMMAND, Daemon, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import decode_file, sd1_latents_of
+from tests.test_recording import chain, start
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
 
@@ -139,6 +142,25 @@ def test_what_a_log_may_hold_does_not_shrink_with_restarts(tmp_path: Path, small
             publisher.say(frame(run, 3, kept=True))
             publisher.ack(run, 3)
             assert "log_full" not in broker.alerts()
+
+
+def test_a_copy_that_is_done_needs_no_room(small_disk: Path) -> None:
+    """Dead between a finished copy and the growing file's end, without room for another copy: it is ended now."""
+    recording = start(small_disk)
+    for packet in chain(0, 2):
+        recording.write(replace(packet, payload=bytes(packet.payload) + b"\0\0\0\1\x0c" + b"\xff" * 300_000 + b"\x80"))
+    (growing,) = recording.paths
+    data = growing.read_bytes()
+    (copy,) = recording.finish()
+    growing.write_bytes(data)
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - len(data) // 2))
+    assert finish_file(growing) == [copy]
+    assert not growing.exists()
+    copy.rename(small_disk / "other.mp4")
+    growing.write_bytes(data)
+    with pytest.raises(OSError, match="No space"):
+        finish_file(growing)
+    assert growing.exists()
 
 
 @pytest.mark.slow

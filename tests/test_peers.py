@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,16 @@ import av
 import numpy as np
 import pytest
 from websockets.datastructures import Headers
+from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Response
+from websockets.sync.client import connect
 
 from taesd_stream import LatentPublisher
 from taesd_stream.config import load_config
 from taesd_stream.errors import ConfigError
 from taesd_stream_workers.start_checks import check_start
+from taesd_stream_workers.streamer.hub import MAX_FOLLOWERS
+from taesd_stream_workers.streamer.web.peer import FOLLOWS, OWN_HEADER
 from tests.commands import run_command
 from tests.daemon import Daemon, clean_environment, free_port, wait_for
 from tests.page_socket import PageSocket
@@ -470,6 +474,29 @@ def test_a_full_peer_is_followed(tmp_path: Path) -> None:
         publisher.publish(sd1_latents_of(COLOURS["two"]), step=0)
         wait_for(lambda: "watched" in first.streams(), of="the peer's stream")
         assert alerts(first) == []
+
+
+def test_not_any_number_of_daemons_follows(daemon: Daemon) -> None:
+    """Who says to be a daemon is no viewer, but past 64 of them the next is closed with 1013; one goes, one comes."""
+    url, own = daemon.web.replace("http", "ws") + "/ws", {OWN_HEADER: FOLLOWS}
+    with ExitStack() as stack:
+        followers = [stack.enter_context(connect(url, additional_headers=own)) for _ in range(MAX_FOLLOWERS)]
+        for follower in followers:
+            assert json.loads(follower.recv(20))["type"] == "hello"
+        with connect(url, additional_headers=own) as one_more, pytest.raises(ConnectionClosed) as refused:
+            one_more.recv(20)
+        assert refused.value.rcvd is not None
+        assert refused.value.rcvd.code == 1013
+        with PageSocket(daemon) as page:
+            assert page.next_state()
+        followers[0].close()
+
+        def comes() -> bool:
+            with connect(url, additional_headers=own) as another, suppress(ConnectionClosed):
+                return bool(json.loads(another.recv(20))["type"] == "hello")
+            return False
+
+        wait_for(comes, of="a place for another")
 
 
 @pytest.mark.slow

@@ -415,6 +415,18 @@ def test_roles_alone_make_a_daemon(tmp_path: Path) -> None:
             assert alone[role].wait(30) == 0, role
 
 
+def test_a_streamer_without_its_web_part_ends(tmp_path: Path) -> None:
+    """What ends the web thread ends the role, which says what: a page that nobody answers is worse than none."""
+    (tmp_path / "httpx2.py").write_text("raise ImportError('this one is broken')\n")  # a daemon with peers needs it
+    (tmp_path / "peers.toml").write_text('[[peers]]\nurl = "http://127.0.0.1:9"\n')
+    sets = arguments(*FREE_PORTS, f"recording.folder={tmp_path / 'recordings'}")
+    environment = clean_environment(tmp_path) | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [*COMMAND, "streamer", "--config", str(tmp_path / "peers.toml"), *sets]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 70
+    assert "ImportError: this one is broken" in done.stderr
+
+
 @pytest.mark.slow
 def test_a_worker_without_a_broker(tmp_path: Path) -> None:
     """It waits a while, then says where it looked, and exits with 69."""

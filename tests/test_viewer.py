@@ -27,7 +27,7 @@ from taesd_stream_workers.streamer.hub import Hub
 from taesd_stream_workers.streamer.inbox import INBOX_BYTES, Inbox
 from taesd_stream_workers.streamer.latency import Latency
 from taesd_stream_workers.streamer.newest_runs import NewestRuns
-from taesd_stream_workers.streamer.viewer import Viewer
+from taesd_stream_workers.streamer.viewer import Viewer, to_message, unpack_picture
 from tests.daemon import Daemon, wait_for
 from tests.golden_messages import OTHER_RUN, PACKET, RUN
 
@@ -474,3 +474,10 @@ def test_a_worker_that_is_back_soon_alarms_nobody() -> None:
     assert asyncio.run(told({"engines": {}})) == ([], [])
     clock.now_s += 60
     assert asyncio.run(told()) == ([], [])
+
+
+def test_stamps_never_go_back() -> None:
+    """Where hosts' guesses of the broker's clock differ, no stage ends before it began; what is unknown stays 0."""
+    stamps = Stamps(sent_ns=9_000, received_ns=0, started_ns=7_000, decoded_ns=11_000, encoded_ns=10_000)
+    header, _ = unpack_picture(to_message(replace(PACKET, stamps=stamps), 8_000))
+    assert list(header["stamps"].values()) == [9, 0, 9, 11, 11, 11]

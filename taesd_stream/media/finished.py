@@ -31,17 +31,16 @@ def finish_file(growing: Path) -> list[Path]:
     Raises: OSError, FragmentError, av.FFmpegError; the growing file is there still.
     """
     index = read_index(growing)
-    _check_room(growing)
     parts = range(1, index.head.get("parts", 1) + 1)
     finished = [_finish_part(growing, index, part) for part in parts]
     growing.unlink()
     return finished
 
 
-def _check_room(growing: Path) -> None:
-    """Raises: OSError where a copy would fill the disk: one of many GiB is not tried over and over."""
+def _check_room(growing: Path, parts: int) -> None:
+    """Raises: OSError where a copy of one part would fill the disk: of many GiB it is not tried over and over."""
     free_bytes = shutil.disk_usage(growing.parent).free
-    if 0 < free_bytes < growing.stat().st_size:  # some file systems say 0 for unknown
+    if 0 < free_bytes < growing.stat().st_size // parts:  # some file systems say 0 for unknown
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(growing))
 
 
@@ -53,6 +52,7 @@ def _finish_part(growing: Path, index: FileIndex, part: int) -> Path:
         number += 1
         target = growing.with_name(f"{name}-{number}{FINISHED_SUFFIX}")
     if not target.exists():
+        _check_room(growing, index.head.get("parts", 1))
         working = growing.with_name(growing.name + "-finish")
         try:
             copy_pictures(growing, working, summary, part=part)

@@ -23,6 +23,7 @@ SIGNAL_AGE_S: Final = 2.0
 RATE_S: Final = 2.0
 NO_WORKER_S: Final = 10.0  # one that is restarted is back sooner
 NO_WORKER: Final = "No decode worker."
+MAX_FOLLOWERS: Final = 64
 MAX_STOPS: Final = 1000
 
 
@@ -140,6 +141,11 @@ class Hub:
     def is_full(self) -> bool:
         """Whether one more page or player is one too many."""
         return self._count() >= self._max_viewers
+
+    @property
+    def is_followed_enough(self) -> bool:
+        """Whether one more daemon that keeps up with this one is one too many."""
+        return len(self._viewers) - self._count() >= MAX_FOLLOWERS
 
     def _count(self) -> int:
         return sum(not viewer.is_follower for viewer in self._viewers)

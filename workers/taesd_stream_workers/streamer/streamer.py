@@ -115,6 +115,7 @@ class Streamer:
             self._receive_packets()
             self._receive_broker()
             self._send_queued()
+            self._web.check()
             self._life.tick()
 
     def _hello(self) -> None:

@@ -8,7 +8,7 @@ import json
 import struct
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 from taesd_stream.frames import Packet, Rendition
@@ -19,6 +19,7 @@ from taesd_stream_workers.streamer.latency import Latency
 LIVE_BYTES: Final = 2 << 20  # of one stream's chain waiting for one viewer; past it, drop to the next keyframe
 LIVE_PACKETS: Final = 30
 CLIP_BYTES: Final = 16 << 20  # a clip is shown whole or not at all
+STAMPS: Final = ("sent", "received", "started", "decoded", "encoded", "streamed")
 
 
 class _Chain:
@@ -192,6 +193,14 @@ def _frame_of(packet: Packet) -> tuple[str, int]:
 def to_message(packet: Packet, streamed_ns: int) -> bytes:
     """A packet as a binary WebSocket message: uint32 header length (big-endian), JSON header, payload. Times in us."""
     stamps = packet.stamps
+    times_ns = (
+        stamps.sent_ns,
+        stamps.received_ns,
+        stamps.started_ns,
+        stamps.decoded_ns,
+        stamps.encoded_ns,
+        streamed_ns,
+    )
     header: dict[str, Any] = {
         "stream": packet.stream,
         "run": packet.run,
@@ -210,16 +219,17 @@ def to_message(packet: Packet, streamed_ns: int) -> bytes:
         "width": packet.width,
         "height": packet.height,
         "decoder": packet.decoder,
-        "stamps": {
-            "sent_us": stamps.sent_ns // 1000,
-            "received_us": stamps.received_ns // 1000,
-            "started_us": stamps.started_ns // 1000,
-            "decoded_us": stamps.decoded_ns // 1000,
-            "encoded_us": stamps.encoded_ns // 1000,
-            "streamed_us": streamed_ns // 1000,
-        },
+        "stamps": {f"{stage}_us": time_ns // 1000 for stage, time_ns in zip(STAMPS, _in_order(times_ns), strict=True)},
     }
     return pack_picture(header, bytes(packet.payload))
+
+
+def _in_order(times_ns: Iterable[int]) -> Iterator[int]:
+    """Times on each host's guess of the broker's clock: none is before the one of the stage before. 0: not known."""
+    latest_ns = 0
+    for time_ns in times_ns:
+        latest_ns = max(latest_ns, time_ns)
+        yield latest_ns if time_ns else 0
 
 
 def pack_picture(header: dict[str, Any], payload: bytes) -> bytes:

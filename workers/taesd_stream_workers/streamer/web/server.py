@@ -38,6 +38,7 @@ class WebServer:
         self._copies = Copies()
         self._thread = threading.Thread(target=self._run, name="web")
         self._server: uvicorn.Server | None = None
+        self._error: BaseException | None = None
 
     def bind(self) -> str:
         """Take the address. Returns the page's URL.
@@ -87,6 +88,11 @@ class WebServer:
         """Start serving."""
         self._thread.start()
 
+    def check(self) -> None:
+        """Raises: whatever ended the thread: its socket would be listened to, and nobody would answer. Any thread."""
+        if self._error is not None:
+            raise self._error
+
     def stop(self) -> None:
         """Close every connection and join the thread."""
         if self._server is not None:
@@ -97,7 +103,10 @@ class WebServer:
             self._copies.close()
 
     def _run(self) -> None:
-        asyncio.run(self._serve())
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:  # noqa: BLE001 the streamer ends with it
+            self._error = error
 
     async def _serve(self) -> None:
         assert self._server is not None

@@ -33,8 +33,8 @@ async def serve_page(socket: WebSocket, *, hub: Hub, peers: Peers, page_version:
     """Serve one page until it goes."""
     await socket.accept()
     is_follower = socket.headers.get(OWN_HEADER) == FOLLOWS
-    if hub.is_full and not is_follower:
-        await socket.close(TRY_LATER, "too many viewers")
+    if hub.is_followed_enough if is_follower else hub.is_full:
+        await socket.close(TRY_LATER, "too many daemons follow this one" if is_follower else "too many viewers")
         return
     viewer = Viewer(hub.latency, is_follower=is_follower)
     peers = peers.asked_by(socket.headers)
