@@ -604,6 +604,68 @@ def test_a_machine_that_slept_keeps_its_video(host: PageHost, opened: Open) -> N
     assert set(page.evaluate("self.asked")) == {"no-preference"}
 
 
+# --- much of everything ---
+
+LONG_TASKS = """
+  self.long_tasks = []
+  new PerformanceObserver((list) => long_tasks.push(...list.getEntries().map(({duration}) => Math.round(duration))))
+    .observe({type: "longtask", buffered: true})
+  self.changes = 0
+  const count = (changes) => self.changes += changes.length
+  document.addEventListener("DOMContentLoaded", () => new MutationObserver(count)
+    .observe(document.querySelector("#view-recordings"), {subtree: true, childList: true, attributes: true}))
+"""
+
+
+def test_thousands_of_recordings_cost_a_page_little(host: PageHost, opened: Open) -> None:
+    """Of 3,000 recordings those in the list are written, once; no task takes 0.1 s; all can be reached."""
+    host.streams = [stream("a"), stream("b")]
+    host.recordings = [recording(f"r{index:04}", started=10_000.0 - index) for index in range(3000)]
+    host.thumbs = {one["id"]: jpeg(RED) for one in host.recordings}
+
+    def tell_again(page: Page) -> None:
+        for _ in range(4):
+            host.streams.append(stream(f"s{len(host.streams)}"))
+            host.push()
+            expect(page.locator("#tab-live .count")).to_have_text(f"{len(host.streams)}")
+
+    page = opened(script=LONG_TASKS)
+    tell_again(page)
+    assert page.locator("#recordings li").count() == 0  # nobody looks at them
+    page.evaluate("location.hash = '#/recordings'")
+    rows = page.locator("#recordings b")
+    expect(rows).to_have_count(100)
+    until(lambda: page.evaluate("document.querySelector('#films').hidden"), page)
+    before = page.evaluate("self.changes")
+    tell_again(page)
+    assert page.evaluate("self.changes") == before  # nothing of them is new
+    host.recordings.insert(0, recording("newest", started=20_000.0))
+    host.recordings = [one for one in host.recordings if one["stream"] != "r0001"]
+    host.push()
+    expect(rows.nth(0)).to_have_text("newest")
+    expect(rows.nth(2)).to_have_text("r0002")
+    expect(rows).to_have_count(100)
+    page.get_by_role("button", name="Show 100 of 2900 more").press("Enter")
+    expect(rows).to_have_count(200)
+    expect(page.locator("#recordings li").nth(100).locator(".rec-open")).to_be_focused()
+    assert [task for task in page.evaluate("self.long_tasks") if task >= 100] == []
+
+
+def test_two_long_films_are_laid_side_by_side_at_once(host: PageHost, opened: Open) -> None:
+    """Two runs of 3,000 steps each, with other totals: no task takes a tenth of a second."""
+    for run, total in (("a" * 16, 3000), ("b" * 16, 3001)):
+        host.steps[run] = [[seq, seq, total, 3000.0 - seq, 100 * seq] for seq in range(3000)]
+    picture = annex_b(GREEN)
+    host.film = lambda _run, _seq: picture
+    page = opened(script=LONG_TASKS)
+    page.evaluate(f"location.hash = '#/compare/{'a' * 16}/{'b' * 16}'")
+    expect(page.locator("#view-compare .state")).to_contain_text("Matched by sigma: 3000 and 3001 steps")
+    await_colour(page, "#compare-b", GREEN)
+    page.keyboard.press("Home")
+    expect(page.locator("#compare-b[data-seq='0']")).to_be_attached()
+    assert [task for task in page.evaluate("self.long_tasks") if task >= 100] == []
+
+
 # --- keys, access, layout ---
 
 

@@ -115,7 +115,7 @@ function takeState(state) {
 function changed() {
   tellTools()
   tellCounts()
-  list.update(recordings())
+  if (view.kind === "recordings") list.update(recordings())
   if (view.kind === "stage" && !stage.item && found()) openStream()
   if (view.kind === "playing" && !stage.recording) openRecording()
   look()
@@ -207,7 +207,7 @@ function route() {
   put($("#tab-live"), { "aria-current": kept ? null : "page" })
   put($("#tab-recordings"), { "aria-current": kept ? "page" : null })
   if (!opened) stage.close()
-  if (view.kind === "recordings") list.lookForFilms()
+  if (view.kind === "recordings") list.open(recordings())
   if (view.kind !== "compare") compare.close()
   else compare.open(view.runs, view.seq, view.mode)
   if (view.kind === "stage") openStream()
