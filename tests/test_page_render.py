@@ -126,6 +126,57 @@ def test_credit_brings_the_next_picture(host: PageHost, opened: Open) -> None:
     expect(page.locator("canvas[data-stream=red][data-pictures='2'][data-seq='1']")).to_be_attached()
 
 
+def test_an_overloaded_browser_waits_for_a_keyframe(host: PageHost, opened: Open) -> None:
+    """While the decoder's queue is too long no delta goes in, and a keyframe is asked for at most twice a second."""
+    host.streams = [stream("red"), stream("b")]
+    whole = annex_b(RED)
+    host.source = lambda _name, _rendition, key: ({"keyframe": key}, whole)
+    script = """
+      const Real = VideoDecoder
+      self.fed = []
+      self.VideoDecoder = class extends Real {
+        get decodeQueueSize() { return self.behind ? 3 : super.decodeQueueSize }
+        decode(chunk) { fed.push(chunk.type); super.decode(chunk) }
+      }"""
+    page = opened("#/s/red", script=ON_PAGE + script)
+    expect(page.locator("#stage-canvas[data-pictures='1']")).to_be_attached()
+    page.evaluate("self.behind = true")
+    host.source = lambda _name, _rendition, _key: ({"keyframe": False}, whole)
+    asked: list[Json] = []
+    began_s = time.monotonic()
+
+    def asked_again() -> bool:
+        host.draw("red")
+        asked[:] = [message for message in host.messages if message["type"] == "keyframe"]
+        return len(asked) >= 3
+
+    until(asked_again, page)
+    assert time.monotonic() - began_s >= 2 * 0.5 - 0.05
+    assert page.evaluate("self.fed") == ["key"]
+    host.source = lambda _name, _rendition, _key: ({"keyframe": True}, whole)
+    host.draw("red")
+    expect(page.locator("#stage-canvas[data-pictures='2']")).to_be_attached()
+
+
+def test_the_next_clip_goes_on_where_the_former_was(host: PageHost, opened: Open) -> None:
+    """A clip of four pictures, ten a second: the next step's clip takes over at the third, not at its first."""
+    page = opened(clock=True)
+    page.evaluate("""async () => {
+      const { ClipLoop } = await import("/page/playback.js")
+      self.shown = []
+      self.loop = new ClipLoop(({ header }) => void shown.push(`${header.seq}.${header.index}`))
+      self.send = (seq) => { for (let index = 0; index < 4; index++) {
+        loop.take({ header: { run: "r", seq, index, count: 4, pts: index * 9000 }, bytes: null }) } }
+    }""")
+    page.clock.pause_at(time.time() + 60)
+    page.evaluate("send(0)")
+    page.clock.run_for(220)
+    assert page.evaluate("shown") == ["0.0", "0.1", "0.2"]
+    page.evaluate("send(1)")
+    page.clock.run_for(200)
+    assert page.evaluate("shown") == ["0.0", "0.1", "0.2", "1.3", "1.0"]
+
+
 def test_numbers_never_run_ahead_of_the_picture(host: PageHost, opened: Open) -> None:
     """While the daemon is at step 21, or done, and the tile shows the picture of step 17, the tile says 17."""
     host.streams = [stream("red", step=16, seq=16), stream("blue")]
@@ -246,6 +297,18 @@ def test_each_state_has_its_words(host: PageHost, browser: Browser) -> None:
         expect(tile.locator(".second .aside")).to_have_text(right)
     expect(page.locator("[data-name=s1] .box-note")).to_have_text("Waiting for the first step")
     page.close()
+
+
+def test_an_opened_stream_tells_what_it_makes_and_when(host: PageHost, opened: Open) -> None:
+    """Prompt, seed, seconds a step and the time that is left stand beside the picture."""
+    host.streams = [stream("a", fps=2.0, meta={"prompt": "a red dune", "seed": 4711}), stream("b")]
+    page = opened("#/s/a")
+    expect(page.locator(".prose")).to_have_text("a red dune")
+    facts = page.locator(".facts")
+    expect(facts.locator("dt", has_text="Seed").locator("xpath=following-sibling::dd[1]")).to_have_text("4711")
+    figure = page.locator(".figures dt", has_text="Step time").locator("xpath=following-sibling::dd[1]")
+    expect(figure).to_have_text("0.50 s")
+    expect(page.locator("[data-part=left]")).to_have_text("about 6 s left")  # eleven steps, two a second
 
 
 def test_tiles_keep_their_places(host: PageHost, opened: Open) -> None:
