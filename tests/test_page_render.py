@@ -398,6 +398,39 @@ def test_record_is_the_daemons_word(host: PageHost, opened: Open) -> None:
     until(lambda: host.requests[-1][2] == {"mode": "off"}, page)
 
 
+def test_the_last_frame_alone_can_be_kept(host: PageHost, opened: Open) -> None:
+    """The menu beside Record, and Shift+R, ask for the last frame; both show what the daemon says, and end it."""
+    host.streams = [stream("a"), stream("b")]
+    page = opened("#/s/a")
+    menu = page.get_by_role("combobox", name="What is kept of this stream")
+    expect(menu).to_have_value("off")
+    menu.select_option("last")
+    until(lambda: host.requests == [("POST", "streams/a/record", {"mode": "last"})], page)
+    host.streams[0]["record"] = "last"
+    host.push()
+    expect(menu).to_have_value("last")
+    expect(page.locator("#view-stage .badge")).to_have_text("Keeps last")
+    page.get_by_role("heading", name="a", exact=True).focus()
+    page.keyboard.press("Shift+R")
+    until(lambda: host.requests[1:] == [("POST", "streams/a/record", {"mode": "off"})], page)
+    host.streams[0]["record"] = "off"
+    host.push()
+    expect(menu).to_have_value("off")
+    page.keyboard.press("Shift+R")
+    until(lambda: len(host.requests) == 3 and host.requests[2][2] == {"mode": "last"}, page)
+
+
+def test_what_could_not_be_recorded_is_offered_as_latents(host: PageHost, opened: Open) -> None:
+    """A recording that waits, for a full disk say, offers the run's latents; a finished one does not."""
+    host.recordings = [recording("a", state="failed", error="The disk is full."), recording("b")]
+    page = opened(f"#/r/{host.recordings[0]['id']}")
+    link = page.get_by_role("link", name="Download the latents")
+    expect(link).to_have_attribute("href", f"/api/v1/runs/{host.recordings[0]['run']}/latents")
+    page.evaluate(f"location.hash = '#/r/{host.recordings[1]['id']}'")
+    expect(page.get_by_role("heading", name="b", exact=True)).to_be_visible()
+    expect(link).to_have_count(0)
+
+
 def test_a_refused_record_says_why(host: PageHost, opened: Open) -> None:
     """An error of the API is shown in the daemon's own words, and can be tried again."""
     host.streams = [stream("a"), stream("b")]
