@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, FrameLocator, Page, sync_playwright
 from playwright.sync_api import Error as PlaywrightError
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -39,6 +39,7 @@ PAGE = Path(taesd_stream_workers.streamer.web.__file__).parent / "page"
 Json = dict[str, Any]
 Colour = tuple[int, int, int]
 Open = Callable[..., Page]
+Film = Callable[[str, str], bytes | None]  # (run, seq, or seq with .jpg) -> H.264 from a keyframe on, or JPEG
 # (stream, rendition, keyframe wanted) -> (header fields, bytes), or None while there is no picture
 Source = Callable[[str, str, bool], tuple[Json, bytes] | None]
 
@@ -88,6 +89,9 @@ class PageHost:
 
     requests: (method, path, JSON body or None) of every API call, in order. refuse: path ending -> (status, text).
     messages: every text message of every page.
+    steps: of each run's film, [seq, step, of, sigma, ms]; film: its pictures.
+    full, silent: no more viewers are taken; nothing is answered though nothing is closed, as through a dead network.
+    token_wanted: nothing is given without a token.
     """
 
     streams: list[Json] = field(default_factory=list)
@@ -100,6 +104,11 @@ class PageHost:
     daemon: str = "first"
     page: str = "1"
     answers: bool = True  # False: new sockets are refused, as while the daemon is gone
+    full: bool = False
+    silent: bool = False
+    token_wanted: bool = False
+    steps: dict[str, list[list[Any]]] = field(default_factory=dict)
+    film: Film = lambda _run, _seq: None
     refuse: dict[str, tuple[int, str]] = field(default_factory=dict)
     requests: list[tuple[str, str, Json | None]] = field(default_factory=list)
     messages: list[Json] = field(default_factory=list)
@@ -161,10 +170,15 @@ class PageHost:
         )
 
     async def serve_socket(self, websocket: WebSocket) -> None:
-        if not self.answers:
+        while self.silent:
+            await asyncio.sleep(0.05)
+        if not self.answers or self.token_wanted:
             await websocket.close()
             return
         await websocket.accept()
+        if self.full:
+            await websocket.close(1013, "too many viewers")
+            return
         viewer = Viewer(websocket)
         hello = {"type": "hello", "version": "0.1.0", "daemon": self.daemon, "page": self.page, "workers": 1}
         await websocket.send_json(hello)
@@ -180,6 +194,8 @@ class PageHost:
 
     async def take(self, viewer: Viewer, message: Json) -> None:
         self.messages.append(message)
+        if self.silent:
+            return
         match message["type"]:
             case "ping":
                 now_us = time.monotonic_ns() // 1000
@@ -209,6 +225,8 @@ class PageHost:
         return Response(html, media_type="text/html", headers={"Content-Security-Policy": policy})
 
     async def page_file(self, request: Request) -> Response:
+        if self.token_wanted:
+            return Response(status_code=401)
         return FileResponse(PAGE / request.path_params["file"], headers={"Cache-Control": "no-cache"})
 
     async def api(self, request: Request) -> Response:
@@ -220,9 +238,23 @@ class PageHost:
         for ending, (status, text) in self.refuse.items():
             if path.endswith(ending):
                 return JSONResponse({"code": "refused", "text": text}, status)
+        if path.startswith("runs/") and request.method == "GET":
+            return self.film_answer(*path.split("/")[1:], after=int(request.query_params.get("after", -1)))
         if path.startswith("recordings/"):
             return self.recording_file(request.method, *path.split("/")[1:])
         return JSONResponse({})
+
+    def film_answer(self, run: str, _film: str, seq: str = "", *, after: int) -> Response:
+        if not seq and run in self.steps:
+            about = {"run": run, "stream": run, "started": time.time(), "meta": {}, "film": True, "parts": 1}
+            return JSONResponse({**about, "steps": [row for row in self.steps[run] if row[0] > after]})
+        picture = self.film(run, seq) if seq else None
+        if picture is None:
+            return JSONResponse({"code": "no_film", "text": "no such step"}, 404)
+        if seq.endswith(".jpg"):
+            return Response(picture, media_type="image/jpeg")
+        row = {"seq": int(seq), "index": 0, "keyframe": True, "pts": 0, "bytes": len(picture)}
+        return Response(pack_picture({"pictures": [row]}, picture))
 
     def recording_file(self, method: str, identity: str, part: str = "") -> Response:
         if method == "DELETE":
@@ -320,15 +352,15 @@ PIXEL = """canvas => {
 }"""
 
 
-def middle_of(page: Page, selector: str) -> Colour:
+def middle_of(page: Page | FrameLocator, selector: str) -> Colour:
     """Red, green and blue in the middle of a canvas, whose pixels its worker alone may read directly."""
     red, green, blue = page.locator(selector).evaluate(PIXEL)
     return red, green, blue
 
 
-def await_colour(page: Page, canvas: str, colour: Colour) -> None:
+def await_colour(page: Page | FrameLocator, canvas: str, colour: Colour) -> None:
     """Wait until the middle of a canvas is the colour; what a worker draws is seen a moment after it says so."""
     deadline_s = time.monotonic() + 20
     while max(abs(one - other) for one, other in zip(middle_of(page, canvas), colour, strict=True)) > 8:
         assert time.monotonic() < deadline_s, f"{canvas}: {middle_of(page, canvas)}, expected {colour}"
-        page.evaluate("() => new Promise(requestAnimationFrame)")
+        page.locator(canvas).evaluate("() => new Promise(requestAnimationFrame)")

@@ -15,6 +15,7 @@ from tests.firefox import Firefox
 from tests.page_fixture import PIXEL, PageHost, recording, serving, stream
 from tests.pictures import PATCHES
 from tests.test_films import steps, watched_run
+from tests.test_page_render import BLUE, GREEN, RED, RUN, film_of
 
 pytestmark = pytest.mark.browser
 
@@ -26,6 +27,7 @@ def host() -> Iterator[PageHost]:
     with serving(PageHost()) as started:
         started.streams = [stream("a"), stream("b", meta={"prompt": "x", "seed": 4}), stream("c", flags=["degraded"])]
         started.recordings = [recording("a")]
+        film_of(started, [RED, GREEN, BLUE])
         yield started
 
 
@@ -68,6 +70,17 @@ def test_axe_finds_no_serious_fault(host: PageHost, browser: Browser, scheme: An
         found[view] = faults(page)
     page.keyboard.press("?")
     found["help"] = faults(page)
+    page.goto(f"{host.url}#/s/{RUN}/1")
+    page.reload()
+    expect(page.get_by_role("slider", name="Step")).to_be_visible()
+    expect(page.locator("#stage-canvas[data-seq='1']")).to_be_visible()
+    host.alerts = [{"code": "disk_full", "text": "Recording stopped: the disk is full."}]
+    host.push()
+    expect(page.locator(".banner")).to_be_visible()
+    page.keyboard.press("y")
+    expect(page.locator("#toast")).to_be_visible()
+    page.evaluate(script)
+    found["scrubber, banner, toast"] = faults(page)
     context.close()
     assert not any(found.values()), found
 

@@ -16,7 +16,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from tests.page_fixture import PAGE, Json, Open, PageHost, await_colour, opening, recording, serving, stream
 
@@ -67,6 +67,7 @@ def opened(browser: Browser, host: PageHost) -> Iterator[Open]:
         def open_and_wait(at: str = "", **options: Any) -> Page:
             page = open_page(at, **options)
             expect(page.locator("#tab-live .count")).not_to_be_empty()  # the first state has come
+            expect(page.locator("body[data-link=on]")).to_be_attached()  # and by its socket too
             return page
 
         yield open_and_wait
@@ -461,6 +462,146 @@ def test_an_older_page_and_alerts_are_banners(host: PageHost, opened: Open) -> N
     expect(banners.first).to_contain_text("This page is older than the daemon.")
     page.get_by_role("button", name="Dismiss").click()
     expect(banners).to_have_count(1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("full", "as many viewers as it takes (web.max_viewers). Trying again"),
+        ("token_wanted", "This address needs a token. Open the link that taesd-stream printed at start."),
+    ],
+)
+def test_a_refused_page_says_why(host: PageHost, opened: Open, fault: str, words: str) -> None:
+    """Too many viewers, or no token: the banner and the alert say that, and not that nobody answers."""
+    host.streams = [stream("a"), stream("b")]
+    page = opened()
+    setattr(host, fault, True)
+    host.hang_up()
+    expect(page.locator("#banners")).to_contain_text(words)
+    expect(page.locator("#alert")).to_contain_text(words)
+    setattr(host, fault, False)
+    page.get_by_role("button", name="Try now").click()
+    expect(page.locator("#banners > *")).to_have_count(0)
+
+
+@pytest.mark.slow
+def test_a_dead_network_is_noticed(host: PageHost, opened: Open) -> None:
+    """Nothing arrives any more, nothing is closed: a banner within ten seconds, and the page comes back by itself."""
+    host.streams = [stream("a"), stream("b")]
+    page = opened()
+    until(lambda: any(message["type"] == "ping" for message in host.messages), page)
+    host.silent = True
+    expect(page.locator("#banners")).to_contain_text("Lost the connection", timeout=10_000)
+    host.streams.append(stream("c"))
+    host.silent = False
+    expect(page.locator("#wall li")).to_have_count(3, timeout=20_000)
+    expect(page.locator("#banners > *")).to_have_count(0)
+
+
+def test_what_the_daemon_warns_of_is_an_alert(host: PageHost, opened: Open) -> None:
+    """A full disk is told to who cannot see the banner, once."""
+    host.streams = [stream("a"), stream("b")]
+    page = opened()
+    host.alerts = [{"code": "disk_full", "text": "Recording stopped: the disk is full."}]
+    host.push()
+    alert = page.get_by_role("alert")
+    expect(alert).to_have_text("Recording stopped: the disk is full.")
+    page.evaluate("document.querySelector('#alert').textContent = ''")
+    host.streams.append(stream("c"))
+    host.push()
+    expect(page.locator("#wall li")).to_have_count(3)
+    page.evaluate("() => new Promise(done => setTimeout(done, 300))")  # the page has looked again
+    expect(alert).to_have_text("")
+
+
+# --- films ---
+
+RUN = "0123456789abcdef"
+ON_PAGE = "delete HTMLCanvasElement.prototype.transferControlToOffscreen;"  # where a test's script reaches
+SILENT = """
+  const Real = VideoDecoder
+  self.VideoDecoder = class extends Real {
+    configure(config) { this.silent = config.hardwareAcceleration !== SPEAKS; super.configure(config) }
+    decode(chunk) { if (!this.silent) super.decode(chunk) }
+  }"""
+
+
+def film_of(host: PageHost, colours: list[tuple[int, int, int]], run: str = RUN, first_step: int = 0) -> None:
+    """Give the run a film, one step a colour."""
+    total = first_step + len(colours)
+    host.steps[run] = [[seq, first_step + seq, total, 10.0 - seq, 100 * seq] for seq in range(len(colours))]
+    made = {str(seq): annex_b(colour) for seq, colour in enumerate(colours)}
+    made |= {f"{seq}.jpg": jpeg(colour) for seq, colour in enumerate(colours)}
+    host.film = lambda _run, seq: made.get(seq)
+
+
+@pytest.mark.parametrize("speaks", ["'prefer-software'", "'never'"])
+def test_a_silent_decoder_does_not_hold_a_film_up(host: PageHost, opened: Open, speaks: str) -> None:
+    """Steps are shown though the device's decoder stays silent, or every decoder does; and one can go on walking."""
+    film_of(host, [RED, GREEN, BLUE])
+    page = opened(f"#/s/{RUN}/1", script=ON_PAGE + SILENT.replace("SPEAKS", speaks))
+    await_colour(page, "#stage-canvas", GREEN)
+    page.get_by_role("slider", name="Step").fill("0")
+    await_colour(page, "#stage-canvas", RED)
+
+
+def test_a_run_without_a_stream_has_its_steps_in_sight(host: PageHost, opened: Open) -> None:
+    """A link to a run that only its film remembers: the scrubber is there, with a small picture of each step."""
+    film_of(host, [RED, GREEN, BLUE])
+    page = opened(f"#/s/{RUN}/1")
+    expect(page.get_by_role("slider", name="Step")).to_be_visible()
+    await_colour(page, "#view-stage .strip", GREEN)
+
+
+def test_a_lost_line_does_not_end_the_decoding_of_films(host: PageHost, opened: Open) -> None:
+    """A step that could not be fetched comes once the line is back, as H.264 like those before it."""
+    film_of(host, [RED, GREEN, BLUE])
+    page = opened(f"#/s/{RUN}/0", script=ON_PAGE)
+    await_colour(page, "#stage-canvas", RED)
+    film_of(host, [RED, GREEN, BLUE, RED, GREEN], "f" * 16)
+    tried: list[str] = []
+
+    def lose(route: Route) -> None:
+        tried.append(route.request.url)
+        route.abort()
+
+    page.route("**/film/*", lose)
+    page.evaluate(f"location.hash = '#/s/{'f' * 16}/3'")
+    until(lambda: tried, page)
+    page.unroute("**/film/*")
+    expect(page.locator("#stage-canvas[data-seq='3']")).to_be_attached()
+    assert not any(path.endswith(".jpg") for _, path, _ in host.requests)
+
+
+def test_a_link_to_a_step_that_is_gone_counts_as_people_do(host: PageHost, opened: Open) -> None:
+    """A sampler that counts from step 5000: a link to a step that is not kept names the shown one alone."""
+    film_of(host, [RED, GREEN], first_step=4999)
+    page = opened(f"#/s/{RUN}/12")
+    expect(page.locator("#toast")).to_contain_text("This step is no longer kept. Showing 5001, the nearest.")
+
+
+def test_a_machine_that_slept_keeps_its_video(host: PageHost, opened: Open) -> None:
+    """Suspended twice with a picture in the decoder: the page goes on with H.264, by the same decoder."""
+    host.streams = [stream("green"), stream("b")]
+    host.source = one_colour({"green": GREEN})
+    script = """
+      const Real = VideoDecoder
+      self.asked = []
+      self.held = null
+      self.VideoDecoder = class extends Real {
+        configure(config) { asked.push(config.hardwareAcceleration); super.configure(config) }
+        decode(chunk) { if (held) held.push(() => super.decode(chunk)); else super.decode(chunk) }
+      }"""
+    page = opened("#/s/green", script=ON_PAGE + script, clock=True)
+    for pictures in (1, 2, 3):
+        expect(page.locator(f"#stage-canvas[data-pictures='{pictures}']")).to_be_attached()
+        page.evaluate("self.held = []")
+        host.draw("green")
+        until(lambda: page.evaluate("self.held.length"), page)
+        page.clock.fast_forward(5000)
+        page.evaluate("self.held.splice(0).forEach((decode) => decode()); self.held = null")
+    expect(page.locator("#stage-canvas[data-pictures='4'][data-rendition=live]")).to_be_attached()
+    assert set(page.evaluate("self.asked")) == {"no-preference"}
 
 
 # --- keys, access, layout ---

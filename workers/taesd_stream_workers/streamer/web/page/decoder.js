@@ -1,7 +1,8 @@
 // H.264 of one opened stream by WebCodecs: every picture as soon as it is decoded, never a queue that grows.
 
 const QUEUE_MAX = 2 // beyond it the decoder is behind: drop to the next keyframe
-const SILENT_MS = 2000 // hardware sessions are few, and one too many may stay silent
+const SILENT_BEATS = 4 // hardware sessions are few, and one too many may stay silent
+const BEAT_MS = 500
 const ASK_MS = 500
 
 /** "avc1.PPCCLL" from the first sequence parameter set of an Annex B buffer, or null. */
@@ -15,16 +16,38 @@ export function codecOf(bytes) {
   return null
 }
 
+/** Tells of a decoder that gives nothing for two seconds. It counts beats: a machine that slept meanwhile has one of them. */
+export class Watchdog {
+  constructor(silent) {
+    Object.assign(this, { silent, timer: 0, beats: 0 })
+  }
+
+  /** Something went in, and nothing has come out since. */
+  wait() {
+    this.timer ||= setInterval(() => this.beat(), BEAT_MS)
+  }
+
+  beat() {
+    if (++this.beats < SILENT_BEATS) return
+    this.rest()
+    this.silent(new Error("the decoder gave no picture in 2 s"))
+  }
+
+  rest() {
+    clearInterval(this.timer)
+    Object.assign(this, { timer: 0, beats: 0 })
+  }
+}
+
 export class LiveDecoder {
   /** on: {picture(frame, header), keyframe(), failed(reason)}. A picture's frame belongs to the callee, who closes it. */
   constructor(on) {
     Object.assign(this, { on, decoder: null, codec: null, waiting: true, count: 0, headers: new Map() })
     this.patient = false // what is fed is paced already
     this.software = false
-    this.fed_ms = 0 // when the oldest picture without an answer went in; 0: none
     this.asked_ms = -ASK_MS
     this.errors = 0
-    this.watchdog = setInterval(() => this.check(), SILENT_MS / 4)
+    this.watchdog = new Watchdog(({ message }) => this.step_down(message))
   }
 
   get queued() {
@@ -38,7 +61,7 @@ export class LiveDecoder {
     this.waiting = false
     const timestamp = ++this.count * 1000 // our own: pts may repeat, when a picture is sent again
     this.headers.set(timestamp, header)
-    this.fed_ms ||= performance.now()
+    this.watchdog.wait()
     const type = header.keyframe ? "key" : "delta"
     try {
       this.decoder.decode(new EncodedVideoChunk({ type, timestamp, data: bytes }))
@@ -72,7 +95,7 @@ export class LiveDecoder {
   }
 
   output(frame) {
-    this.fed_ms = 0
+    this.watchdog.rest()
     this.errors = 0
     const header = this.headers.get(frame.timestamp)
     for (const timestamp of this.headers.keys()) if (timestamp <= frame.timestamp) this.headers.delete(timestamp)
@@ -84,10 +107,6 @@ export class LiveDecoder {
     this.drop()
     if (++this.errors <= 2) return this.skip()
     this.step_down(String(error?.message ?? error))
-  }
-
-  check() {
-    if (this.fed_ms && performance.now() - this.fed_ms > SILENT_MS) this.step_down("the decoder gave no picture in 2 s")
   }
 
   /** First the browser's own decoder instead of the device's, then no WebCodecs at all. */
@@ -103,12 +122,11 @@ export class LiveDecoder {
     if (this.decoder && this.decoder.state !== "closed") this.decoder.close()
     this.decoder = null
     this.headers.clear()
-    this.fed_ms = 0
+    this.watchdog.rest()
     this.waiting = true
   }
 
   close() {
-    clearInterval(this.watchdog)
     this.drop()
   }
 }

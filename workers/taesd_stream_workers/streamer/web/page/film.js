@@ -1,16 +1,24 @@
 // A film: the steps of a run as the daemon keeps them. One group of pictures is fetched once, and decoded from its
 // keyframe on as a person drags through it.
 
-import { codecOf } from "./decoder.js"
+import { codecOf, Watchdog } from "./decoder.js"
 
 const GROUPS_MAX = 6 // fetched ones, compressed
 const THUMB_PX = 80
+const AGAIN_MS = 1000
+
+class DecoderError extends Error {}
+
+/** Raises: TypeError where nobody answers; Error where there is nothing. */
+async function ask(path) {
+  const answer = await fetch(path)
+  if (!answer.ok) throw new Error(`${path}: ${answer.status}`)
+  return answer.arrayBuffer()
+}
 
 /** The pictures around a step: [{seq, index, keyframe, pts, bytes}], bytes as they are decoded. */
 async function fetchGroup(run, seq, part) {
-  const answer = await fetch(`/api/v1/runs/${run}/film/${seq}${part ? `?part=${part}` : ""}`)
-  if (!answer.ok) throw Object.assign(new Error(`step ${seq}: ${answer.status}`), { gone: true })
-  const buffer = await answer.arrayBuffer()
+  const buffer = await ask(`/api/v1/runs/${run}/film/${seq}${part ? `?part=${part}` : ""}`)
   const length = new DataView(buffer).getUint32(0)
   let offset = 4 + length
   return JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length))).pictures.map((row) => {
@@ -20,47 +28,56 @@ async function fetchGroup(run, seq, part) {
   })
 }
 
-/** Decodes one picture after the other; only the wanted one is kept. */
+/** Decodes one picture after the other; only the wanted one is kept. Raises: DecoderError, also of one that stays silent. */
 class Walker {
   constructor() {
-    Object.assign(this, { decoder: null, group: null, at: -1, wait: null, count: 0 })
+    Object.assign(this, { decoder: null, group: null, at: -1, wait: null, count: 0, software: false })
+    this.watchdog = new Watchdog((error) => this.close(error))
   }
 
   /** The frame of picture `to` of a group; the caller closes it. each(frame, picture): of every one on the way. */
   async frame(group, to, each) {
-    if (group !== this.group || to <= this.at || this.decoder?.state !== "configured") this.begin(group)
     const asked = Promise.withResolvers()
-    this.wait = asked
-    this.each = each
-    while (this.at < to) {
-      const picture = group[++this.at]
-      const timestamp = ++this.count
-      this.sent.set(timestamp, [picture, this.at === to])
-      this.decoder.decode(new EncodedVideoChunk({ type: picture.keyframe ? "key" : "delta", timestamp, data: picture.bytes }))
+    try {
+      if (group !== this.group || to <= this.at || this.decoder?.state !== "configured") this.begin(group)
+      this.wait = asked
+      this.each = each
+      while (this.at < to) {
+        const picture = group[++this.at]
+        const timestamp = ++this.count
+        this.sent.set(timestamp, [picture, this.at === to])
+        this.decoder.decode(new EncodedVideoChunk({ type: picture.keyframe ? "key" : "delta", timestamp, data: picture.bytes }))
+      }
+    } catch (error) {
+      throw new DecoderError(error.message)
     }
+    this.watchdog.wait()
     return asked.promise
   }
 
   begin(group) {
     this.close()
     Object.assign(this, { group, at: -1, sent: new Map() })
-    this.decoder = new VideoDecoder({ output: (frame) => this.output(frame), error: (error) => this.wait?.reject(error) })
-    this.decoder.configure({ codec: codecOf(group[0].bytes), optimizeForLatency: true })
+    this.decoder = new VideoDecoder({ output: (frame) => this.output(frame), error: (error) => this.close(error) })
+    const hardwareAcceleration = this.software ? "prefer-software" : "no-preference"
+    this.decoder.configure({ codec: codecOf(group[0].bytes), hardwareAcceleration, optimizeForLatency: true })
   }
 
   output(frame) {
     const [picture, is_last] = this.sent.get(frame.timestamp) ?? []
     this.sent.delete(frame.timestamp)
+    this.watchdog.rest()
     if (picture) this.each?.(frame, picture)
-    if (is_last) this.wait.resolve(frame)
-    else frame.close()
+    if (is_last) return this.wait.resolve(frame)
+    this.watchdog.wait()
+    frame.close()
   }
 
-  close() {
+  close({ message } = { message: "closed" }) {
+    this.watchdog.rest()
     if (this.decoder && this.decoder.state !== "closed") this.decoder.close()
-    this.decoder = null
-    this.wait?.reject(new Error("closed"))
-    this.wait = null
+    this.wait?.reject(new DecoderError(message))
+    Object.assign(this, { decoder: null, wait: null })
   }
 }
 
@@ -105,11 +122,19 @@ export class Film {
         else await this.image(seq)
         if (part === this.part) this.shown = seq
       } catch (error) {
-        if (error.gone || !this.decodes) break
-        this.decodes = false // a decoder that fails: the daemon makes images of steps
+        if (error instanceof DecoderError) this.stepDown()
+        else if (error instanceof TypeError) await new Promise((done) => setTimeout(done, AGAIN_MS)) // the line is lost
+        else break
       }
     }
     this.busy = false
+  }
+
+  /** First the browser's own decoder instead of the device's, then images that the daemon makes. */
+  stepDown() {
+    this.decodes = !this.walker.software
+    for (const walker of [this.walker, this.strip_walker]) walker.software = true
+    this.walker.close()
   }
 
   async decoded(seq) {
@@ -125,9 +150,8 @@ export class Film {
   }
 
   async image(seq) {
-    const answer = await fetch(`/api/v1/runs/${this.run}/film/${seq}.jpg${this.part ? `?part=${this.part}` : ""}`)
-    if (!answer.ok) throw new Error(`step ${seq}: ${answer.status}`)
-    const image = await createImageBitmap(await answer.blob())
+    const picture = await ask(`/api/v1/runs/${this.run}/film/${seq}.jpg${this.part ? `?part=${this.part}` : ""}`)
+    const image = await createImageBitmap(new Blob([picture]))
     if (this.wanted === seq) this.on.picture(image, image.width, image.height, seq)
     image.close()
   }

@@ -4,6 +4,7 @@ import { $ } from "./dom.js"
 
 const BANNER_MS = 800 // a short break is nobody's business
 const GIVEN_UP_MS = 30000
+const TRY_LATER = 1013 // RFC 6455's registry
 const { host } = location
 
 export class Link {
@@ -12,6 +13,8 @@ export class Link {
   daemon = null // which start of it
   lost_ms = null
   lost_at = null
+  code = null // why, as WebSockets count it
+  refused = false // the daemon answers, and asks for its token
   retry_at_ms = 0
   old_page = false
   alerts = []
@@ -24,14 +27,21 @@ export class Link {
 
   hello({ daemon, version, page }) {
     if (this.daemon && this.daemon !== daemon) this.notices.toast("taesd-stream restarted. Earlier runs show their last picture.")
-    Object.assign(this, { daemon, version, lost_ms: null, old_page: page !== $("meta[name=page-version]").content })
+    Object.assign(this, { daemon, version, lost_ms: null, refused: false, old_page: page !== $("meta[name=page-version]").content })
     document.body.dataset.link = "on"
     this.tell()
   }
 
-  closed({ retry_at_ms }) {
+  closed({ retry_at_ms, code }) {
     if (this.lost_ms === null) Object.assign(this, { lost_ms: performance.now(), lost_at: new Date() })
-    this.retry_at_ms = retry_at_ms
+    Object.assign(this, { retry_at_ms, code })
+    this.lookWhy()
+  }
+
+  /** A socket does not tell how it was refused; an ordinary request does. */
+  async lookWhy() {
+    const answer = await fetch("/page/icon.svg", { cache: "no-store" }).catch(() => null)
+    this.refused = answer?.status === 401
   }
 
   tell(alerts = this.alerts) {
@@ -39,8 +49,7 @@ export class Link {
     const banners = []
     const lost_for_ms = this.lost_ms === null ? 0 : performance.now() - this.lost_ms
     if (lost_for_ms > BANNER_MS) {
-      banners.push({ key: "lost", text: this.lostText(lost_for_ms), label: "Try now", run: this.retry })
-      if (document.body.dataset.link !== "off") this.notices.alarm(`Lost the connection to ${host}.`)
+      banners.push({ ...this.lostWords(lost_for_ms), label: "Try now", run: this.retry })
       document.body.dataset.link = "off"
     }
     if (this.old_page) banners.push({ key: "old", text: "This page is older than the daemon.", label: "Reload", run: () => location.reload() })
@@ -51,13 +60,16 @@ export class Link {
     this.notices.banners(banners)
   }
 
-  lostText(lost_for_ms) {
-    if (lost_for_ms > GIVEN_UP_MS) {
-      return `Nothing answers at ${host}. If taesd-stream was stopped, start it again; this page reconnects by itself.`
-    }
+  /** The banner's key and text. */
+  lostWords(lost_for_ms) {
+    if (this.refused) return { key: "refused", text: "This address needs a token. Open the link that taesd-stream printed at start." }
     const wait_s = Math.ceil((this.retry_at_ms - Date.now()) / 1000)
     const next = wait_s > 0 ? `Trying again in ${wait_s} s.` : "Trying again now."
-    if (this.first) return `No connection to ${host}. ${next}`
-    return `Lost the connection to ${host}. These pictures are from ${this.lost_at.toLocaleTimeString()}. ${next}`
+    if (this.code === TRY_LATER) return { key: "full", text: `${host} has as many viewers as it takes (web.max_viewers). ${next}` }
+    if (lost_for_ms > GIVEN_UP_MS) {
+      return { key: "lost", text: `Nothing answers at ${host}. If taesd-stream was stopped, start it again; this page reconnects by itself.` }
+    }
+    if (this.first) return { key: "lost", text: `No connection to ${host}. ${next}` }
+    return { key: "lost", text: `Lost the connection to ${host}. These pictures are from ${this.lost_at.toLocaleTimeString()}. ${next}` }
   }
 }

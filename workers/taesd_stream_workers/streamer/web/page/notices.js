@@ -71,18 +71,23 @@ export class Notices {
     }, MERGE_MS)
   }
 
-  /** banners: [{key, text, label, run}]; built anew only where they changed. */
+  /** banners: [{key, text, label, run}]; built anew only where they changed. A new one is an alarm too. */
   banners(banners) {
     const root = $("#banners")
     const shown = new Map([...root.children].map((banner) => [banner.dataset.key, banner]))
+    const news = []
     for (const { key, text, label, run } of banners) {
       const banner = shown.get(key) ?? make("div", { class: "banner", "data-key": key }, icon("warn"), make("p"), make("button", { class: "button" }))
-      if (!shown.delete(key)) root.append(banner)
+      if (!shown.delete(key)) {
+        root.append(banner)
+        news.push(text)
+      }
       put($("p", banner), { text })
       put($("button", banner), { text: label })
       $("button", banner).onclick = run
     }
     for (const banner of shown.values()) banner.remove()
+    if (news.length) this.alarm(news.join(" "))
     document.body.style.setProperty("--banners", `${root.offsetHeight}px`)
   }
 }

@@ -88,7 +88,7 @@ export class Scrubber {
     this.buttons.play.onclick = () => this.play()
     this.buttons.back.onclick = () => this.step(-1)
     this.buttons.on.onclick = () => this.step(1)
-    addEventListener("resize", () => this.lay())
+    new ResizeObserver(() => this.lay()).observe(root) // also when it comes into sight
   }
 
   get lead() {

@@ -2,10 +2,10 @@
 
 const WAITS_MS = [500, 1000, 2000, 4000, 8000, 15000]
 const PING_MS = 2000
-const SILENT_MS = 8000 // four pings unanswered: the line is dead, though no close came
+const SILENT_MS = 7000 // four pings unanswered: the line is dead, though no close came
 
 export class Socket {
-  /** on: {open(), text(message), binary(buffer), closed({retry_at_ms})}; retry_at_ms is Date.now() time. */
+  /** on: {open(), text(message), binary(buffer), closed({retry_at_ms, code})}; retry_at_ms is Date.now() time; code: why, as WebSockets count it. */
   constructor(url, on) {
     Object.assign(this, { url, on, failures: 0, live: null, heard_ms: 0, timer: 0 })
     setInterval(() => this.ping(), PING_MS)
@@ -28,14 +28,14 @@ export class Socket {
       if (typeof data === "string") this.on.text(JSON.parse(data))
       else this.on.binary(data)
     }
-    socket.onclose = () => this.live === socket && this.wait()
+    socket.onclose = ({ code }) => this.live === socket && this.wait(code)
   }
 
-  wait() {
+  wait(code) {
     this.live = null
     const wait_ms = WAITS_MS[Math.min(this.failures++, WAITS_MS.length - 1)] * (0.8 + 0.4 * Math.random())
     this.timer = setTimeout(() => this.connect(), wait_ms)
-    this.on.closed({ retry_at_ms: Date.now() + wait_ms })
+    this.on.closed({ retry_at_ms: Date.now() + wait_ms, code })
   }
 
   retry() {

@@ -142,7 +142,7 @@ export class Stage {
     this.sought = null
     const row = lead.nearest((one) => one.seq, seq)
     this.scrubber.go(row, false, false)
-    if (row.seq !== seq) this.on.act("toast", `Step ${seq + 1} is no longer kept. Showing ${lead.number(row)}, the nearest.`)
+    if (row.seq !== seq) this.on.act("toast", `This step is no longer kept. Showing ${lead.number(row)}, the nearest.`)
   }
 
   /** row: of the film, null: what is live again. released: the hand is off. */
@@ -248,6 +248,9 @@ export class Stage {
     put(this.parts.dot, { hidden: true })
     put(this.acts.keep, { hidden: !head.film })
     put(this.acts.compare, { hidden: false })
+    put(this.parts.under, { hidden: !this.scrubber.ready })
+    put(this.parts.bar, { class: "bar none" })
+    for (const part of [this.parts.step, this.parts.left]) put(part, { text: "" })
     this.figures = figures(["Step", "Sigma", "Step time", "Steps"])
     const parts = [this.figures.root, meta.prompt && promptSection(`${meta.prompt}`), section("Run", pairs("facts", factsOf(meta)))]
     this.parts.inspector.replaceChildren(...parts.filter(Boolean))
