@@ -196,6 +196,27 @@ def test_a_late_viewer_sees_the_newest_picture(daemon: Daemon, opened: Open, at:
             await_colour(page, canvas, colour)
 
 
+DRAWN_AT = """
+  self.drawn_ms = null
+  new MutationObserver(() => {
+    if (document.querySelector("canvas[data-pictures]:not([data-pictures='0'])")) drawn_ms ??= performance.now()
+  }).observe(document, {subtree: true, childList: true, attributes: true})"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("at", ["#/", "#/s/page/soon"])
+def test_a_late_viewer_sees_a_picture_at_once(daemon: Daemon, opened: Open, at: str) -> None:
+    """Opened between two steps, a page draws the last picture within a second of being asked for; the best of three."""
+    with LatentPublisher(daemon.broker, stream="page/soon", latent_format="sd1") as publisher:
+        publisher.publish(sd1_latents_of(RED), step=0, total_steps=9)
+        await_step(daemon, publisher, 0)
+        taken_ms = []
+        for _ in range(3):  # others may use the machine as well
+            page = opened(at, script=DRAWN_AT)
+            taken_ms.append(wait_for(lambda page=page: page.evaluate("self.drawn_ms"), WAIT_S, of="a picture"))  # type: ignore[misc]
+    assert min(taken_ms) < 1000, taken_ms
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("at", ["#/", "#/s/page/again"])
 def test_a_stream_that_runs_again_shows_its_new_run(daemon: Daemon, opened: Open, at: str) -> None:

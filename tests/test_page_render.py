@@ -126,6 +126,57 @@ def test_credit_brings_the_next_picture(host: PageHost, opened: Open) -> None:
     expect(page.locator("canvas[data-stream=red][data-pictures='2'][data-seq='1']")).to_be_attached()
 
 
+def test_an_overloaded_browser_waits_for_a_keyframe(host: PageHost, opened: Open) -> None:
+    """While the decoder's queue is too long no delta goes in, and a keyframe is asked for at most twice a second."""
+    host.streams = [stream("red"), stream("b")]
+    whole = annex_b(RED)
+    host.source = lambda _name, _rendition, key: ({"keyframe": key}, whole)
+    script = """
+      const Real = VideoDecoder
+      self.fed = []
+      self.VideoDecoder = class extends Real {
+        get decodeQueueSize() { return self.behind ? 3 : super.decodeQueueSize }
+        decode(chunk) { fed.push(chunk.type); super.decode(chunk) }
+      }"""
+    page = opened("#/s/red", script=ON_PAGE + script)
+    expect(page.locator("#stage-canvas[data-pictures='1']")).to_be_attached()
+    page.evaluate("self.behind = true")
+    host.source = lambda _name, _rendition, _key: ({"keyframe": False}, whole)
+    asked: list[Json] = []
+    began_s = time.monotonic()
+
+    def asked_again() -> bool:
+        host.draw("red")
+        asked[:] = [message for message in host.messages if message["type"] == "keyframe"]
+        return len(asked) >= 3
+
+    until(asked_again, page)
+    assert time.monotonic() - began_s >= 2 * 0.5 - 0.05
+    assert page.evaluate("self.fed") == ["key"]
+    host.source = lambda _name, _rendition, _key: ({"keyframe": True}, whole)
+    host.draw("red")
+    expect(page.locator("#stage-canvas[data-pictures='2']")).to_be_attached()
+
+
+def test_the_next_clip_goes_on_where_the_former_was(host: PageHost, opened: Open) -> None:
+    """A clip of four pictures, ten a second: the next step's clip takes over at the third, not at its first."""
+    page = opened(clock=True)
+    page.evaluate("""async () => {
+      const { ClipLoop } = await import("/page/playback.js")
+      self.shown = []
+      self.loop = new ClipLoop(({ header }) => void shown.push(`${header.seq}.${header.index}`))
+      self.send = (seq) => { for (let index = 0; index < 4; index++) {
+        loop.take({ header: { run: "r", seq, index, count: 4, pts: index * 9000 }, bytes: null }) } }
+    }""")
+    page.clock.pause_at(time.time() + 60)
+    page.evaluate("send(0)")
+    page.clock.run_for(220)
+    assert page.evaluate("shown") == ["0.0", "0.1", "0.2"]
+    page.evaluate("send(1)")
+    page.clock.run_for(200)
+    assert page.evaluate("shown") == ["0.0", "0.1", "0.2", "1.3", "1.0"]
+
+
 def test_numbers_never_run_ahead_of_the_picture(host: PageHost, opened: Open) -> None:
     """While the daemon is at step 21, or done, and the tile shows the picture of step 17, the tile says 17."""
     host.streams = [stream("red", step=16, seq=16), stream("blue")]
@@ -248,6 +299,18 @@ def test_each_state_has_its_words(host: PageHost, browser: Browser) -> None:
     page.close()
 
 
+def test_an_opened_stream_tells_what_it_makes_and_when(host: PageHost, opened: Open) -> None:
+    """Prompt, seed, seconds a step and the time that is left stand beside the picture."""
+    host.streams = [stream("a", fps=2.0, meta={"prompt": "a red dune", "seed": 4711}), stream("b")]
+    page = opened("#/s/a")
+    expect(page.locator(".prose")).to_have_text("a red dune")
+    facts = page.locator(".facts")
+    expect(facts.locator("dt", has_text="Seed").locator("xpath=following-sibling::dd[1]")).to_have_text("4711")
+    figure = page.locator(".figures dt", has_text="Step time").locator("xpath=following-sibling::dd[1]")
+    expect(figure).to_have_text("0.50 s")
+    expect(page.locator("[data-part=left]")).to_have_text("about 6 s left")  # eleven steps, two a second
+
+
 def test_tiles_keep_their_places(host: PageHost, opened: Open) -> None:
     """A new stream comes last, one that ends or is no longer listed stays where it was."""
     host.streams = [stream("a"), stream("b"), stream("c")]
@@ -333,6 +396,39 @@ def test_record_is_the_daemons_word(host: PageHost, opened: Open) -> None:
     expect(page.locator("[data-name='nested/a'] .badge")).to_have_text("REC")
     button.click()
     until(lambda: host.requests[-1][2] == {"mode": "off"}, page)
+
+
+def test_the_last_frame_alone_can_be_kept(host: PageHost, opened: Open) -> None:
+    """The menu beside Record, and Shift+R, ask for the last frame; both show what the daemon says, and end it."""
+    host.streams = [stream("a"), stream("b")]
+    page = opened("#/s/a")
+    menu = page.get_by_role("combobox", name="What is kept of this stream")
+    expect(menu).to_have_value("off")
+    menu.select_option("last")
+    until(lambda: host.requests == [("POST", "streams/a/record", {"mode": "last"})], page)
+    host.streams[0]["record"] = "last"
+    host.push()
+    expect(menu).to_have_value("last")
+    expect(page.locator("#view-stage .badge")).to_have_text("Keeps last")
+    page.get_by_role("heading", name="a", exact=True).focus()
+    page.keyboard.press("Shift+R")
+    until(lambda: host.requests[1:] == [("POST", "streams/a/record", {"mode": "off"})], page)
+    host.streams[0]["record"] = "off"
+    host.push()
+    expect(menu).to_have_value("off")
+    page.keyboard.press("Shift+R")
+    until(lambda: len(host.requests) == 3 and host.requests[2][2] == {"mode": "last"}, page)
+
+
+def test_what_could_not_be_recorded_is_offered_as_latents(host: PageHost, opened: Open) -> None:
+    """A recording that waits, for a full disk say, offers the run's latents; a finished one does not."""
+    host.recordings = [recording("a", state="failed", error="The disk is full."), recording("b")]
+    page = opened(f"#/r/{host.recordings[0]['id']}")
+    link = page.get_by_role("link", name="Download the latents")
+    expect(link).to_have_attribute("href", f"/api/v1/runs/{host.recordings[0]['run']}/latents")
+    page.evaluate(f"location.hash = '#/r/{host.recordings[1]['id']}'")
+    expect(page.get_by_role("heading", name="b", exact=True)).to_be_visible()
+    expect(link).to_have_count(0)
 
 
 def test_a_refused_record_says_why(host: PageHost, opened: Open) -> None:
@@ -602,6 +698,68 @@ def test_a_machine_that_slept_keeps_its_video(host: PageHost, opened: Open) -> N
         page.evaluate("self.held.splice(0).forEach((decode) => decode()); self.held = null")
     expect(page.locator("#stage-canvas[data-pictures='4'][data-rendition=live]")).to_be_attached()
     assert set(page.evaluate("self.asked")) == {"no-preference"}
+
+
+# --- much of everything ---
+
+LONG_TASKS = """
+  self.long_tasks = []
+  new PerformanceObserver((list) => long_tasks.push(...list.getEntries().map(({duration}) => Math.round(duration))))
+    .observe({type: "longtask", buffered: true})
+  self.changes = 0
+  const count = (changes) => self.changes += changes.length
+  document.addEventListener("DOMContentLoaded", () => new MutationObserver(count)
+    .observe(document.querySelector("#view-recordings"), {subtree: true, childList: true, attributes: true}))
+"""
+
+
+def test_thousands_of_recordings_cost_a_page_little(host: PageHost, opened: Open) -> None:
+    """Of 3,000 recordings those in the list are written, once; no task takes 0.1 s; all can be reached."""
+    host.streams = [stream("a"), stream("b")]
+    host.recordings = [recording(f"r{index:04}", started=10_000.0 - index) for index in range(3000)]
+    host.thumbs = {one["id"]: jpeg(RED) for one in host.recordings}
+
+    def tell_again(page: Page) -> None:
+        for _ in range(4):
+            host.streams.append(stream(f"s{len(host.streams)}"))
+            host.push()
+            expect(page.locator("#tab-live .count")).to_have_text(f"{len(host.streams)}")
+
+    page = opened(script=LONG_TASKS)
+    tell_again(page)
+    assert page.locator("#recordings li").count() == 0  # nobody looks at them
+    page.evaluate("location.hash = '#/recordings'")
+    rows = page.locator("#recordings b")
+    expect(rows).to_have_count(100)
+    until(lambda: page.evaluate("document.querySelector('#films').hidden"), page)
+    before = page.evaluate("self.changes")
+    tell_again(page)
+    assert page.evaluate("self.changes") == before  # nothing of them is new
+    host.recordings.insert(0, recording("newest", started=20_000.0))
+    host.recordings = [one for one in host.recordings if one["stream"] != "r0001"]
+    host.push()
+    expect(rows.nth(0)).to_have_text("newest")
+    expect(rows.nth(2)).to_have_text("r0002")
+    expect(rows).to_have_count(100)
+    page.get_by_role("button", name="Show 100 of 2900 more").press("Enter")
+    expect(rows).to_have_count(200)
+    expect(page.locator("#recordings li").nth(100).locator(".rec-open")).to_be_focused()
+    assert [task for task in page.evaluate("self.long_tasks") if task >= 100] == []
+
+
+def test_two_long_films_are_laid_side_by_side_at_once(host: PageHost, opened: Open) -> None:
+    """Two runs of 3,000 steps each, with other totals: no task takes a tenth of a second."""
+    for run, total in (("a" * 16, 3000), ("b" * 16, 3001)):
+        host.steps[run] = [[seq, seq, total, 3000.0 - seq, 100 * seq] for seq in range(3000)]
+    picture = annex_b(GREEN)
+    host.film = lambda _run, _seq: picture
+    page = opened(script=LONG_TASKS)
+    page.evaluate(f"location.hash = '#/compare/{'a' * 16}/{'b' * 16}'")
+    expect(page.locator("#view-compare .state")).to_contain_text("Matched by sigma: 3000 and 3001 steps")
+    await_colour(page, "#compare-b", GREEN)
+    page.keyboard.press("Home")
+    expect(page.locator("#compare-b[data-seq='0']")).to_be_attached()
+    assert [task for task in page.evaluate("self.long_tasks") if task >= 100] == []
 
 
 # --- keys, access, layout ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, expect
 
 from taesd_stream import LatentPublisher
@@ -149,6 +151,9 @@ def test_a_page_lives_through_a_restart_of_the_daemon(browser: Browser, tmp_path
             await_colour(page, STAGE, PATCHES["white"])
             page.keyboard.press("Home")
             await_colour(page, STAGE, PATCHES["red"])
+            page.goto("about:blank")
+            page.goto(f"{daemon.web}/#/s/{run}/1")
+            await_colour(page, STAGE, PATCHES["green"])
             page.goto("about:blank")
             page.goto(f"{daemon.web}/#/s/restart/old")  # by its name: the broker knows of no such stream any more
             await_colour(page, STAGE, PATCHES["white"])
@@ -294,6 +299,54 @@ def test_two_runs_are_compared_at_the_same_step(daemon: Daemon, opened: Open, sc
     await_colour(page, "#compare-b", PATCHES["white"])
 
 
+def test_the_wipe_parts_the_pictures_where_it_stands(daemon: Daemon, opened: Open) -> None:
+    """With the wipe at 40 %, what is left of it has the first run's colour, what is right of it the second's."""
+    runs = [filmed(daemon, "compare/left", ["red", "green"]), filmed(daemon, "compare/right", ["blue", "white"])]
+    page = opened(f"#/compare/{runs[0]}/{runs[1]}/0/wipe")
+    await_colour(page, "#compare-a", PATCHES["red"])
+    await_colour(page, "#compare-b", PATCHES["blue"])
+    for at in (40, 60):
+        page.get_by_role("slider", name="Wipe between A and B").fill(str(at))
+        box = page.locator("#compare-a").bounding_box()
+        assert box is not None
+        seen = np.asarray(Image.open(io.BytesIO(page.screenshot(clip=box))).convert("RGB"))
+        height, width, _ = seen.shape
+        for place in (at - 3, at + 3):
+            colour = seen[height * 3 // 4, width * place // 100].astype(int)  # below the labels
+            expected = PATCHES["red" if place < at else "blue"]
+            assert np.abs(colour - expected).max() <= 12, f"wipe at {at} %, at {place} %: {colour}"
+
+
+def test_two_live_runs_are_locked_to_one_step(daemon: Daemon, opened: Open) -> None:
+    """While both go on, the faster one waits: both pictures are of the last step that both have come to."""
+    with contextlib.ExitStack() as stack:
+        viewer = stack.enter_context(PageSocket(daemon))
+        streams = ["locked/fast", "locked/slow"]
+        fast, slow = (
+            stack.enter_context(LatentPublisher(daemon.broker, stream=one, latent_format="sd1", record="off"))
+            for one in streams
+        )
+        viewer.watch(dict.fromkeys(streams, "thumb"))
+
+        def paint(publisher: LatentPublisher, step: int, name: str) -> None:
+            publisher.publish(sd1_latents_of(PATCHES[name]), step=step, total_steps=4)
+            wait_for(lambda: len(steps(daemon, str(publisher.run))) == step + 1, of=f"step {step} in the film")
+
+        for step, name in enumerate(("red", "green", "blue")):
+            paint(fast, step, name)
+        paint(slow, 0, "white")
+        page = opened(f"#/compare/{fast.run}/{slow.run}")
+        await_colour(page, "#compare-a", PATCHES["red"])
+        await_colour(page, "#compare-b", PATCHES["white"])
+        paint(slow, 1, "magenta")
+        await_colour(page, "#compare-b", PATCHES["magenta"])
+        await_colour(page, "#compare-a", PATCHES["green"])
+        paint(fast, 3, "cyan")
+        paint(slow, 2, "red")
+        await_colour(page, "#compare-b", PATCHES["red"])
+        await_colour(page, "#compare-a", PATCHES["blue"])
+
+
 def test_embed_is_a_bare_player_that_others_may_frame(daemon: Daemon, opened: Open, tmp_path: Path) -> None:
     """An iframe of another site shows the stream and nothing else; the page itself refuses to be framed."""
     with LatentPublisher(daemon.broker, stream="embed/one", latent_format="sd1", record="off") as publisher:
@@ -311,13 +364,43 @@ def test_embed_is_a_bare_player_that_others_may_frame(daemon: Daemon, opened: Op
             threading.Thread(target=notebook.serve_forever).start()
             try:
                 page.goto(f"http://localhost:{notebook.server_port}/notebook.html")
-                expect(page.frame_locator("iframe >> nth=0").locator("canvas")).to_be_attached()
+                await_colour(page.frame_locator("iframe >> nth=0"), "canvas", PATCHES["blue"])
                 expect(page.frame_locator("iframe >> nth=1").locator(".top")).to_have_count(0)
             finally:
                 notebook.shutdown()
 
 
 # --- stop ---
+
+
+def test_stop_is_in_time_for_the_next_step(daemon: Daemon, opened: Open) -> None:
+    """A sampler of five steps a second: from the daemon's answer to Stop it publishes one step more at most."""
+    published = 0
+    done = threading.Event()
+
+    def sample() -> None:
+        nonlocal published
+        while not (publisher.stopped or done.wait(0.2)):
+            publisher.publish(sd1_latents_of(PATCHES["red"]), step=published, total_steps=10_000)
+            published += 1
+
+    with LatentPublisher(daemon.broker, stream="steps/in-time", latent_format="sd1", record="off") as publisher:
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        try:
+            page = opened("#/s/steps/in-time")
+            await_picture(page, STAGE)
+            stop = page.locator(".actions [data-act=stop]")
+            expect(stop).not_to_have_attribute("aria-disabled", re.compile("."))
+            with page.expect_response(lambda answer: answer.url.endswith("/stop")):
+                page.keyboard.press("Shift+X")
+            at_answer = published
+            sampler.join(20)
+            assert not sampler.is_alive()
+        finally:
+            done.set()
+            sampler.join()
+    assert published - at_answer <= 1
 
 
 def test_stop_reaches_the_sampler_within_a_step(daemon: Daemon, opened: Open) -> None:

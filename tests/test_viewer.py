@@ -28,6 +28,7 @@ from taesd_stream_workers.streamer.inbox import INBOX_BYTES, Inbox
 from taesd_stream_workers.streamer.latency import Latency
 from taesd_stream_workers.streamer.newest_runs import NewestRuns
 from taesd_stream_workers.streamer.viewer import Viewer, to_message, unpack_picture
+from taesd_stream_workers.streamer.web.peers import Peers
 from tests.daemon import Daemon, wait_for
 from tests.golden_messages import OTHER_RUN, PACKET, RUN
 
@@ -474,6 +475,19 @@ def test_a_worker_that_is_back_soon_alarms_nobody() -> None:
     assert asyncio.run(told({"engines": {}})) == ([], [])
     clock.now_s += 60
     assert asyncio.run(told()) == ([], [])
+
+
+def test_recordings_are_written_out_once_for_all_pages() -> None:
+    """The JSON of the recordings is made anew when they changed, and only then."""
+    hub = Hub(Latency(), lambda _message: None)
+    peers = Peers(hub)
+    assert json.loads(peers.recordings_json()) == []
+    hub.recordings = [{"id": "a"}]
+    text = peers.recordings_json()
+    assert [row["id"] for row in json.loads(text)] == ["a"]
+    assert peers.recordings_json() is text
+    hub.recordings = [{"id": "b"}]
+    assert [row["id"] for row in json.loads(peers.recordings_json())] == ["b"]
 
 
 def test_stamps_never_go_back() -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from taesd_stream.decoding.few_threads import few_threads
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColourMatrix:
@@ -59,24 +61,30 @@ def planes_420(rgb: Tensor, matrix: ColourMatrix) -> Tensor:
     """
     if rgb.ndim != 4 or rgb.shape[1] != 3:
         raise ValueError(f"rgb: expected (N, 3, H, W), got shape {tuple(rgb.shape)}")
-    rgb = pad_to_even(torch.nan_to_num(rgb.float(), nan=0.5, posinf=1.0, neginf=0.0).clamp_(0, 1))
-    count, _, height, width = rgb.shape
-    small = F.avg_pool2d(rgb, 2)  # the matrix is linear: means of RGB have the means of chroma
-    luma = matrix.luma_base + matrix.luma_span * _luma(rgb, matrix)
-    blue = _chroma(small, 2, matrix.kb, matrix)
-    red = _chroma(small, 0, matrix.kr, matrix)
-    planes = torch.cat([plane.flatten(1) for plane in (luma, blue, red)], dim=1)
-    return (planes + _HALF).to(torch.uint8).reshape(count, height * 3 // 2, width)
+    with few_threads(rgb.device, len(rgb) * rgb.shape[-2] * rgb.shape[-1]):
+        rgb = pad_to_even(torch.nan_to_num(rgb.float(), nan=0.5, posinf=1.0, neginf=0.0).clamp_(0, 1))
+        count, _, height, width = rgb.shape
+        # Straight into the codes, with few maps in between: on a processor their memory is most of the time.
+        planes = torch.empty(count, height * 3 // 2, width, dtype=torch.uint8, device=rgb.device)
+        quarter = height * width // 4
+        luma, blue, red = torch.split(planes.flatten(1), [4 * quarter, quarter, quarter], dim=1)
+        _write(luma, _luma(rgb, matrix), matrix.luma_span, matrix.luma_base)
+        small = F.avg_pool2d(rgb, 2)  # the matrix is linear: means of RGB have the means of chroma
+        grey = _luma(small, matrix)
+        _write(blue, small[:, 2] - grey, matrix.chroma_span / (2 * (1 - matrix.kb)), 128)
+        _write(red, small[:, 0] - grey, matrix.chroma_span / (2 * (1 - matrix.kr)), 128)
+    return planes
 
 
 def _luma(rgb: Tensor, matrix: ColourMatrix) -> Tensor:
+    """(N, 3, H, W) -> (N, H, W), in [0, 1]; new memory."""
     red, green, blue = rgb.unbind(1)
-    return matrix.kr * red + (1 - matrix.kr - matrix.kb) * green + matrix.kb * blue
+    return (matrix.kr * red).add_(green, alpha=1 - matrix.kr - matrix.kb).add_(blue, alpha=matrix.kb)
 
 
-def _chroma(rgb: Tensor, channel: int, weight: float, matrix: ColourMatrix) -> Tensor:
-    """One colour difference, (channel - luma) scaled to [-0.5, 0.5], in codes."""
-    return 128 + matrix.chroma_span * (rgb[:, channel] - _luma(rgb, matrix)) / (2 * (1 - weight))
+def _write(plane: Tensor, values: Tensor, span: float, base: float) -> None:
+    """Rounded codes, base + span * values, into (N, H*W) uint8; `values` are used up."""
+    plane.copy_(values.mul_(span).add_(base + _HALF).flatten(1))
 
 
 def count_nan(rgb: Tensor) -> int:
@@ -106,4 +114,5 @@ def fit_within(rgb: Tensor, long_side_px: int) -> Tensor:
         return rgb
     limit = long_side_px - long_side_px % 2
     size = [min(limit, max(2, round(side * long_side_px / longest / 2) * 2)) for side in (height, width)]
-    return F.interpolate(rgb, size=size, mode="area")
+    with few_threads(rgb.device, len(rgb) * height * width):
+        return F.interpolate(rgb, size=size, mode="area")

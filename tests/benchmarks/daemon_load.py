@@ -126,19 +126,26 @@ def measure(daemon: Daemon, arguments: argparse.Namespace, folder: Path) -> dict
         for process in (*loads, *pages):
             process.wait(60)
         progress("load ended")
-    times_ms = np.diff(np.concatenate([one["stamps"] for one in seen]), axis=1) / 1000
     by_daemon = [round((b - a) / seconds, 1) for a, b in zip(before, after, strict=True)]
+    return {
+        "frames_s": round(sum(by_daemon), 1),
+        "by_daemon": by_daemon,
+        **of_pages(seen, seconds),
+        "busy_cores": cores,
+        "workers": [{key: row[key] for key in ("device", "engines", "frames")} for row in workers],
+    }
+
+
+def of_pages(seen: list[Any], seconds: float) -> dict[str, Any]:
+    """What the pages' files say of the pictures that came within so long."""
+    times_ms = np.diff(np.concatenate([one["stamps"] for one in seen]), axis=1) / 1000
     return {
         "first_picture_s": round(max(float(one["first_s"]) for one in seen), 2),
         "published_s": round(sum(int(one["published"]) for one in seen) / seconds, 1),
-        "frames_s": round(sum(by_daemon), 1),
-        "by_daemon": by_daemon,
         "page_frames_s": round(len(times_ms) / seconds, 1),
         "publish_to_packet_ms": percentiles(list(times_ms.sum(axis=1))),
         "stages_ms": {name: percentiles(list(column)) for name, column in zip(NAMES, times_ms.T, strict=True)},
         "packet_kib": round(float(np.concatenate([one["sizes"] for one in seen]).mean()) / 1024, 1),
-        "busy_cores": cores,
-        "workers": [{key: row[key] for key in ("device", "engines", "frames")} for row in workers],
     }
 
 

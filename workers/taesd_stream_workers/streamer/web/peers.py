@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import operator
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -45,6 +47,7 @@ class Peers:
         self._hub = hub
         self._peers = peers
         self._viewers: set[Viewer] = set()
+        self._recordings_json: tuple[list[list[Row]], str] = ([], "")  # the lists that it was made of, and the text
         self.own = Peers(hub) if peers else self
 
     @asynccontextmanager
@@ -123,6 +126,15 @@ class Peers:
         ours = [_ours(row) for row in self._hub.recordings]
         theirs = [row for peer in self._peers for row in peer.recordings]
         return sorted(ours + theirs, key=lambda row: (row["state"] == "finished", -row["started"])) if theirs else ours
+
+    def recordings_json(self) -> str:
+        """`recordings` as JSON: there may be thousands, so it is made once for all pages until a list is replaced."""
+        lists = [self._hub.recordings, *(peer.recordings for peer in self._peers)]
+        made_of, text = self._recordings_json
+        if not made_of or not all(map(operator.is_, lists, made_of)):
+            text = json.dumps(self.recordings())
+            self._recordings_json = lists, text
+        return text
 
     def alerts(self) -> list[dict[str, str]]:
         """What everybody must know now."""

@@ -98,15 +98,8 @@ async def _in_time(sending: Awaitable[None]) -> None:
 
 
 def _state(peers: Peers) -> str:
-    return json.dumps(
-        {
-            "type": "state",
-            "streams": peers.streams(),
-            "recordings": peers.recordings(),
-            "stats": peers.stats(),
-            "alerts": peers.alerts(),
-        }
-    )
+    told = {"type": "state", "streams": peers.streams(), "stats": peers.stats(), "alerts": peers.alerts()}
+    return f'{json.dumps(told)[:-1]}, "recordings": {peers.recordings_json()}}}'
 
 
 async def _read(socket: WebSocket, hub: Hub, viewer: Viewer, links: PageLinks) -> None:

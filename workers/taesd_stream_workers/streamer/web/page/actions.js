@@ -23,16 +23,18 @@ export class Actions {
     addEventListener("pagehide", () => this.held.splice(0).forEach((act) => act.commit()))
   }
 
-  async record(item) {
+  /** Keep every frame, or only the last; what is kept already, no more. */
+  async record(item, wanted = "all") {
     if (item.ended || item.record_busy) return
     item.record_busy = true
-    const mode = item.recording ? "off" : "all"
+    const mode = wanted === item.data.record ? "off" : wanted
+    const { name } = item
     try {
-      await call("POST", `streams/${pathOf(item.name)}/record`, { mode })
-      this.notices.say(mode === "all" ? `Recording ${item.name}` : `Recording of ${item.name} ended`)
+      await call("POST", `streams/${pathOf(name)}/record`, { mode })
+      this.notices.say({ all: `Recording ${name}`, last: `The last frame of ${name} will be kept`, off: `Recording of ${name} ended` }[mode])
     } catch (error) {
-      const what = mode === "all" ? "start the recording" : "end the recording"
-      this.notices.fail(`Could not ${what} of ${item.name}: ${error.message}`, () => this.record(item))
+      const what = { all: `start the recording of ${name}`, last: `keep the last frame of ${name}`, off: `end the recording of ${name}` }[mode]
+      this.notices.fail(`Could not ${what}: ${error.message}`, () => this.record(item, wanted))
     }
     item.record_busy = false
     this.changed()

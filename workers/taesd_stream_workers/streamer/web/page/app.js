@@ -44,9 +44,10 @@ const list = new RecordingList((id) => actions.remove(recordings().find((recordi
 
 const recordings = () => daemon.recordings.filter(({ id }) => !actions.removed.has(id))
 
-function act(kind, subject, at_once = false) {
-  if (kind === "record") actions.record(subject)
-  if (kind === "stop") actions.stop(subject, at_once)
+/** how: of record, what is kept, if not every frame; of stop, whether at once. */
+function act(kind, subject, how) {
+  if (kind === "record") actions.record(subject, how)
+  if (kind === "stop") actions.stop(subject, how)
   if (kind === "undo") actions.undo(subject)
   if (kind === "keep") actions.keep(subject.data?.run ?? subject.run, subject.name)
   if (kind === "compare") pick(subject.data?.run ?? subject.run, subject.name)
@@ -115,7 +116,7 @@ function takeState(state) {
 function changed() {
   tellTools()
   tellCounts()
-  list.update(recordings())
+  if (view.kind === "recordings") list.update(recordings())
   if (view.kind === "stage" && !stage.item && found()) openStream()
   if (view.kind === "playing" && !stage.recording) openRecording()
   look()
@@ -207,7 +208,7 @@ function route() {
   put($("#tab-live"), { "aria-current": kept ? null : "page" })
   put($("#tab-recordings"), { "aria-current": kept ? "page" : null })
   if (!opened) stage.close()
-  if (view.kind === "recordings") list.lookForFilms()
+  if (view.kind === "recordings") list.open(recordings())
   if (view.kind !== "compare") compare.close()
   else compare.open(view.runs, view.seq, view.mode)
   if (view.kind === "stage") openStream()

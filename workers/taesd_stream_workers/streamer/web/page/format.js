@@ -32,13 +32,15 @@ export function bytesText(bytes) {
   return bytes < 1e9 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(2)} GB`
 }
 
+const [TIME, DAY, YEAR] = [{}, { month: "short", day: "numeric" }, { month: "short", day: "numeric", year: "numeric" }].map(
+  (date) => new Intl.DateTimeFormat([], { ...date, hour: "numeric", minute: "2-digit" }), // made once: each takes its time
+)
+
 /** When something was, as people say it: 14:02, or Nov 23, 14:02, in the reader's own language. */
 export function whenText(unix_s, now = new Date()) {
   const then = new Date(unix_s * 1000)
-  const time = { hour: "numeric", minute: "2-digit" }
-  if (then.toDateString() === now.toDateString()) return then.toLocaleTimeString([], time)
-  const year = then.getFullYear() === now.getFullYear() ? {} : { year: "numeric" }
-  return then.toLocaleString([], { month: "short", day: "numeric", ...year, ...time })
+  if (then.toDateString() === now.toDateString()) return TIME.format(then)
+  return (then.getFullYear() === now.getFullYear() ? DAY : YEAR).format(then)
 }
 
 export const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`

@@ -17,7 +17,7 @@ export function listenToKeys(on) {
     Escape: on.back,
   }
   const of_stream = {
-    r: (item) => on.act("record", item),
+    r: (item, event) => on.act("record", item, event.shiftKey ? "last" : undefined),
     x: (item, event) => on.act("stop", item, event.shiftKey),
     c: (item) => on.act("compare", item),
     s: (item) => on.act("say", item),
@@ -38,7 +38,7 @@ export function listenToKeys(on) {
     const { target, key } = event
     if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || $("#help").open) return
     if (key === " " && target.matches("button, a")) return
-    if (target.matches("input:not([type=range]), textarea, video")) {
+    if (target.matches("input:not([type=range]), textarea, select, video")) {
       if (key === "Escape" && target.id === "filter") leaveFilter(target)
       return
     }

@@ -4,16 +4,21 @@ import { $, make, put, stamp } from "./dom.js"
 import { bytesText, clockText, plural, whenText } from "./format.js"
 
 const FILMS_MAX = 100
+const ROWS = 100 // as many are written at first, and at each press of More
 const ENDS_EARLY = "Ends early: the daemon stopped while recording."
 
 export const fileOf = (id) => `/api/v1/recordings/${encodeURIComponent(id)}/file`
 
 export class RecordingList {
   rows = new Map() // id -> its li
+  most = ROWS
+  recordings = []
 
   /** remove(id): Delete was pressed. */
   constructor(remove) {
     this.list = $("#recordings")
+    this.more = $("#more-recordings")
+    this.more.onclick = () => this.writeMore()
     this.list.addEventListener("click", ({ target }) => {
       if (!target.closest("[data-act=delete]")) return
       const row = target.closest("li")
@@ -21,6 +26,11 @@ export class RecordingList {
       remove(row.dataset.id)
       ;(next ? $(".rec-open", next) : $("#view-recordings h1")).focus()
     })
+  }
+
+  open(recordings) {
+    this.update(recordings)
+    this.lookForFilms()
   }
 
   /** The films of runs that nobody recorded: asked for when the list is looked at. */
@@ -36,21 +46,36 @@ export class RecordingList {
     put($("#films"), { hidden: !links.length })
   }
 
-  /** The newest comes first. */
+  /** The newest comes first. There may be thousands, four times a second: only what is in the list is written. */
   update(recordings) {
-    const shown = recordings.toSorted((a, b) => b.started - a.started)
-    for (const [id, row] of this.rows) {
-      if (shown.some((recording) => recording.id === id)) continue
+    this.recordings = recordings
+    const shown = recordings.toSorted((a, b) => b.started - a.started).slice(0, this.most)
+    const left = new Map(this.rows)
+    for (const { id } of shown) left.delete(id)
+    for (const [id, row] of left) {
       row.remove()
       this.rows.delete(id)
     }
-    shown.forEach((recording, index) => {
+    let place = this.list.firstElementChild
+    for (const recording of shown) {
       const row = this.rows.get(recording.id) ?? this.add(recording)
-      if (this.list.children[index] !== row) this.list.insertBefore(row, this.list.children[index] ?? null)
-      this.write(row, recording)
-    })
+      if (row === place) place = place.nextElementSibling
+      else this.list.insertBefore(row, place)
+      const known = JSON.stringify(recording)
+      if (recording.state === "recording" || row.known !== known) this.write(row, recording)
+      row.known = known
+    }
+    const behind = recordings.length - shown.length
+    put(this.more, { hidden: !behind, text: `Show ${Math.min(ROWS, behind)} of ${behind} more` })
     put($("#no-recordings"), { hidden: shown.length > 0 })
     put($("#view-recordings > h1"), { class: shown.length ? "" : "unseen" })
+  }
+
+  writeMore() {
+    const last = this.list.lastElementChild
+    this.most += ROWS
+    this.update(this.recordings)
+    $(".rec-open", last.nextElementSibling).focus()
   }
 
   add({ id, stream, name, part, parts }) {

@@ -209,19 +209,19 @@ export class Scrubber {
       if (!film || !width) return
       const cell = width / this.span
       const every = Math.ceil((CELL_PX * ratio) / cell)
-      const cells = this.cellRows(film)
-        .filter(([place]) => place % every === 0)
+      const cells = this.cellRows(film, every)
         .map(([place, { seq }]) => ({ seq, x: Math.round(place * cell), width: Math.round((place + every) * cell) - Math.round(place * cell) - 1 }))
       this.on.cells(index, { run: film.run, cells, width, height })
     })
   }
 
-  /** [place, row] of a film's cells: under each step of the first film stands what is shown with it. */
-  cellRows(film) {
+  /** [place, row] of a film's cells, one of `every`: under each step of the first film stands what is shown with it. */
+  cellRows(film, every) {
     const { lead } = this
-    if (film === lead) return film.rows.map((row) => [film.place(row), row])
+    const rows = lead.rows.filter((row) => lead.place(row) % every === 0)
+    if (film === lead) return rows.map((row) => [film.place(row), row])
     const end = lead.place(this.end)
-    return lead.rows.filter((row) => lead.place(row) <= end).map((row) => [lead.place(row), film.like(row, lead)])
+    return rows.filter((row) => lead.place(row) <= end).map((row) => [lead.place(row), film.like(row, lead)])
   }
 
   layCurve() {

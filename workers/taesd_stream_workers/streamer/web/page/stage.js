@@ -19,7 +19,7 @@ export class Stage {
   row = null // of the film: the step that is shown instead
   film_part = 0 // of a batch whose pictures have a film each: which one
 
-  /** on: {tell(message), act(kind, item or recording or {run, name}), moved(run, seq or null)} */
+  /** on: {tell(message), act(kind, item or recording or {run, name}, how), moved(run, seq or null)} */
   constructor(on) {
     const part = (selector) => $(`#view-stage ${selector}`)
     const act = (kind) => part(`.actions [data-act=${kind}]`)
@@ -28,11 +28,12 @@ export class Stage {
       title: part("h1"), back: part(".back"), state: part(".state"), dot: part(".state .dot"), note: part(".stage-note"), badge: part(".badge"),
       plate: part(".plate"), pill: part(".pill"), grid: part(".parts"), under: part(".under-stage"), bar: part(".bar"), step: part("[data-part=step]"), left: part("[data-part=left]"), inspector: part(".inspector"),
     }
-    this.acts = { record: act("record"), keep: act("keep"), compare: act("compare"), stop: act("stop"), download: act("download"), delete: act("delete") }
+    this.acts = { record: act("record"), modes: part(".modes"), keep: act("keep"), compare: act("compare"), stop: act("stop"), download: act("download"), delete: act("delete") }
     this.root.addEventListener("click", ({ target }) => {
       const button = target.closest("button[data-act]")
       if (button && !button.matches("[aria-disabled=true]")) on.act(button.dataset.act, this.item ?? this.recording ?? { run: this.run, name: this.parts.title.textContent })
     })
+    this.acts.modes.lastElementChild.onchange = ({ target }) => on.act("record", this.item, target.value)
     this.video.onerror = () => {
       if (!this.recording) return
       put(this.video, { hidden: true })
@@ -301,6 +302,8 @@ export class Stage {
     putBadge(parts.badge, item)
     put(parts.plate, { hidden: !item.stopping })
     putButtons(acts.record, acts.stop, item)
+    put(acts.modes, { hidden: item.ended })
+    acts.modes.lastElementChild.value = item.data.record
     put(acts.keep, { hidden: !item.ended || item.data.film == null || item.data.files.length > 0 })
     put(acts.record.lastElementChild, { text: item.recording ? "Recording" : "Record" })
     this.tellParts()
@@ -380,7 +383,9 @@ export class Stage {
     const batch = recording.part ? [["Picture", `${recording.part} of ${recording.parts}`]] : []
     const missing = gaps?.length ? [["Missing", plural(gaps.length, "frame")]] : []
     const facts = [...batch, ...factsOf(meta, recording.daemon), ...missing, ["Started", new Date(started * 1000).toLocaleString()], ["Name", name]]
-    const parts = [error && notice("danger", error), big.root, section("Step by step", make("div", { class: "files" }, make("a", { href: `#/s/${recording.run}/${recording.first_seq}` }, icon("play"), "Walk through the steps"))), meta.prompt && promptSection(`${meta.prompt}`), section("Run", pairs("facts", facts))]
+    // What is not in the file is in the log still.
+    const latents = state === "failed" && section("Not recorded yet", make("div", { class: "files" }, make("a", { href: `/api/v1/runs/${recording.run}/latents`, download: "" }, icon("down"), "Download the latents")))
+    const parts = [error && notice("danger", error), big.root, latents, section("Step by step", make("div", { class: "files" }, make("a", { href: `#/s/${recording.run}/${recording.first_seq}` }, icon("play"), "Walk through the steps"))), meta.prompt && promptSection(`${meta.prompt}`), section("Run", pairs("facts", facts))]
     this.parts.inspector.replaceChildren(...parts.filter(Boolean))
   }
 }
