@@ -362,7 +362,7 @@ class Run:
     def on_answered(self, candidate: Candidate) -> None:
         """The worker is done with it, for better or worse."""
         self.items_out = max(0, self.items_out - 1)
-        if candidate.is_record and self.kept is not None:
+        if candidate.is_record and self.kept is not None and not self.is_late(candidate):
             self.kept.on_answered(candidate.seq)
         if candidate.renditions != ("record",):
             self.live_in_flight = max(0, self.live_in_flight - 1)
