@@ -65,6 +65,18 @@ def test_a_silent_job_makes_its_worker_late(crew: Crew) -> None:
     wait_for(lambda: crew.gone() == [PEER], of="the deadline")
 
 
+def test_what_waits_behind_a_suspected_frame_waits_as_long(crew: Crew) -> None:
+    """It has a minute to show what it is: no job behind it is late before, also after a word; then all is as ever."""
+    suspect = crew.assign(worker_of(crew), (item(0, is_suspect=True),))
+    behind = crew.assign(worker_of(crew), (item(1),))
+    jobs = worker_of(crew).jobs
+    assert jobs[behind].deadline_s >= jobs[suspect].deadline_s
+    crew.progress(PEER, suspect)
+    assert jobs[behind].deadline_s >= jobs[suspect].deadline_s
+    crew.finish(PEER, suspect)
+    assert jobs[behind].deadline_s <= time.monotonic() + LATE_S / 2
+
+
 def test_what_it_still_holds_counts_against_its_credits(crew: Crew) -> None:
     """A worker that was given up and says HELLO again gets no more jobs than it can hold."""
     jobs = [crew.assign(worker_of(crew), (item(seq),)) for seq in range(2)]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from taesd_stream import wire
 from taesd_stream.config import load_config
 from taesd_stream.frames import StreamInfo
-from taesd_stream.messages import Done, Forget, Job, WorkerHello
+from taesd_stream.messages import Done, Failed, Forget, Job, WorkerHello
 from taesd_stream_workers.broker.dispatcher import Dispatcher, StreamerLink
 from taesd_stream_workers.broker.links import Links
 from taesd_stream_workers.broker.registry import Registry
@@ -86,6 +86,13 @@ class Farm:
             self._receive(place, socket)
         self._check()
 
+    def refuse(self, number: int) -> None:
+        """A worker has no decoder for its oldest job."""
+        job = self.jobs[number].pop(0)
+        refused = Failed(job=job.job, items=[], code="no_decoder", text="no decoder (test)", retry=False)
+        self._dispatcher.on_failed(WORKERS[number], refused)
+        self._dispatcher.give_jobs()
+
     def _receive(self, place: int, socket: zmq.Socket[bytes]) -> None:
         while socket.poll(0):
             message = wire.unpack(socket.recv_multipart(), wire.TO_WORKER)
@@ -139,3 +146,41 @@ def test_every_newest_frame_is_shown_by_one_worker_at_a_time(credits_: list[int]
         assert [one.shown[run.info.run][-1:] for run in one.runs] == [
             [seq] if seq >= 0 else [] for seq in one.published
         ]
+
+
+def test_the_balancer_moves_nothing_to_a_worker_that_refused_it() -> None:
+    """Two busy streams stay at the one worker that decodes them, until the idle one comes anew: it may do so then."""
+    with farm([1, 1, 1]) as one:
+        first, second = one.runs[:2]
+        one.take("hello", 0)
+        for number in (0, 1, 0, 1):
+            one.take("frame", number)
+            one.refuse(0)
+            if number and one.published[1] == 0:
+                one.take("hello", 1)
+        assert (first.worker, second.worker) == (WORKERS[1], WORKERS[1])
+        one.take("frame", 0)
+        one.take("answer", 1)  # in 1 ms
+        for run in (first, second):
+            run.interval_s, run.moved_s = 0.002, float("-inf")  # as if it had been there for long
+        one.take("tick", 0)
+        assert (first.worker, second.worker) == (WORKERS[1], WORKERS[1])
+        one.take("drain", 0)
+        one.take("hello", 0)
+        one.take("tick", 0)
+        assert {first.worker, second.worker} == {WORKERS[0], WORKERS[1]}
+
+
+def test_a_stream_leaves_a_worker_for_one_that_has_not_refused_it() -> None:
+    """Its worker drains: it goes to the one that nobody asked yet, though one without its decoder is as free."""
+    with farm([1, 1, 1]) as one:
+        for number in range(len(WORKERS)):
+            one.take("hello", number)
+        (run, *_) = one.runs
+        one.take("frame", 0)
+        one.refuse(0)
+        assert run.worker == b"three"
+        one.take("tick", 0)
+        one.take("drain", WORKERS.index(b"three"))
+        one.take("frame", 0)
+        assert run.worker == b"two"

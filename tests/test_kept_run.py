@@ -8,6 +8,7 @@ import pytest
 
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.latent_log import RunLog
+from taesd_stream.scheduling import Candidate
 from taesd_stream_workers.broker.kept_run import LEAST_FRAMES, MAX_STUCK_S, READ_AHEAD_FRAMES, RECORD_STUCK_S, KeptRun
 from taesd_stream_workers.broker.runs import MAX_FAILURES, Run
 from tests.broker_role import frame, new_run
@@ -114,3 +115,22 @@ def test_failures_of_old_frames_are_forgotten() -> None:
         assert run.failed(seq) == 2
     assert len(run.failures) == MAX_FAILURES
     assert min(run.failures) == MAX_FAILURES
+
+
+def test_an_answer_to_a_former_attempt_is_none_to_this_one(kept: KeptRun) -> None:
+    """A worker that is still at a frame of the new attempt is waited for, though the old one's same frame is done."""
+    run = Run(kept.log.info, peer=None, record="all")
+    run.kept = kept
+    sent: list[Candidate] = []
+    for _ in range(2):
+        one = run.candidates({}, 2 * NBYTES)[0]
+        taken = run.frame_of(one)
+        assert taken is not None
+        run.on_dispatched(one, taken, b"worker")
+        sent.append(one)
+        if len(sent) == 1:
+            kept.restart(-1, kept.attempt + 1)
+    run.on_answered(sent[0])
+    assert kept.undecoded == {0}
+    run.on_answered(sent[1])
+    assert kept.undecoded == set()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from taesd_stream.messages import Gap, Job, Progress
+from taesd_stream_workers.broker.crew import SILENT_S
 from tests.broker_role import BrokerRole, Peer, StreamerPeer, WorkerPeer, frame, new_run
 from tests.daemon import wait_for
 
@@ -121,11 +122,53 @@ def test_a_slow_worker_leaves_no_frame_out(broker: BrokerRole) -> None:
         held = [worker.job()]
         while broker.row("slow")["behind"]:
             held += work_for(worker, 2.4 * DEADLINE_S)
+            if not held:
+                continue  # the cursor is still on its way
             job = held.pop(0)
             worker.done(job)
             for item in job.items:
                 streamer.written(run, item.attempt, item.seq)
         assert gone(broker) > 0
+        streamer.drain()
+        assert not any(isinstance(message, Gap) for message in streamer.heard)
+
+
+def test_a_recording_goes_to_a_worker_that_was_late(broker: BrokerRole) -> None:
+    """Another one has no decoder while the able one still owes an answer: once that is there, it is asked again."""
+    with (
+        broker.publisher() as publisher,
+        broker.streamer(),
+        broker.worker("able") as able,
+        broker.worker("unable") as unable,
+    ):
+        wait_for(lambda: len(broker.stats().workers) == 2, of="both workers")
+        keep(publisher, "waits", 1)
+        late = able.job()
+        taken = unable.job()  # the other's deadline is over
+        wait_for(lambda: len(broker.stats().workers) == 2, of="its HELLO")
+        unable.failed(taken, "no_decoder", retry=False)
+        wait_for(lambda: broker.row("waits")["note"], of="the refusal")
+        able.done(late)
+        again = able.job()
+        assert [(item.seq, item.attempt > late.items[0].attempt) for item in again.items] == [(0, True)]
+        assert len(jobs(unable)) == 1
+
+
+@pytest.mark.slow
+def test_a_worker_that_drains_while_it_is_late_blames_no_frame(broker: BrokerRole) -> None:
+    """It is let go with a frame in its hands, and silent since: one failed job more does not make that frame poison."""
+    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker("stays", credits=0) as stays:
+        keep(publisher, "late", 1)
+        publisher.ack(next(iter(broker.stats().runs)), 0)
+        with broker.worker("leaves") as leaves:
+            leaves.job()
+            stays.hello(credits=1)
+            taken = stays.job()  # the other's deadline is over
+            leaves.hello(draining=True)
+            leaves.drained()
+        stays.no_job(SILENT_S + 2)
+        stays.failed(taken, "internal")
+        assert [item.seq for item in stays.job().items] == [0]
         streamer.drain()
         assert not any(isinstance(message, Gap) for message in streamer.heard)
 

@@ -107,6 +107,12 @@ class Worker:
         held = [*self.overdue.values(), *self.jobs.values()]
         return list({job.is_clip: job for job in reversed(held)}.values())
 
+    def renew(self) -> None:
+        """It works: what waits behind the job at hand has all its time before it, and is not late before that one."""
+        deadline_s = 0.0
+        for held in self.jobs.values():
+            held.deadline_s = deadline_s = max(deadline_s, time.monotonic() + held.patience_s)
+
     def to_state(self) -> dict[str, Any]:
         """The worker's row of STATE."""
         return {
@@ -148,7 +154,8 @@ class Crew:
         now_s = time.monotonic()
         # one that was late already is given the time to show whether it is slow, or ends its worker
         patience_s = max(worker.patience_s, LATE_S) if items[0].is_suspect else worker.patience_s
-        worker.jobs[job] = JobHeld(items, latent_format, nbytes, now_s, patience_s, now_s + patience_s)
+        deadline_s = max([now_s + patience_s, *(held.deadline_s for held in worker.jobs.values())])
+        worker.jobs[job] = JobHeld(items, latent_format, nbytes, now_s, patience_s, deadline_s)
         return job
 
     def progress(self, peer: bytes, job: int) -> None:
@@ -157,7 +164,7 @@ class Crew:
         held = (worker.jobs.get(job) or worker.overdue.get(job)) if worker is not None else None
         if worker is not None and held is not None:
             held.deadline_s = time.monotonic() + held.patience_s
-            self._renew(worker)
+            worker.renew()
 
     def finish(self, peer: bytes, job: int, ms: float | None = None) -> JobHeld | None:
         """The worker answered. Returns the job; None for one that was given to another since: its answer is late."""
@@ -169,7 +176,7 @@ class Crew:
         answered = late or held
         if answered is not None:
             worker.patience_s = max(worker.patience_s, min(LATE_S, 2 * (now_s - answered.given_s)))
-            self._renew(worker)
+            worker.renew()
         if held is None:
             worker.departures.passed(now_s)
             return None
@@ -184,11 +191,6 @@ class Crew:
             before = worker.seconds_per_byte.get(held.latent_format, measured)
             worker.seconds_per_byte[held.latent_format] = 0.7 * before + 0.3 * measured
         return held
-
-    def _renew(self, worker: Worker) -> None:
-        """It works: the jobs that wait behind the one at hand have all their time before them."""
-        for held in worker.jobs.values():
-            held.deadline_s = time.monotonic() + held.patience_s
 
     def remove(self, peer: bytes) -> Worker | None:
         """Forget a worker that is gone; should it come back, what it still holds counts against its credits."""

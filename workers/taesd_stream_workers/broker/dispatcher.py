@@ -72,7 +72,7 @@ class Dispatcher:
     # --- what workers say ---
 
     def on_hello(self, peer: bytes, hello: WorkerHello) -> None:
-        """A worker is there; a new one may have the decoder that a recording waits for."""
+        """A worker is there; a new one may have the decoder that a recording waits for: the next tick asks it."""
         if hello.draining and self._drain(peer, hello):
             return
         if self._crew.hello(peer, hello):
@@ -82,9 +82,6 @@ class Dispatcher:
             logger.info("worker_came worker=%s device=%s", _shown(peer), hello.device)
             for run in self._registry.by_run.values():
                 run.refused_by.discard(peer)
-                if run.kept is not None and run.kept.blocked is not None:
-                    run.kept.blocked = None
-                    self._placer.try_another(run)
             self._links.is_changed = True
         for run in self._registry.by_run.values():
             if run.live is not None:
@@ -119,7 +116,8 @@ class Dispatcher:
             return False
         self._links.to_inside(peer, Echo(echo_ns=hello.echo_ns, now_ns=time.monotonic_ns()))
         self._links.to_inside(peer, Drain())
-        if self._crew.remove(peer) is not None:
+        if worker is not None and self._crew.remove(peer) is not None:
+            worker.overdue.clear()  # it goes because it is told to: no frame is to blame for its silence
             logger.info("worker_drained worker=%s", _shown(peer))
             for run in mine:
                 run.drop_worker()

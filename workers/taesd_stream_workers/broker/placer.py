@@ -39,11 +39,11 @@ class Placer:
         if run.worker is not None and run.worker not in self._crew.workers:
             run.drop_worker()
         if run.worker is None:
-            run.worker = least_loaded(self._loads)
+            run.worker = least_loaded(self._untried(run) or self._loads)
             if run.worker is not None:
                 self._loads[run.worker] += max(BASE_LOAD, self._load(run))
         elif run.moves_to is None and run.worker not in self._loads:
-            run.moves_to = least_loaded(self._loads)
+            run.moves_to = least_loaded(self._untried(run) or self._loads)
         if run.moves_to is not None:
             self._go_on(run)
         return run.moves_to is None
@@ -68,10 +68,13 @@ class Placer:
         return True
 
     def tick(self) -> None:
-        """Twice a second: what every worker has to do, and at most one move."""
+        """Twice a second, with all runs touched: what every worker has to do, and at most one move."""
         workers = self._takers()
         streams = [one for run in self._registry.by_run.values() if (one := self._stream_load(run)) is not None]
         self._loads = loads_of(streams, workers)
+        for run in self._registry.by_run.values():
+            if run.kept is not None and run.kept.blocked is not None and self.try_another(run):
+                run.kept.blocked = None  # a worker came, or owes no answer any more, that was not asked yet
         move = next_move(streams, workers)
         if move is not None:
             run = self._registry.by_run[move[0]]
@@ -90,9 +93,11 @@ class Placer:
 
     def try_another(self, run: Run) -> bool:
         """Its worker has no decoder for it. Returns whether it goes to one that has not said so yet."""
-        untried = {worker: load for worker, load in self._loads.items() if worker not in run.refused_by}
-        run.moves_to = least_loaded(untried)
+        run.moves_to = least_loaded(self._untried(run))
         return run.moves_to is not None
+
+    def _untried(self, run: Run) -> dict[bytes, float]:
+        return {worker: load for worker, load in self._loads.items() if worker not in run.refused_by}
 
     def loads(self) -> list[float]:
         """Every stream's share of one worker: what is watched or kept."""
@@ -108,7 +113,8 @@ class Placer:
         if run.worker is None or load <= 0:
             return None
         is_settled = run.moves_to is None and time.monotonic() - run.moved_s > SETTLE_S
-        return StreamLoad(run.info.run, run.moves_to or run.worker, load, may_move=is_settled)
+        may_move = is_settled and run.refused_by.isdisjoint(self._crew.workers)  # what no worker refuses balances them
+        return StreamLoad(run.info.run, run.moves_to or run.worker, load, may_move=may_move)
 
     def _load(self, run: Run) -> float:
         """Its share of one worker, 0 where nothing of it is decoded."""

@@ -338,10 +338,8 @@ class JobDecoder:
             bad = run.failed.items if run.failed else []
             run.failed = Failed(job=run.job.job, items=[*bad, *places], code="no_memory", text=text, retry=True)
             yield lacking
-            kept_places = [place for place in range(len(mine)) if place not in lacking]
-            mine = [mine[place] for place in kept_places]
-        else:
-            kept_places = list(range(len(mine)))
+        kept_places = [place for place in range(len(mine)) if place not in lacking]
+        mine = [mine[place] for place in kept_places]
         begin_anew(engine, [item for item, _, _ in mine])
         histories = {place: run.histories[item.run] for place, (item, _, _) in enumerate(mine) if item.history}
         straight: list[Entry] = []
