@@ -111,7 +111,7 @@ class Packet:
     parts, columns: how many pictures of a batch stand in this one, row by row, and how many in a row.
     tracks: of a recording, into how many tracks the frame's pictures go, in turn: a batch may have one a picture.
     attempt: number of the recording's or the film's try, given by the broker; 0 for other renditions.
-    placed_ns: when the run was given to the worker that made this, broker's clock: a former worker's packets have less.
+    placed_ns: when the run was made, left its former worker or moved, broker's clock: that worker's packets have less.
     """
 
     stream: str

@@ -33,7 +33,7 @@ _FILE = re.compile(r"([0-9a-f]{16})\.([0-9]{4,8})\.latents")
 
 
 class LogError(TaesdStreamError):
-    """The disk took a record not (it is full, say), and the file ends at its last whole one; or gives none now."""
+    """The disk did not take a record, and the file ends at its last whole one; or it does not give one back."""
 
 
 def read_messages(path: Path) -> Iterator[StreamInfo | LatentFrame | End]:
@@ -186,6 +186,7 @@ class RunLog:
             oldest = self._segments[0]
             if oldest.first_seq is None or oldest.first_seq + len(oldest.offsets) > before_seq:
                 return
+            self._begins_at = oldest.first_seq + len(oldest.offsets)  # those behind it may have no frame yet
             self._remove(oldest)
 
     def sync(self) -> None:

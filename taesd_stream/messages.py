@@ -173,7 +173,7 @@ class JobItem:
     picture_ticks: from one picture of a `clip` or `live` frame to the next.
     history: latents just before it, in a payload of their own. expects_memory: none is sent, for the worker should have
     the memory of the run; where it has not, it says no_memory. is_repeat: a `live` frame that was shown, once more.
-    placed_ns: when the broker gave the run to this worker; its packets carry it.
+    placed_ns: when the run was made, left its former worker or moved, broker's clock; its packets carry it.
     """
 
     stream: str

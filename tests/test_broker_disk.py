@@ -58,12 +58,31 @@ def test_a_recording_that_never_got_a_frame_is_forgotten(tmp_path: Path) -> None
     """A sampler that gave up on a full disk leaves no recording that waits for ever, and no warning of that disk."""
     run = new_run()
     with BrokerRole(tmp_path, "recording.lost_after_s=0.5") as broker, broker.publisher() as publisher:
-        publisher.open(run, "gives-up", record="last")
+        publisher.open(run, "gives-up", record="all")
         broker.limit_files(0)
         publisher.say(frame(run, 7, kept=True, shape=LARGE))
         wait_for(lambda: "log_error" in broker.alerts(), of="the error")
         assert run in broker.stats().runs
         wait_for(lambda: run not in broker.stats().runs, of="its end")
+        wait_for(lambda: "log_error" not in broker.alerts(), of="the all-clear")
+
+
+def test_the_last_frame_of_a_lost_run_waits_for_room(tmp_path: Path) -> None:
+    """record="last", lost on a full disk: the warning stays, the frame is tried again, and with room it is recorded."""
+    run = new_run()
+    sets = ("recording.lost_after_s=0.1", "broker.log_max_age_s=3600")
+    with BrokerRole(tmp_path, *sets) as broker, broker.publisher() as publisher:
+        publisher.open(run, "lost", record="last")
+        broker.limit_files(0)
+        publisher.say(frame(run, 7, shape=LARGE))
+        wait_for(lambda: "log_error" in broker.alerts(), of="the error")
+        tries = broker.stats().stats["counts"]["log_errors"]
+        while (told := broker.stats()).stats["counts"]["log_errors"] < tries + 2:
+            assert "log_error" in told.stats["alerts"]
+            assert run in told.runs
+        assert broker.log().count("ERROR") == 1
+        broker.limit_files(ROOM)
+        wait_for(lambda: broker.stats().runs[run]["last_seq"] == 7, of="the frame")
         wait_for(lambda: "log_error" not in broker.alerts(), of="the all-clear")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from taesd_stream.config import load_config
-from taesd_stream.frames import Kind, StreamInfo
+from taesd_stream.frames import Kind, LatentFrame, RecordMode, StreamInfo
 from taesd_stream.messages import DemandUpdate, Done, JobItem, Record, RunHello
 from taesd_stream_workers.broker.registry import ENDED_BYTES, ENDED_RUNS, MAX_PENDING, PENDING_RECORD_S, Registry
 from taesd_stream_workers.broker.runs import Run
@@ -145,6 +145,42 @@ def test_what_is_remembered_is_bounded_in_bytes(tmp_path: Path) -> None:
         registry.add(run)
     assert [run.info.stream for run in registry.forget_old()] == ["s/0", "s/1"]
     assert len(registry.by_run) == count
+
+
+def test_what_a_lost_run_owes_outlives_the_bounds(tmp_path: Path) -> None:
+    """record="last", no word from its publisher: with its name taken, or over the bounds, its newest frame stays; what
+    was kept, is empty, or is of a run that keeps nothing goes."""
+    registry = Registry(load_config(sets=[f"recording.folder={tmp_path}"]))
+
+    def lost(stream: str, *, record: RecordMode = "last", newest: LatentFrame | None = None, recorded: int = -1) -> Run:
+        run = Run(StreamInfo(stream=stream, run=new_run(), kind="steps", latent_format="sd1"), peer=None, record=record)
+        run.newest, run.recorded_until = newest, recorded
+        registry.add(run)
+        return run
+
+    last = frame(new_run(), 3)
+    replaced, over = lost("replaced", newest=last), lost("over", newest=last)
+    gone = [lost("off", record="off", newest=last), lost("empty"), lost("is kept", newest=last, recorded=3)]
+    for number in range(ENDED_RUNS):
+        lost(f"s/{number}" if number else "replaced").heard_s = 0.0  # later than the others, and so before them
+    assert registry.forget_old() == gone
+    assert registry.by_run[replaced.info.run].newest is last
+    assert registry.by_name["over"] is over
+
+
+@pytest.mark.slow
+def test_a_lost_run_whose_name_was_taken_leaves_its_newest_frame(tmp_path: Path) -> None:
+    """record="last": its sampler died and was started again at once; after `lost_after_s` the first one's is kept."""
+    first, second = new_run(), new_run()
+    with BrokerRole(tmp_path, "recording.lost_after_s=11.5") as broker:
+        with broker.publisher() as publisher:
+            publisher.open(first, "again", record="last")
+            publisher.say(frame(first, 3))
+            wait_for(lambda: broker.row("again")["seq"] == 3, of="the frame")
+        with broker.publisher() as publisher:
+            publisher.open(second, "again", record="last")
+            wait_for(lambda: first in broker.stats().runs, of="the recording", timeout_s=20)
+            wait_for(lambda: broker.stats().runs[first]["last_seq"] == 3, of="the frame in the log")
 
 
 def test_a_persons_word_waits_for_an_hour(tmp_path: Path) -> None:

@@ -318,6 +318,18 @@ def test_a_disk_full_at_a_new_segment_leaves_no_stump(tmp_path: Path) -> None:
     assert log.read(0) == frame(0)
 
 
+def test_a_segment_without_frames_keeps_its_place_when_those_before_it_are_freed(tmp_path: Path) -> None:
+    """The disk took a segment's OPEN and not its frame; with all before it recorded and freed, that frame is next."""
+    log = filled(tmp_path, 3, segment_bytes=100)  # each frame has its own
+    opened = len(b"".join(pack_record(OPEN)))
+    with disk_full_at(opened), pytest.raises(LogError):
+        log.append(frame(3))
+    log.release(3)
+    assert (len(log.paths), frames_in(log.paths[0]), log.next_seq) == (1, [], 3)
+    log.append(frame(3))
+    assert log.read(3) == frame(3)
+
+
 def test_a_folder_that_is_gone_is_a_log_error(tmp_path: Path) -> None:
     """No folder, no file: LogError names the path."""
     with pytest.raises(LogError, match=r"gone.*No such file"):

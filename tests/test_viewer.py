@@ -171,6 +171,18 @@ def test_a_worker_of_a_broker_whose_clock_began_anew_is_shown() -> None:
     assert not runs.has_moved(replace(KEY, placed_ns=4))
 
 
+def test_a_late_packet_of_a_former_clock_hides_nothing() -> None:
+    """Made before the broker's host was started anew and come after its STATE: not shown, and those behind it are."""
+    runs = NewestRuns()
+    runs.on_state(state(10**15))
+    runs.on_state(state(5))
+    late = received(replace(KEY, placed_ns=10**15), 10**15)
+    assert runs.has_moved(late)
+    assert not runs.has_moved(replace(KEY, placed_ns=4))
+    assert runs.is_replaced(replace(late, run=OTHER_RUN))
+    assert not runs.is_replaced(received(KEY, 6))
+
+
 # --- the streamer's inbox ---
 
 

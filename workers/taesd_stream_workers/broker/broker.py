@@ -97,7 +97,7 @@ class Broker:
         }
 
     def run(self) -> None:
-        """Bind, work until told to stop, then close the logs.
+        """Bind, work until told to stop, then write what is still to be logged.
 
         Raises: ConfigError for an address in use, or a log folder that another daemon uses.
         """

@@ -47,24 +47,18 @@ class Keeping:
         if kept is None:
             kept = self._begin_keeping(run, frame)
         for one in (kept.front, frame) if not kept.is_over else ():  # else its recording is being finished
-            if one is not None and one.seq == kept.queued + 1:  # else it is there already, or one before it is not
+            if one is not None:
                 self._log(kept, one)
 
     def _log(self, kept: KeptRun, frame: LatentFrame) -> None:
+        if frame.seq != kept.queued + 1:
+            return  # it is there already, or one before it is not
         if self._log_bytes > self._log_max_bytes:
             text = "The latent log is full: recordings wait. Free space or raise broker.log_max_bytes."
             self._links.alert("log_full", text)
         elif self._writer.submit(kept.log, frame):
             kept.queued = frame.seq
             self._log_bytes += frame.nbytes
-
-    def _keep_newest(self, run: Run) -> None:
-        """A run of which only the last frame was to be kept is lost: its last one is the newest that is here."""
-        newest = run.newest
-        if newest is not None and newest.seq > run.recorded_until:
-            kept = self._registry.keep_log(run, newest.seq)
-            kept.front = newest
-            self._log(kept, newest)
 
     def _begin_keeping(self, run: Run, frame: LatentFrame) -> KeptRun:
         """Keep from this frame on, or from the newest one we hold if it is the one before (PROTOCOL 2)."""
@@ -119,12 +113,15 @@ class Keeping:
         now = time.monotonic()
         for run in self._registry.by_run.values():
             is_lost = run.end is None and now - run.heard_s > self._config.recording.lost_after_s
-            if is_lost and run.kept is None and run.record == "last":
-                self._keep_newest(run)
+            if is_lost and (last := run.owed_frame) is not None:
+                self._registry.keep_log(run, last.seq).front = last
             kept = run.kept
             if kept is None:
                 continue
             kept.is_over |= is_lost
+            if kept.is_over and kept.front is not None:
+                self._log(kept, kept.front)  # only we have it: it waits here until the disk has room
+                continue
             if self.log_end(run) and kept.is_over:
                 kept.error = None  # it waits for no disk
             if kept.is_over and kept.is_empty:
@@ -165,7 +162,8 @@ class Keeping:
         if not max_age_s:
             return
         for run in self._registry.by_run.values():
-            if run.kept is None or not run.kept.is_over or time.time() - run.kept.log.changed_unix < max_age_s:
+            changed_unix = run.kept.log.changed_unix if run.kept is not None and run.kept.is_over else 0.0
+            if not changed_unix or time.time() - changed_unix < max_age_s:
                 continue
             logger.error("log_expired stream=%s run=%s frames=%d", run.info.stream, run.info.run, run.frames_behind)
             self._links.counts["logs_expired"] += 1

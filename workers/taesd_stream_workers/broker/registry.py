@@ -158,7 +158,8 @@ class Registry:
     def forget_old(self) -> list[Run]:
         """Drop what is no longer shown nor kept: replaced runs, the oldest ended ones over the bound, old wishes.
 
-        What waits for its recording is in its log: over the bound it is held there alone. Returns: the runs that went.
+        What waits for its recording is in its log: over the bound it is held there alone; a frame that is owed to it
+        stays until it is there. Returns: the runs that went.
         """
         now = self._clock_s()
         self._pending_record = {name: wish for name, wish in self._pending_record.items() if wish[1] > now}
@@ -172,7 +173,7 @@ class Registry:
                 stays.add(run.info.run)
         dropped = []
         for run in over:
-            if run.info.run in stays:
+            if run.info.run in stays or run.owed_frame is not None:
                 continue
             if run.kept is not None:
                 run.let_go()

@@ -57,7 +57,7 @@ class Run:
         self.moves_to: bytes | None = None  # another worker, once nothing is under way at this one
         self.refused_by: set[bytes] = set()  # workers that have no decoder for it
         self.moved_s = float("-inf")
-        self.placed_ns = time.monotonic_ns()  # since when its worker has it; of a former one's pictures none is shown
+        self.placed_ns = time.monotonic_ns()  # it was made, left its worker or moved: older pictures are not shown
         self.live_in_flight = 0  # frames that a worker decodes for viewers
         self.live_since_ns = 0
         self.live = LiveLatents() if info.kind == "live" else None
@@ -108,8 +108,15 @@ class Run:
         return max(0, self.kept.logged - self.kept.written) if self.kept else 0
 
     @property
+    def owed_frame(self) -> LatentFrame | None:
+        """The newest frame, where the last one was to be kept and was not: kept should the run be lost."""
+        if self.record != "last" or self.kept is not None or self.end is not None or self.newest is None:
+            return None
+        return self.newest if self.newest.seq > self.recorded_until else None
+
+    @property
     def held_bytes(self) -> int:
-        """Of latents that are in memory, and in no log yet or not only there; of `live` with its history."""
+        """Latents in memory: the newest frame, or all of `live` that waits or is its history; and `kept.front`."""
         front = self.kept.front if self.kept is not None else None
         newest_bytes, front_bytes = (one.nbytes if one is not None else 0 for one in (self.newest, front))
         return max(newest_bytes, self.live.held_bytes if self.live is not None else 0) + front_bytes

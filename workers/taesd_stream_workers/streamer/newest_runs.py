@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from taesd_stream.frames import Packet
 from taesd_stream.messages import State
+
+FORMER_NS: Final = 60_000_000_000  # so far ahead of STATE, which comes twice a second, no time of the same clock is
 
 
 class NewestRuns:
@@ -11,7 +15,7 @@ class NewestRuns:
 
     def __init__(self) -> None:
         self._newest: dict[str, tuple[str, int]] = {}  # by name: the run, and when it was the newest, broker's clock
-        self._placed_ns: dict[str, int] = {}  # by run: when the worker that shows it was given it
+        self._placed_ns: dict[str, int] = {}  # by run: since when the worker that shows it is its worker
         self._state_ns = 0
 
     def on_state(self, state: State) -> None:
@@ -29,6 +33,8 @@ class NewestRuns:
     def is_replaced(self, packet: Packet) -> bool:
         """Whether another run of its name is newer. A frame that came to the broker later is of a newer run."""
         received_ns = packet.stamps.received_ns  # 0 of one that waited in the log: then STATE alone decides
+        if self._is_of_former_clock(received_ns):
+            return True
         run, since_ns = self._newest.get(packet.stream, (packet.run, received_ns))
         if received_ns > since_ns:
             run, since_ns = packet.run, received_ns
@@ -37,6 +43,12 @@ class NewestRuns:
 
     def has_moved(self, packet: Packet) -> bool:
         """Whether another worker shows its run by now: one that was silent for a while goes on where it stopped."""
+        if self._is_of_former_clock(packet.placed_ns):
+            return True
         placed_ns = max(packet.placed_ns, self._placed_ns.get(packet.run, 0))
         self._placed_ns[packet.run] = placed_ns
         return packet.placed_ns < placed_ns
+
+    def _is_of_former_clock(self, broker_ns: int) -> bool:
+        """Whether a time is of before the broker's host was started anew: believed, it would hide all that follows."""
+        return bool(self._state_ns) and broker_ns > self._state_ns + FORMER_NS
