@@ -6,22 +6,29 @@ import contextlib
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import uvicorn
 from numpy.typing import NDArray
 from PIL import Image
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 from taesd_stream import LatentPublisher
+from taesd_stream_workers.streamer.web import players
+from taesd_stream_workers.streamer.web.server import SEND_BUFFER_BYTES
 from tests.daemon import Daemon, wait_for
 from tests.pictures import Pixels, decode_jpeg, sd1_latents_of, to_rgb
 from tests.readme_document import README
@@ -242,6 +249,37 @@ def test_a_player_that_takes_nothing_gives_its_place_back(tmp_path: Path, name: 
         with deaf_viewer(own, "deaf", name):
             wait_for(lambda: status() == 503, of="a full house")
             wait_for(lambda: status() == 200, 60, of="its place")
+
+
+@pytest.mark.faults
+def test_a_slow_player_that_reads_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that take a player longer than the time limit each reach it whole, for it reads all the while."""
+    monkeypatch.setattr(players, "STALLED_S", 0.3)
+    chunks, pace = [bytes([number]) * (1 << 20) for number in range(3)], threading.Event()
+
+    async def pictures() -> AsyncIterator[bytes]:
+        for chunk in chunks:
+            yield chunk
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        app = Starlette(routes=[Route("/", lambda _: players.PlayerResponse(pictures()))])
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            with socket.socket() as player:
+                player.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+                player.connect(listening.getsockname())
+                player.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                taken = b""
+                while piece := player.recv(64 << 10, socket.MSG_WAITALL):
+                    taken += piece
+                    pace.wait(0.03)
+        finally:
+            server.should_exit = True
+            thread.join()
+    assert taken.partition(b"\r\n\r\n")[2] == b"".join(chunks)
 
 
 @pytest.mark.faults

@@ -117,8 +117,7 @@ class Dispatcher:
             return False
         self._links.to_inside(peer, Echo(echo_ns=hello.echo_ns, now_ns=time.monotonic_ns()))
         self._links.to_inside(peer, Drain())
-        if worker is not None and self._crew.remove(peer) is not None:
-            worker.overdue.clear()  # it goes because it is told to: no frame is to blame for its silence
+        if self._crew.let_go(peer):
             logger.info("worker_drained worker=%s", _shown(peer))
             for run in mine:
                 run.drop_worker()

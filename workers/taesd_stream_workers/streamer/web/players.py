@@ -24,6 +24,7 @@ from taesd_stream_workers.streamer.web.sockets import STALLED_S
 REPEAT_S: Final = 1.0  # a player's clock stands still when nothing comes
 POLL_S: Final = 0.1
 FIRST_REPEATS_S: Final = (0.1, 0.1)  # players want to see a picture or two before they open
+PIECE_BYTES: Final = 64 << 10  # each has STALLED_S to go, so that a slow player that reads is in time
 BOUNDARY: Final = "taesd-stream-picture"
 TS_TYPE: Final = "video/mp2t"
 MJPEG_TYPE: Final = f"multipart/x-mixed-replace; boundary={BOUNDARY}"
@@ -41,11 +42,18 @@ class PlayerResponse(StreamingResponse):
 
         pictures = self.body_iterator
         assert isinstance(pictures, AsyncGenerator)
+        self.body_iterator = _in_pieces(pictures)
         try:
             async with contextlib.aclosing(pictures):
                 await super().stream_response(in_time)
         except TimeoutError:  # should it read again, or go, it has the end
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _in_pieces(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for chunk in chunks:
+        for start in range(0, len(chunk), PIECE_BYTES):
+            yield chunk[start : start + PIECE_BYTES]
 
 
 async def transport_stream(hub: Hub, stream: str) -> AsyncIterator[bytes]:

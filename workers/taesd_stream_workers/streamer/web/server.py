@@ -35,7 +35,7 @@ class WebServer:
         self._hub = hub
         self._recorder = recorder
         self._peers = Peers(hub, peers_of(config))
-        self._copies = Copies()
+        self._copies = Copies(config.recording_folder)
         self._thread = threading.Thread(target=self._run, name="web")
         self._server: uvicorn.Server | None = None
         self._error: BaseException | None = None
@@ -85,7 +85,8 @@ class WebServer:
         return url
 
     def start(self) -> None:
-        """Start serving."""
+        """Start serving. The recording folder is this process's own by now."""
+        self._copies.clear()
         self._thread.start()
 
     def check(self) -> None:
@@ -100,7 +101,7 @@ class WebServer:
             self._hub.call(self._peers.close)
             self._server.should_exit = True
             self._thread.join(GRACE_S + 2)
-            self._copies.close()
+            self._copies.clear()
 
     def _run(self) -> None:
         try:
