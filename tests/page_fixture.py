@@ -181,10 +181,10 @@ class PageHost:
             return
         viewer = Viewer(websocket)
         hello = {"type": "hello", "version": "0.1.0", "daemon": self.daemon, "page": self.page, "workers": 1}
-        await websocket.send_json(hello)
-        await websocket.send_json(self.state_message())
-        self.viewers.append(viewer)
+        self.viewers.append(viewer)  # from here on nothing that is pushed passes it by
         try:
+            await websocket.send_json(hello)
+            await websocket.send_json(self.state_message())
             while True:
                 await self.take(viewer, await websocket.receive_json())
         except (WebSocketDisconnect, RuntimeError, KeyError):

@@ -10,8 +10,15 @@ import pytest
 
 from taesd_stream.config import load_config
 from taesd_stream.frames import Kind, LatentFrame, RecordMode, StreamInfo
-from taesd_stream.messages import DemandUpdate, Done, JobItem, Record, RunHello
-from taesd_stream_workers.broker.registry import ENDED_BYTES, ENDED_RUNS, MAX_PENDING, PENDING_RECORD_S, Registry
+from taesd_stream.messages import DemandUpdate, Done, End, JobItem, Record, RunHello
+from taesd_stream_workers.broker.registry import (
+    ENDED_BYTES,
+    ENDED_RUNS,
+    LIVE_BYTES,
+    MAX_PENDING,
+    PENDING_RECORD_S,
+    Registry,
+)
 from taesd_stream_workers.broker.runs import Run
 from tests.broker_role import BrokerRole, StreamerPeer, frame, new_run
 from tests.daemon import wait_for
@@ -166,6 +173,18 @@ def test_what_a_lost_run_owes_outlives_the_bounds(tmp_path: Path) -> None:
     assert registry.forget_old() == gone
     assert registry.by_run[replaced.info.run].newest is last
     assert registry.by_name["over"] is over
+
+
+def test_what_may_wait_is_shared_by_the_live_runs_that_live(tmp_path: Path) -> None:
+    """Each `live` run that comes makes the others' share smaller at once; one that ended gives its share back."""
+    registry = Registry(load_config(sets=[f"recording.folder={tmp_path}"]))
+    for number in range(4):
+        info = StreamInfo(stream=f"v/{number}", run=new_run(), kind="live", latent_format="taehv", fps=16.0)
+        registry.add(Run(info, peer=b"publisher", record="off"))
+        assert registry.live_share_bytes == LIVE_BYTES // (number + 1)
+    registry.by_name["v/0"].end = End(run=registry.by_name["v/0"].info.run, last_seq=0, reason="done")
+    registry.give_turns()
+    assert registry.live_share_bytes == LIVE_BYTES // 3
 
 
 @pytest.mark.slow

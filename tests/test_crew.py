@@ -9,7 +9,7 @@ import pytest
 
 from taesd_stream.messages import WorkerHello
 from taesd_stream.scheduling import Candidate
-from taesd_stream_workers.broker.crew import LATE_S, Crew, Worker
+from taesd_stream_workers.broker.crew import LATE_S, SILENT_S, Crew, Worker
 from tests.daemon import wait_for
 
 HELLO = WorkerHello(device="cpu", credits=2)
@@ -86,6 +86,19 @@ def test_what_it_still_holds_counts_against_its_credits(crew: Crew) -> None:
     assert worker_of(crew).credits == 1
     assert crew.finish(PEER, jobs[1]) is None
     assert worker_of(crew).credits == 2
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_worker_that_was_let_go_has_not_died(crew: Crew, *, is_late: bool) -> None:
+    """It drained while it was late, heard of again or not: its silence since blames no frame of those in its hands."""
+    worker = worker_of(crew)
+    crew.assign(worker, (item(0),))
+    crew.remove(PEER)
+    if not is_late:
+        crew.hello(PEER, HELLO)
+    assert crew.let_go(PEER) is not is_late
+    worker.heard_s -= SILENT_S + 1
+    assert crew.dead() == []
 
 
 def test_an_answer_that_was_lost_is_not_waited_for_in_all_eternity(crew: Crew) -> None:

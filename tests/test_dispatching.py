@@ -5,9 +5,13 @@ The test is the broker's loop and its workers; what comes, goes, answers and is 
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import zmq
 from hypothesis import HealthCheck, given, settings
@@ -16,7 +20,7 @@ from hypothesis import strategies as st
 from taesd_stream import wire
 from taesd_stream.config import load_config
 from taesd_stream.frames import StreamInfo
-from taesd_stream.messages import Done, Failed, Forget, Job, WorkerHello
+from taesd_stream.messages import Done, End, Failed, Forget, Job, WorkerHello
 from taesd_stream_workers.broker.dispatcher import Dispatcher, StreamerLink
 from taesd_stream_workers.broker.links import Links
 from taesd_stream_workers.broker.registry import Registry
@@ -26,6 +30,7 @@ from tests.broker_role import frame, new_run
 
 WORKERS = [b"one", b"two", b"three"]
 RUNS = 6
+LARGE = (4, 256, 256)  # 512 KiB
 
 steps = st.lists(
     st.one_of(
@@ -42,14 +47,14 @@ steps = st.lists(
 class Farm:
     """A dispatcher, its workers, and what each of them has in hand."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], credits_: list[int]) -> None:
-        config = load_config()
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], credits_: list[int], sets: list[str]) -> None:
+        config = load_config(sets=sets)
         self._links = Links()
         self._links.bind(Gate(config), context, "inproc://front", "inproc://inside")
-        self._registry = Registry(config)
+        self.registry = Registry(config)
         streamer = StreamerLink()
         streamer.peer, streamer.packets_to, streamer.heard_s = b"streamer", "inproc://packets", float("inf")
-        self._dispatcher = Dispatcher(config, self._registry, streamer, self._links)
+        self.dispatcher = Dispatcher(config, self.registry, streamer, self._links)
         self._hellos = [WorkerHello(device="cpu", credits=count) for count in credits_]
         self._sockets = [context.socket(zmq.DEALER) for _ in WORKERS]
         for name, socket in zip(WORKERS, self._sockets, strict=True):
@@ -60,8 +65,8 @@ class Farm:
         for number in range(RUNS):
             info = StreamInfo(stream=f"s/{number}", run=new_run(), kind="steps", latent_format="sd1")
             self.runs.append(Run(info, peer=b"publisher", record="off"))
-            self._registry.add(self.runs[-1])
-            self._registry.watch(info.stream, "live", 1)
+            self.registry.add(self.runs[-1])
+            self.registry.watch(info.stream, "live", 1)
         self.published = [-1] * RUNS
         self.shown: defaultdict[str, list[int]] = defaultdict(list)
         self.is_draining = [False] * len(WORKERS)
@@ -69,19 +74,16 @@ class Farm:
     def take(self, word: str, number: int) -> None:
         """One step, and the jobs that come of it."""
         if word == "frame":
-            self.published[number] += 1
-            run = self.runs[number]
-            run.take(frame(run.info.run, self.published[number]), 1, is_watched=True, share_bytes=0)
-            self._registry.touch(run)
+            self.publish(number)
         elif word == "answer" and self.jobs[number]:
-            self._dispatcher.on_done(WORKERS[number], Done(job=self.jobs[number].pop(0).job, ms=1.0))
+            self.dispatcher.on_done(WORKERS[number], Done(job=self.jobs[number].pop(0).job, ms=1.0))
         elif word in ("hello", "drain"):
             self.is_draining[number] = word == "drain"
             hello = WorkerHello(device="cpu", credits=self._hellos[number].credits, draining=word == "drain")
-            self._dispatcher.on_hello(WORKERS[number], hello)
+            self.dispatcher.on_hello(WORKERS[number], hello)
         elif word == "tick":
-            self._dispatcher.tick()
-        self._dispatcher.give_jobs()
+            self.dispatcher.tick()
+        self.dispatcher.give_jobs()
         for place, socket in enumerate(self._sockets):
             self._receive(place, socket)
         self._check()
@@ -90,8 +92,27 @@ class Farm:
         """A worker has no decoder for its oldest job."""
         job = self.jobs[number].pop(0)
         refused = Failed(job=job.job, items=[], code="no_decoder", text="no decoder (test)", retry=False)
-        self._dispatcher.on_failed(WORKERS[number], refused)
-        self._dispatcher.give_jobs()
+        self.dispatcher.on_failed(WORKERS[number], refused)
+        self.dispatcher.give_jobs()
+
+    def publish(self, number: int) -> None:
+        """The next frame of a run comes in."""
+        self.published[number] += 1
+        run = self.runs[number]
+        run.take(frame(run.info.run, self.published[number]), 1, is_watched=True, share_bytes=0)
+        self.registry.touch(run)
+
+    def wait_for_recording(self) -> None:
+        """One more run that has ended, and whose one frame is in its log."""
+        run_id = new_run()
+        info = StreamInfo(stream=f"waits/{run_id}", run=run_id, kind="steps", latent_format="sd1")
+        run = Run(info, peer=None, record="all")
+        run.end = End(run=run_id, last_seq=0, reason="done")
+        kept = self.registry.keep_log(run, 0)
+        kept.log.append(frame(run_id, 0, kept=True, shape=LARGE))
+        kept.queued = kept.logged = 0
+        kept.is_over = True
+        self.registry.add(run)
 
     def _receive(self, place: int, socket: zmq.Socket[bytes]) -> None:
         while socket.poll(0):
@@ -120,11 +141,11 @@ def _has(job: Job, run: Run) -> bool:
 
 
 @contextmanager
-def farm(credits_: list[int]) -> Iterator[Farm]:
+def farm(credits_: list[int], sets: list[str] | None = None) -> Iterator[Farm]:
     """One, and its sockets closed behind it."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        yield Farm(context, credits_)
+        yield Farm(context, credits_, sets or [])
     finally:
         context.destroy(linger=0)
 
@@ -184,3 +205,42 @@ def test_a_stream_leaves_a_worker_for_one_that_has_not_refused_it() -> None:
         one.take("drain", WORKERS.index(b"three"))
         one.take("frame", 0)
         assert run.worker == b"two"
+
+
+def bytecodes_of(call: Callable[[], object]) -> int:
+    """How many instructions of Python a call takes: what a clock cannot tell exactly."""
+    count = 0
+
+    def trace(at: FrameType, event: str, _argument: object) -> Any:
+        nonlocal count
+        at.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_recordings_that_wait_cost_nothing_where_a_frame_comes(tmp_path: Path) -> None:
+    """A streamer that is behind leaves hundreds of ended runs: what the loop does for another's frame does not grow."""
+
+    def cost(waiting: int) -> int:
+        sets = [f"recording.folder={tmp_path / str(waiting)}", "recording.window_bytes=1048576"]
+        with farm([8, 8, 8], sets) as one:
+            one.registry.log_folder.mkdir(parents=True)
+            for _ in range(waiting):
+                one.wait_for_recording()
+            one.registry.give_turns()
+            for number in range(len(WORKERS)):
+                one.take("hello", number)
+            one.publish(0)
+            spent = bytecodes_of(one.dispatcher.give_jobs)
+            assert one.runs[0].items_out == 1
+            return spent
+
+    assert cost(50) == cost(200)

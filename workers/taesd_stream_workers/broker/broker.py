@@ -249,7 +249,7 @@ class Broker:
         if cursor.finished:
             if run.kept.is_over and cursor.attempt >= run.kept.first_attempt:  # else it is about a former recording
                 self._writer.delete(run.finish_keeping())
-                self._registry.touch_all()  # another one has its turn
+                self._registry.touch(run)
                 self._links.is_changed = True
                 self._dispatcher.forget(run)
             return
@@ -294,7 +294,8 @@ class Broker:
         self._next_tick_s = now + TICK_S
         self._keeping.tick()
         self._intake.limits.recount(self._registry.by_run.values())
-        self._registry.touch_all()  # what waits for a time, or for room that others had
+        self._registry.give_turns()
+        self._registry.touch_all()  # what waits for a turn, a time, or for room that others had
         self._dispatcher.tick()
         for run in self._registry.forget_old():
             self._dispatcher.forget(run)

@@ -203,6 +203,12 @@ class Crew:
                 del self._gone[next(iter(self._gone))]
         return worker
 
+    def let_go(self, peer: bytes) -> bool:
+        """Forget a worker that ends because it was told to: no frame is to blame. Returns whether it was here."""
+        is_here = self.remove(peer) is not None
+        self._gone.pop(peer, None)
+        return is_here
+
     def gone(self) -> list[bytes]:
         """Workers that are silent, or whose job is over its deadline."""
         now_s = time.monotonic()

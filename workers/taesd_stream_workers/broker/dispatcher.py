@@ -67,7 +67,8 @@ class Dispatcher:
         self._scaling = Scaling()
         self._started_s = time.monotonic()
         self._offers: dict[str, list[Candidate]] = {}  # by run: what could be decoded now
-        self._offered_bytes = 0  # of recordings in them
+        self._in_window: dict[str, int] = {}  # by run: bytes of its recording that are in them, or under way
+        self._window_used = 0  # all of it
 
     # --- what workers say ---
 
@@ -116,8 +117,7 @@ class Dispatcher:
             return False
         self._links.to_inside(peer, Echo(echo_ns=hello.echo_ns, now_ns=time.monotonic_ns()))
         self._links.to_inside(peer, Drain())
-        if worker is not None and self._crew.remove(peer) is not None:
-            worker.overdue.clear()  # it goes because it is told to: no frame is to blame for its silence
+        if self._crew.let_go(peer):
             logger.info("worker_drained worker=%s", _shown(peer))
             for run in mine:
                 run.drop_worker()
@@ -312,20 +312,27 @@ class Dispatcher:
         """
         runs = self._registry.by_run
         touched, self._registry.touched = self._registry.touched, {}
-        for run_id in touched:
-            self._offered_bytes -= _record_bytes(self._offers.pop(run_id, []))
-        in_flight = self._registry.give_turns() if touched else 0
         for run_id, run in touched.items():
-            room = self._window_bytes - in_flight - self._offered_bytes
-            offer = self._offer(run, room) if run_id in runs else []
+            self._offers.pop(run_id, None)
+            self._hold(run, [])
+        for run_id, run in touched.items():
+            offer = self._offer(run, self._window_bytes - self._window_used) if run_id in runs else []
             if run.kept is not None and not any(one.is_record for one in offer):
                 run.kept.let_go()
             if run_id in runs and run.is_being_logged:
                 self._registry.touch(run)  # a disk that takes long holds up no viewer: it is looked at again soon
             if offer:
                 self._offers[run_id] = offer
-                self._offered_bytes += _record_bytes(offer)
+            self._hold(run, offer)
         return [one for offer in self._offers.values() for one in offer]
+
+    def _hold(self, run: Run, offer: Sequence[Candidate]) -> None:
+        """Count in the window what of a run is under way into its file, or offered."""
+        under_way = run.kept.in_flight_bytes if run.kept is not None else 0
+        nbytes = under_way + sum(one.nbytes for one in offer if one.is_record)
+        self._window_used += nbytes - self._in_window.pop(run.info.run, 0)
+        if nbytes:
+            self._in_window[run.info.run] = nbytes
 
     def _offer(self, run: Run, room: int) -> list[Candidate]:
         if run.live is not None:
@@ -387,10 +394,6 @@ class Dispatcher:
     def desired_workers(self) -> int:
         """How many workers the offered load needs."""
         return self._scaling.desired
-
-
-def _record_bytes(offer: Sequence[Candidate]) -> int:
-    return sum(one.nbytes for one in offer if one.is_record)
 
 
 def _shown(peer: bytes) -> str:

@@ -27,7 +27,7 @@ class KeptRun:
     next_seq: int  # next to decode
     written: int  # last seq in the file
     attempt: int = 1
-    least_frames: int = LEAST_FRAMES  # ready or on their way also where the window is full
+    has_turn: bool = False  # once it is over: LEAST_FRAMES are ready or on their way also where the window is full
     first_attempt: int = 1  # what is said of an earlier one is about another recording of the run
     in_flight: deque[tuple[int, int]] = field(default_factory=deque)  # (seq, bytes) on their way into the file
     in_flight_bytes: int = 0  # of latents
@@ -89,9 +89,10 @@ class KeptRun:
     def ahead(self, room_bytes: int) -> list[LatentFrame]:
         """The next frames to decode, in order, up to a gap; read from the log, and held until they are sent.
 
-        room_bytes: as much of them as may be held, but `least_frames` with those on their way, however large. What was
-        held and has no more room is let go.
+        room_bytes: as much of them as may be held, but LEAST_FRAMES with those on their way, however large, unless it
+        waits for its turn. What was held and has no more room is let go.
         """
+        least = LEAST_FRAMES if self.has_turn or not self.is_over else 0
         before, self._ahead, self._missing = {frame.seq: frame for frame in self._ahead}, [], None
         room_bytes = min(room_bytes, READ_AHEAD_BYTES)
         # where nothing got into the file one frame tells whether it does now; more would be decoded in vain
@@ -99,7 +100,7 @@ class KeptRun:
         for seq in range(self.next_seq, last + 1):
             known = before.get(seq)
             room_bytes -= known.nbytes if known is not None else self.log.size_of(seq)
-            is_over = room_bytes < 0 and len(self.in_flight) + len(self._ahead) >= self.least_frames
+            is_over = room_bytes < 0 and len(self.in_flight) + len(self._ahead) >= least
             if is_over or seq in self.gaps:
                 break
             frame = known or self.read(seq)

@@ -113,7 +113,7 @@ class Placer:
         if run.worker is None or load <= 0:
             return None
         is_settled = run.moves_to is None and time.monotonic() - run.moved_s > SETTLE_S
-        may_move = is_settled and run.refused_by.isdisjoint(self._crew.workers)  # what no worker refuses balances them
+        may_move = is_settled and run.refused_by.isdisjoint(self._crew.workers)  # no worker refuses it
         return StreamLoad(run.info.run, run.moves_to or run.worker, load, may_move=may_move)
 
     def _load(self, run: Run) -> float:

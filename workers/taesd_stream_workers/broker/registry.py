@@ -10,7 +10,7 @@ from typing import Final
 from taesd_stream.config import Config
 from taesd_stream.frames import RecordMode, Rendition, StreamInfo
 from taesd_stream.latent_log import RunLog, runs_in
-from taesd_stream_workers.broker.kept_run import LEAST_FRAMES, KeptRun
+from taesd_stream_workers.broker.kept_run import KeptRun
 from taesd_stream_workers.broker.runs import Run
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ class Registry:
         self.by_name: dict[str, Run] = {}
         self.viewers: dict[str, dict[Rendition, int]] = {}
         self.touched: dict[str, Run] = {}  # what of them could be decoded may have changed
+        self._live_runs = 0  # counted anew at each tick
         self._pending_record: dict[str, tuple[RecordMode, float]] = {}
         self._config = config
         self.log_folder = config.log_folder
@@ -60,6 +61,7 @@ class Registry:
     def add(self, run: Run) -> None:
         """Know a run; it becomes what its name means."""
         self.by_run[run.info.run] = self.by_name[run.info.stream] = run
+        self._live_runs += run.live is not None
         self.touch(run)
 
     def touch(self, run: Run) -> None:
@@ -100,7 +102,7 @@ class Registry:
     @property
     def live_share_bytes(self) -> int:
         """How much of one `live` run may wait for a worker."""
-        return LIVE_BYTES // max(1, sum(run.live is not None and run.is_alive for run in self.by_name.values()))
+        return LIVE_BYTES // max(1, self._live_runs)
 
     @property
     def living_meta_bytes(self) -> int:
@@ -146,14 +148,13 @@ class Registry:
         )
         return run.kept
 
-    def give_turns(self) -> int:
-        """Living runs are recorded all at once, ended ones by turns. Returns: bytes that are on their way to files."""
-        ended = in_flight = 0
+    def give_turns(self) -> None:
+        """Living runs are recorded all at once, ended ones by turns; living `live` ones share what may wait."""
+        ended = 0
         for kept in [run.kept for run in self.by_run.values() if run.kept is not None]:
             ended += kept.is_over and kept.blocked is None and kept.written < kept.logged
-            kept.least_frames = LEAST_FRAMES if not kept.is_over or ended <= ENDED_AT_ONCE else 0
-            in_flight += kept.in_flight_bytes
-        return in_flight
+            kept.has_turn = ended <= ENDED_AT_ONCE
+        self._live_runs = sum(run.live is not None and run.is_alive for run in self.by_name.values())
 
     def forget_old(self) -> list[Run]:
         """Drop what is no longer shown nor kept: replaced runs, the oldest ended ones over the bound, old wishes.

@@ -23,18 +23,18 @@ export class Actions {
     addEventListener("pagehide", () => this.held.splice(0).forEach((act) => act.commit()))
   }
 
-  /** Keep every frame, or only the last; what is kept already, no more. */
+  /** wanted: what to keep; what is kept already, no more. */
   async record(item, wanted = "all") {
     if (item.ended || item.record_busy) return
     item.record_busy = true
     const mode = wanted === item.data.record ? "off" : wanted
-    const { name } = item
+    const of = `of ${item.name}`
     try {
-      await call("POST", `streams/${pathOf(name)}/record`, { mode })
-      this.notices.say({ all: `Recording ${name}`, last: `The last frame of ${name} will be kept`, off: `Recording of ${name} ended` }[mode])
+      await call("POST", `streams/${pathOf(item.name)}/record`, { mode })
+      this.notices.say({ all: `Recording ${item.name}`, last: `Keeping the last frame ${of}`, off: `Recording ${of} ended` }[mode])
     } catch (error) {
-      const what = { all: `start the recording of ${name}`, last: `keep the last frame of ${name}`, off: `end the recording of ${name}` }[mode]
-      this.notices.fail(`Could not ${what}: ${error.message}`, () => this.record(item, wanted))
+      const what = { all: "start the recording", last: "keep the last frame", off: "end the recording" }[mode]
+      this.notices.fail(`Could not ${what} ${of}: ${error.message}`, () => this.record(item, wanted))
     }
     item.record_busy = false
     this.changed()

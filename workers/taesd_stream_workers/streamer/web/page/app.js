@@ -44,7 +44,7 @@ const list = new RecordingList((id) => actions.remove(recordings().find((recordi
 
 const recordings = () => daemon.recordings.filter(({ id }) => !actions.removed.has(id))
 
-/** how: of record, what is kept, if not every frame; of stop, whether at once. */
+/** how: what to record; whether to stop at once. */
 function act(kind, subject, how) {
   if (kind === "record") actions.record(subject, how)
   if (kind === "stop") actions.stop(subject, how)

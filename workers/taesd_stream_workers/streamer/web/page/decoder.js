@@ -16,7 +16,7 @@ export function codecOf(bytes) {
   return null
 }
 
-/** Tells of a decoder that gives nothing for two seconds. It counts beats: a machine that slept meanwhile has one of them. */
+/** Tells of a decoder that is silent for 2 s, in beats: a machine that sleeps has none. */
 export class Watchdog {
   constructor(silent) {
     Object.assign(this, { silent, timer: 0, beats: 0 })

@@ -28,7 +28,7 @@ async function fetchGroup(run, seq, part) {
   })
 }
 
-/** Decodes one picture after the other; only the wanted one is kept. Raises: DecoderError, also of one that stays silent. */
+/** Decodes one picture after the other; only the wanted one is kept. Raises: DecoderError. */
 class Walker {
   constructor() {
     Object.assign(this, { decoder: null, group: null, at: -1, wait: null, count: 0, software: false })

@@ -32,8 +32,9 @@ export function bytesText(bytes) {
   return bytes < 1e9 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(2)} GB`
 }
 
+// Made once: that takes long.
 const [TIME, DAY, YEAR] = [{}, { month: "short", day: "numeric" }, { month: "short", day: "numeric", year: "numeric" }].map(
-  (date) => new Intl.DateTimeFormat([], { ...date, hour: "numeric", minute: "2-digit" }), // made once: each takes its time
+  (date) => new Intl.DateTimeFormat([], { ...date, hour: "numeric", minute: "2-digit" }),
 )
 
 /** When something was, as people say it: 14:02, or Nov 23, 14:02, in the reader's own language. */

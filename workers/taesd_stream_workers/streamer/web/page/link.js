@@ -13,7 +13,7 @@ export class Link {
   daemon = null // which start of it
   lost_ms = null
   lost_at = null
-  code = null // why, as WebSockets count it
+  code = null // why: WebSocket's
   refused = false // the daemon answers, and asks for its token
   retry_at_ms = 0
   old_page = false
@@ -38,7 +38,7 @@ export class Link {
     this.lookWhy()
   }
 
-  /** A socket does not tell how it was refused; an ordinary request does. */
+  /** A socket tells nothing of a refusal; a request does. */
   async lookWhy() {
     const answer = await fetch("/page/icon.svg", { cache: "no-store" }).catch(() => null)
     this.refused = answer?.status === 401
@@ -60,16 +60,14 @@ export class Link {
     this.notices.banners(banners)
   }
 
-  /** The banner's key and text. */
   lostWords(lost_for_ms) {
     if (this.refused) return { key: "refused", text: "This address needs a token. Open the link that taesd-stream printed at start." }
     const wait_s = Math.ceil((this.retry_at_ms - Date.now()) / 1000)
     const next = wait_s > 0 ? `Trying again in ${wait_s} s.` : "Trying again now."
     if (this.code === TRY_LATER) return { key: "full", text: `${host} has as many viewers as it takes (web.max_viewers). ${next}` }
-    if (lost_for_ms > GIVEN_UP_MS) {
-      return { key: "lost", text: `Nothing answers at ${host}. If taesd-stream was stopped, start it again; this page reconnects by itself.` }
-    }
-    if (this.first) return { key: "lost", text: `No connection to ${host}. ${next}` }
-    return { key: "lost", text: `Lost the connection to ${host}. These pictures are from ${this.lost_at.toLocaleTimeString()}. ${next}` }
+    const key = "lost"
+    if (lost_for_ms > GIVEN_UP_MS) return { key, text: `Nothing answers at ${host}. If taesd-stream was stopped, start it again; this page reconnects by itself.` }
+    if (this.first) return { key, text: `No connection to ${host}. ${next}` }
+    return { key, text: `Lost the connection to ${host}. These pictures are from ${this.lost_at.toLocaleTimeString()}. ${next}` }
   }
 }

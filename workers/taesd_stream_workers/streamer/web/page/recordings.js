@@ -4,7 +4,7 @@ import { $, make, put, stamp } from "./dom.js"
 import { bytesText, clockText, plural, whenText } from "./format.js"
 
 const FILMS_MAX = 100
-const ROWS = 100 // as many are written at first, and at each press of More
+const ROWS = 100 // at first, and more at a press
 const ENDS_EARLY = "Ends early: the daemon stopped while recording."
 
 export const fileOf = (id) => `/api/v1/recordings/${encodeURIComponent(id)}/file`
@@ -46,7 +46,7 @@ export class RecordingList {
     put($("#films"), { hidden: !links.length })
   }
 
-  /** The newest comes first. There may be thousands, four times a second: only what is in the list is written. */
+  /** The newest comes first. There may be thousands, four times a second. */
   update(recordings) {
     this.recordings = recordings
     const shown = recordings.toSorted((a, b) => b.started - a.started).slice(0, this.most)
@@ -61,9 +61,7 @@ export class RecordingList {
       const row = this.rows.get(recording.id) ?? this.add(recording)
       if (row === place) place = place.nextElementSibling
       else this.list.insertBefore(row, place)
-      const known = JSON.stringify(recording)
-      if (recording.state === "recording" || row.known !== known) this.write(row, recording)
-      row.known = known
+      this.write(row, recording)
     }
     const behind = recordings.length - shown.length
     put(this.more, { hidden: !behind, text: `Show ${Math.min(ROWS, behind)} of ${behind} more` })

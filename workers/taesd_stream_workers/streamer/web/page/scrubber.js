@@ -88,7 +88,7 @@ export class Scrubber {
     this.buttons.play.onclick = () => this.play()
     this.buttons.back.onclick = () => this.step(-1)
     this.buttons.on.onclick = () => this.step(1)
-    new ResizeObserver(() => this.lay()).observe(root) // also when it comes into sight
+    new ResizeObserver(() => this.lay()).observe(root)
   }
 
   get lead() {
@@ -215,7 +215,7 @@ export class Scrubber {
     })
   }
 
-  /** [place, row] of a film's cells, one of `every`: under each step of the first film stands what is shown with it. */
+  /** [place, row] of a film's cells: under each step of the first film stands what is shown with it. */
   cellRows(film, every) {
     const { lead } = this
     const rows = lead.rows.filter((row) => lead.place(row) % every === 0)

@@ -5,7 +5,7 @@ const PING_MS = 2000
 const SILENT_MS = 7000 // four pings unanswered: the line is dead, though no close came
 
 export class Socket {
-  /** on: {open(), text(message), binary(buffer), closed({retry_at_ms, code})}; retry_at_ms is Date.now() time; code: why, as WebSockets count it. */
+  /** on: {open(), text(message), binary(buffer), closed({retry_at_ms, code})}; retry_at_ms is Date.now() time. */
   constructor(url, on) {
     Object.assign(this, { url, on, failures: 0, live: null, heard_ms: 0, timer: 0 })
     setInterval(() => this.ping(), PING_MS)

@@ -187,7 +187,7 @@ export class Stage {
   /** Seconds that the shown step took: from the one before it, else as the stream goes. */
   get step_s() {
     const { rows } = this.scrubber.lead ?? { rows: [] }
-    const at = this.row ? rows.indexOf(this.row) : -1
+    const at = this.row?.at ?? -1
     if (at > 0) return (rows[at].ms - rows[at - 1].ms) / 1000 / Math.max(1, rows[at].seq - rows[at - 1].seq)
     return !this.row && this.item?.data.fps ? 1 / this.item.data.fps : null
   }
@@ -383,9 +383,9 @@ export class Stage {
     const batch = recording.part ? [["Picture", `${recording.part} of ${recording.parts}`]] : []
     const missing = gaps?.length ? [["Missing", plural(gaps.length, "frame")]] : []
     const facts = [...batch, ...factsOf(meta, recording.daemon), ...missing, ["Started", new Date(started * 1000).toLocaleString()], ["Name", name]]
-    // What is not in the file is in the log still.
-    const latents = state === "failed" && section("Not recorded yet", make("div", { class: "files" }, make("a", { href: `/api/v1/runs/${recording.run}/latents`, download: "" }, icon("down"), "Download the latents")))
-    const parts = [error && notice("danger", error), big.root, latents, section("Step by step", make("div", { class: "files" }, make("a", { href: `#/s/${recording.run}/${recording.first_seq}` }, icon("play"), "Walk through the steps"))), meta.prompt && promptSection(`${meta.prompt}`), section("Run", pairs("facts", facts))]
+    const files = [make("a", { href: `#/s/${recording.run}/${recording.first_seq}` }, icon("play"), "Walk through the steps")]
+    if (state === "failed") files.push(make("a", { href: `/api/v1/runs/${recording.run}/latents`, download: "" }, icon("down"), "Download the latents"))
+    const parts = [error && notice("danger", error), big.root, section("Step by step", make("div", { class: "files" }, ...files)), meta.prompt && promptSection(`${meta.prompt}`), section("Run", pairs("facts", facts))]
     this.parts.inspector.replaceChildren(...parts.filter(Boolean))
   }
 }
