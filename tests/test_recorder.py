@@ -271,7 +271,7 @@ def test_packets_that_no_state_names_are_bounded_in_bytes(tmp_path: Path, told: 
 
 
 def test_a_film_is_kept_beside_the_last_picture_of_its_run(tmp_path: Path, told: list[Any]) -> None:
-    """Keep comes while the one frame of the same run is still to be finished: both become files, the id is the film's."""
+    """Keep comes while the one frame of the same run is still to be finished: both become files."""
     one = shot(tmp_path / ".films")
     for packet in chain(0, 2):
         one.write(film(packet))
