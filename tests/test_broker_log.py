@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from taesd_stream.latent_log import read_messages
-from taesd_stream.messages import Ack, DemandUpdate, End, Gap, JobItem, Record, Refused, RunHello
+from taesd_stream.messages import Ack, DemandUpdate, End, Gap, Job, JobItem, Record, Refused, RunHello
 from tests.broker_role import BrokerRole, StreamerPeer, WorkerPeer, frame, new_run
 from tests.daemon import wait_for
 
@@ -174,6 +174,37 @@ def test_no_more_is_sent_ahead_of_the_files_than_the_window(tmp_path: Path) -> N
                 assert items[-1].seq == behind
                 streamer.written(run, items[-1].attempt, written)
     assert [item.seq for item in items] == list(range(8))
+
+
+def test_what_is_given_up_or_finished_leaves_the_window(tmp_path: Path) -> None:
+    """Three frames fill recording.window_bytes: as many go again after a failure, and of the next run."""
+    shape = (4, 192, 192)  # 288 KiB
+    with (
+        BrokerRole(tmp_path, f"recording.window_bytes={1 << 20}") as broker,
+        broker.publisher() as publisher,
+        broker.streamer() as streamer,
+        broker.worker(credits=8) as worker,
+    ):
+
+        def given() -> list[Job]:
+            jobs = [worker.job()]
+            while sum(len(job.items) for job in jobs) < 3:
+                jobs.append(worker.job())
+            return jobs
+
+        for number in range(2):
+            run = new_run()
+            publisher.open(run, f"window/{number}", record="all")
+            for seq in range(3):
+                publisher.say(frame(run, seq, kept=True, shape=shape))
+            publisher.end(run, 2)
+            for job in given():
+                worker.failed(job, "no_memory")
+            again = given()
+            for job in again:
+                worker.done(job)
+            streamer.written(run, again[-1].items[-1].attempt, 2, finished=True)
+            wait_for(lambda: not broker.stats().runs, of="the end of the recording")
 
 
 def test_what_comes_again_behind_its_recording_makes_no_second_one(broker: BrokerRole) -> None:
