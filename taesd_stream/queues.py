@@ -49,5 +49,13 @@ class ByteBoundedQueue(Generic[T]):
             self.held_bytes -= self._size_of(item)
             return item
 
+    def take_all(self, takes: Callable[[T], bool]) -> list[T]:
+        """Out of their turn, the items that `takes` says yes to, in their order."""
+        with self._changed:
+            taken = [item for item in self._items if takes(item)]
+            self._items = deque(item for item in self._items if not takes(item))
+            self.held_bytes -= sum(map(self._size_of, taken))
+            return taken
+
     def __len__(self) -> int:
         return len(self._items)

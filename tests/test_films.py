@@ -23,9 +23,10 @@ from taesd_stream.media.encoder import VideoEncoder
 from taesd_stream.media.finished import read_summary
 from taesd_stream.media.recording import Recording, RecordingError
 from taesd_stream.media.steps import StepPicture, pictures_around, steps_of
+from taesd_stream.messages import State
 from taesd_stream_workers.streamer.films import Films
 from taesd_stream_workers.streamer.library import first_frames, picture_of_step
-from taesd_stream_workers.streamer.recorder import Recorder
+from taesd_stream_workers.streamer.recorder import FILM_BYTES, ITEM_BYTES, Recorder
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import PATCHES, decode_h264, decode_jpeg, psnr_db, sd1_latents_of
@@ -48,6 +49,21 @@ def numbers(pictures: list[StepPicture]) -> list[int]:
 
 def shot(folder: Path) -> Recording:
     return Recording.open(folder, stream="demo/a", run=RUN, meta=META, is_film=True, name="{run}")
+
+
+ROW = {"stream": "demo/a", "state": "live", "meta": META, "latent_format": "sd1", "kind": "steps"}
+
+
+def showing(*runs: str) -> State:
+    """A STATE with these runs as streams, and nothing kept."""
+    streams = [{**ROW, "run": run} for run in runs]
+    return State(streams=streams, runs={}, workers=[], stats={}, desired_workers=1, now_ns=1)
+
+
+def recorded(*, kept_from: int, ended: bool) -> dict[str, dict[str, Any]]:
+    """RUN as the broker tells what it keeps."""
+    more = {"started": 1.0, "takes_film": True, "ended": ended, "last_seq": 0, "kept_from": kept_from, "attempt": 1}
+    return {RUN: {**ROW, **more}}
 
 
 # --- the files ---
@@ -222,15 +238,79 @@ def test_the_first_frames_of_clips_are_all_their_pictures(tmp_path: Path, is_fin
 
 
 def test_a_lost_packet_ends_the_film_until_the_next_keyframe(tmp_path: Path) -> None:
-    """What leans on a packet that found no room is left out: no picture of rubbish is ever in a film."""
-    films = Films(tmp_path, RecordingConfig())
+    """What leans on a packet that found no room is left out, though a keyframe is queued before it: no picture of rubbish
+    is ever in a film."""
     first, second, third = chain(0, 2)
-    assert films.write(film(first), META)
-    films.lose(film(second))
-    assert not films.write(film(third), META)
-    assert films.write(film(chain(5, 5)[0]), META)
-    assert [step.seq for step in steps_of(films.films[RUN].paths[0])] == [0, 5]
-    films.close()
+    filler = film(first, run="00000000000000cd", payload=bytes(FILM_BYTES - 2 * ITEM_BYTES - len(first.payload)))
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), lambda _: None, lambda *_: None)
+    assert recorder.put(film(first))
+    assert recorder.put(filler)
+    assert not recorder.put(film(second))
+    recorder.put(showing(RUN))
+    recorder.start()
+    try:
+        wait_for(lambda: recorder.put(film(first, run="00000000000000ef")), of="room")
+        recorder.put(film(third))
+        assert recorder.put(film(chain(5, 5)[0]))
+        wait_for(lambda: (one := recorder.films.films.get(RUN)) and one.last_seq == 5, of="the keyframe")
+    finally:
+        recorder.close()
+    assert [step.seq for step in steps_of(recorder.films.films[RUN].paths[0])] == [0, 5]
+
+
+def test_a_film_whose_name_is_taken_by_another_run_is_whole(tmp_path: Path) -> None:
+    """The last packet of a run comes behind a STATE in which another run has its name: it is in its film."""
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), lambda _: None, lambda *_: None)
+    recorder.start()
+    try:
+        recorder.put(showing(RUN))
+        for packet in chain(0, 1):
+            recorder.put(film(packet))
+        wait_for(lambda: (one := recorder.films.films.get(RUN)) and one.last_seq == 1, of="the film")
+        recorder.put(showing("00000000000000cd"))
+        recorder.put(film(chain(0, 0)[0], run="00000000000000cd"))
+        wait_for(lambda: "00000000000000cd" in recorder.films.films, of="the other run's film")
+        recorder.put(film(chain(0, 2)[2]))
+        wait_for(lambda: recorder.films.films[RUN].last_seq == 2, of="the last packet")
+    finally:
+        recorder.close()
+
+
+def test_a_recording_goes_on_in_what_its_film_had_queued(tmp_path: Path) -> None:
+    """Record begins while packets of the film still wait behind it: they are written first, and nothing is missing."""
+    told: list[Any] = []
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None)
+    recorder.put(replace(showing(RUN), runs=recorded(kept_from=3, ended=False)))
+    for packet in chain(0, 2):
+        recorder.put(film(packet))
+    for packet in chain(3, 5):
+        recorder.put(packet)
+    recorder.start()
+    try:
+        wait_for(lambda: any(one.written == 5 for one in told), of="the frames")
+    finally:
+        recorder.close()
+    (path,) = tmp_path.rglob("*.part")
+    assert [number for number, _ in read(path)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_is_left_of_a_film_that_was_recorded_is_no_new_one(tmp_path: Path) -> None:
+    """A packet of a film that comes when the recording of its run is finished makes no film."""
+    told: list[Any] = []
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None)
+    other = "00000000000000cd"
+    recorder.start()
+    try:
+        recorder.put(replace(showing(RUN, other), runs=recorded(kept_from=0, ended=False)))
+        recorder.put(chain(0, 0)[0])
+        recorder.put(replace(showing(RUN, other), runs=recorded(kept_from=0, ended=True)))
+        wait_for(lambda: any(one.finished for one in told), of="the file")
+        recorder.put(film(chain(0, 0)[0]))
+        recorder.put(film(chain(0, 0)[0], run=other))
+        wait_for(lambda: other in recorder.films.films, of="the packet behind it")
+        assert RUN not in recorder.films.films
+    finally:
+        recorder.close()
 
 
 def test_films_leave_room_for_recordings(tmp_path: Path) -> None:

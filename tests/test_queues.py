@@ -107,3 +107,13 @@ def test_of_a_class_the_oldest_and_the_newest_wait() -> None:
     assert (len(one), one.held_bytes) == (3, 6)
     assert [one.get(0.0) for _ in range(3)] == ["a", b"x", "dddd"]
     assert one.held_bytes == 0
+
+
+def test_some_are_taken_out_of_their_turn() -> None:
+    """take_all gives those that are asked for, in order; the others keep theirs, and there is room again."""
+    one = queue()
+    assert all(one.put(item) for item in (b"a", b"bbb", b"cc", b"ddd"))
+    assert one.take_all(lambda item: len(item) == 3) == [b"bbb", b"ddd"]
+    assert (len(one), one.held_bytes) == (2, 3)
+    assert one.put(b"e" * 7)
+    assert [one.get(0.0) for _ in range(3)] == [b"a", b"cc", b"e" * 7]

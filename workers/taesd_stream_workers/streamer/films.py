@@ -60,10 +60,6 @@ class Films:
                     nbytes=sum(stat.st_size for stat in stats), grown=max(stat.st_mtime for stat in stats),
                 )  # fmt: skip
 
-    def lose(self, packet: Packet) -> None:
-        """A packet did not find room: its film goes on at the next keyframe."""
-        self._broken.lose(packet)
-
     def write(self, packet: Packet, meta: Mapping[str, Any]) -> bool:
         """Append a packet. Returns whether a frame is whole with it. A disk that takes nothing costs only the film."""
         if not self._broken.takes(packet):

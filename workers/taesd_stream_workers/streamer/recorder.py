@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ from taesd_stream.frames import END_REASONS, Packet
 from taesd_stream.media.recording import Recording, RecordingError, find_unfinished
 from taesd_stream.messages import Cursor, Gap, State
 from taesd_stream.queues import ByteBoundedQueue
+from taesd_stream_workers.role.broken_chains import BrokenChains
 from taesd_stream_workers.streamer.films import Films
 from taesd_stream_workers.streamer.finisher import Finished, Finisher
 from taesd_stream_workers.streamer.library import Library, Retention
@@ -31,7 +31,6 @@ QUEUE_BYTES: Final = 64 << 20
 FILM_BYTES: Final = 32 << 20
 EARLY_BYTES: Final = 16 << 20
 ITEM_BYTES: Final = 512  # of one in a queue, without its picture
-MAX_LOST: Final = 256
 SYNC_S: Final = 1.0
 TELL_S: Final = 0.2
 IDLE_S: Final = 0.1
@@ -73,7 +72,7 @@ class Recorder:
         self._retry_at_s: dict[str, float] = {}  # when a file that could not be finished is tried again
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recorder")
-        self._lost: deque[Packet] = deque(maxlen=MAX_LOST)  # of films, for want of room; without their pictures
+        self._broken_films = BrokenChains(lambda _stream: None)  # for want of room; `put`'s alone
         self._unwritten = Unwritten()
         self._early: ByteBoundedQueue[Packet] = ByteBoundedQueue(EARLY_BYTES, _size)  # that no STATE has named yet
         self._next_sync_s = 0.0
@@ -104,9 +103,11 @@ class Recorder:
             return True
         if not isinstance(item, Packet) or item.rendition != "film":
             return self._queue.put(item)
+        if not self._broken_films.takes(item):
+            return False
         if self._film_queue.put(item):
             return True
-        self._lost.append(replace(item, payload=b""))
+        self._broken_films.lose(item)
         return False
 
     def keep_film(self, run: str) -> Future[str]:
@@ -191,7 +192,7 @@ class Recorder:
     def _is_named(self, packet: Packet) -> bool:
         """Whether what we know of its run is as new as the packet: a run may be recorded again, from another frame."""
         if packet.rendition == "film":
-            return packet.run in self._shown
+            return packet.run in self._shown or packet.run in self.films.films  # another run may have its name by now
         row = self._runs.get(packet.run)
         is_told = row is not None and row["meta"] is not None and row["attempt"] >= packet.attempt
         return packet.run in self._open or is_told
@@ -232,11 +233,12 @@ class Recorder:
         self._on_error()
 
     def _write_film(self, packet: Packet) -> None:
-        while self._lost:
-            self.films.lose(self._lost.popleft())
-        row = self._shown.get(packet.run)
-        if row is not None and packet.run not in self._open and self.films.write(packet, meta_of(row)):
-            self._is_dirty = True
+        run, shown, kept = packet.run, self._shown.get(packet.run), self._runs.get(packet.run)
+        film = self.films.films.get(run)
+        meta = meta_of(shown) if shown else film.meta if film else None
+        is_in_a_file = run in self._open or (run in self._finished and (kept is None or kept["takes_film"]))
+        if meta is not None and not is_in_a_file:
+            self._is_dirty |= self.films.write(packet, meta)
 
     def _keep_films(self) -> None:
         """Films that people want kept, of runs that are over: those of living ones are the broker's to record."""
@@ -260,6 +262,8 @@ class Recorder:
 
     def _take_film(self, run: str, kept_from: int | None) -> Recording | None:
         """The film of a run that is recorded from now on: the recording goes on in it."""
+        for packet in self._film_queue.take_all(lambda packet: packet.run == run):
+            self._write_film(packet)
         try:
             film = self.films.move(run, self.folder, self._name)
         except RecordingError as error:
