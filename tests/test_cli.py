@@ -242,8 +242,19 @@ def test_record_keeps_the_last_frame_alone_and_no_more(daemon: Daemon, tmp_path:
         wait_for(lambda: daemon.streams().get("cli/off", {}).get("record") == "all", of="the word")
         done = run("record", "cli/off", "--mode", "off", "--connect", daemon.web, folder=tmp_path)
         assert done.returncode == 0, done.stderr
+        assert done.stderr == "cli/off is recorded no more\n"
         assert daemon.recording(publisher.run)["frames"] == 1
         assert daemon.streams()["cli/off"]["record"] == "off"
+
+
+def test_record_off_says_what_it_did(daemon: Daemon, tmp_path: Path) -> None:
+    """Of a name that is no stream it says so; with a file or a count of frames it is refused, for it writes none."""
+    words = ["record", "cli/nobody", "--mode", "off", "--connect", daemon.web]
+    done = run(*words, folder=tmp_path)
+    assert (done.returncode, "there is no stream" in done.stderr) == (0, True)
+    for more in (["-o", "out.mp4"], ["--frames", "3"]):
+        done = run(*words, *more, folder=tmp_path)
+        assert (done.returncode, "neither -o nor --frames" in done.stderr) == (2, True)
 
 
 def test_record_of_a_name_that_has_ended_means_its_next_run(daemon: Daemon, tmp_path: Path) -> None:

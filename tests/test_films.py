@@ -127,6 +127,26 @@ def test_a_film_that_could_not_be_kept_can_be_kept_later(tmp_path: Path) -> None
     assert [step.seq for step in steps_of(tmp_path / "taken" / f"{RUN}.mp4")] == [0, 1, 2]
 
 
+def test_a_film_is_kept_without_a_file_that_somebody_removed(tmp_path: Path) -> None:
+    """Of a film in two files, one a size of picture, the first is gone: the second becomes a recording."""
+    one = shot(tmp_path / ".films")
+    one.write(film(chain(0, 0)[0]))
+    picture = VideoEncoder("film").encode(np.zeros((72, 80), np.uint8), 9000)
+    one.write(film(made(1, picture.payload, is_keyframe=True, pts=9000, width=80, height=48)))
+    paths = one.paths
+    one.close()
+    config = load_config(sets=[f"recording.folder={tmp_path}", "recording.name={run}"])
+    recorder = Recorder(config, tell_broker=lambda _: None, on_change=lambda _rows, _films: None)
+    recorder.start()
+    try:
+        paths[0].unlink()
+        assert recorder.keep_film(RUN).result(timeout=30) == f"{RUN}"
+    finally:
+        recorder.close()
+    assert len(paths) == 2
+    assert [step.seq for step in steps_of(tmp_path / f"{RUN}.mp4")] == [1]
+
+
 def test_steps_tell_what_the_sampler_said(tmp_path: Path) -> None:
     """Step, total and sigma of each frame come back from a growing and from a finished file."""
     one = Recording.open(tmp_path, stream="demo/a", run=RUN, meta=META)

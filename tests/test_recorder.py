@@ -18,6 +18,7 @@ from taesd_stream.frames import Packet
 from taesd_stream.messages import Cursor, State
 from taesd_stream_workers.streamer.recorder import EARLY_BYTES, Recorder
 from tests.daemon import wait_for
+from tests.test_films import film, shot
 from tests.test_recording import META, RUN, chain, read, start
 
 
@@ -267,3 +268,72 @@ def test_packets_that_no_state_names_are_bounded_in_bytes(tmp_path: Path, told: 
         wait_for(lambda: sum(one() is not None for one in sent) <= 8, of="what does not fit to go")
     finally:
         recorder.close()
+
+
+def test_a_film_is_kept_beside_the_last_picture_of_its_run(tmp_path: Path, told: list[Any]) -> None:
+    """Keep comes while the one frame of the same run is still to be finished: both become files."""
+    one = shot(tmp_path / ".films")
+    for packet in chain(0, 2):
+        one.write(film(packet))
+    one.close()
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None)
+    recorder.start()
+    try:
+        last = state(ended=False, kept_from=3)
+        last.runs[RUN]["takes_film"] = False
+        recorder.put(last)
+        recorder.put(chain(3, 3)[0])
+        wait_for(lambda: any(one.written == 3 for one in told), of="the last picture")
+        wish = recorder.keep_film(RUN)
+        recorder.put(replace(last, runs={RUN: {**last.runs[RUN], "ended": True, "last_seq": 3}}))
+        path = recorder.library.path_of(wish.result(timeout=30))
+    finally:
+        recorder.close()
+    assert path is not None
+    assert [number for number, _ in read(path)] == [0, 1, 2]
+    assert sorted(len(read(path)) for path in tmp_path.rglob("*.mp4")) == [1, 3]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_film_that_is_being_kept_is_finishing(tmp_path: Path) -> None:
+    """While a large film becomes an ordinary file it is told as finishing, at no time as recording."""
+    one = shot(tmp_path / ".films")
+    for packet in chain(0, 19):
+        one.write(film(large(packet)))
+    one.close()
+    seen: set[str] = set()
+    recorder = Recorder(
+        load_config(sets=[f"recording.folder={tmp_path}"]),
+        lambda _: None,
+        lambda rows, _films: seen.update(row["state"] for row in rows),
+    )
+    recorder.start()
+    try:
+        recorder.keep_film(RUN).result(timeout=30)
+        wait_for(lambda: "finished" in seen, of="the row")
+    finally:
+        recorder.close()
+    assert seen == {"finishing", "finished"}
+
+
+def test_a_file_that_is_removed_before_it_is_finished_begins_anew(tmp_path: Path, told: list[Any]) -> None:
+    """The broker hears that nothing is written of a run whose file somebody took; what comes again is a file."""
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None)
+    recorder.start()
+    try:
+        recorder.put(state(ended=False))
+        for packet in chain(0, 2):
+            recorder.put(packet)
+        wait_for(lambda: any(one.synced == 2 for one in told), of="the frames")
+        (growing,) = tmp_path.rglob("*.mp4.part")
+        growing.unlink()
+        recorder.put(state(ended=True, last_seq=2))
+        wait_for(lambda: told[-1].written == -1, of="the word that nothing is there")
+        for packet in chain(0, 2, attempt=2):
+            recorder.put(packet)
+        recorder.put(state(ended=True, last_seq=2, attempt=2))
+        wait_for(finished(told), of="the file")
+    finally:
+        recorder.close()
+    (path,) = tmp_path.rglob("*.mp4")
+    assert [number for number, _ in read(path)] == [0, 1, 2]

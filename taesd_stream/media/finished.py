@@ -33,7 +33,7 @@ def finish_file(growing: Path) -> list[Path]:
     index = read_index(growing)
     parts = range(1, index.head.get("parts", 1) + 1)
     finished = [_finish_part(growing, index, part) for part in parts]
-    growing.unlink()
+    growing.unlink(missing_ok=True)  # somebody else may have removed it meanwhile
     return finished
 
 

@@ -113,7 +113,9 @@ def record(
         raise ConfigError(f"{name}: {NAME_RULE}")
     client = DaemonClient(connect)
     if mode == "off":
-        client.record(name, mode)
+        if output is not None or frames is not None:
+            raise ConfigError("--mode off: expected neither -o nor --frames, for nothing is downloaded")
+        _stop_recording(client, name)
         return
     if output is None:
         raise ConfigError("-o FILE: expected the MP4 to write")
@@ -131,6 +133,12 @@ def record(
     except KeyboardInterrupt:
         say(f"left; the daemon goes on recording {name}")
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _stop_recording(client: DaemonClient, name: str) -> None:
+    is_there = any(row["name"] == name for row in client.streams())
+    client.record(name, "off")
+    say(f"{name} is recorded no more" if is_there else f"{name}: there is no stream of this name; none is waited for")
 
 
 def _wait_for_recordings(client: DaemonClient, name: str, old: set[str], frames: int | None) -> list[dict[str, Any]]:

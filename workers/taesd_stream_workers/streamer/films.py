@@ -103,8 +103,9 @@ class Films:
         one = self._open.pop(run, None)
         if one is not None or film is None:
             return one
+        paths = _there(film)
         try:
-            return Recording.open(self._folder, stream=film.stream, run=run, meta={}, is_film=True, paths=film.paths)
+            return Recording.open(self._folder, stream=film.stream, run=run, meta={}, is_film=True, paths=paths)
         except RecordingError as error:
             logger.warning("film_not_readable run=%s error=%s", run, error)
             return None
@@ -138,7 +139,7 @@ class Films:
     def _recording(self, packet: Packet, meta: Mapping[str, Any]) -> Recording:
         one = self._open.pop(packet.run, None)
         if one is None:
-            paths = film.paths if (film := self.films.get(packet.run)) else ()
+            film = self.films.get(packet.run)
             one = Recording.open(
                 self._folder,
                 stream=packet.stream,
@@ -146,7 +147,7 @@ class Films:
                 meta=meta,
                 is_film=True,
                 name="{run}",
-                paths=[path for path in paths if path.exists()],  # a person may have removed it
+                paths=_there(film) if film else (),
             )
         self._open[packet.run] = one
         if len(self._open) > MAX_OPEN:
@@ -174,3 +175,8 @@ class Films:
         for path in film.paths:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def _there(film: Film) -> list[Path]:
+    """Its files, without those that a person has removed."""
+    return [path for path in film.paths if path.exists()]

@@ -131,7 +131,7 @@ class Recorder:
                 one,
                 self.log_folder,
                 error=self._errors.get(run),
-                is_ended=bool(self._runs.get(run, {}).get("ended")),
+                is_ended=run in self._finishing or bool(self._runs.get(run, {}).get("ended")),
             )
             for run, one in self._open.items()
             if one.paths or self._errors.get(run)
@@ -240,8 +240,11 @@ class Recorder:
 
     def _keep_films(self) -> None:
         """Films that people want kept, of runs that are over: those of living ones are the broker's to record."""
-        while self._wishes:
+        for _ in range(len(self._wishes)):
             run, wish = self._wishes.popleft()
+            if run in self._open and run in self.films.films:  # its last picture is recorded: one after the other
+                self._wishes.append((run, wish))
+                continue
             if not wish.set_running_or_notify_cancel():
                 continue  # who asked is gone
             try:
@@ -306,14 +309,20 @@ class Recorder:
             ):
                 self._tell_broker(Cursor(run=run, attempt=row["attempt"], written=-1, synced=-1, finished=True))
             elif time.monotonic() >= self._retry_at_s.get(run, float("inf")):
-                self._reopen(run, row["stream"], meta_of(row))
+                self._reopen(run, row["stream"], meta_of(row), row["attempt"])
 
-    def _reopen(self, run: str, stream: str, meta: dict[str, Any]) -> None:
+    def _reopen(self, run: str, stream: str, meta: dict[str, Any], attempt: int) -> None:
         try:
-            self._open[run] = Recording.open(self.folder, stream=stream, run=run, meta=meta, name=self._name)
+            one = Recording.open(self.folder, stream=stream, run=run, meta=meta, name=self._name)
         except RecordingError as error:
             self._retry_at_s[run] = time.monotonic() + RETRY_S
             self._fail(run, str(error))
+            return
+        if one.paths:
+            self._open[run] = one
+        else:  # somebody removed its files: what the log still has begins another one
+            self._retry_at_s.pop(run, None)
+            self._tell_broker(Cursor(run=run, attempt=attempt, written=-1, synced=-1))
 
     def _finish(self, run: str) -> None:
         """Begin to make ordinary files of a recording, unless that must wait."""
@@ -330,7 +339,7 @@ class Recorder:
             else:
                 self._fail(run, str(error))
                 self._retry_at_s[run] = time.monotonic() + RETRY_S
-                self._reopen(run, one.stream, one.meta)
+                self._reopen(run, one.stream, one.meta, max(0, one.attempt))
             if wish is not None and error is None:
                 wish.set_result(self.library.id_of(answer.result()[0]))
             elif wish is not None:  # it is tried again, as every recording is

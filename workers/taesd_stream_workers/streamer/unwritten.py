@@ -1,4 +1,4 @@
-"""Packets that the disk did not take: they wait in their order until it does, so that nothing is decoded again."""
+"""Packets that the disk did not take: they wait in order until it does; after 15 s the broker sends them again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 
 from taesd_stream.frames import Packet
 
-MAX_BYTES: Final = 64 << 20  # of all recordings; what comes then is lost, and the broker sends it again
+MAX_BYTES: Final = 64 << 20  # of all recordings; what comes then is lost until the broker sends it again
 
 
 class Unwritten:
