@@ -10,7 +10,8 @@ from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.latent_log import RunLog
 from taesd_stream.scheduling import Candidate
 from taesd_stream_workers.broker.kept_run import LEAST_FRAMES, MAX_STUCK_S, READ_AHEAD_FRAMES, RECORD_STUCK_S, KeptRun
-from taesd_stream_workers.broker.runs import MAX_FAILURES, Run
+from taesd_stream_workers.broker.runs import Run
+from taesd_stream_workers.broker.troubles import MAX_FAILURES, Troubles
 from tests.broker_role import frame, new_run
 
 SHAPE = (4, 32, 32)
@@ -109,12 +110,12 @@ def test_a_gap_ends_what_is_read(kept: KeptRun) -> None:
 
 def test_failures_of_old_frames_are_forgotten() -> None:
     """A run whose every frame ends a job remembers the newest ones, and of those how often each failed."""
-    run = Run(StreamInfo(stream="a", run=new_run(), kind="steps", latent_format="sd1"), peer=None, record="off")
+    troubles = Troubles()
     for seq in range(2 * MAX_FAILURES):
-        assert run.failed(seq) == 1
-        assert run.failed(seq) == 2
-    assert len(run.failures) == MAX_FAILURES
-    assert min(run.failures) == MAX_FAILURES
+        assert troubles.failed(seq) == 1
+        assert troubles.failed(seq) == 2
+    assert len(troubles.failures) == MAX_FAILURES
+    assert min(troubles.failures) == MAX_FAILURES
 
 
 def test_an_answer_to_a_former_attempt_is_none_to_this_one(kept: KeptRun) -> None:

@@ -9,18 +9,7 @@ from typing import Final
 
 from taesd_stream.config import Config
 from taesd_stream.frames import LatentFrame
-from taesd_stream.messages import (
-    Degraded,
-    Done,
-    Drain,
-    Echo,
-    Failed,
-    Forget,
-    Gap,
-    Job,
-    Progress,
-    WorkerHello,
-)
+from taesd_stream.messages import Degraded, Done, Drain, Echo, Failed, Forget, Gap, Job, Progress, WorkerHello
 from taesd_stream.scaling import Scaling
 from taesd_stream.scheduling import Candidate, first_due, next_job
 from taesd_stream_workers.broker.crew import Crew, Worker
@@ -30,7 +19,8 @@ from taesd_stream_workers.broker.links import Links
 from taesd_stream_workers.broker.live_latents import LiveLatents
 from taesd_stream_workers.broker.placer import Placer
 from taesd_stream_workers.broker.registry import Registry
-from taesd_stream_workers.broker.runs import MAX_TRIES, Run
+from taesd_stream_workers.broker.runs import Run
+from taesd_stream_workers.broker.troubles import MAX_TRIES
 
 logger = logging.getLogger(__name__)
 
@@ -134,8 +124,8 @@ class Dispatcher:
         for item in held.items if held else ():
             run = self._item_over(item)
             if run is not None:
-                run.note_is_over()
-                run.failures.pop(item.seq, None)
+                run.troubles.are_over()
+                run.troubles.failures.pop(item.seq, None)
         for one in done.degraded if held else ():
             self._note_degraded(one)
 
@@ -148,7 +138,7 @@ class Dispatcher:
         if counts[f"degraded_{one.code}"] == 1:
             fields = (run.info.stream, one.code, one.text)
             logger.warning("picture_degraded stream=%s code=%s %s (said once)", *fields)
-        run.say(one.text)
+        run.troubles.say(one.text)
         self._links.is_changed = True
 
     def on_failed(self, peer: bytes, failed: Failed) -> None:
@@ -179,7 +169,7 @@ class Dispatcher:
             if item.is_record and run.kept is not None:
                 run.kept.restart(run.kept.written, run.kept.attempt + 1)
             return
-        run.say(failed.text)
+        run.troubles.say(failed.text)
         counts[f"failed_{failed.code}"] += 1
         if counts[f"failed_{failed.code}"] == 1:
             fields = (run.info.stream, item.seq, failed.code, failed.text)
@@ -191,7 +181,7 @@ class Dispatcher:
                 self._try_again(run, item)
         elif kept is None:
             if failed.code == "bad_frame" and run.live is not None:
-                run.failed(item.seq, MAX_TRIES)
+                run.troubles.failed(item.seq, MAX_TRIES)
                 run.show_again(item)  # what follows it, for the worker has stopped there
         elif failed.code == "no_decoder":
             kept.blocked = failed.text if is_blocked else None  # the frames stay in the log
@@ -209,10 +199,10 @@ class Dispatcher:
 
     def _blame(self, run: Run, item: Candidate) -> bool:
         """A frame ended a job. Returns whether it ended two: then it is poison, and nobody gets it any more."""
-        is_poison = run.failed(item.seq) >= MAX_TRIES
+        is_poison = run.troubles.failed(item.seq) >= MAX_TRIES
         if is_poison:
             self._links.counts["frames_poisoned"] += 1
-            run.say(f"frame {item.seq} ended {MAX_TRIES} decode jobs and is left out")
+            run.troubles.say(f"frame {item.seq} ended {MAX_TRIES} decode jobs and is left out")
             if item.is_record and run.kept is not None:
                 self._pass_gap(run, run.kept, item.seq, "poison")
         return is_poison
@@ -250,7 +240,7 @@ class Dispatcher:
         wait_s = self._placer.oldest_wait_s([one for offer in self._offers.values() for one in offer])
         self._scaling.update(time.monotonic(), self._placer.loads(), wait_s, len(self._crew.workers))
         for run in self._registry.by_run.values():
-            self._links.is_changed |= run.drop_old_note()
+            self._links.is_changed |= run.troubles.drop_old_note()
             kept = run.kept
             if kept is None:
                 continue
@@ -275,14 +265,14 @@ class Dispatcher:
         for item in [item for job in worker.at_hand() for item in job.items]:
             owner = self._registry.by_run.get(item.run)
             if owner is not None:
-                owner.failed(item.seq, 0)
+                owner.troubles.failed(item.seq, 0)
         self._links.is_changed = True
 
     def _worker_died(self, worker: Worker) -> None:
         """It did not come back: what it had at hand may be why, unless another could do it."""
         for item in worker.died_of or ():
             run = self._registry.by_run.get(item.run)
-            if run is not None and item.seq in run.failures:
+            if run is not None and item.seq in run.troubles.failures:
                 self._blame(run, item)
 
     def _worker_lives(self, worker: Worker) -> None:
@@ -290,7 +280,7 @@ class Dispatcher:
         for item in worker.died_of or ():
             run = self._registry.by_run.get(item.run)
             if run is not None:
-                run.absolve(item.seq)
+                run.troubles.absolve(item.seq)
         worker.died_of = None
 
     # --- giving work ---

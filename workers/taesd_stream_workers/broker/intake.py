@@ -104,7 +104,7 @@ class Intake:
                 "latents_cut stream=%s latents=%d reason=decoders too slow (said once)", run.info.stream, cut
             )
         self._links.counts["latents_cut"] += cut
-        run.say(f"Too slow: {cut} latents were left out.")
+        run.troubles.say(f"Too slow: {cut} latents were left out.")
 
     def tell(self, run: Run, *, always: bool = False) -> None:
         """DEMAND: who wants this run, and what is kept; only when that changed, or `always`."""
@@ -250,7 +250,7 @@ class Intake:
         except ValueError as error:
             self._links.counts["bad_shapes"] += 1
             run.faults += 1
-            run.say(str(error))
+            run.troubles.say(str(error))
             if run.faults == 1 and run.peer is not None:
                 self._refuse(run.peer, run.info, "format", str(error))
             return False

@@ -16,7 +16,7 @@ def stream_row(run: Run, wanted: dict[Rendition, int]) -> dict[str, Any]:
         flag
         for flag, is_set in (
             ("stalled", run.is_stalled),
-            ("degraded", run.note is not None),
+            ("degraded", run.troubles.note is not None),
             ("stopping", run.stop_asked and run.end is None),
         )
         if is_set
@@ -44,7 +44,7 @@ def stream_row(run: Run, wanted: dict[Rendition, int]) -> dict[str, Any]:
         "started": run.started_unix,
         "ended": run.ended_unix,
         "end_text": run.end.text or None if run.end else None,
-        "note": run.note,
+        "note": run.troubles.note,
         "faults": run.faults,
     }
 

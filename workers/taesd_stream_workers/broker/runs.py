@@ -15,14 +15,12 @@ from taesd_stream.messages import End, History
 from taesd_stream.scheduling import Candidate
 from taesd_stream_workers.broker.kept_run import KeptRun
 from taesd_stream_workers.broker.live_latents import LiveLatents, history_before, latent_bytes, latents_in
+from taesd_stream_workers.broker.troubles import Troubles
 
 LOST_AFTER_S: Final = 10.0
 MAX_LIVE_IN_FLIGHT: Final = 2
 MAX_VIDEO_IN_FLIGHT: Final = 8  # frames of a `live` run that nobody keeps: none of them may be passed over
-MAX_TRIES: Final = 2  # jobs that may end on one frame
-MAX_FAILURES: Final = 256  # frames of one run
 LOGGED_SOON_NS: Final = 50_000_000  # a disk that takes longer holds up no viewer
-NOTE_S: Final = 1.0  # so long at least a person can read what was wrong
 
 
 def meta_bytes(info: StreamInfo) -> int:
@@ -52,7 +50,6 @@ class Run:
         self.interval_s: float | None = None  # mean time between frames
         self.dispatched: dict[Rendition, int] = {}  # newest seq that went to a worker
         self.forced: set[Rendition] = set()  # renditions that must start anew
-        self.failures: dict[int, int] = {}  # seq -> how many jobs ended on it
         self.worker: bytes | None = None
         self.moves_to: bytes | None = None  # another worker, once nothing is under way at this one
         self.refused_by: set[bytes] = set()  # workers that have no decoder for it
@@ -69,9 +66,7 @@ class Run:
         self.unacked_from: int | None = None  # oldest seq that the publisher still keeps for us
         self.end: End | None = None
         self.ended_unix: float | None = None
-        self.note: str | None = None  # what is wrong with its pictures
-        self._is_note_over = False
-        self._noted_s = 0.0
+        self.troubles = Troubles()
         self.told: tuple[Demand, RecordMode] | None = None
         self.faults = 0
 
@@ -120,33 +115,6 @@ class Run:
         front = self.kept.front if self.kept is not None else None
         newest_bytes, front_bytes = (one.nbytes if one is not None else 0 for one in (self.newest, front))
         return max(newest_bytes, self.live.held_bytes if self.live is not None else 0) + front_bytes
-
-    def say(self, note: str) -> None:
-        """Something is wrong with its pictures: the page shows it."""
-        self.note, self._noted_s, self._is_note_over = note, time.monotonic(), False
-
-    def note_is_over(self) -> None:
-        """It has shown a picture again: what was wrong with a frame is not wrong with the next."""
-        self._is_note_over = True
-
-    def drop_old_note(self) -> bool:
-        """Whether a note went just now: it is over, and a person had time to read it."""
-        is_due = self.note is not None and self._is_note_over and time.monotonic() - self._noted_s > NOTE_S
-        if is_due:
-            self.note = None
-        return is_due
-
-    def failed(self, seq: int, times: int = 1) -> int:
-        """So many jobs more ended on a frame. Returns how many have; of the newest MAX_FAILURES frames it is known."""
-        self.failures[seq] = self.failures.get(seq, 0) + times
-        if len(self.failures) > MAX_FAILURES:
-            del self.failures[min(self.failures)]
-        return self.failures.get(seq, times)
-
-    def absolve(self, seq: int) -> None:
-        """One of the jobs that seemed to end on a frame did not."""
-        if seq in self.failures:
-            self.failures[seq] = max(0, self.failures[seq] - 1)
 
     def is_newer(self, frame: LatentFrame) -> bool:
         """Whether a frame that came in is the newest one, and not sent again."""
@@ -202,7 +170,7 @@ class Run:
 
     def _live_renditions(self, wanted: dict[Rendition, int]) -> tuple[Rendition, ...]:
         newest = self.newest
-        if newest is None or self.live_in_flight >= MAX_LIVE_IN_FLIGHT or self.failures.get(newest.seq, 0) >= MAX_TRIES:
+        if newest is None or self.live_in_flight >= MAX_LIVE_IN_FLIGHT or self.troubles.is_poison(newest.seq):
             return ()
         due = tuple(
             rendition
@@ -221,7 +189,7 @@ class Run:
         kept = self.kept
         first_kept = kept.next_seq if kept is not None and kept.next_seq <= kept.logged else None
         room = max(0, MAX_VIDEO_IN_FLIGHT - self.live_in_flight) if shown else 0
-        waiting = [one for one in live.waiting() if self.failures.get(one.seq, 0) < MAX_TRIES] if shown else []
+        waiting = [one for one in live.waiting() if not self.troubles.is_poison(one.seq)] if shown else []
         early = waiting if first_kept is None else [one for one in waiting if one.seq < first_kept]
         frames = [(frame, self._with_film(shown, frame)) for frame in early[:room]]
         if len(early) <= room:
@@ -287,7 +255,7 @@ class Run:
             nbytes=frame.nbytes,
             since_ns=max(since_ns, not_before_ns),
             worker=self.worker,
-            is_suspect=frame.seq in self.failures,
+            is_suspect=frame.seq in self.troubles.failures,
             is_clip=self.info.kind == "clip",
             attempt=self._attempt(is_record=is_record),
             memory=memory,
