@@ -238,8 +238,8 @@ def test_the_first_frames_of_clips_are_all_their_pictures(tmp_path: Path, is_fin
 
 
 def test_a_lost_packet_ends_the_film_until_the_next_keyframe(tmp_path: Path) -> None:
-    """What leans on a packet that found no room is left out, though a keyframe is queued before it: no picture of rubbish
-    is ever in a film."""
+    """What leans on a packet that found no room is left out, though a keyframe is queued before it: no rubbish is ever
+    in a film."""
     first, second, third = chain(0, 2)
     filler = film(first, run="00000000000000cd", payload=bytes(FILM_BYTES - 2 * ITEM_BYTES - len(first.payload)))
     recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), lambda _: None, lambda *_: None)
