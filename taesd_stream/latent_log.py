@@ -334,3 +334,14 @@ def runs_in(folder: Path) -> list[str]:
     """The runs that have segments in `folder`."""
     matches = (_FILE.fullmatch(path.name) for path in folder.glob(f"*{SUFFIX}"))
     return sorted({match[1] for match in matches if match})
+
+
+def bytes_by_run(folder: Path) -> dict[str, int]:
+    """How many bytes the segments of each run in `folder` have, by one look at it."""
+    held: dict[str, int] = {}
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if match := _FILE.fullmatch(entry.name):
+                with contextlib.suppress(OSError):  # removed since
+                    held[match[1]] = held.get(match[1], 0) + entry.stat().st_size
+    return held

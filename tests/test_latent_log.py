@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from taesd_stream import wire
 from taesd_stream.frames import LatentFrame, StreamInfo
-from taesd_stream.latent_log import LogError, RunLog, read_messages, runs_in
+from taesd_stream.latent_log import LogError, RunLog, bytes_by_run, read_messages, runs_in, segment_paths
 from taesd_stream.log_records import pack_record
 from taesd_stream.messages import End
 from tests.golden_messages import FRAME, OPEN, RUN
@@ -172,6 +172,17 @@ def test_reopening_goes_on_where_it_ended(tmp_path: Path) -> None:
 def test_nothing_is_reopened_where_nothing_is(tmp_path: Path) -> None:
     """A run without segments has no log."""
     assert RunLog.reopen(tmp_path, RUN) is None
+
+
+def test_bytes_by_run_adds_up_the_segments_of_each(tmp_path: Path) -> None:
+    """One look at the folder tells what each run has; of other files, and of no folder, nothing."""
+    assert bytes_by_run(tmp_path / "absent") == {}
+    log = filled(tmp_path, segment_bytes=600)
+    (tmp_path / "note.latents").write_text("a stranger's")
+    assert len(segment_paths(tmp_path, RUN)) > 1
+    assert bytes_by_run(tmp_path) == {RUN: sum(path.stat().st_size for path in segment_paths(tmp_path, RUN))}
+    log.delete()
+    assert bytes_by_run(tmp_path) == {}
 
 
 def test_runs_in_lists_runs_only(tmp_path: Path) -> None:

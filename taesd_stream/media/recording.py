@@ -231,9 +231,8 @@ class Recording:
     def finish(self) -> list[Path]:
         """Turn each file into an ordinary fast-start MP4 `NAME.mp4`; returns them. The recording is of no use then.
 
-        A file of several tracks becomes as many, `NAME.1.mp4`, `NAME.2.mp4`…
-
-        What it tells of itself stays as it was, for any thread.
+        A file of several tracks becomes as many, `NAME.1.mp4`, `NAME.2.mp4`… What it tells of itself stays as it
+        was, for any thread.
         Raises: RecordingError; what is not finished grows still: open and finish it again.
         """
         written, paths = self.written, self.paths

@@ -23,8 +23,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -231,8 +231,9 @@ def _counts(daemon: Daemon) -> dict[str, float]:
     return {key: float(value or 0) for key, value in found.items()}
 
 
-def measure_grid(daemon: Daemon, browser: Browser, measure_s: float) -> dict[str, float]:
-    """25 streams at 10 pictures a second on the wall: drawn of sent, and the page's long tasks."""
+@contextmanager
+def _painting(daemon: Daemon) -> Iterator[list[int]]:
+    """25 streams at 10 pictures a second, and how many of each were sent so far."""
     stop = threading.Event()
     sent = [0] * GRID
     with ExitStack() as stack:
@@ -247,13 +248,20 @@ def measure_grid(daemon: Daemon, browser: Browser, measure_s: float) -> dict[str
                     sent[number] += 1
                 step += 1
 
-        page = browser.new_context(viewport={"width": 1600, "height": 1400}).new_page()
-        stack.callback(page.context.close)
-        page.add_init_script(LONG_TASKS)
         thread = threading.Thread(target=paint)
         thread.start()
         stack.callback(thread.join)
         stack.callback(stop.set)
+        yield sent
+
+
+def measure_grid(daemon: Daemon, browser: Browser, measure_s: float) -> dict[str, float]:
+    """25 streams at 10 pictures a second on the wall: drawn of sent, and the page's long tasks."""
+    with ExitStack() as stack:
+        sent = stack.enter_context(_painting(daemon))
+        page = browser.new_context(viewport={"width": 1600, "height": 1400}).new_page()
+        stack.callback(page.context.close)
+        page.add_init_script(LONG_TASKS)
         page.goto(daemon.web + "/#/")
         canvases = "#wall canvas[data-stream^='grid/']:not([data-pictures='0'])"
         wait_for(lambda: page.locator(canvases).count() == GRID, 60.0, of="25 tiles")

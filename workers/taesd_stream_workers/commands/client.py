@@ -125,11 +125,7 @@ def record(
     client.record(name, mode)
     try:
         say(f"waiting for {name}")
-        recordings = _wait_for_recordings(client, name, old, frames)
-        for number, recording in enumerate(recordings, 1):
-            file = output if len(recordings) == 1 else output.with_name(f"{output.stem}.{number}{output.suffix}")
-            _download(client, recording, file, frames)
-            say(f"{file}: {min(frames or recording['frames'], recording['frames'])} frames")
+        _download_all(client, _wait_for_recordings(client, name, old, frames), output, frames)
     except KeyboardInterrupt:
         say(f"left; the daemon goes on recording {name}")
         raise typer.Exit(INTERRUPTED) from None
@@ -162,6 +158,13 @@ def _wait_for_recordings(client: DaemonClient, name: str, old: set[str], frames:
                     is_one = first["parts"] == 1
                     return [first] if is_one else [{**first, "part": part + 1} for part in range(first["parts"])]
             time.sleep(POLL_S)
+
+
+def _download_all(client: DaemonClient, recordings: list[dict[str, Any]], output: Path, frames: int | None) -> None:
+    for number, recording in enumerate(recordings, 1):
+        file = output if len(recordings) == 1 else output.with_name(f"{output.stem}.{number}{output.suffix}")
+        _download(client, recording, file, frames)
+        say(f"{file}: {min(frames or recording['frames'], recording['frames'])} frames")
 
 
 def _download(client: DaemonClient, recording: dict[str, Any], output: Path, frames: int | None) -> None:

@@ -27,7 +27,6 @@ from taesd_stream.media.steps import StepPicture, steps_of
 
 logger = logging.getLogger(__name__)
 
-MAX_CACHED: Final = 4096
 RETENTION_S: Final = 10.0
 
 

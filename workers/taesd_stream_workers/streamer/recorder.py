@@ -14,6 +14,7 @@ from typing import Any, Final
 from taesd_stream.config import Config
 from taesd_stream.errors import TaesdStreamError
 from taesd_stream.frames import END_REASONS, Packet
+from taesd_stream.latent_log import bytes_by_run
 from taesd_stream.media.recording import Recording, RecordingError, find_unfinished
 from taesd_stream.messages import Cursor, Gap, State
 from taesd_stream.queues import ByteBoundedQueue
@@ -127,10 +128,11 @@ class Recorder:
 
     def rows(self) -> list[dict[str, Any]]:
         """Every recording, growing ones first; the writing thread alone."""
+        logs = bytes_by_run(self.log_folder) if self._errors else {}
         growing = [
             growing_row(
                 one,
-                self.log_folder,
+                log_bytes=logs.get(run),
                 error=self._errors.get(run),
                 is_ended=run in self._finishing or bool(self._runs.get(run, {}).get("ended")),
             )
@@ -138,7 +140,7 @@ class Recorder:
             if one.paths or self._errors.get(run)
         ]
         stuck = [
-            stuck_row(self.folder, self.log_folder, run, self._runs[run], error)
+            stuck_row(self.folder, run, self._runs[run], error=error, log_bytes=logs.get(run))
             for run, error in self._errors.items()
             if run not in self._open and run in self._runs
         ]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from taesd_stream.latent_log import segment_paths
 from taesd_stream.media.recording import Recording
 from taesd_stream.messages import Cursor
 
 
-def growing_row(one: Recording, log_folder: Path, *, error: str | None, is_ended: bool) -> dict[str, Any]:
-    """Of a recording that is not finished. error: why it stands still. is_ended: whether its run is over."""
+def growing_row(one: Recording, *, error: str | None, is_ended: bool, log_bytes: int | None) -> dict[str, Any]:
+    """Of a recording that is not finished.
+
+    error: why it stands still. is_ended: whether its run is over. log_bytes: what the latent log has of it; None:
+    nothing, or it is on another host.
+    """
     return {
         "id": one.run,
         "name": one.stream,
@@ -33,22 +35,15 @@ def growing_row(one: Recording, log_folder: Path, *, error: str | None, is_ended
         "height": None,
         "meta": one.meta,
         "error": error,
-        "latents": _log_bytes(log_folder, one.run) if error else None,
+        "latents": log_bytes if error else None,
     }
 
 
-def _log_bytes(log_folder: Path, run: str) -> int | None:
-    """What the log has of a run; None: nothing, or it is on another host."""
-    with contextlib.suppress(OSError):
-        return sum(path.stat().st_size for path in segment_paths(log_folder, run)) or None
-    return None
-
-
-def stuck_row(folder: Path, log_folder: Path, run: str, said: Mapping[str, Any], error: str) -> dict[str, Any]:
+def stuck_row(folder: Path, run: str, said: Mapping[str, Any], *, error: str, log_bytes: int | None) -> dict[str, Any]:
     """Of a run that has no file, for none could be opened. said: the broker's row of it."""
     one = Recording(folder, stream=said["stream"], run=run, meta=meta_of(said))
     one.started = said["started"]
-    return growing_row(one, log_folder, error=error, is_ended=bool(said["ended"]))
+    return growing_row(one, error=error, is_ended=bool(said["ended"]), log_bytes=log_bytes)
 
 
 def cursor_of(one: Recording) -> Cursor:
