@@ -129,13 +129,9 @@ class Recorder:
     def rows(self) -> list[dict[str, Any]]:
         """Every recording, growing ones first; the writing thread alone."""
         logs = bytes_by_run(self.log_folder) if self._errors else {}
+        ended = {run for run, row in self._runs.items() if row["ended"]} | self._finishing.keys()
         growing = [
-            growing_row(
-                one,
-                log_bytes=logs.get(run),
-                error=self._errors.get(run),
-                is_ended=run in self._finishing or bool(self._runs.get(run, {}).get("ended")),
-            )
+            growing_row(one, error=self._errors.get(run), is_ended=run in ended, log_bytes=logs.get(run))
             for run, one in self._open.items()
             if one.paths or self._errors.get(run)
         ]
