@@ -440,6 +440,7 @@ def test_a_woken_workers_pictures_are_not_shown(streamer: LoneStreamer, page: Pa
     streamer.come()
     streamer.tell(state(1))
     page.say("watch", streams={STREAM: "live"})
+    streamer.next(Keyframe)  # so the page watches
     pushed = [
         replace(DELTA, seq=6, placed_ns=10),
         replace(KEY, seq=9, placed_ns=20),
