@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-import struct
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -337,6 +337,7 @@ class Page:
 
     def __init__(self, socket: ClientConnection) -> None:
         self._socket = socket
+        self._pictures: deque[bytes] = deque()  # that came while something else was waited for
 
     def say(self, kind: str, **fields: Any) -> None:
         """Send a message, and wait until it and all before it is handled."""
@@ -344,16 +345,19 @@ class Page:
         self._socket.send('{"type": "ping", "t": 1}')
         while True:
             message = self._socket.recv(timeout=20)
-            if isinstance(message, str) and json.loads(message)["type"] == "pong":
+            if isinstance(message, bytes):
+                self._pictures.append(message)
+            elif json.loads(message)["type"] == "pong":
                 return
 
     def picture(self) -> tuple[str, str, int]:
         """(stream, run, seq) of the next one."""
-        while True:
+        while not self._pictures:
             message = self._socket.recv(timeout=20)
             if isinstance(message, bytes):
-                header = json.loads(message[4 : 4 + struct.unpack_from(">I", message)[0]])
-                return header["stream"], header["run"], header["seq"]
+                self._pictures.append(message)
+        header, _ = unpack_picture(self._pictures.popleft())
+        return header["stream"], header["run"], header["seq"]
 
 
 @pytest.fixture
@@ -440,7 +444,6 @@ def test_a_woken_workers_pictures_are_not_shown(streamer: LoneStreamer, page: Pa
     streamer.come()
     streamer.tell(state(1))
     page.say("watch", streams={STREAM: "live"})
-    streamer.next(Keyframe)  # so the page watches
     pushed = [
         replace(DELTA, seq=6, placed_ns=10),
         replace(KEY, seq=9, placed_ns=20),
