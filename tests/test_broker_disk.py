@@ -67,6 +67,7 @@ def test_a_recording_that_never_got_a_frame_is_forgotten(tmp_path: Path) -> None
         wait_for(lambda: "log_error" not in broker.alerts(), of="the all-clear")
 
 
+@pytest.mark.faults
 def test_the_last_frame_of_a_lost_run_waits_for_room(tmp_path: Path) -> None:
     """record="last", lost on a full disk: the warning stays, the frame is tried again, and with room it is recorded."""
     run = new_run()

@@ -114,6 +114,7 @@ def keep(publisher: Peer, stream: str, frames: int) -> str:
     return run
 
 
+@pytest.mark.faults
 def test_a_slow_worker_leaves_no_frame_out(broker: BrokerRole) -> None:
     """Frames that take longer than the deadline are recorded all the same: late is not poison, nor for ever."""
     with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker() as worker:

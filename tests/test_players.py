@@ -100,6 +100,7 @@ def live_packets(daemon: Daemon) -> float:
     return float(text.partition('\ntaesd_stream_packets_total{rendition="live"} ')[2].partition("\n")[0] or 0)
 
 
+@pytest.mark.faults
 def test_a_clip_goes_round_in_a_player_in_its_time(daemon: Daemon) -> None:
     """A clip of 3 s in live.ts: after 4 s the player has seen 4 s of it; the worker has decoded it twice at most."""
     before, count = live_packets(daemon), 72

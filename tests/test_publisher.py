@@ -605,6 +605,7 @@ def test_a_broker_that_comes_late_is_found(tmp_path: Path) -> None:
             assert peer.seqs() == [0, 1, 2]
 
 
+@pytest.mark.faults
 def test_what_the_ring_cannot_hold_waits_on_disk_and_is_sent_from_there(
     tmp_path: Path, own_state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,7 @@ print("alive")
 """
 
 
+@pytest.mark.faults
 def test_a_connection_closed_while_much_waits_on_it_ends_no_process() -> None:
     """Whoever sends more than is read and goes: libzmq would abort the process at its next heartbeat, had it one."""
     done = subprocess.run(
