@@ -20,7 +20,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from taesd_stream import wire
 from taesd_stream.frames import Packet, Stamps
-from taesd_stream.messages import Echo, Keyframe, Record, State, StopStream, StreamerHello
+from taesd_stream.messages import Echo, Keyframe, Record, State, StopStream, StreamerHello, Watch
 from taesd_stream.sockets import bind, prepare
 from taesd_stream_workers.role.broken_chains import ASK_AGAIN_S
 from taesd_stream_workers.streamer.hub import Hub
@@ -437,6 +437,16 @@ def test_a_late_whole_picture_of_a_replaced_run_is_not_shown(streamer: LoneStrea
     assert page.picture() == ("other", RUN, 7)
     status, body = streamer.get(f"/streams/{STREAM}/latest.jpg?rendition=thumb")
     assert (status, body) == (200, bytes(PACKET.payload))
+
+
+def test_all_that_a_page_watches_is_told_at_once(streamer: LoneStreamer, page: Page) -> None:
+    """A page opens on a wall of a thousand streams: the broker hears of each, and not by and by."""
+    streamer.come()
+    streamer.tell(state(1))
+    names = {f"many/{number}" for number in range(1000)}
+    page.say("watch", streams=dict.fromkeys(names, "thumb"))
+    told = [message for message in streamer.before_a_record() if isinstance(message, Watch)]
+    assert {watch.stream for watch in told if watch.viewers} == names
 
 
 def test_a_woken_workers_pictures_are_not_shown(streamer: LoneStreamer, page: Page) -> None:

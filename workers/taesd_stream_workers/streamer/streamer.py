@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 HELLO_S: Final = 1.0
 MAX_DRAIN: Final = 256
+TO_BROKER_HWM: Final = 4096  # a page that opens says that it watches a thousand streams, all at once
 MAX_WAITING: Final = 1000  # wishes to record while the broker is away
 
 
@@ -80,7 +81,9 @@ class Streamer:
             self._gate.open(context)
             self._packets = _bind_pull(self._gate, context, packets_address(self._config))
             where, name = dialled(workers_address(self._config)), f"streamer-{secrets.token_hex(8)}"
-            self._line = RoleLine(context, zmq.DEALER, where, keys=self._gate.keys, identity=name.encode())
+            self._line = RoleLine(
+                context, zmq.DEALER, where, keys=self._gate.keys, identity=name.encode(), hwm=TO_BROKER_HWM
+            )
             self._endpoint = bound_address(self._packets.socket)
             self._life.on_stop(self._wake.wake)
             self._recorder.start()
