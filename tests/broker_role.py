@@ -44,7 +44,7 @@ from taesd_stream.messages import (
     WorkerHello,
 )
 from taesd_stream.sockets import dial
-from tests.daemon import COMMAND, START_S, clean_environment
+from tests.daemon import COMMAND, START_S, clean_environment, wait_for
 
 M = TypeVar("M")
 
@@ -120,6 +120,10 @@ class BrokerRole:
         self.beat()
         with self.peer(self.inside, wire.TO_STREAMER, keys=self.keys) as peer:
             return peer.ask(Stats(), State)
+
+    def wait_for_workers(self, count: int) -> None:
+        """Wait until it knows so many."""
+        wait_for(lambda: len(self.stats().workers) == count, of=f"{count} workers")
 
     def row(self, stream: str) -> dict[str, Any]:
         """The stream's row of STATE."""

@@ -247,7 +247,7 @@ def test_after_a_restart_the_worker_that_lists_a_run_goes_on(tmp_path: Path) -> 
         ):
             streamer.watch("live/restart")
             open_watched(publisher, run, "live/restart")
-            wait_for(lambda: len(broker.stats().workers) == 2, of="both workers")
+            broker.wait_for_workers(2)
             publisher.say(frame(run, 1))
             job = worker.job()
             assert [(item.seq, item.expects_memory, item.history) for item in job.items] == [(1, True, 0)]

@@ -297,7 +297,7 @@ def test_frames_of_a_format_that_no_worker_has_wait_for_one_that_has(broker: Bro
         broker.worker("one") as one,
         broker.worker("two") as two,
     ):
-        wait_for(lambda: len(broker.stats().workers) == 2, of="both workers")
+        broker.wait_for_workers(2)
         publisher.open(run, "unknown", record="all", latent_format="my-own")
         publisher.say(frame(run, 0, kept=True))
         publisher.ack(run, 0)

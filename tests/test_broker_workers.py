@@ -40,7 +40,7 @@ def test_new_streams_spread_over_the_workers(broker: BrokerRole) -> None:
         broker.worker("one") as one,
         broker.worker("two") as two,
     ):
-        wait_for(lambda: len(broker.stats().workers) == 2, of="both workers")
+        broker.wait_for_workers(2)
         for number in range(4):
             streamer.watch(f"spread/{number}")
             run = new_run()
@@ -82,7 +82,7 @@ def test_a_drained_worker_gets_nothing_more_and_is_let_go(broker: BrokerRole) ->
         publisher.say(frame(run, 0))
         job = leaving.job()
         with broker.worker("staying") as staying:
-            wait_for(lambda: len(broker.stats().workers) == 2, of="both workers")
+            broker.wait_for_workers(2)
             leaving.hello(draining=True)
             wait_for(lambda: any(row["draining"] for row in broker.stats().workers), of="the wish")
             publisher.say(frame(run, 1))
@@ -109,7 +109,7 @@ def test_a_kept_run_moves_behind_what_is_written(broker: BrokerRole) -> None:
         publisher.ack(run, 3)
         sent = leaving.do(4)
         with broker.worker() as staying:
-            wait_for(lambda: len(broker.stats().workers) == 2, of="both workers")
+            broker.wait_for_workers(2)
             leaving.hello(draining=True)
             publisher.say(frame(run, 4, kept=True))
             publisher.ack(run, 4)
@@ -258,7 +258,7 @@ def test_a_move_does_not_wait_for_a_disk_that_stands_still(broker: BrokerRole) -
         publisher.ack(run, 1)
         sent = leaving.do(2)
         with broker.worker() as staying:
-            wait_for(lambda: len(broker.stats().workers) == 2, of="both workers")
+            broker.wait_for_workers(2)
             leaving.hello(draining=True)
             job = staying.job(RECORD_STUCK_S / 2)
             assert [(item.seq, item.attempt > sent[-1].attempt) for item in job.items] == [(0, True), (1, True)]

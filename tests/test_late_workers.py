@@ -51,11 +51,11 @@ def test_streams_go_past_a_worker_that_hangs(broker: BrokerRole) -> None:
         broker.worker("hangs", credits=1) as hung,
         broker.worker("works") as good,
     ):
-        wait_for(lambda: len(broker.stats().workers) == 2, of="both workers")
+        broker.wait_for_workers(2)
         first = show(publisher, streamer, "first")
         hung.job()
         assert good.do(1)[0].run == first  # the other's deadline is over
-        wait_for(lambda: len(broker.stats().workers) == 2, of="its HELLO")
+        broker.wait_for_workers(2)
         runs = [show(publisher, streamer, f"new/{number}") for number in range(5)]
         assert sorted(item.run for item in good.do(len(runs))) == sorted(runs)
         assert len(jobs(hung)) == 1
@@ -69,11 +69,11 @@ def test_a_worker_that_answers_late_gets_streams_again(broker: BrokerRole) -> No
         broker.worker("late") as late,
         broker.worker("works") as good,
     ):
-        wait_for(lambda: len(broker.stats().workers) == 2, of="both workers")
+        broker.wait_for_workers(2)
         show(publisher, streamer, "first")
         held = late.job()
         good.do(1)  # its deadline is over
-        wait_for(lambda: len(broker.stats().workers) == 2, of="its HELLO")
+        broker.wait_for_workers(2)
         late.done(held)
 
         def gets_one() -> bool:
@@ -142,11 +142,11 @@ def test_a_recording_goes_to_a_worker_that_was_late(broker: BrokerRole) -> None:
         broker.worker("able") as able,
         broker.worker("unable") as unable,
     ):
-        wait_for(lambda: len(broker.stats().workers) == 2, of="both workers")
+        broker.wait_for_workers(2)
         keep(publisher, "waits", 1)
         late = able.job()
         taken = unable.job()  # the other's deadline is over
-        wait_for(lambda: len(broker.stats().workers) == 2, of="its HELLO")
+        broker.wait_for_workers(2)
         unable.failed(taken, "no_decoder", retry=False)
         wait_for(lambda: broker.row("waits")["note"], of="the refusal")
         able.done(late)
@@ -183,7 +183,7 @@ def test_a_stopped_worker_blames_no_frame(broker: BrokerRole) -> None:
         broker.worker("one") as one,
         broker.worker("two") as two,
     ):
-        wait_for(lambda: len(broker.stats().workers) == 2, of="both workers")
+        broker.wait_for_workers(2)
         run = keep(publisher, "stopped", 1)
         job = one.job()
         for stopped, other in ((one, two), (two, one)):
@@ -193,7 +193,7 @@ def test_a_stopped_worker_blames_no_frame(broker: BrokerRole) -> None:
             broker.alive.append(stopped)
             stopped.done(job)
             stopped.say_hello()
-            wait_for(lambda: len(broker.stats().workers) == 2, of="its HELLO")
+            broker.wait_for_workers(2)
             job = taken
         one.done(job)
         streamer.written(run, job.items[0].attempt, 0)

@@ -29,7 +29,7 @@ from typing import Any, Final
 import zmq
 
 from taesd_stream import wire
-from taesd_stream.frames import LatentFrame, StreamInfo
+from taesd_stream.frames import StreamInfo
 from taesd_stream.messages import (
     DemandUpdate,
     Done,
@@ -42,6 +42,7 @@ from taesd_stream.messages import (
     WorkerHello,
 )
 from taesd_stream.sockets import dial
+from taesd_stream_workers.bench.broker_load import frame_of
 from tests.broker_role import BrokerRole
 
 SIZES: Final = {"32 KiB": 32 << 10, "128 KiB": 128 << 10, "512 KiB": 512 << 10, "2 MiB": 2 << 20}
@@ -68,23 +69,6 @@ class Counters:
     def set(self, place: int, value: int) -> None:
         """Each place has one writer."""
         struct.pack_into("q", self._map, 8 * place, value)
-
-
-def frame_of(run: str, seq: int, payload: bytes) -> LatentFrame:
-    """A frame of so many bytes."""
-    return LatentFrame(
-        run=run,
-        seq=seq,
-        index=seq,
-        step=seq,
-        total_steps=None,
-        sigma=None,
-        dtype="uint8",
-        shape=(4, 64, len(payload) // 256),
-        kept=False,
-        sent_ns=time.monotonic_ns(),
-        payload=payload,
-    )
 
 
 def sampler(front: str, counters: Counters, number: int, nbytes: int, count: int, pace_hz: float) -> None:

@@ -85,6 +85,23 @@ def _config(folder: Path) -> Config:
     )
 
 
+def frame_of(run: str, seq: int, payload: bytes) -> LatentFrame:
+    """A frame of these bytes, a multiple of 32."""
+    return LatentFrame(
+        run=run,
+        seq=seq,
+        index=seq,
+        step=seq,
+        total_steps=None,
+        sigma=None,
+        dtype="uint8",
+        shape=(4, 8, len(payload) // 32),
+        kept=False,
+        sent_ns=time.monotonic_ns(),
+        payload=payload,
+    )
+
+
 class Sampler:
     """One publisher's connection and its run."""
 
@@ -105,20 +122,7 @@ class Sampler:
     def publish(self, payload: bytes) -> None:
         """Send the next frame."""
         self._seq += 1
-        frame = LatentFrame(
-            run=self.run,
-            seq=self._seq,
-            index=self._seq,
-            step=self._seq,
-            total_steps=None,
-            sigma=None,
-            dtype="uint8",
-            shape=(4, 8, len(payload) // 32),
-            kept=False,
-            sent_ns=time.monotonic_ns(),
-            payload=payload,
-        )
-        self.socket.send_multipart(wire.pack(frame), copy=False)
+        self.socket.send_multipart(wire.pack(frame_of(self.run, self._seq, payload)), copy=False)
 
     def hello(self) -> None:
         """HELLO, as each second; the broker answers with its time, an ACK and a DEMAND."""

@@ -8,9 +8,10 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from taesd_stream.frames import Packet
+from taesd_stream.frames import Packet, Stamps
 
 BUCKETS_S: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
+STAMPS: Final = ("sent", "received", "started", "decoded", "encoded", "streamed")
 STAGES: Final = ("receive", "wait", "decode", "encode", "stream")
 
 
@@ -76,15 +77,8 @@ class Latency:
         stamps = packet.stamps
         if packet.rendition in ("record", "film") or not stamps.received_ns:
             return  # one that waited in the log says nothing of the way
-        times = (
-            stamps.sent_ns,
-            stamps.received_ns,
-            stamps.started_ns,
-            stamps.decoded_ns,
-            stamps.encoded_ns,
-            streamed_ns,
-        )
-        for stage, before, after in zip(STAGES, times[:-1], times[1:], strict=True):
+        times_ns = in_order(stamps, streamed_ns)
+        for stage, before, after in zip(STAGES, times_ns[:-1], times_ns[1:], strict=True):
             self._stages.labels(stage).observe(max(0, after - before) / 1e9)
         total_s = max(0, streamed_ns - stamps.sent_ns) / 1e9
         self._total.observe(total_s)
@@ -105,3 +99,13 @@ class Latency:
         if not self._recent:
             return None
         return round(sorted(self._recent)[len(self._recent) // 2] * 1000, 1)
+
+
+def in_order(stamps: Stamps, streamed_ns: int) -> list[int]:
+    """The times of STAMPS, each on its host's guess of the broker's clock: none before the one before. 0: not known."""
+    way_ns = (stamps.sent_ns, stamps.received_ns, stamps.started_ns, stamps.decoded_ns, stamps.encoded_ns, streamed_ns)
+    times_ns, latest_ns = [], 0
+    for time_ns in way_ns:
+        latest_ns = max(latest_ns, time_ns)
+        times_ns.append(latest_ns if time_ns else 0)
+    return times_ns

@@ -8,18 +8,17 @@ import json
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 from taesd_stream.frames import Packet, Rendition
 from taesd_stream_workers.role.broken_chains import ASK_AGAIN_S
 from taesd_stream_workers.streamer import finite_json
-from taesd_stream_workers.streamer.latency import Latency
+from taesd_stream_workers.streamer.latency import STAMPS, Latency, in_order
 
 LIVE_BYTES: Final = 2 << 20  # of one stream's chain waiting for one viewer; past it, drop to the next keyframe
 LIVE_PACKETS: Final = 30
 CLIP_BYTES: Final = 16 << 20  # a clip is shown whole or not at all
-STAMPS: Final = ("sent", "received", "started", "decoded", "encoded", "streamed")
 
 
 class _Chain:
@@ -192,15 +191,7 @@ def _frame_of(packet: Packet) -> tuple[str, int]:
 
 def to_message(packet: Packet, streamed_ns: int) -> bytes:
     """A packet as a binary WebSocket message: uint32 header length (big-endian), JSON header, payload. Times in us."""
-    stamps = packet.stamps
-    times_ns = (
-        stamps.sent_ns,
-        stamps.received_ns,
-        stamps.started_ns,
-        stamps.decoded_ns,
-        stamps.encoded_ns,
-        streamed_ns,
-    )
+    times_ns = in_order(packet.stamps, streamed_ns)
     header: dict[str, Any] = {
         "stream": packet.stream,
         "run": packet.run,
@@ -219,17 +210,9 @@ def to_message(packet: Packet, streamed_ns: int) -> bytes:
         "width": packet.width,
         "height": packet.height,
         "decoder": packet.decoder,
-        "stamps": {f"{stage}_us": time_ns // 1000 for stage, time_ns in zip(STAMPS, _in_order(times_ns), strict=True)},
+        "stamps": {f"{stage}_us": time_ns // 1000 for stage, time_ns in zip(STAMPS, times_ns, strict=True)},
     }
     return pack_picture(header, bytes(packet.payload))
-
-
-def _in_order(times_ns: Iterable[int]) -> Iterator[int]:
-    """Times on each host's guess of the broker's clock: none is before the one of the stage before. 0: not known."""
-    latest_ns = 0
-    for time_ns in times_ns:
-        latest_ns = max(latest_ns, time_ns)
-        yield latest_ns if time_ns else 0
 
 
 def pack_picture(header: dict[str, Any], payload: bytes) -> bytes:
