@@ -193,6 +193,7 @@ export class Scrubber {
     this.range.value = lead.place(row)
     const left = (one) => `${((lead.place(one) + 0.5) / span) * 100}%`
     this.here.style.left = left(row)
+    this.here.firstElementChild.style.translate = `-${left(row)}`
     this.live.style.left = left(end)
     put(this.here.firstElementChild, { text: this.row ? text : `Live, ${text.toLowerCase()}` })
     put(this.buttons.play, { "aria-pressed": this.timer !== 0 })
