@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from taesd_stream import LatentPublisher, __version__
@@ -18,6 +19,7 @@ from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.latent_log import RunLog
 from taesd_stream.media.encoder import VideoEncoder
 from taesd_stream.media.export import CODECS, ExportError, ExportFile, codec_for, pictures_of_file
+from taesd_stream.models import build_decoder
 from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.pictures import PATCHES, decode_file, sd1_latents_of, to_rgb
@@ -154,10 +156,10 @@ def test_what_a_sampler_said_comes_back_from_a_daemons_file(daemon: Daemon, tmp_
     assert (tags["prompt"], tags["seed"], tags["sampler"]) == ("a red fox", "5", "euler")
 
 
-def test_a_latent_log_is_decoded_anew(tmp_path: Path) -> None:
-    """A .latents file becomes a video of its pictures at the times they were published, with its meta in the tags."""
+def latent_log(folder: Path) -> Path:
+    """The log of a run that was kept: COLOURS at TIMES_S."""
     info = StreamInfo(stream="a", run=RUN, kind="steps", latent_format="sd1", meta={"seed": 3}, opened_ns=10**9)
-    log = RunLog(tmp_path, info)
+    log = RunLog(folder, info)
     for seq, (rgb, time_s) in enumerate(zip(COLOURS, TIMES_S, strict=True)):
         latents = sd1_latents_of(rgb).astype(np.float16)
         log.append(
@@ -166,8 +168,29 @@ def test_a_latent_log_is_decoded_anew(tmp_path: Path) -> None:
                 shape=(4, 8, 8), kept=True, sent_ns=2 * 10**9 + round(time_s * 1e9), payload=latents.tobytes(),
             )
         )  # fmt: skip
-    (path,) = tmp_path.glob("*.latents")
-    output = tmp_path / "out.mp4"
+    (path,) = folder.glob("*.latents")
+    return path
+
+
+def test_a_better_decoder_shows_what_the_log_kept(tmp_path: Path) -> None:
+    """With the format's own weights at hand the pictures of a log are that network's, not the projection's."""
+    torch.manual_seed(0)
+    network = build_decoder("taesd")
+    torch.save(network.state_dict(), tmp_path / "taesd_decoder.pth")
+    path, output = latent_log(tmp_path), tmp_path / "better.mp4"
+    done = run("export", path, "-o", output, "--set", f"weights.folder={tmp_path}", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for picture, rgb in zip(decode_file(output), COLOURS, strict=True):
+        with torch.inference_mode():
+            shown = network(torch.from_numpy(sd1_latents_of(rgb).astype(np.float16)).float()[None]).clamp(0, 1)[0]
+        expected = 255 * shown.mean(dim=(1, 2)).numpy()
+        assert np.abs(picture.mean(axis=(0, 1)) - expected).max() <= 4
+        assert np.abs(picture.mean(axis=(0, 1)) - rgb).max() > 20  # no projection
+
+
+def test_a_latent_log_is_decoded_anew(tmp_path: Path) -> None:
+    """A .latents file becomes a video of its pictures at the times they were published, with its meta in the tags."""
+    path, output = latent_log(tmp_path), tmp_path / "out.mp4"
     done = run("export", path, "-o", output, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     with av.open(output) as container:
