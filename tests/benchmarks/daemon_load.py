@@ -10,13 +10,14 @@ there. Latents are the demo's pictures, each melting into the next: noise would 
 0` asks for 60 a second of each stream, of which the newest are shown. `published_s` is of all frames, also of those
 that a newer one replaced; packets are counted by the streamers. Times are of those that reach a page, each from its own
 stamps: `wait` is in the broker and in the worker's queue, `decode` until the planes are in host memory, `encode` with
-the wait for a thread. `first_picture_s` is of daemons that have just started, weights and kernels not loaded. CPU is of
-the whole host. The last line is JSON.
+the wait for a thread. `first_picture_s` is of daemons that have just started, weights and kernels not loaded.
+`busy_cores` is of the whole host, `cores_of` of all processes of a role together. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -44,6 +45,7 @@ STAGES: Final = ("sent", "received", "started", "decoded", "encoded", "streamed"
 NAMES: Final = ("receive", "wait", "decode", "encode", "stream")
 MOST_FPS: Final = 60.0
 LATENTS: Final = 24  # different ones that a load process publishes in turn
+ROLES: Final = ("broker", "worker", "streamer", "--load", "--pages")  # a process of it has the word in its command
 WARM_UP_S: Final = 8.0
 BEGAN_S: Final = time.monotonic()
 PACKETS = re.compile(r'^taesd_stream_packets_total\{rendition="live"\} (\S+)', re.M)
@@ -108,7 +110,8 @@ def measure(daemon: Daemon, arguments: argparse.Namespace, folder: Path) -> dict
         for page in pages:
             said(page, "warm")
         progress("pages warm")
-        before, busy, started_s = [packets(web) for web in webs], cpu_seconds(), time.monotonic()
+        before, busy, of_roles = [packets(web) for web in webs], cpu_seconds(), role_seconds()
+        started_s = time.monotonic()
         for page in pages:
             tell(page, "go")
         for page in pages:
@@ -116,6 +119,7 @@ def measure(daemon: Daemon, arguments: argparse.Namespace, folder: Path) -> dict
         seconds = time.monotonic() - started_s
         after = [packets(web) for web in webs]
         cores = round((cpu_seconds() - busy) / seconds, 1)
+        cores_of = {role: round((now - of_roles[role]) / seconds, 2) for role, now in role_seconds().items()}
         progress("measured")
         workers = [row for web in webs for row in answer(web, "/api/v1/workers")["workers"]]
         seen = [np.load(file) for file in files]
@@ -132,6 +136,7 @@ def measure(daemon: Daemon, arguments: argparse.Namespace, folder: Path) -> dict
         "by_daemon": by_daemon,
         **of_pages(seen, seconds),
         "busy_cores": cores,
+        "cores_of": cores_of,
         "workers": [{key: row[key] for key in ("device", "engines", "frames")} for row in workers],
     }
 
@@ -227,6 +232,18 @@ def cpu_seconds() -> float:
         return 0.0
     user, nice, system, _, _, irq, softirq, *_ = (int(word) for word in facts.read_text().split()[1:11])
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def role_seconds() -> dict[str, float]:
+    """Seconds that the daemons' roles and this benchmark's own processes have worked, by the word they start with."""
+    seconds = dict.fromkeys(ROLES, 0.0)
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            role = next((one for one in ROLES if one in (folder / "cmdline").read_text().split("\0")), None)
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if role is not None:
+                seconds[role] += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds
 
 
 def start_load(brokers: str, arguments: argparse.Namespace, part: int) -> subprocess.Popen[str]:
