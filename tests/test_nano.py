@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,36 @@ from taesd_stream.latent_formats import latent_format
 from taesd_stream.models import build_decoder, build_encoder
 from taesd_stream.models.checkpoints import load_state_dict
 from taesd_stream.models.linear import linear_decoder
-from taesd_stream.models.nano import NanoDecoder, NanoLayout, default_layout, layout_of, nano_from_weights
+from taesd_stream.models.nano import (
+    NanoDecoder,
+    NanoLayout,
+    NanoStage,
+    default_layout,
+    layout_of,
+    nano_from_weights,
+)
 from taesd_stream.training.quality import psnr_db
 from tests.pictures import smooth_picture
+from tools.figures import balloons, lighthouse
+from tools.landscapes import aurora, sunrise
 
 PACKAGED = ("flux2", "sana")
 PLENTY = 1 << 30
 SHARED = os.environ.get("TAESD_STREAM_SHARED")
+# All that a layout can have, and what files of earlier versions were of.
+STEPS = NanoLayout(
+    latent_channels=6,
+    stages=(
+        NanoStage(cell_px=32, width=12, blocks=1, passes=2),
+        NanoStage(cell_px=16, width=8, blocks=2),
+        NanoStage(cell_px=4, width=8, blocks=2, passes=3),
+    ),
+    gates=True,
+)
+EARLIER = NanoLayout(
+    latent_channels=6,
+    stages=(NanoStage(cell_px=32, width=12, blocks=2), NanoStage(cell_px=8, width=8, blocks=3)),
+)
 
 
 def packaged(name: str) -> NanoDecoder:
@@ -40,6 +64,12 @@ def random_nano(layout: NanoLayout) -> NanoDecoder:
     network = NanoDecoder(layout).eval()
     nn.init.normal_(network.film_out.weight, std=0.1)
     return network
+
+
+def real_encoder(tiny: str) -> nn.Module:
+    """The published encoder of a tiny family."""
+    path = Path(SHARED or "") / "weights" / f"{tiny}_encoder.pth"
+    return build_encoder(tiny, load_state_dict(path, "encoder")).float()
 
 
 def multiplications(network: nn.Module, latents: Tensor) -> int:
@@ -82,18 +112,45 @@ def test_pictures_come_in_full_size(name: str) -> None:
 
 
 @pytest.mark.skipif(SHARED is None, reason="TAESD_STREAM_SHARED is not set: no encoder")
-@pytest.mark.parametrize(("name", "tiny", "least_db"), [("flux2", "taef2", 33.0), ("sana", "taesana", 25.0)])
-def test_a_picture_comes_back_through_the_real_encoder(name: str, tiny: str, least_db: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "tiny", "least_db", "over_linear_db"), [("flux2", "taef2", 33.0, 9.0), ("sana", "taesana", 34.0, 8.0)]
+)
+def test_a_picture_comes_back_through_the_real_encoder(
+    name: str, tiny: str, least_db: float, over_linear_db: float
+) -> None:
     """A smooth picture, encoded by the real encoder, is decoded far better than by the projection."""
-    path = Path(SHARED or "") / "weights" / f"{tiny}_encoder.pth"
-    encoder = build_encoder(tiny, load_state_dict(path, "encoder")).float()
+    encoder = real_encoder(tiny)
     picture = smooth_picture(256, 320)
     with torch.inference_mode():
         latents = encoder(picture)
         by_nano = packaged(name)(latents).clamp(0, 1)
         by_linear = linear_decoder(latent_format(name)).float()(latents).clamp(0, 1)
     assert psnr_db(by_nano[0], picture[0]) >= least_db
-    assert psnr_db(by_nano[0], picture[0]) >= psnr_db(by_linear[0], picture[0]) + 5
+    assert psnr_db(by_nano[0], picture[0]) >= psnr_db(by_linear[0], picture[0]) + over_linear_db
+
+
+@pytest.mark.skipif(SHARED is None, reason="TAESD_STREAM_SHARED is not set: no encoder")
+def test_sanas_is_well_over_the_projection_on_painted_scenes() -> None:
+    """Scenes that it was not trained on: 6.5 dB over the rgb factors on the mean, as on photographs held out."""
+    encoder, linear = real_encoder("taesana"), linear_decoder(latent_format("sana")).float()
+    over_db = []
+    for paint in (sunrise, aurora, balloons, lighthouse):
+        picture = torch.from_numpy(paint(256, 256)).float().permute(2, 0, 1)[None]
+        with torch.inference_mode():
+            latents = encoder(picture)
+            shown, flat = (network(latents).clamp(0, 1)[0] for network in (packaged("sana"), linear))
+        over_db.append(psnr_db(shown, picture[0]) - psnr_db(flat, picture[0]))
+    assert sum(over_db) / len(over_db) >= 6.5
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+@pytest.mark.parametrize("deviation", [1, 3, 1e4])
+def test_noise_in_place_of_latents_stays_small(name: str, deviation: float) -> None:
+    """However wild the latents, no value comes near to what half precision cannot hold."""
+    torch.manual_seed(0)
+    latents = deviation * torch.randn(1, latent_format(name).channels, 12, 12)
+    with torch.inference_mode():
+        assert packaged(name)(latents).abs().max() < 20
 
 
 @pytest.mark.parametrize("factor", [4, 8, 32])
@@ -107,11 +164,14 @@ def test_each_picture_of_a_batch_has_statistics_of_its_own(factor: int) -> None:
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("factor", [8, 32])
-@pytest.mark.parametrize("budget_rows", [1, 40, 70])
-def test_strips_are_the_whole_picture(factor: int, budget_rows: int) -> None:
+@pytest.mark.parametrize(
+    ("layout", "budget_rows"),
+    [(layout, rows) for layout in (default_layout(6, 8), STEPS, EARLIER) for rows in (1, 40, 70)]
+    + [(default_layout(6, 32), rows) for rows in (1, 70)],
+)
+def test_strips_are_the_whole_picture(layout: NanoLayout, budget_rows: int) -> None:
     """Strip by strip, each told the whole latent's statistics, gives what the network gives at once."""
-    network = random_nano(default_layout(6, factor))
+    network = random_nano(layout)
     latents = torch.randn(2, 6, 47, 3)
     with torch.inference_mode():
         whole = network(latents)
@@ -131,20 +191,58 @@ def test_a_tile_needs_the_statistics_of_the_whole() -> None:
     assert (untold - whole).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("factor", [4, 8, 16, 32])
-def test_weights_tell_their_layout(factor: int) -> None:
+@pytest.mark.parametrize("layout", [STEPS, EARLIER, *(default_layout(5, factor) for factor in (4, 8, 16, 24, 32, 64))])
+def test_weights_tell_their_layout(layout: NanoLayout) -> None:
     """A file needs no settings beside its tensors; those of something else are refused by name."""
-    network = random_nano(default_layout(5, factor))
+    network = random_nano(layout)
     again = nano_from_weights(network.state_dict(), "nano test")
     assert layout_of(again.state_dict()) == network.layout
     with pytest.raises(WeightsError, match="no nano decoder"):
         nano_from_weights(build_decoder("taesd").state_dict(), "nano test")
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        NanoLayout(latent_channels=2, stages=(NanoStage(cell_px=4, width=4, blocks=2),)),
+        NanoLayout(latent_channels=2, stages=(NanoStage(cell_px=4, width=4, blocks=1, passes=3),)),
+        STEPS,
+    ],
+)
+def test_the_halo_is_as_wide_as_it_must_be(layout: NanoLayout) -> None:
+    """The last row of cells that is counted to a tile's halo still moves pixels of the tile, and none beyond does."""
+    network = random_nano(layout).double()
+    latents = torch.randn(1, layout.latent_channels, 2 * layout.halo + 1, 3, dtype=torch.float64)
+    changed = latents.clone()
+    changed[:, :, 0] += 1
+    statistics = network.statistics(latents)
+    with torch.inference_mode():
+        apart = (network(changed, statistics) - network(latents, statistics)).abs().amax(dim=(0, 1, 3))
+    assert int(apart.nonzero().max()) // layout.spatial_factor == layout.halo
+
+
+def test_files_of_earlier_versions_load() -> None:
+    """Tensors by the names that files of one or two stages gave them are the same decoder."""
+    network = random_nano(EARLIER)
+    earlier = {}
+    for key, value in network.state_dict().items():
+        name = re.sub(r"^stages\.(\d)\.spatial\.(\d+)", r"stages.\1.\2.spatial", key)
+        name = name.replace("stages.0.", "blocks.").replace("stages.1.", "fine_blocks.").replace("mixes.", "")
+        earlier[name.replace("splits.0.", "split.")] = value
+    assert {"blocks.1.narrow.bias", "fine_blocks.2.spatial.weight", "split.bias"} < earlier.keys()
+    latents = torch.randn(1, 6, 3, 2)
+    with torch.inference_mode():
+        torch.testing.assert_close(nano_from_weights(earlier, "earlier")(latents), network(latents), atol=0, rtol=0)
+
+
 def test_layouts_that_cannot_be_are_refused() -> None:
-    """A factor that is no multiple of 8 and above it has no layout."""
+    """A factor above 8 is a multiple of it, and stages have ever smaller cells that fit."""
     with pytest.raises(ValueError, match="multiple of it, got 12"):
         default_layout(4, 12)
+    with pytest.raises(ValueError, match="fraction of 16, got 16"):
+        NanoLayout(latent_channels=4, stages=(NanoStage(cell_px=16, width=8, blocks=1),) * 2)
+    with pytest.raises(ValueError, match="one at least, got none"):
+        NanoLayout(latent_channels=4, stages=())
 
 
 @pytest.mark.parametrize(

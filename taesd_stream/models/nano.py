@@ -1,6 +1,6 @@
 """Our own small decoder: a thirtieth of a tiny decoder's arithmetic, small enough to come with the package.
 
-Most of it works at latent resolution, in blocks of a 5x5 depthwise and two 1x1 convolutions (after ConvNeXt, Liu et
+Most of it works at coarse resolutions, in blocks of a 5x5 depthwise and two 1x1 convolutions (after ConvNeXt, Liu et
 al. 2022); the picture appears at the end, by pixel shuffle. What a latent means depends on its whole picture, for the
 encoders normalise over all of it: so the network is told the statistics of the whole latent, also where it sees a tile.
 """
@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
+from itertools import cycle, pairwise
 from typing import Final
 
 import torch
@@ -24,78 +25,137 @@ from taesd_stream.models.networks import Clamp
 from taesd_stream.models.strict_loading import StateDict, load_strictly
 
 _KERNEL: Final = 5
-_SHUFFLE: Final = 8  # pixels on a side that the last layer makes of a cell; coarser latents are split into cells first
+_LINEAR_PX: Final = 8  # pixels on a side that the linear path makes of a latent cell, at most; it is stretched beyond
 _FILM_WIDTH: Final = 48
 _POOLED: Final = 64
+# Blocks with gates amplify what they were never trained on (latents that are mostly noise) until half precision is
+# full. Pictures and their noisy estimates stay below 13, so a limit here changes none of them.
+_LARGEST: Final = 16.0
+# What files of one or two stages called their tensors, and what they are called now.
+_OLD_NAMES: Final = (
+    (r"^blocks\.(\d+)\.spatial\.", r"stages.0.spatial.\1."),
+    (r"^blocks\.", "stages.0.mixes."),
+    (r"^fine_blocks\.(\d+)\.spatial\.", r"stages.1.spatial.\1."),
+    (r"^fine_blocks\.", "stages.1.mixes."),
+    (r"^split\.", "splits.0."),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NanoStage:
+    """A part of the network that works at one resolution.
+
+    cell_px: pixels on a side that one of its cells becomes. width: channels. blocks: how many have 1x1 convolutions of
+    their own. passes: how often they are gone through, each time with other 5x5 ones: arithmetic without more weights.
+    """
+
+    cell_px: int
+    width: int
+    blocks: int
+    passes: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NanoLayout:
     """What tells one nano decoder from another.
 
-    width, blocks: channels and blocks at latent resolution. fine_width, fine_blocks: of the second stage, at 8 pixels
-    a cell, which only latents with more than 8 pixels a cell have.
-    Raises: ValueError for a factor that is neither at most 8 nor a multiple of it.
+    stages: from latent resolution to the one whose cells the last layer paints, each stage's cells a fraction of those
+    before. gates: whether blocks bend their channels by gates (Dauphin et al. 2017) in place of ReLU.
+    Raises: ValueError for no stages, a factor that is neither at most 8 nor a multiple of it, or no such fraction.
     """
 
     latent_channels: int
-    spatial_factor: int
-    width: int = 96
-    blocks: int = 7
-    fine_width: int = 0
-    fine_blocks: int = 0
+    stages: tuple[NanoStage, ...]
+    gates: bool = False
 
     def __post_init__(self) -> None:
-        if self.spatial_factor > _SHUFFLE and self.spatial_factor % _SHUFFLE:
-            expected = f"at most {_SHUFFLE} pixels a cell, or a multiple of it"
+        if not self.stages:
+            raise ValueError("stages: expected one at least, got none")
+        if self.spatial_factor % self.linear_px:
+            expected = f"at most {_LINEAR_PX} pixels a cell, or a multiple of it"
             raise ValueError(f"spatial_factor: expected {expected}, got {self.spatial_factor}")
-        if (self.split > 1) != (self.fine_width > 0):
-            raise ValueError(f"fine_width: expected it for more than {_SHUFFLE} pixels a cell alone")
+        for coarse, fine in pairwise(self.stages):
+            if coarse.cell_px == fine.cell_px or coarse.cell_px % fine.cell_px:
+                raise ValueError(f"cell_px: expected a fraction of {coarse.cell_px}, got {fine.cell_px}")
 
     @property
-    def shuffle(self) -> int:
-        """Pixels on a side that the last layer makes of one cell."""
-        return min(self.spatial_factor, _SHUFFLE)
+    def spatial_factor(self) -> int:
+        """Pixels on a side that a latent cell becomes."""
+        return self.stages[0].cell_px
 
     @property
-    def split(self) -> int:
-        """Fine cells on a side that one latent cell becomes; 1 where there is no second stage."""
-        return self.spatial_factor // self.shuffle
+    def linear_px(self) -> int:
+        """Pixels on a side that the linear path makes of a latent cell."""
+        return min(self.spatial_factor, _LINEAR_PX)
+
+    @property
+    def stretch(self) -> int:
+        """Pixels of the picture on a side that a pixel of the linear path becomes."""
+        return self.spatial_factor // self.linear_px
+
+    @property
+    def splits(self) -> list[int]:
+        """Cells on a side that a cell of each stage becomes in the next one."""
+        return [coarse.cell_px // fine.cell_px for coarse, fine in pairwise(self.stages)]
 
     @property
     def halo(self) -> int:
         """Latent cells around a tile that its pixels depend on."""
-        fine = self.fine_blocks * (_KERNEL // 2) + 1 if self.split > 1 else 1
-        return 1 + self.blocks * (_KERNEL // 2) + -(-fine // self.split)
+        reach_px = self.spatial_factor + self.stages[-1].cell_px  # of the first and the last layer
+        reach_px += sum(stage.blocks * stage.passes * (_KERNEL // 2) * stage.cell_px for stage in self.stages)
+        return -(-reach_px // self.spatial_factor)
 
 
 def default_layout(latent_channels: int, spatial_factor: int) -> NanoLayout:
-    """The layout for a latent space: under 1 MB in half precision, under a thirtieth of a tiny decoder's arithmetic."""
-    if spatial_factor <= _SHUFFLE:
-        return NanoLayout(latent_channels=latent_channels, spatial_factor=spatial_factor)
-    return NanoLayout(
-        latent_channels=latent_channels,
-        spatial_factor=spatial_factor,
-        width=112,
-        blocks=2,
-        fine_width=64,
-        fine_blocks=5,
-    )
+    """The layout for a latent space: under a thirtieth of a tiny decoder's arithmetic, and for 32 channels of at most
+    32 pixels a cell under 1 MB in half precision.
+    """
+    if spatial_factor <= _LINEAR_PX:
+        stages = [NanoStage(cell_px=spatial_factor, width=96, blocks=7)]
+        return NanoLayout(latent_channels=latent_channels, stages=tuple(stages))
+    stages = [NanoStage(cell_px=spatial_factor, width=128, blocks=2, passes=3)]
+    for cell_px, width, passes in ((16, 96, 2), (8, 64, 2), (4, 32, 1)):
+        if cell_px < spatial_factor and spatial_factor % cell_px == 0:
+            stages.append(NanoStage(cell_px=cell_px, width=width, blocks=4, passes=passes))
+    return NanoLayout(latent_channels=latent_channels, stages=tuple(stages), gates=True)
 
 
-class _Block(nn.Module):
-    """What neighbours say by a depthwise convolution, what channels say by two 1x1 ones, beside an identity."""
+class _Mix(nn.Module):
+    """What channels say: a 1x1 convolution widens them, gates or ReLU bend them, another 1x1 narrows them."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, gates: bool) -> None:
         super().__init__()
-        self.spatial = nn.Conv2d(width, width, _KERNEL, padding=_KERNEL // 2, groups=width)
+        self.gates = gates
         self.widen = nn.Conv2d(width, 2 * width, 1)
-        self.narrow = nn.Conv2d(2 * width, width, 1)
+        self.narrow = nn.Conv2d(width if gates else 2 * width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, width, h, w) -> the same shape."""
-        added: Tensor = self.narrow(F.relu(self.widen(self.spatial(x))))
-        return x + added
+        wide = self.widen(x)
+        narrowed: Tensor = self.narrow(F.glu(wide, dim=1) if self.gates else F.relu_(wide))
+        return narrowed
+
+
+class _Stage(nn.Module):
+    """Blocks: what neighbours say by a depthwise convolution, then what channels say, beside an identity."""
+
+    def __init__(self, stage: NanoStage, *, gates: bool) -> None:
+        super().__init__()
+        self.gates = gates
+        width = stage.width
+        self.spatial = nn.ModuleList(
+            nn.Conv2d(width, width, _KERNEL, padding=_KERNEL // 2, groups=width)
+            for _ in range(stage.blocks * stage.passes)
+        )
+        self.mixes = nn.ModuleList(_Mix(width, gates=gates) for _ in range(stage.blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, width, h, w) -> the same shape."""
+        for spatial, mix in zip(self.spatial, cycle(self.mixes), strict=False):
+            x = mix(spatial(x)).add_(x)
+            if self.gates:
+                x = F.hardtanh_(x, -_LARGEST, _LARGEST)
+        return x
 
 
 class NanoDecoder(nn.Module):
@@ -104,19 +164,19 @@ class NanoDecoder(nn.Module):
     def __init__(self, layout: NanoLayout) -> None:
         super().__init__()
         self.layout = layout
-        channels, width = layout.latent_channels, layout.width
-        last = layout.fine_width or width
-        pixels = 3 * layout.shuffle**2
+        channels, first, last = layout.latent_channels, layout.stages[0], layout.stages[-1]
         self.clamp = Clamp()
-        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.stem = nn.Conv2d(channels, first.width, 3, padding=1)
         self.pooled = nn.Conv2d(channels, _POOLED, 1)
         self.film_in = nn.Linear(2 * channels + _POOLED, _FILM_WIDTH)
-        self.film_out = nn.Linear(_FILM_WIDTH, 2 * width)
-        self.blocks = nn.Sequential(*(_Block(width) for _ in range(layout.blocks)))
-        self.split = nn.Conv2d(width, layout.fine_width * layout.split**2, 1) if layout.split > 1 else None
-        self.fine_blocks = nn.Sequential(*(_Block(layout.fine_width) for _ in range(layout.fine_blocks)))
-        self.head = nn.Conv2d(last, pixels, 3, padding=1)
-        self.linear = nn.Conv2d(channels, pixels, 1)  # the picture as far as a linear map can tell
+        self.film_out = nn.Linear(_FILM_WIDTH, 2 * first.width)
+        self.stages = nn.ModuleList(_Stage(stage, gates=layout.gates) for stage in layout.stages)
+        self.splits = nn.ModuleList(
+            nn.Conv2d(coarse.width, fine.width * split**2, 1)
+            for (coarse, fine), split in zip(pairwise(layout.stages), layout.splits, strict=True)
+        )
+        self.head = nn.Conv2d(last.width, 3 * last.cell_px**2, 3, padding=1)
+        self.linear = nn.Conv2d(channels, 3 * layout.linear_px**2, 1)  # the picture as far as a linear map can tell
         nn.init.zeros_(self.film_out.weight)  # no gain and no bias from the statistics at first
         nn.init.zeros_(self.film_out.bias)
 
@@ -136,31 +196,47 @@ class NanoDecoder(nn.Module):
             statistics = self.statistics(latents)
         latents = self.clamp(latents)
         gain, bias = self.film_out(F.relu(self.film_in(statistics)))[:, :, None, None].chunk(2, dim=1)
-        x = self.stem(latents)
-        x = self.blocks(x * (1 + gain) + bias)
-        if self.split is not None:
-            x = self.fine_blocks(F.pixel_shuffle(self.split(x), self.layout.split))
-        details = F.pixel_shuffle(self.head(F.relu(x)), self.layout.shuffle)
-        base = F.pixel_shuffle(self.linear(latents), self.layout.shuffle)
-        if self.layout.split > 1:
-            base = F.interpolate(base, scale_factor=self.layout.split, mode="bilinear", align_corners=False)
+        x = self.stages[0](self.stem(latents) * (1 + gain) + bias)
+        for fold, split, stage in zip(self.splits, self.layout.splits, self.stages[1:], strict=True):
+            x = stage(F.pixel_shuffle(fold(x), split))
+        details = F.pixel_shuffle(self.head(F.relu(x)), self.layout.stages[-1].cell_px)
+        base = F.pixel_shuffle(self.linear(latents), self.layout.linear_px)
+        if self.layout.stretch > 1:
+            base = F.interpolate(base, scale_factor=self.layout.stretch, mode="bilinear", align_corners=False)
         return base + details
 
 
+def with_current_names(state: StateDict) -> dict[str, Tensor]:
+    """A decoder's weights by the names that its network gives them, whenever the file was made."""
+
+    def renamed(key: str) -> str:
+        for old, new in _OLD_NAMES:
+            key = re.sub(old, new, key)
+        return key
+
+    return {renamed(key): value for key, value in state.items()}
+
+
 def layout_of(state: StateDict) -> NanoLayout:
-    """The layout of a decoder by its weights. Raises: WeightsError if they are none."""
+    """The layout of a decoder by its weights, of current names. Raises: WeightsError if they are none."""
     try:
-        width, channels = state["stem.weight"].shape[:2]
-        shuffle = round((state["head.weight"].shape[0] / 3) ** 0.5)
-        fine_width = state["head.weight"].shape[1] if "split.weight" in state else 0
-        split = round((state["split.weight"].shape[0] / fine_width) ** 0.5) if fine_width else 1
+        widths = [
+            state[f"stages.{index}.spatial.0.weight"].shape[0]
+            for index in range(1 + _count(state, r"splits\.\d+\.weight"))
+        ]
+        cells_px = [round((state["head.weight"].shape[0] / 3) ** 0.5)]
+        for index, width in reversed(list(enumerate(widths[1:]))):
+            split = round((state[f"splits.{index}.weight"].shape[0] / width) ** 0.5)
+            cells_px.insert(0, cells_px[0] * split)
+        stages = []
+        for index, (cell_px, width) in enumerate(zip(cells_px, widths, strict=True)):
+            blocks = _count(state, rf"stages\.{index}\.mixes\.\d+\.widen\.weight")
+            passes = _count(state, rf"stages\.{index}\.spatial\.\d+\.weight") // blocks
+            stages.append(NanoStage(cell_px=cell_px, width=width, blocks=blocks, passes=passes))
         return NanoLayout(
-            latent_channels=channels,
-            spatial_factor=shuffle * split,
-            width=width,
-            blocks=_count(state, r"blocks\.(\d+)\.spatial\.weight"),
-            fine_width=fine_width,
-            fine_blocks=_count(state, r"fine_blocks\.(\d+)\.spatial\.weight"),
+            latent_channels=state["stem.weight"].shape[1],
+            stages=tuple(stages),
+            gates=state["stages.0.mixes.0.narrow.weight"].shape[1] == widths[0],
         )
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise WeightsError(f"these weights are no nano decoder: {error}") from error
@@ -177,6 +253,7 @@ def _count(state: StateDict, pattern: str) -> int:
 
 def nano_from_weights(state: StateDict, name: str) -> NanoDecoder:
     """The decoder that weights are of. Raises: WeightsError if they are none."""
+    state = with_current_names(state)
     network = NanoDecoder(layout_of(state))
     load_strictly(network, state, name=name)
     return network.eval()

@@ -8,7 +8,7 @@ from torch import nn
 
 from taesd_stream.errors import WeightsError
 from taesd_stream.models.linear import FactorProjection, ShuffleProjection
-from taesd_stream.models.nano import NanoDecoder, is_nano, layout_of
+from taesd_stream.models.nano import NanoDecoder, is_nano, layout_of, with_current_names
 from taesd_stream.models.strict_loading import first_difference
 from taesd_stream.user_formats import UserFormat
 
@@ -25,8 +25,10 @@ def user_decoder(fitted: UserFormat) -> nn.Module:
         return FactorProjection(known)
     with torch.device("meta"):  # no memory before the file is known to fill it
         if is_nano(state):
-            network: nn.Module = NanoDecoder(layout_of(state))
-            kind, size = "nano decoder", (layout_of(state).latent_channels, float(layout_of(state).spatial_factor))
+            state = with_current_names(state)
+            layout = layout_of(state)
+            network: nn.Module = NanoDecoder(layout)
+            kind, size = "nano decoder", (layout.latent_channels, float(layout.spatial_factor))
         else:
             network = ShuffleProjection(known.channels, round(known.spatial_factor))
             kind, size = "projection", (known.channels, known.spatial_factor)
