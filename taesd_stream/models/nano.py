@@ -29,7 +29,7 @@ _LINEAR_PX: Final = 8  # pixels on a side that the linear path makes of a latent
 _FILM_WIDTH: Final = 48
 _POOLED: Final = 64
 # Blocks with gates amplify what they were never trained on (latents that are mostly noise) until half precision is
-# full. Pictures and their noisy estimates stay below 13, so a limit here changes none of them.
+# full. Pictures and their noisy estimates stay below 14, so a limit here changes none of them.
 _LARGEST: Final = 16.0
 # What files of one or two stages called their tensors, and what they are called now.
 _OLD_NAMES: Final = (
