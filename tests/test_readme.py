@@ -14,7 +14,7 @@ from typing import Any, Final
 import pytest
 from typer.main import get_command
 
-from taesd_stream.config import SECTIONS
+from taesd_stream.config import SECTIONS, DecoderConfig
 from taesd_stream_workers.commands.command_line import app
 from tests.daemon import Daemon, clean_environment, wait_for
 from tests.readme_document import README, ROOT, document, sections
