@@ -31,6 +31,8 @@ from taesd_stream.frames import RecordMode
 from taesd_stream.media.file_names import DEFAULT_NAME, check_template
 
 AUTO = "auto"
+DECODER_BYTES: Final = 1 << 30
+LEAST_DECODER_BYTES: Final = 64 << 20
 ENV_PREFIX: Final = "TAESD_STREAM_"
 DecoderChoice = Literal["auto", "tiny", "nano", "linear"]
 FilmMode = Literal["watched", "off"]
@@ -87,14 +89,26 @@ class DecoderConfig(_Section):
     """A live picture that would take longer is shown by a cheaper decoder; 0: never. Choice "auto" alone."""
     float8: bool = False
     """Live views on a Hopper GPU compute their largest layers in float8: a fifth faster, not quite as exact."""
-    memory_bytes: int = Field(default=1 << 30, ge=64 << 20)
-    """Most bytes of activations at once; larger batches are decoded in slices."""
+    memory_bytes: int = Field(default=0, ge=0)
+    """Most bytes of activations at once; larger batches go in slices. 0: 1 GiB, on a GPU an eighth of it, at most 4."""
     min_free_bytes: int = Field(default=4 << 30, ge=0)
     """A GPU with less free memory at start is left alone by device "auto"."""
     threads: int = Field(default=0, ge=0, le=256)
     """Threads of the CPU decoder; 0 lets torch choose."""
     job_deadline_s: float = Field(default=20.0, gt=0, le=600)
     """A worker that reports no progress for so long has lost its job."""
+
+    @field_validator("memory_bytes")
+    @classmethod
+    def _is_enough(cls, value: int) -> int:
+        if 0 < value < LEAST_DECODER_BYTES:
+            raise ValueError(f"expected 0 or at least {LEAST_DECODER_BYTES}")
+        return value
+
+    def budget_bytes(self, free_gpu_bytes: int = 0) -> int:
+        """Most bytes of activations on a device; free_gpu_bytes: what a GPU has free, 0 of a processor."""
+        own = min(max(free_gpu_bytes // 8, DECODER_BYTES), 4 * DECODER_BYTES)  # 16 pictures of 512x512 take 2 GiB
+        return self.memory_bytes or own
 
 
 class StreamerConfig(_Section):

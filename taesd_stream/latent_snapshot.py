@@ -2,7 +2,8 @@
 
 The sampler's thread only copies (take()); every conversion is the side thread's (to_bytes()). Host memory is copied as
 it is, for a plain memcpy is the cheapest that there is: torch would wake its pool of threads for more than 32768
-elements, numpy needs 1.7 ns an element for float16. On a GPU the copy is one kernel, which converts on its way.
+elements, numpy needs 1.7 ns an element for float16. On a GPU the copy is one kernel, which converts on its way, into
+memory that is used again: asking for new memory costs more than the kernel's launch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from ctypes import string_at
+from ctypes import c_char, string_at
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -165,27 +166,37 @@ class _DeviceTensor(_Tensor):
         self._staged = self._torch.float16 if dtype == "uint8" else getattr(self._torch, dtype)
         self.held_bytes = latents.numel() * self._staged.itemsize
         # of one device the current stream is known without asking torch.cuda in Python, which takes 0.03 ms
-        self._is_only = hasattr(self._torch, "Event") and self._torch.cuda.device_count() == 1
-        self._events: deque[Any] = deque()  # used again
+        is_cuda = self._device.type == "cuda"
+        self._is_only = is_cuda and hasattr(self._torch, "Event") and self._torch.cuda.device_count() == 1
+        self._free: deque[Any] = deque(maxlen=2)  # (memory, event) that were fetched, used again
         self._stream: Any = None
         self._host: Any = None  # pinned, used again for each frame
 
     def take(self, latents: Any) -> Any:
         if not self._fits(latents):
             return None
-        torch = self._torch
-        staged = latents.to(self._staged, copy=True, memory_format=torch.contiguous_format)
-        if self._device.type != "cuda":
-            return staged, None
+        if latents.requires_grad:
+            latents = latents.detach()  # or the memory would hold on to how they came about
         try:
-            event = self._events.pop()
+            taken = staged, event = self._free.pop()
         except IndexError:
-            event = torch.Event("cuda", enable_timing=False) if self._is_only else torch.cuda.Event()
+            taken = staged, event = self._new()
+        staged.copy_(latents, non_blocking=True)
         if self._is_only:
             event.record()
-        else:
-            event.record(torch.cuda.current_stream(self._device))  # of the tensor's device, perhaps not the current one
-        return staged, event
+        elif event is not None:
+            # of the tensor's device, perhaps not the current one
+            event.record(self._torch.cuda.current_stream(self._device))
+        return taken
+
+    def _new(self) -> tuple[Any, Any]:
+        """Memory for a copy and, on CUDA, its event."""
+        torch = self._torch
+        with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
+            staged = torch.empty(self.shape, dtype=self._staged, device=self._device)
+        if self._device.type != "cuda":
+            return staged, None
+        return staged, torch.Event("cuda", enable_timing=False) if self._is_only else torch.cuda.Event()
 
     def is_ready(self, taken: Any) -> bool:
         try:
@@ -195,13 +206,12 @@ class _DeviceTensor(_Tensor):
 
     def to_bytes(self, taken: Any) -> Part:
         staged, event = taken
-        staged = staged.detach()
         if event is None:
             host = self._quantised(staged).cpu()
         else:
             event.synchronize()  # without the GIL; at once, but at a run's end, for is_ready() was asked before
             host = self._fetch(staged)
-            self._events.append(event)
+        self._free.append(taken)
         words = host.view(self._torch.int16) if self.dtype == "bfloat16" else host
         data: bytes = words.numpy().tobytes()
         return data
@@ -250,7 +260,10 @@ def _by_torch(values: np.ndarray[Any, Any], dtype: WireDtype) -> Part:
     torch: Any = sys.modules.get("torch")
     if not hasattr(torch, "from_numpy"):  # not there, or just being imported
         return _flat(values.astype(dtype))
-    source = torch.from_numpy(values.astype(np.float32))
+    values = values.astype(np.float32, copy=False)
+    # Torch warns of memory that is read-only, as bytes are: a view that only seems writable, for a copy costs a lot.
+    view = (c_char * values.nbytes).from_address(values.ctypes.data)
+    source = torch.frombuffer(view, dtype=torch.float32)
     words = np.empty(values.shape, np.int16)
     target = torch.from_numpy(words).view(getattr(torch, dtype))
     for begin in range(0, len(values), _GRAIN):

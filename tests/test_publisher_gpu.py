@@ -100,17 +100,42 @@ def test_a_device_that_is_not_the_current_one_is_followed() -> None:
     assert snapshot.to_bytes(snapshot.take(latents)) == host.numpy().tobytes()
 
 
-def test_no_memory_is_left_behind() -> None:
-    """One staged copy while it is fetched, nothing after it."""
+def test_one_staged_copy_is_all_the_memory_that_it_takes() -> None:
+    """Its memory is used again for each frame, and is gone with the snapshot."""
     latents = torch.zeros((16, 128, 128), device="cuda")
-    snapshot = snapshot_of(latents, None, 3.0)
-    snapshot.to_bytes(snapshot.take(latents))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
+    snapshot = snapshot_of(latents, None, 3.0)
     for _ in range(20):
         snapshot.to_bytes(snapshot.take(latents))
     assert torch.cuda.max_memory_allocated() == before + 16 * 128 * 128 * 2
+    del snapshot
     assert torch.cuda.memory_allocated() == before
+
+
+def test_after_many_at_once_little_memory_is_held() -> None:
+    """Ten frames that were taken before the first was fetched leave no more than two copies' memory behind."""
+    latents = torch.zeros((16, 128, 128), device="cuda")
+    before = torch.cuda.memory_allocated()
+    snapshot = snapshot_of(latents, None, 3.0)
+    taken = [snapshot.take(latents) for _ in range(10)]
+    while taken:
+        snapshot.to_bytes(taken.pop(0))
+    assert torch.cuda.memory_allocated() <= before + 2 * 16 * 128 * 128 * 2
+
+
+@pytest.mark.parametrize("is_inference_first", [True, False])
+def test_modes_of_autograd_do_not_matter(is_inference_first: bool) -> None:
+    """The same memory takes latents of inference mode, of a graph, and plain ones; no graph is held."""
+    host = values(torch.float32)
+    snapshot = snapshot_of(host.cuda(), "float32", 3.0)
+    for is_inference in (is_inference_first, not is_inference_first):
+        with torch.inference_mode(is_inference):
+            latents = host.cuda()
+            taken = snapshot.take(latents if is_inference else latents.requires_grad_() * 1)
+        assert taken is not None
+        assert not taken[0].requires_grad
+        assert snapshot.to_bytes(taken) == host.numpy().tobytes()
 
 
 def test_a_busy_device_does_not_silence_the_publisher(peer: BrokerPeer) -> None:

@@ -21,6 +21,15 @@ def test_slices_cover_the_batch_within_the_budget(count: int, item_bytes: int, b
     assert max(lengths, default=0) - min(lengths, default=0) <= 1
 
 
+@pytest.mark.parametrize(
+    ("most", "lengths"), [(16, [16]), (20, [16]), (8, [8, 8]), (7, [4] * 4), (3, [2] * 8), (0, [1] * 16)]
+)
+def test_slices_for_graphs_are_powers_of_two(most: int, lengths: list[int]) -> None:
+    """What fits the budget is one slice; else all but the last are the largest power of two that does."""
+    pieces = list(slices(16, 10, max(1, 10 * most), is_graphed=True))
+    assert [piece.stop - piece.start for piece in pieces] == lengths
+
+
 def test_a_budget_of_nothing_is_an_error() -> None:
     """No memory at all is the caller's mistake, and named."""
     with pytest.raises(ValueError, match="budget_bytes: expected above 0, got 0"):

@@ -133,7 +133,7 @@ class Engine:
         budget_bytes = self._for_tensors(budget_bytes)
         count, _, height, width = self._format.check_shape("steps", tensor.shape)
         frame_bytes = self.bytes_per_latent_px * height * width
-        pieces = list(slices(count, frame_bytes, budget_bytes))
+        pieces = list(slices(count, frame_bytes, budget_bytes, is_graphed=self._fast is not None))
         if frame_bytes > budget_bytes and (isinstance(self._network, NanoDecoder) or is_tileable(self._network)):
             return self._decode_tiled(self._format.unfold(tensor), budget_bytes, of_tiles)
         return self._decode_slices(self._format.unfold(tensor), cut(pieces, self._quickest(most, height, width)), whole)

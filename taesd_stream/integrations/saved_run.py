@@ -172,7 +172,7 @@ class _Writer:
         engine = open_engine(
             self._known.name, weights_folder=config.weights_folder, device="cuda" if is_free else "cpu"
         )
-        return config.decoder.memory_bytes, engine
+        return config.decoder.budget_bytes(), engine
 
     def _write(self, recording: Recording, engine: Engine, frame: _Frame) -> None:
         form = frame.snapshot

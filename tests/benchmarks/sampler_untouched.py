@@ -1,16 +1,22 @@
 """Whether publishing makes a sampler slower: its steps with and without, the sampler and the daemon on a core each.
 
-    python -m tests.benchmarks.sampler_untouched            (about 15 minutes)
+    python -m tests.benchmarks.sampler_untouched            (about 50 minutes)
+    python -m tests.benchmarks.sampler_untouched --uses watched,beside
 
-A sampler of seeded torch work, about 50 ms a step on one thread, bound to core 0; a real daemon (linear decoder) bound
-to core 1: nobody watches, a viewer does, or every frame is kept. Pairs in the order ABBA (alone, publishing,
-publishing, alone): `percent` is how much longer a step with publishing is, mean and 95 % interval (Student's t) over
-the pairs. The SHA-256 of the final latents of every run must be the same. The last line is one JSON object.
+A sampler of seeded torch work, about 50 ms a step on one thread, bound to core 0 with all its threads; a real daemon
+(linear decoder) bound to core 1: nobody watches, a viewer does, or every frame is kept. Pairs in the order ABBA (alone,
+publishing, publishing, alone): `percent` is how much longer a step with publishing is, mean and 95 % interval
+(Student's t) over the pairs. `side_ms` is the processor time that the publisher's own threads take for each step.
+
+Use `beside` tells what the machine itself loses when its other core works: the sampler publishes nothing, but in
+every second and third run of four a process on the daemon's core does, with a viewer. What `watched` loses more than
+that, publishing costs. The SHA-256 of every run's final latents must be the same. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -19,8 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -35,17 +42,44 @@ SHAPE: Final = (4, 128, 128)  # 128 KiB as float16
 BAR_PERCENT: Final = 0.5
 T_95: Final = ((5, 2.78), (10, 2.26), (20, 2.09), (40, 2.02))  # two-sided, by pairs at the least
 
+USES: Final = ("idle", "watched", "kept", "beside")
+
 # who watches: a process of its own, on the daemon's core
 VIEWER: Final = """
 import os, sys, time, urllib.request
 os.sched_setaffinity(0, {1})
 while True:
     try:
-        with urllib.request.urlopen(sys.argv[1] + "/streams/untouched/watched/live.mjpeg", timeout=5) as pictures:
+        url = f"{sys.argv[1]}/streams/untouched/{sys.argv[2]}/live.mjpeg"
+        with urllib.request.urlopen(url, timeout=5) as pictures:
             while pictures.read1(1 << 16): pass
     except OSError:
         time.sleep(0.2)
 """
+
+
+# who publishes beside the sampler: on the daemon's core, at its pace, from a line on stdin until the next one
+NEIGHBOUR: Final = """
+import os, select, sys, time
+os.sched_setaffinity(0, {1})
+import numpy as np
+from taesd_stream import LatentPublisher
+latents, step = np.random.default_rng(7).standard_normal(SHAPE).astype(np.float32), 0
+with LatentPublisher(sys.argv[1], stream="untouched/beside", latent_format="sd1", record="off") as publisher:
+    while sys.stdin.readline():
+        while not select.select([sys.stdin], [], [], STEP_S)[0]:
+            publisher.publish(latents, step=step, sigma=1.0)
+            step += 1
+        sys.stdin.readline()
+""".replace("SHAPE", str(SHAPE)).replace("STEP_S", str(STEP_S))
+
+
+class Run(NamedTuple):
+    """Seconds a step, of which other threads of this process took `side_s`; the SHA-256 of the final latents."""
+
+    step_s: float
+    side_s: float
+    digest: str
 
 
 class Sampler:
@@ -59,11 +93,11 @@ class Sampler:
             torch.mm(self._matrix, self._matrix)
         self._products = max(1, round(STEP_S * 100 / (time.perf_counter() - started_s)))
 
-    def run(self, steps: int, publisher: LatentPublisher | None) -> tuple[float, str]:
-        """Seconds a step, and the SHA-256 of the final latents."""
+    def run(self, steps: int, publisher: LatentPublisher | None = None) -> Run:
+        """So many steps, with a publish each or none."""
         torch.manual_seed(7)
         latents = torch.randn(SHAPE)
-        started_s = time.perf_counter()
+        started_s, side_s = time.perf_counter(), time.process_time() - time.thread_time()
         for step in range(steps):
             for _ in range(self._products):
                 torch.mm(self._matrix, self._matrix)
@@ -71,7 +105,8 @@ class Sampler:
             if publisher is not None:
                 publisher.publish(latents, step=step, total_steps=steps, sigma=1.0)
         step_s = (time.perf_counter() - started_s) / steps
-        return step_s, hashlib.sha256(latents.numpy().tobytes()).hexdigest()
+        side_s = (time.process_time() - time.thread_time() - side_s) / steps
+        return Run(step_s, side_s, hashlib.sha256(latents.numpy().tobytes()).hexdigest())
 
 
 def main() -> None:
@@ -79,7 +114,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--uses", default=",".join(USES), help="some of them, between commas")
     arguments = parser.parse_args()
+    unknown = [use for use in arguments.uses.split(",") if use not in USES]
+    if unknown:
+        parser.error(f"--uses: expected some of {', '.join(USES)}, got {', '.join(unknown)}")
     if arguments.pairs < 2:
         parser.error(f"--pairs {arguments.pairs}: an interval needs 2 at least")
     sampler = Sampler()
@@ -87,7 +126,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, Daemon(Path(name)) as daemon:
         bind(daemon)
         os.sched_setaffinity(0, {0})
-        for use in ("idle", "watched", "kept"):
+        for use in arguments.uses.split(","):
             results[use] = compare(daemon, sampler, use, arguments.pairs, arguments.steps)
             sys.stdout.write(f"{use:<8} {results[use]}\n")
             sys.stdout.flush()
@@ -103,35 +142,57 @@ def bind(daemon: Daemon) -> None:
 
 def compare(daemon: Daemon, sampler: Sampler, use: str, pairs: int, steps: int) -> dict[str, Any]:
     """ABBA pairs; each run with publishing is a run of its own."""
-    differences, hashes, alone_ms = [], set(), []
-    viewer = subprocess.Popen([sys.executable, "-c", VIEWER, daemon.web]) if use == "watched" else None
-    try:
+    differences, hashes, alone_ms, side_ms = [], set(), [], []
+    with contextlib.ExitStack() as stack:
+        if use in ("watched", "beside"):
+            stack.enter_context(process(VIEWER, daemon.web, use))
+        neighbour = stack.enter_context(process(NEIGHBOUR, daemon.broker)) if use == "beside" else None
         for _ in range(pairs):
-            seconds = []
+            runs = []
             for is_published in (False, True, True, False):
-                step_s, digest = one_run(daemon, sampler, use, steps) if is_published else sampler.run(steps, None)
-                seconds.append(step_s)
-                hashes.add(digest)
-            alone_s = (seconds[0] + seconds[3]) / 2
+                runs.append(one_run(daemon, sampler, use, steps, neighbour) if is_published else sampler.run(steps))
+                hashes.add(runs[-1].digest)
+            alone_s = (runs[0].step_s + runs[3].step_s) / 2
             alone_ms.append(1000 * alone_s)
-            differences.append(100 * ((seconds[1] + seconds[2]) / 2 - alone_s) / alone_s)
-    finally:
-        if viewer is not None:
-            viewer.kill()
-            viewer.wait()
+            side_ms += [1000 * run.side_s for run in runs[1:3]]
+            differences.append(100 * ((runs[1].step_s + runs[2].step_s) / 2 - alone_s) / alone_s)
     mean, half = float(np.mean(differences)), half_interval(differences)
     return {
         "percent": {"mean": round(mean, 3), "low": round(mean - half, 3), "high": round(mean + half, 3)},
         "step_ms_alone": round(float(np.median(alone_ms)), 2),
+        "side_ms": round(float(np.median(side_ms)), 3),
         "is_same_result": len(hashes) == 1,
     }
 
 
-def one_run(daemon: Daemon, sampler: Sampler, use: str, steps: int) -> tuple[float, str]:
-    """A run with a publisher."""
+def one_run(daemon: Daemon, sampler: Sampler, use: str, steps: int, neighbour: Any) -> Run:
+    """A run with a publisher, the sampler's own or the neighbour's."""
+    if neighbour is not None:
+        toggle(neighbour)
+        try:
+            return sampler.run(steps)
+        finally:
+            toggle(neighbour)
     record: RecordMode = "all" if use == "kept" else "off"
     with LatentPublisher(daemon.broker, stream=f"untouched/{use}", latent_format="sd1", record=record) as publisher:
         return sampler.run(steps, publisher)
+
+
+@contextlib.contextmanager
+def process(code: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Python code in a process of its own, which is killed at the end."""
+    with subprocess.Popen([sys.executable, "-c", code, *words], stdin=subprocess.PIPE) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+def toggle(neighbour: subprocess.Popen[bytes]) -> None:
+    """Make the neighbour publish, or stop."""
+    assert neighbour.stdin is not None
+    neighbour.stdin.write(b"\n")
+    neighbour.stdin.flush()
 
 
 def half_interval(values: list[float]) -> float:

@@ -26,7 +26,7 @@ from taesd_stream.media.encoder import JpegEncoder, Planes, encoder_for
 from taesd_stream_workers.bench.broker_load import BrokerLoad, running_broker
 from taesd_stream_workers.bench.worker_load import PICTURES, Case, melting_latents, worker_frame_s
 from taesd_stream_workers.worker.decode_worker import encode_threads, processors
-from taesd_stream_workers.worker.devices import choose_device
+from taesd_stream_workers.worker.devices import choose_device, with_budget
 from taesd_stream_workers.worker.rendering import Sizes, render
 
 Row: TypeAlias = dict[str, Any]
@@ -42,10 +42,11 @@ class Bench:
 
     def __init__(self, config: Config, formats: list[str], sizes_px: list[int], seconds: float) -> None:
         """Open the device. Raises: ConfigError when it is not there."""
-        self._config = config.model_copy(update={"rules": ()})  # a rule could choose another decoder than is measured
         self._seconds = seconds
         self._formats, self._sizes_px = formats, sizes_px
         self._device, self._why_device = choose_device(config.decoder.device, config.decoder.min_free_bytes)
+        # a rule could choose another decoder than is measured
+        self._config = with_budget(config, self._device).model_copy(update={"rules": ()})
         if config.decoder.threads:
             torch.set_num_threads(config.decoder.threads)
         self._sizes = Sizes(config.streamer.live_max_px, config.streamer.thumb_max_px)

@@ -185,7 +185,7 @@ def decode(
     latents = load_latents(file, format_of(latent_format, config.weights_folder))
     try:
         engine = open_best_engine(latent_format, config)
-        count = _decode_to_file(latents, engine, output, fps, config.decoder.memory_bytes)
+        count = _decode_to_file(latents, engine, output, fps, config.decoder.budget_bytes())
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from error
     say(f"{output}: {count} pictures, decoder {engine.decoder}")

@@ -161,7 +161,7 @@ def _pictures(
 
     engine = open_best_engine(facts["meta"]["latent_format"], config)
     say(f"decoder {engine.decoder}" if engine.is_full else engine.reason)
-    for rgb, pts in log_pictures(file, engine, config.decoder.memory_bytes):
+    for rgb, pts in log_pictures(file, engine, config.decoder.budget_bytes()):
         if is_rgb:
             yield av.VideoFrame.from_ndarray(rgb, "rgb24"), pts
         else:

@@ -15,13 +15,7 @@ from taesd_stream.config import Config, DecoderChoice
 from taesd_stream.decoding.choice import NoDecoderError, open_engine
 from taesd_stream.decoding.engine import Engine
 from taesd_stream.decoding.host_copies import HostCopies
-from taesd_stream.decoding.payloads import (
-    copy_payloads,
-    latents_from_payload,
-    latents_from_words,
-    rows_not_finite,
-    torch_dtype,
-)
+from taesd_stream.decoding.payloads import latents_from_payload, latents_from_words
 from taesd_stream.decoding.slicing import Most
 from taesd_stream.decoding.video_engine import VideoEngine
 from taesd_stream.frames import RENDITIONS
@@ -30,6 +24,7 @@ from taesd_stream.latent_formats import latent_format as format_named
 from taesd_stream.media.encoder import VIDEO_RENDITIONS
 from taesd_stream.messages import Failed, JobItem, Progress
 from taesd_stream_workers.worker.degrading import Pace, is_out_of_memory, ways
+from taesd_stream_workers.worker.devices import with_budget
 from taesd_stream_workers.worker.encode_pool import EncodePool, EncodeTask
 from taesd_stream_workers.worker.engines import Engines, Shape
 from taesd_stream_workers.worker.job_pictures import Entry, Rows, can_be_planes, pictures_of, planes_of
@@ -38,6 +33,7 @@ from taesd_stream_workers.worker.job_turns import JobTurns
 from taesd_stream_workers.worker.live_items import begin_anew, lacks_memory
 from taesd_stream_workers.worker.rendering import Sizes, render
 from taesd_stream_workers.worker.shower import Outlet, Shower
+from taesd_stream_workers.worker.staging import Stager
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +63,7 @@ class JobDecoder:
     ) -> None:
         self.is_warm = False
         self.error: Exception | None = None
+        config = with_budget(config, device)
         self.engines = Engines(config, device)
         self._config, self._decoder = config, config.decoder
         self._device = device
@@ -77,6 +74,7 @@ class JobDecoder:
         self._worked_s = 0.0  # of the processor, by its thread
         self._worked_at_s = 0.0  # when that was seen to grow
         self._turns = JobTurns()
+        self._stager = Stager(self._outlet.copies)
         self._pace = Pace()
         self._thread = threading.Thread(target=self._run, name="device")
 
@@ -111,6 +109,7 @@ class JobDecoder:
 
     def submit(self, run: JobRun) -> None:
         """Queue a job."""
+        run.staged = self._stager.stage(run.job)
         self._turns.put(run)
 
     def forget(self, run: str) -> None:
@@ -128,6 +127,7 @@ class JobDecoder:
         """Finish the job at hand, or of a clip the slice, then join the threads; the rest is for another worker."""
         self._turns.close()
         self._thread.join()
+        self._stager.close()
         self._outlet.pool.close()
 
     def _run(self) -> None:
@@ -191,10 +191,7 @@ class JobDecoder:
         """Each next one is a slice."""
         job = run.job
         parts = list(job.parts())
-        first = job.items[0]
-        words = self._outlet.copies.staging((len(parts), *first.shape), torch_dtype(first.dtype))
-        copy_payloads([payload for _, payload, _ in parts], words)
-        bad = rows_not_finite(words)
+        words, bad = run.take_staged()
         if bad:
             text = "latents hold NaN or infinite values: no picture can be made of them"
             run.failed = Failed(job=job.job, items=bad, code="bad_frame", text=text, retry=False)

@@ -5,23 +5,26 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 from torch import Tensor
 
 from taesd_stream.messages import Degraded, Failed, Job
+from taesd_stream_workers.worker.staging import Staged
 
 
 class JobRun:
     """A job in work: how many pictures are still to be encoded, and what went wrong. Any thread.
 
     started_s: when it began, time.monotonic(), later by what others took between its slices. slices: its work, of which
-    each next one is a slice; the device thread's.
+    each next one is a slice; the device thread's. staged: its latents, once a thread has them ready.
     """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.started_s = time.monotonic()
         self.slices: Iterator[None] | None = None
+        self.staged: Future[Staged] | None = None
         self._paused_s: float | None = None
         self.failed: Failed | None = None
         self.degraded: dict[tuple[str, str], Degraded] = {}
@@ -33,6 +36,12 @@ class JobRun:
     def is_clip(self) -> bool:
         """Whether it is of whole videos: long, and decoded in slices. They share no job with others."""
         return self.job.items[0].kind == "clip"
+
+    def take_staged(self) -> Staged:
+        """Its latents; waits for them, and lets go of them. Raises: as `Stager.stage` says."""
+        assert self.staged is not None
+        staged, self.staged = self.staged.result(), None
+        return staged
 
     def goes_on(self) -> None:
         """Its first slice begins, or the next one."""
