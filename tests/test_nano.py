@@ -143,6 +143,19 @@ def test_sanas_is_well_over_the_projection_on_painted_scenes() -> None:
     assert sum(over_db) / len(over_db) >= 6.5
 
 
+@pytest.mark.skipif(SHARED is None, reason="TAESD_STREAM_SHARED is not set: no encoder")
+def test_as_much_noise_as_picture_leaves_the_colours_of_large_areas() -> None:
+    """With noise of 1 on Sana's latents each quarter of a scene keeps its mean colour to a tenth."""
+    encoder, sana = real_encoder("taesana"), packaged("sana")
+    for paint in (sunrise, lighthouse):
+        picture = torch.from_numpy(paint(256, 256)).float().permute(2, 0, 1)[None]
+        with torch.inference_mode():
+            latents = encoder(picture)
+            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+            shown = sana(latents + noise).clamp(0, 1)
+        assert F.avg_pool2d(shown - picture, 128).abs().max() < 0.1
+
+
 @pytest.mark.parametrize("name", PACKAGED)
 @pytest.mark.parametrize("deviation", [1, 3, 1e4])
 def test_noise_in_place_of_latents_stays_small(name: str, deviation: float) -> None:

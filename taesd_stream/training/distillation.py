@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final, Protocol
 
@@ -136,9 +136,7 @@ class Distillation:
         latents = self._noisy(batch.latents, step)
         for group in self._optimiser.param_groups:
             group["lr"] = settings.rate * _schedule(step, settings)
-        statistics = None
-        if batch.whole is not None:
-            statistics = torch.cat([self._network.statistics(one) for one in batch.whole])
+        statistics = None if batch.whole is None else self._statistics(batch.whole)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             shown = self._network(latents.contiguous(memory_format=torch.channels_last), statistics)
         shown = shown.float()
@@ -188,6 +186,9 @@ class Distillation:
         self._optimiser.load_state_dict(state)
         self.done = int(checkpoint["done"])
 
+    def _statistics(self, whole: Sequence[Tensor]) -> Tensor:
+        return torch.cat([self._network.statistics(one) for one in whole])
+
     def _noisy(self, latents: Tensor, step: int) -> Tensor:
         """Noise in some of the latents: what a sampler estimates is not clean."""
         generator = torch.Generator(self._device).manual_seed(self.settings.seed * 1_000_003 + step)
@@ -214,7 +215,8 @@ class Distillation:
             pictures = batch.pictures
             if stretch > 1:
                 pictures = F.avg_pool2d(pictures, stretch)
-            inputs = network.clamp(batch.latents).movedim(1, -1).flatten(0, 2).double()
+            statistics = self._statistics(batch.whole or [batch.latents])
+            inputs = network.limited(batch.latents, statistics).movedim(1, -1).flatten(0, 2).double()
             inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
             outputs = F.pixel_unshuffle(pictures, side).movedim(1, -1).flatten(0, 2).double()
             gram += (inputs.T @ inputs).cpu()
