@@ -31,12 +31,14 @@ from taesd_stream_workers.worker.outgoing import Outgoing
 logger = logging.getLogger(__name__)
 
 CREDITS: Final = 2  # one job computes, the next waits beside it
-GPU_CREDITS: Final = 4  # one comes over, one computes, one is encoded, one is on its way here: each takes about as long
+GPU_CREDITS: Final = (
+    3  # one comes over, one computes, one is encoded: a fourth adds 10 ms to each picture, and no throughput
+)
 HELLO_S: Final = 1.0
 UNREACHABLE_S: Final = 10.0
 DEAF_S: Final = 3.0  # a broker that answers no HELLO for so long is not there
 DRAIN_S: Final = 30.0
-MAX_ENCODE_THREADS: Final = 16
+MAX_ENCODE_THREADS: Final = 8  # twice as many wait for the GIL more than they encode
 
 
 class DecodeWorker:

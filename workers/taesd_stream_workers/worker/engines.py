@@ -148,7 +148,7 @@ class Engines:
             return engines[0], engines[0].reason
         most_s, seconds = self._most_s(engines), []
         for engine, most in zip(engines, most_s, strict=True):
-            seconds.append(seconds_a_picture(engine, shape, enough_s=most, budget_bytes=self._decoder.memory_bytes))
+            seconds.append(seconds_a_picture(engine, shape, enough_s=most, budget_bytes=self._decoder.budget_bytes()))
             if seconds[-1] <= most:
                 break
         chosen = engines[best_that_keeps_up(seconds, most_s[: len(seconds)])]
