@@ -3,7 +3,7 @@
 The sampler's thread only copies (take()); every conversion is the side thread's (to_bytes()). Host memory is copied as
 it is, for a plain memcpy is the cheapest that there is: torch would wake its pool of threads for more than 32768
 elements, numpy needs 1.7 ns an element for float16. On a GPU the copy is one kernel, which converts on its way, into
-memory that is used again: asking for new memory costs more than the kernel's launch.
+memory that is used again: asking for new memory costs as much as the kernel's launch.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ class Snapshot(Protocol):
 
     def to_bytes(self, taken: Any) -> Part:
         """What travels, C order. The side thread. Raises: RuntimeError, torch's word for a device that failed."""
+
+    def drop(self, taken: Any) -> None:
+        """It will not be fetched. Any thread."""
 
     def to_number(self, value: Any) -> float | None:
         """A noise level, read from its device where it is there. The side thread, after to_bytes()."""
@@ -88,6 +91,8 @@ class _InHost:
 
     def is_ready(self, _taken: bytes) -> bool:
         return True
+
+    def drop(self, _taken: bytes) -> None: ...
 
     def to_number(self, value: Any) -> float | None:
         return _number(value)
@@ -168,7 +173,10 @@ class _DeviceTensor(_Tensor):
         # of one device the current stream is known without asking torch.cuda in Python, which takes 0.03 ms
         is_cuda = self._device.type == "cuda"
         self._is_only = is_cuda and hasattr(self._torch, "Event") and self._torch.cuda.device_count() == 1
-        self._free: deque[Any] = deque(maxlen=2)  # (memory, event) that were fetched, used again
+        self._free: deque[Any] = deque(maxlen=2)  # (memory, event) that nothing is copied to any more, used again
+        # Held until they are free: perhaps the copy is on another stream than the one that the memory was made on, to
+        # which torch would give it back, for something else to be written there.
+        self._dropped: deque[Any] = deque()
         self._stream: Any = None
         self._host: Any = None  # pinned, used again for each frame
 
@@ -198,6 +206,9 @@ class _DeviceTensor(_Tensor):
             return staged, None
         return staged, torch.Event("cuda", enable_timing=False) if self._is_only else torch.cuda.Event()
 
+    def drop(self, taken: Any) -> None:
+        self._dropped.append(taken)
+
     def is_ready(self, taken: Any) -> bool:
         try:
             return taken[1] is None or bool(taken[1].query())
@@ -212,6 +223,8 @@ class _DeviceTensor(_Tensor):
             event.synchronize()  # without the GIL; at once, but at a run's end, for is_ready() was asked before
             host = self._fetch(staged)
         self._free.append(taken)
+        while self._dropped and self.is_ready(self._dropped[0]):
+            self._free.append(self._dropped.popleft())
         words = host.view(self._torch.int16) if self.dtype == "bfloat16" else host
         data: bytes = words.numpy().tobytes()
         return data

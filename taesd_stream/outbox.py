@@ -300,10 +300,15 @@ class Outbox:
         nbytes = sum(one.snapshot.held_bytes for one in self.pending)
         if self.mode == "all" and nbytes > self._ring_bytes and len(self.pending) > 1:
             self._stop_keeping(f"{nbytes} bytes wait to be taken out of the sampler's way")
+        before = list(self.pending)
         if self.mode in ("off", "last") and self.pending:
             self.pending = _newest_of(self.pending)
         while self.mode is None and nbytes > self._ring_bytes and len(self.pending) > 1:
             nbytes -= self.pending.popleft().snapshot.held_bytes
+        stays = set(map(id, self.pending))
+        for one in before:
+            if id(one) not in stays:
+                one.snapshot.drop(one.taken)
 
     def _lose(self, offered: Offered, error: RuntimeError) -> None:
         logger.warning("frame_not_fetched run=%s seq=%d error=%s", self._run, offered.seq, error)

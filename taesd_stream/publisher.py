@@ -225,6 +225,8 @@ class LatentPublisher:
         elif len(shape) not in ((4,) if self._kind == "clip" else (3, 4)):
             forms = "(T, C, h, w)" if self._kind == "clip" else "(C, h, w) or (N, C, h, w)"
             raise ValueError(f"latents: {self._kind} latents are {forms}, got shape {shape}")
+        if not nbytes:
+            raise ValueError(f"latents: expected values, got none, shape {shape}")
 
     def _complain(self, error: Exception) -> None:
         self._faults += 1

@@ -330,3 +330,17 @@ def test_a_loaded_configuration_does_not_change() -> None:
     assert config.with_values(web={"bind": "127.0.0.1:1"}).web.bind == "127.0.0.1:1"
     assert config.web.bind == "127.0.0.1:8765"
     assert logging.getLogger("taesd_stream").handlers == []
+
+
+@pytest.mark.parametrize(
+    ("memory_bytes", "free_gib", "expected_gib"), [(0, 0, 1), (0, 4, 1), (0, 16, 2), (0, 80, 4), (3 << 30, 80, 3)]
+)
+def test_the_decoders_budget(memory_bytes: int, free_gib: int, expected_gib: int) -> None:
+    """Left alone it is an eighth of what a GPU has free, 1 to 4 GiB; what a person says is taken as it is."""
+    decoder = load_config(sets=[f"decoder.memory_bytes={memory_bytes}"]).decoder
+    assert decoder.budget_bytes(free_gib << 30) == expected_gib << 30
+
+
+def test_a_budget_too_small_for_any_picture_is_refused() -> None:
+    """Between 0 and 64 MiB there is no budget."""
+    assert "decoder.memory_bytes" in refusal(sets=("decoder.memory_bytes=1",))

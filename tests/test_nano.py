@@ -192,6 +192,19 @@ def test_strips_are_the_whole_picture(layout: NanoLayout, budget_rows: int) -> N
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=0)
 
 
+def test_strips_cost_three_times_the_work_at_the_most() -> None:
+    """However small the budget, the rows that strips compute are at most three times those of the picture."""
+    network = build_decoder("nano", latent_format="sana")
+    assert isinstance(network, NanoDecoder)
+    computed: list[int] = []
+    network.stem.register_forward_hook(lambda _layer, given, _made: computed.append(given[0].shape[-2]))
+    height = 4 * network.layout.halo
+    with torch.inference_mode():
+        decode_in_strips(network, torch.randn(1, 32, height, 2), bytes_per_cell=1, budget_bytes=1)
+    assert len(computed) > 1
+    assert sum(computed) <= 3 * height
+
+
 def test_a_tile_needs_the_statistics_of_the_whole() -> None:
     """Without them a tile has other colours: what `statistics` is for."""
     network = random_nano(default_layout(6, 8))

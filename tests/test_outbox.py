@@ -89,10 +89,14 @@ class Device:
 
     def __init__(self, fetch: Callable[[], bytes], *, is_done: bool = True) -> None:
         self.is_done = is_done
+        self.is_dropped = False
         self._fetch = fetch
 
     def take(self, _latents: object) -> None:
         return None
+
+    def drop(self, _taken: None) -> None:
+        self.is_dropped = True
 
     def is_ready(self, _taken: None) -> bool:
         return self.is_done
@@ -423,13 +427,14 @@ def test_frames_behind_a_busy_device_keep_their_order(tmp_path: Path) -> None:
 
 
 def test_the_newest_wins_while_a_device_is_busy(tmp_path: Path) -> None:
-    """Of frames that nobody keeps one lies on the device, however long it takes."""
+    """Of frames that nobody keeps one lies on the device, however long it takes; the others it may forget."""
     box = outbox(tmp_path, "off")
     devices = [Device(lambda: payload_of(0), is_done=False) for _ in range(5)]
     for device in devices:
         box.said.append(device.said())
         box.collect()
     assert [one.seq for one in box.pending] == [4]
+    assert [device.is_dropped for device in devices] == [True, True, True, True, False]
     devices[-1].is_done = True
     box.collect()
     assert [one.seq for one in box.slot] == [4]

@@ -213,6 +213,15 @@ def test_a_refused_publish_leaves_no_hole(peer: BrokerPeer, open_run: Any, besid
     assert peer.seqs() == [0, 1, 2, 3]
 
 
+def test_latents_without_a_value_are_refused(peer: BrokerPeer, open_run: Any, beside: ThreadPoolExecutor) -> None:
+    """An empty array of a format that the publisher does not know is a fault of that publish, and the next one goes."""
+    publisher = open_run(latent_format="custom", record="all")
+    publisher.publish(np.zeros((0, 4, 8, 8), np.float32), step=0)
+    assert publisher.error == "publish: latents: expected values, got none, shape (0, 4, 8, 8)"
+    publish(publisher, 1)
+    assert closed(publisher, beside, peer).last_seq == 0
+
+
 def test_faults_are_logged_once(open_run: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A sampler that publishes nonsense at each step gets one line, not one a step."""
     publisher = open_run()

@@ -124,6 +124,22 @@ def test_after_many_at_once_little_memory_is_held() -> None:
     assert torch.cuda.memory_allocated() <= before + 2 * 16 * 128 * 128 * 2
 
 
+def test_what_is_dropped_is_held_until_its_copy_is_made() -> None:
+    """Memory of a frame that nobody fetches is not given back while a copy to it is due; later it is used again."""
+    latents = torch.zeros(SHAPE, device="cuda")
+    snapshot = snapshot_of(latents, None, 3.0)
+    snapshot.to_bytes(snapshot.take(latents))
+    keep_busy(LONG_CYCLES // 4)
+    dropped, fetched = snapshot.take(latents), snapshot.take(latents)
+    pointers = {dropped[0].data_ptr(), fetched[0].data_ptr()}
+    snapshot.drop(dropped)
+    held = torch.cuda.memory_allocated()
+    del dropped
+    assert torch.cuda.memory_allocated() == held
+    snapshot.to_bytes(fetched)
+    assert {snapshot.take(latents)[0].data_ptr(), snapshot.take(latents)[0].data_ptr()} == pointers
+
+
 @pytest.mark.parametrize("is_inference_first", [True, False])
 def test_modes_of_autograd_do_not_matter(is_inference_first: bool) -> None:
     """The same memory takes latents of inference mode, of a graph, and plain ones; no graph is held."""

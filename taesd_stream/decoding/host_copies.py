@@ -40,7 +40,7 @@ class HostCopy:
 
 
 class HostCopies:
-    """Used by the thread that owns the device. On a processor nothing is copied."""
+    """Used by the thread that owns the device, `staging` by any. On a processor nothing is copied."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

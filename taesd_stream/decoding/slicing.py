@@ -30,10 +30,10 @@ def bytes_per_latent_px(network: nn.Module, latent_channels: int, dtype: torch.d
 
 
 def slices(count: int, bytes_per_item: int, budget_bytes: int, *, is_graphed: bool = False) -> Iterator[slice]:
-    """Cut `count` items, in order, into as few slices as the budget allows, all of about one length.
+    """Cut `count` items, in order, into slices within the budget: as few as can be, all of about one length.
 
-    An item over the budget is a slice of its own. is_graphed: of powers of two, the largest first, for which CUDA
-    graphs are captured: three slices of 5, 5 and 6 items would be six launches, and sums of them.
+    An item over the budget is a slice of its own. is_graphed: all but the last as long as the largest power of two that
+    fits, for CUDA graphs are captured of those: slices of 5, 5 and 6 items would be six launches, put together again.
     Raises: ValueError if the budget is not positive.
     """
     if budget_bytes <= 0:

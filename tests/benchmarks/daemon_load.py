@@ -239,7 +239,8 @@ def role_seconds() -> dict[str, float]:
     seconds = dict.fromkeys(ROLES, 0.0)
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            role = next((one for one in ROLES if one in (folder / "cmdline").read_text().split("\0")), None)
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            role = next((one for one in ROLES if one.encode() in words), None)
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if role is not None:
                 seconds[role] += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -190,7 +190,7 @@ class Bench:
         return self._config.decoder.max_batch_size
 
     def _decode_once(self, engine: Engine, latents: Tensor) -> None:
-        for _ in engine.decode_planes(latents, budget_bytes=self._config.decoder.memory_bytes):
+        for _ in engine.decode_planes(latents, budget_bytes=self._config.decoder.budget_bytes()):
             pass
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -201,7 +201,7 @@ class Bench:
         """Pictures of this decoder, each unlike the one before, through one encoder; all threads do so side by side."""
         for rendition, planes in self._planes(case).items():
             times_s, kib = self._encode_all(rendition, planes)
-            rate = _rate(float(np.median(times_s)) / processors())
+            rate = _rate(float(np.median(times_s)) / encode_threads())
             words = {**self._words(case), "rendition": rendition, "kib": kib}
             self._encode.append({**words, **_percentiles(times_s), **rate})
 
@@ -232,7 +232,7 @@ class Bench:
         frame_s = next(row["p50_ms"] for row in self._decode if row.items() >= self._words(case).items()) / 1000
         count = max(LEAST_RUNS, min(PICTURES, round(2 * self._seconds / frame_s)))  # no minute for a slow decoder's
         for latent in melting_latents(case.shape, count):
-            for _, rgb in engine.decode(latent[None], budget_bytes=self._config.decoder.memory_bytes):
+            for _, rgb in engine.decode(latent[None], budget_bytes=self._config.decoder.budget_bytes()):
                 for one in render(list(rgb), [tuple(found)], self._sizes, copies):
                     one.copy.wait()
                     found[one.rendition].append(np.array(one.planes))

@@ -243,7 +243,7 @@ def _read_checkpoint(path: Path, facts: str) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}; delete it to begin anew") from error
     if said != facts:
-        raise ConfigError(f"{path}: is of another training (settings or pictures); delete it to begin anew")
+        raise ConfigError(f"{path}: is of another training (settings or pictures) or version; delete it to begin anew")
     return tensors
 
 

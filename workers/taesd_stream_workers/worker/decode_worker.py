@@ -31,14 +31,13 @@ from taesd_stream_workers.worker.outgoing import Outgoing
 logger = logging.getLogger(__name__)
 
 CREDITS: Final = 2  # one job computes, the next waits beside it
-GPU_CREDITS: Final = (
-    3  # one comes over, one computes, one is encoded: a fourth adds 10 ms to each picture, and no throughput
-)
+GPU_CREDITS: Final = 3  # one comes over, one computes, one is encoded; a fourth makes each picture 8 ms later
 HELLO_S: Final = 1.0
 UNREACHABLE_S: Final = 10.0
 DEAF_S: Final = 3.0  # a broker that answers no HELLO for so long is not there
 DRAIN_S: Final = 30.0
-MAX_ENCODE_THREADS: Final = 8  # twice as many wait for the GIL more than they encode
+# Of live pictures at full load twice as many wait for the GIL more than they encode. Of recordings it was not measured.
+MAX_ENCODE_THREADS: Final = 8
 
 
 class DecodeWorker:

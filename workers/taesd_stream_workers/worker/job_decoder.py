@@ -167,7 +167,7 @@ class JobDecoder:
         """Make every kind of picture once: what torch and FFmpeg load at first use would hold up the first stream."""
         engine = open_engine(WARM_UP_FORMAT, weights_folder=None, choice="linear", device=str(self._device))
         latents = torch.zeros(1, format_named(WARM_UP_FORMAT).channels, 8, 8)
-        for _, rgb in engine.decode(latents, budget_bytes=self._decoder.memory_bytes):
+        for _, rgb in engine.decode(latents, budget_bytes=self._decoder.budget_bytes()):
             self._outlet.pool.submit(
                 [
                     EncodeTask(
@@ -295,7 +295,7 @@ class JobDecoder:
         is_late = is_still and not is_recorded and self._pace.is_over(_pace_of(best), cells, settings.latency_budget_s)
         shown: set[int] = set()  # places of those that have given their pictures
         reason = ""
-        for way in ways(choice, settings.memory_bytes, is_recorded=is_recorded, is_late=is_late):
+        for way in ways(choice, settings.budget_bytes(), is_recorded=is_recorded, is_late=is_late):
             places = [place for place in range(len(mine)) if place not in shown]
             left = [mine[place] for place in places]
             try:

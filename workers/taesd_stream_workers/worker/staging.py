@@ -1,4 +1,4 @@
-"""Jobs' latents into memory that a GPU reads, and NaN found, before the device thread has its turn with them.
+"""Jobs' latents brought together in memory, and NaN found, before the device thread has its turn with them.
 
 That thread is what a busy GPU waits for: beside dozens of encoders, each of its calls that lets go of the GIL waits to
 get it back. Here such waits go side by side.
