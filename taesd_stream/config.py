@@ -90,7 +90,7 @@ class DecoderConfig(_Section):
     float8: bool = False
     """Live views on a Hopper GPU compute their largest layers in float8: a fifth faster, not quite as exact."""
     memory_bytes: int = Field(default=0, ge=0)
-    """Most bytes of activations at once, from 64 MiB. 0: 1 GiB; a GPU's worker takes an eighth of what is free, to 4."""
+    """Most bytes of activations at once, from 64 MiB. 0: 1 GiB, of a GPU's worker an eighth of what is free, to 4."""
     min_free_bytes: int = Field(default=4 << 30, ge=0)
     """A GPU with less free memory at start is left alone by device "auto"."""
     threads: int = Field(default=0, ge=0, le=256)
