@@ -96,7 +96,8 @@ def disc(x: Field, y: Field, centre: tuple[float, float], radius: float) -> Fiel
 def below(y: Field, line: Field) -> Field:
     """1 below an outline that has a height for each column."""
     pixel = 1 / y.shape[0]
-    return np.clip((y - line[None, :]) / pixel + 0.5, 0, 1)
+    below_it: Field = np.clip((y - line[None, :]) / pixel + 0.5, 0, 1)
+    return below_it
 
 
 def box(x: Field, y: Field, left: float, right: float, top: float, bottom: float) -> Field:
