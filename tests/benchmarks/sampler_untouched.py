@@ -60,7 +60,7 @@ while True:
 
 # who publishes beside the sampler: on the daemon's core, at its pace, from a line on stdin until the next one
 NEIGHBOUR: Final = """
-import os, select, sys, time
+import os, select, sys
 os.sched_setaffinity(0, {1})
 import numpy as np
 from taesd_stream import LatentPublisher
@@ -165,7 +165,7 @@ def compare(daemon: Daemon, sampler: Sampler, use: str, pairs: int, steps: int) 
     }
 
 
-def one_run(daemon: Daemon, sampler: Sampler, use: str, steps: int, neighbour: Any) -> Run:
+def one_run(daemon: Daemon, sampler: Sampler, use: str, steps: int, neighbour: subprocess.Popen[bytes] | None) -> Run:
     """A run with a publisher, the sampler's own or the neighbour's."""
     if neighbour is not None:
         toggle(neighbour)
