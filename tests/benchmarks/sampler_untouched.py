@@ -1,10 +1,12 @@
 """Whether publishing makes a sampler slower: its steps with and without, the sampler and the daemon on a core each.
 
     python -m tests.benchmarks.sampler_untouched            (about 50 minutes)
-    python -m tests.benchmarks.sampler_untouched --uses watched,beside
+    python -m tests.benchmarks.sampler_untouched --uses watched,beside --bound process
 
-A sampler of seeded torch work, about 50 ms a step on one thread, bound to core 0 with all its threads; a real daemon
-(linear decoder) bound to core 1: nobody watches, a viewer does, or every frame is kept. Pairs in the order ABBA (alone,
+A sampler of seeded torch work, about 50 ms a step on one thread, bound to core 0; a real daemon (linear decoder) bound
+to core 1: nobody watches, a viewer does, or every frame is kept. The publisher's own threads run on either core, as the
+system puts them; with `--bound process` on core 0 alone, where they take from the sampler all that they need: that is a
+process which has one core for everything. Pairs in the order ABBA (alone,
 publishing, publishing, alone): `percent` is how much longer a step with publishing is, mean and 95 % interval
 (Student's t) over the pairs. `side_ms` is the processor time that the publisher's own threads take for each step.
 
@@ -115,6 +117,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--uses", default=",".join(USES), help="some of them, between commas")
+    parser.add_argument("--bound", choices=("thread", "process"), default="thread", help="what is bound to core 0")
     arguments = parser.parse_args()
     unknown = [use for use in arguments.uses.split(",") if use not in USES]
     if unknown:
@@ -122,12 +125,14 @@ def main() -> None:
     if arguments.pairs < 2:
         parser.error(f"--pairs {arguments.pairs}: an interval needs 2 at least")
     sampler = Sampler()
-    results: dict[str, Any] = {"bar_percent": BAR_PERCENT, "pairs": arguments.pairs, "steps": arguments.steps}
+    results: dict[str, Any] = {"bar_percent": BAR_PERCENT, "bound": arguments.bound}
+    results |= {"pairs": arguments.pairs, "steps": arguments.steps}
+    others = {0, 1} if arguments.bound == "thread" else {0}
     with tempfile.TemporaryDirectory() as name, Daemon(Path(name)) as daemon:
         bind(daemon)
         os.sched_setaffinity(0, {0})
         for use in arguments.uses.split(","):
-            results[use] = compare(daemon, sampler, use, arguments.pairs, arguments.steps)
+            results[use] = compare(daemon, sampler, use, arguments.pairs, arguments.steps, others)
             sys.stdout.write(f"{use:<8} {results[use]}\n")
             sys.stdout.flush()
     sys.stdout.write(json.dumps(results) + "\n")
@@ -140,8 +145,8 @@ def bind(daemon: Daemon) -> None:
             os.sched_setaffinity(int(thread.name), {1})
 
 
-def compare(daemon: Daemon, sampler: Sampler, use: str, pairs: int, steps: int) -> dict[str, Any]:
-    """ABBA pairs; each run with publishing is a run of its own."""
+def compare(daemon: Daemon, sampler: Sampler, use: str, pairs: int, steps: int, others: set[int]) -> dict[str, Any]:
+    """ABBA pairs; each run with publishing is a run of its own, its publisher's threads on the cores `others`."""
     differences, hashes, alone_ms, side_ms = [], set(), [], []
     with contextlib.ExitStack() as stack:
         if use in ("watched", "beside"):
@@ -150,7 +155,9 @@ def compare(daemon: Daemon, sampler: Sampler, use: str, pairs: int, steps: int) 
         for _ in range(pairs):
             runs = []
             for is_published in (False, True, True, False):
-                runs.append(one_run(daemon, sampler, use, steps, neighbour) if is_published else sampler.run(steps))
+                runs.append(
+                    one_run(daemon, sampler, use, steps, others, neighbour) if is_published else sampler.run(steps)
+                )
                 hashes.add(runs[-1].digest)
             alone_s = (runs[0].step_s + runs[3].step_s) / 2
             alone_ms.append(1000 * alone_s)
@@ -165,7 +172,9 @@ def compare(daemon: Daemon, sampler: Sampler, use: str, pairs: int, steps: int) 
     }
 
 
-def one_run(daemon: Daemon, sampler: Sampler, use: str, steps: int, neighbour: subprocess.Popen[bytes] | None) -> Run:
+def one_run(
+    daemon: Daemon, sampler: Sampler, use: str, steps: int, others: set[int], neighbour: subprocess.Popen[bytes] | None
+) -> Run:
     """A run with a publisher, the sampler's own or the neighbour's."""
     if neighbour is not None:
         toggle(neighbour)
@@ -174,7 +183,9 @@ def one_run(daemon: Daemon, sampler: Sampler, use: str, steps: int, neighbour: s
         finally:
             toggle(neighbour)
     record: RecordMode = "all" if use == "kept" else "off"
+    os.sched_setaffinity(0, others)  # a thread begins on the cores of the one that starts it
     with LatentPublisher(daemon.broker, stream=f"untouched/{use}", latent_format="sd1", record=record) as publisher:
+        os.sched_setaffinity(0, {0})
         return sampler.run(steps, publisher)
 
 
