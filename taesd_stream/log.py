@@ -6,14 +6,18 @@ import json
 import logging
 import sys
 import time
-from typing import TextIO
 
 
 class _JsonFormatter(logging.Formatter):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
     def format(self, record: logging.LogRecord) -> str:
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname,
+            "process": self._name,
             "logger": record.name,
             "text": record.getMessage(),
         }
@@ -22,19 +26,18 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-def set_up_logging(
-    role: str, *, is_verbose: bool = False, is_quiet: bool = False, stream: TextIO | None = None
-) -> None:
+def set_up_logging(name: str, *, is_verbose: bool = False, is_quiet: bool = False) -> None:
     """Log to stderr, one line an event: text on a terminal, JSON elsewhere (TTY decides).
 
-    is_verbose: messages too. is_quiet: only what was lost, and what someone must act on.
+    name: of this process, in each line. is_verbose: messages too. is_quiet: only what was lost, and what someone must
+    act on.
     """
-    target = stream or sys.stderr
-    handler = logging.StreamHandler(target)
-    if target.isatty():
-        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname).1s {role} %(message)s", "%H:%M:%S"))
+    handler = logging.StreamHandler()
+    if sys.stderr.isatty():
+        text = "%(asctime)s %(levelname).1s %(process_name)s %(message)s"
+        handler.setFormatter(logging.Formatter(text, "%H:%M:%S", defaults={"process_name": name}))
     else:
-        handler.setFormatter(_JsonFormatter())
+        handler.setFormatter(_JsonFormatter(name))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.DEBUG if is_verbose else logging.WARNING if is_quiet else logging.INFO)

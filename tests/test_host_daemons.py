@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -58,7 +60,10 @@ def test_fewer_devices_than_daemons_are_shared() -> None:
 
 @pytest.mark.slow
 def test_several_daemons_as_one(tmp_path: Path) -> None:
-    """Three daemons by one command: one page for all, folders apart, one Ctrl-C that ends all with whole files."""
+    """Three daemons by one command: one page for all, folders apart, one Ctrl-C that ends all with whole files.
+
+    Each line of the log says whose it is.
+    """
     with Daemon(tmp_path, "decoder.threads=1", options=("--daemons", "3")) as daemon, ExitStack() as stack:
         brokers = [daemon.broker, *(other["broker"] for other in daemon.facts["others"])]
         assert len(set(brokers)) == 3
@@ -95,6 +100,12 @@ def test_several_daemons_as_one(tmp_path: Path) -> None:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     assert "role_killed" not in daemon.log()
+    logged = [json.loads(line) for line in daemon.log().splitlines()]
+    roles = {f"daemon-{number}/{role}" for number in (1, 2, 3) for role in ("broker", "worker 0", "streamer")}
+    said_ready = [line["text"] for line in logged if line["text"].startswith("role_ready")]
+    assert {re.match(r"role_ready role=(.+?) \w+=", text)[1] for text in said_ready} == roles  # type: ignore[index]
+    speakers = {line["process"] for line in logged}
+    assert {f"daemon-{number}/broker" for number in (1, 2, 3)} < speakers <= roles | {"up"}
     for number, colour in enumerate(COLOURS, start=1):
         folder = daemon.recordings_folder if number == 1 else tmp_path / f"recordings-{number}"
         (file,) = [path for path in folder.rglob("*.mp4*") if ".films" not in path.parts]  # finished, or not yet

@@ -359,6 +359,7 @@ def test_the_environment_sets_keys_of_every_role(tmp_path: Path) -> None:
     logged = [json.loads(line) for line in errors.splitlines()]  # piped, all of stderr is JSON lines
     assert {line["level"] for line in logged} == {"INFO"}
     assert [line["text"].split()[1] for line in logged if line["text"].startswith("role_ready")][:1] == ["role=broker"]
+    assert {"up", "broker"} <= {line["process"] for line in logged} <= {"up", "broker", "worker 0", "streamer"}
     assert len(logged) < 10
 
 

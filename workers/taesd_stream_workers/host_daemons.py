@@ -32,7 +32,10 @@ class HostDaemons:
     def __init__(self, configs: Sequence[Config], *, options: Sequence[str] = ()) -> None:
         """configs: one a daemon. options: as of Supervisor."""
         # The first is made first: it takes the service manager's socket, and speaks for all.
-        self._first, *self._others = [Supervisor(config, options=options) for config in configs]
+        self._first, *self._others = [
+            Supervisor(config, name=f"daemon-{number}" if len(configs) > 1 else "", options=options)
+            for number, config in enumerate(configs, start=1)
+        ]
 
     def __enter__(self) -> HostDaemons:
         return self

@@ -55,8 +55,9 @@ class Addresses:
 class Supervisor:
     """Broker, decode workers and streamer of one host. `with` stops them at its end; `run` watches over them."""
 
-    def __init__(self, config: Config, *, options: Sequence[str] = ()) -> None:
-        """options: words that every role's command gets, as --verbose."""
+    def __init__(self, config: Config, *, name: str = "", options: Sequence[str] = ()) -> None:
+        """name: of this daemon where there are several. options: words that every role's command gets, as --verbose."""
+        self._name = name
         self._options = options
         self._folder = tempfile.TemporaryDirectory(prefix="taesd-stream-", ignore_cleanup_errors=True)
         self._config = _with_inner_sockets(config, Path(self._folder.name))
@@ -136,12 +137,13 @@ class Supervisor:
     def status(self) -> list[dict[str, Any]]:
         """Each role, its process, whether it is ready, and what it said then."""
         return [
-            {"role": role.name, "pid": role.process.pid if role.process else None, "ready": role.is_ready, **role.facts}
-            for role in self._roles.values()
+            {"role": name, "pid": role.process.pid if role.process else None, "ready": role.is_ready, **role.facts}
+            for name, role in self._roles.items()
         ]
 
     def _start_role(self, name: str, command: str, device: str = "") -> Role:
-        role = self._roles[name] = Role(name, command, self._config, device=device)
+        full_name = f"{self._name}/{name}" if self._name else name
+        role = self._roles[name] = Role(full_name, command, self._config, device=device)
         role.config = self._config_of(role)
         role.spawn(self._options, self._reports)
         return role

@@ -34,6 +34,7 @@ from taesd_stream_workers.commands.options import (
     INTERRUPTED,
     ConfigOption,
     InsecureOption,
+    NameOption,
     QuietOption,
     SetOption,
     VerboseOption,
@@ -80,14 +81,14 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit(OK)
 
 
-def _run_role(role: str, config: Path | None, sets: list[str], verbose: bool, quiet: bool) -> None:
+def _run_role(role: str, config: Path | None, sets: list[str], *, name: str | None, verbose: bool, quiet: bool) -> None:
     """Run one role in this process, with its config from a file or, supervised, from stdin."""
     from taesd_stream.config import load_config
     from taesd_stream.log import set_up_logging
     from taesd_stream_workers.role.lifecycle import Lifecycle
     from taesd_stream_workers.start_checks import check_start
 
-    set_up_logging(role, is_verbose=verbose, is_quiet=quiet)
+    set_up_logging(name or role, is_verbose=verbose, is_quiet=quiet)
     is_supervised = config is not None and str(config) == "-"
     loaded = load_config(values=_config_from_stdin()) if is_supervised else load_config(config, sets)
     if not is_supervised:  # else the supervisor has checked
@@ -145,6 +146,7 @@ def _role_main(role: str) -> Callable[..., None]:
 def broker(
     config: ConfigOption = None,
     sets: SetOption = [],  # noqa: B006 typer copies it
+    name: NameOption = None,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
     insecure: InsecureOption = False,
@@ -153,13 +155,14 @@ def broker(
 
     Example: taesd-stream broker --set broker.workers_bind=tcp://127.0.0.1:5761
     """
-    _run_role("broker", config, said_insecure(sets, insecure), verbose, quiet)
+    _run_role("broker", config, said_insecure(sets, insecure), name=name, verbose=verbose, quiet=quiet)
 
 
 @app.command(rich_help_panel="Roles, each alone")
 def worker(
     config: ConfigOption = None,
     sets: SetOption = [],  # noqa: B006
+    name: NameOption = None,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
     insecure: InsecureOption = False,
@@ -168,13 +171,14 @@ def worker(
 
     Example: taesd-stream worker --set decoder.device=cuda:0 --set broker.workers_bind=tcp://127.0.0.1:5761
     """
-    _run_role("worker", config, said_insecure(sets, insecure), verbose, quiet)
+    _run_role("worker", config, said_insecure(sets, insecure), name=name, verbose=verbose, quiet=quiet)
 
 
 @app.command(rich_help_panel="Roles, each alone")
 def streamer(
     config: ConfigOption = None,
     sets: SetOption = [],  # noqa: B006
+    name: NameOption = None,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
     insecure: InsecureOption = False,
@@ -183,7 +187,7 @@ def streamer(
 
     Example: taesd-stream streamer --set web.bind=127.0.0.1:9000
     """
-    _run_role("streamer", config, said_insecure(sets, insecure), verbose, quiet)
+    _run_role("streamer", config, said_insecure(sets, insecure), name=name, verbose=verbose, quiet=quiet)
 
 
 def run() -> None:

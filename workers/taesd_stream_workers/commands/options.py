@@ -21,6 +21,9 @@ SetOption = Annotated[
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Log messages too.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Log warnings and errors only.")]
+NameOption = Annotated[
+    str | None, typer.Option("--name", help="What its log lines call it, where several write into one; else its role.")
+]
 InsecureOption = Annotated[
     bool, typer.Option("--insecure", help="Bind or dial other addresses than loopback though no keys guard them.")
 ]

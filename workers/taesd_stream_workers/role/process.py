@@ -23,10 +23,11 @@ Reports: TypeAlias = "queue.SimpleQueue[tuple[Role, int, dict[str, Any]]]"  # wh
 
 @dataclass(slots=True)
 class Role:
-    """A child by name: "broker", "worker 0", "streamer". All but the listening runs in the supervisor's thread.
+    """A child by name. All but the listening runs in the supervisor's thread.
 
-    device: of a decode worker, its own. facts: what it said when it was ready, its bound addresses among them.
-    deaths: in a row, each soon after a start. refusal: why the process that ran last would not have its settings.
+    name: what log lines call it, its own too: "broker", "worker 0", "daemon-2/streamer". device: of a decode worker.
+    facts: what it said when it was ready, its bound addresses among them. deaths: in a row, each soon after a start.
+    refusal: why the process that ran last would not have its settings.
     """
 
     name: str
@@ -45,9 +46,10 @@ class Role:
 
     def spawn(self, options: Sequence[str], reports: Reports) -> None:
         """Start the process; from now on its reports come by the queue."""
+        words = [self.command, "--config", "-", "--name", self.name, *options]
         # A session of its own: Ctrl-C reaches the supervisor alone, which stops the roles in data order.
         process = self.process = subprocess.Popen(
-            [sys.executable, "-m", "taesd_stream_workers.cli", self.command, "--config", "-", *options],
+            [sys.executable, "-m", "taesd_stream_workers.cli", *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
