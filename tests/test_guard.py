@@ -269,6 +269,19 @@ def test_the_command_line_takes_the_link(public: Daemon, token: str, stream: str
     assert stream in done.stdout
 
 
+def test_ray_takes_the_link_by_its_variable(public: Daemon, token: str, tmp_path: Path) -> None:
+    """`ray up` needs no token in its command line: with the link in the environment it comes as far as Ray."""
+    words = ("ray", "up", "--broker", "tcp://127.0.0.1:1", "--cluster", "no-cluster")
+    environment = clean_environment(tmp_path)
+    refused = run_command(*words, environment={**environment, "TAESD_STREAM_CONNECT": public.web})
+    assert refused.returncode != 0
+    assert "token" in refused.stderr
+    done = run_command(*words, environment={**environment, "TAESD_STREAM_CONNECT": f"{public.web}/?token={token}"})
+    assert done.returncode != 0
+    assert "Ray" in done.stderr
+    assert "token" not in done.stderr
+
+
 def test_refusals_are_counted(public: Daemon, token: str) -> None:
     """/metrics counts what was refused at the door, by reason."""
     Answer(public, "/api/v1/streams")

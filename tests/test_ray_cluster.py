@@ -77,11 +77,10 @@ def cluster() -> Iterator[Any]:
         made.shutdown()
 
 
-def ray_command(cluster: Any, *words: str) -> str:
+def ray_command(cluster: Any, *words: str, **environment: str) -> str:
     """What `taesd-stream ray …` prints; it must exit with 0."""
-    done = subprocess.run(
-        [*COMMAND, "ray", *words, "--cluster", cluster.address], capture_output=True, text=True, check=False
-    )
+    command = [*COMMAND, "ray", *words, "--cluster", cluster.address]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -94,8 +93,8 @@ def placed(cluster: Any) -> list[dict[str, Any]]:
 
 def up(cluster: Any, daemon: Daemon, *words: str) -> None:
     """Place workers for the daemon."""
-    where = ("--broker", daemon.facts["workers"], "--web", daemon.web)
-    ray_command(cluster, "up", *where, "--gpus-per-worker", "0", "--set", "decoder.threads=1", *words)
+    words = ("--broker", daemon.facts["workers"], "--gpus-per-worker", "0", "--set", "decoder.threads=1", *words)
+    ray_command(cluster, "up", *words, TAESD_STREAM_CONNECT=daemon.web)
 
 
 def decoding(daemon: Daemon) -> int:

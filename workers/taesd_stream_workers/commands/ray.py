@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from taesd_stream.errors import ConfigError, UnreachableError
-from taesd_stream_workers.commands.options import ConfigOption, SetOption, say
+from taesd_stream_workers.commands.options import ConfigOption, SetOption, WebOption, say
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -34,7 +34,7 @@ def add_commands(app: typer.Typer) -> None:
 
 def up(
     broker: Annotated[str, typer.Option(metavar="ADDRESS", help="Where workers dial: the daemon's workers_bind.")],
-    web: Annotated[str, typer.Option(metavar="URL", help="The daemon's web address, or link with token.")],
+    connect: WebOption,
     least: Annotated[int, typer.Option("--min", min=0, help="Fewest workers.")] = 1,
     most: Annotated[int, typer.Option("--max", min=1, help="Most workers.")] = 4,
     gpus_per_worker: Annotated[float, typer.Option(min=0, help="A fraction shares a GPU.")] = 1.0,
@@ -46,7 +46,7 @@ def up(
 ) -> None:
     """Place decode workers, and a controller that follows the load. They stay when this command has ended.
 
-    Example: taesd-stream ray up --broker tcp://daemon:5761 --web http://daemon:8765 --min 1 --max 8
+    Example: taesd-stream ray up --broker tcp://daemon:5761 --connect http://daemon:8765 --min 1 --max 8
     """
     from taesd_stream.config import load_config
     from taesd_stream_workers.daemon_client import DaemonClient
@@ -54,11 +54,11 @@ def up(
     if least > most:
         raise ConfigError(f"--min {least}: more than --max {most}")
     loaded = load_config(config, [*sets, f"broker.workers_bind={broker}"])
-    DaemonClient(web).desired_workers()  # now rather than in a log on some node
+    DaemonClient(connect).desired_workers()  # now rather than in a log on some node
     ray_cluster = _join(cluster)
     ray_cluster.place(
         ray_cluster.Plan(
-            web=web,
+            web=connect,
             values=json.loads(loaded.to_json()),
             min_workers=least,
             max_workers=most,
