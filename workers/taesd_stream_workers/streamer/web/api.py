@@ -36,11 +36,12 @@ from taesd_stream_workers.streamer.web.health import add_health
 from taesd_stream_workers.streamer.web.latents import add_latents
 from taesd_stream_workers.streamer.web.peers import Peers
 from taesd_stream_workers.streamer.web.players import MJPEG_TYPE, TS_TYPE, PlayerResponse, motion_jpeg, transport_stream
+from taesd_stream_workers.streamer.web.schema import content, endless, says
 from taesd_stream_workers.streamer.web.sockets import serve_page
 
 LATEST_WAIT_S: Final = 4.0
 THUMB_PX: Final = 256
-_Responses = dict[int | str, dict[str, Any]]
+_JPEG: Final = content("image/jpeg")
 _NO_STORE: Final = {"cache-control": "no-store"}
 _MEDIA_TYPES: Final = {
     ".html": "text/html; charset=utf-8",
@@ -53,21 +54,6 @@ _MEDIA_TYPES: Final = {
 
 FrameCount = Annotated[int | None, Query(ge=1, le=(1 << 53) - 1)]
 Part = Annotated[int | None, Query(ge=1, le=1 << 20)]
-
-
-def _says(model: type[BaseModel]) -> _Responses:
-    return {200: {"model": model}}
-
-
-def _content(media_type: str) -> _Responses:
-    return {200: {"content": {media_type: {}}}}
-
-
-def _endless(media_type: str) -> _Responses:
-    return {200: {"content": {media_type.partition(";")[0]: {}}, "description": "Without end"}}
-
-
-_JPEG: Final = _content("image/jpeg")
 
 
 class RecordRequest(BaseModel):
@@ -161,17 +147,17 @@ def _known(hub: Hub, name: str) -> dict[str, Any]:
 
 
 def _add_lists(app: FastAPI, peers: Peers) -> None:
-    @app.get("/api/v1/streams", responses=_says(schema.Streams))
+    @app.get("/api/v1/streams", responses=says(schema.Streams))
     async def streams(request: Request) -> dict[str, Any]:
         """Every stream, its newest run."""
         return {"streams": peers.asked_by(request.headers).streams()}
 
-    @app.get("/api/v1/recordings", responses=_says(schema.Recordings))
+    @app.get("/api/v1/recordings", responses=says(schema.Recordings))
     async def recordings(request: Request) -> dict[str, Any]:
         """Every recording, growing and finished."""
         return {"recordings": peers.asked_by(request.headers).recordings()}
 
-    @app.get("/api/v1/runs/{run}", responses=_says(schema.Run))
+    @app.get("/api/v1/runs/{run}", responses=says(schema.Run))
     async def one_run(run: str, request: Request) -> dict[str, Any]:
         """A run by its id: how it stands, and its recordings."""
         listed = peers.asked_by(request.headers)
@@ -186,7 +172,7 @@ def _add_lists(app: FastAPI, peers: Peers) -> None:
 def _add_streams(app: FastAPI, hub: Hub) -> None:
     known = partial(_known, hub)
 
-    @app.post("/api/v1/streams/{name:path}/record", responses=_says(schema.Done))
+    @app.post("/api/v1/streams/{name:path}/record", responses=says(schema.Done))
     async def record(name: str, request: RecordRequest) -> dict[str, Any]:
         """Keep all of a stream from now on, or only its last frame, or no more. An unknown name means its next run."""
         if not is_stream_name(name):
@@ -194,7 +180,7 @@ def _add_streams(app: FastAPI, hub: Hub) -> None:
         hub.record(name, request.mode)
         return {}
 
-    @app.post("/api/v1/streams/{name:path}/stop", responses=_says(schema.Done))
+    @app.post("/api/v1/streams/{name:path}/stop", responses=says(schema.Done))
     async def stop(name: str) -> dict[str, Any]:
         """Ask the sampler to stop."""
         if not known(name)["stoppable"]:
@@ -210,7 +196,7 @@ def _add_streams(app: FastAPI, hub: Hub) -> None:
         headers = {**_NO_STORE, "content-disposition": f'attachment; filename="{file}"'}
         return Response(bytes(packet.payload), media_type="image/jpeg", headers=headers)
 
-    @app.get("/api/v1/workers", responses=_says(schema.Workers))
+    @app.get("/api/v1/workers", responses=says(schema.Workers))
     async def workers() -> dict[str, Any]:
         """The decode workers, and how many the load needs."""
         state = hub.state
@@ -253,13 +239,13 @@ def _add_players(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
         if hub.is_full:
             raise ApiError(503, "too_many_viewers", "web.max_viewers watch already; try again later.")
 
-    @app.get("/streams/{name:path}/live.ts", response_class=Response, responses=_endless(TS_TYPE))
+    @app.get("/streams/{name:path}/live.ts", response_class=Response, responses=endless(TS_TYPE))
     async def live_ts(name: str) -> Response:
         """The stream for players, as MPEG-TS without end."""
         admit(name)
         return PlayerResponse(transport_stream(hub, name), media_type=TS_TYPE, headers=_NO_STORE)
 
-    @app.get("/streams/{name:path}/live.mjpeg", response_class=Response, responses=_endless(MJPEG_TYPE))
+    @app.get("/streams/{name:path}/live.mjpeg", response_class=Response, responses=endless(MJPEG_TYPE))
     async def live_mjpeg(name: str) -> Response:
         """The stream as JPEG pictures without end."""
         admit(name)
@@ -274,7 +260,7 @@ def _add_recordings(app: FastAPI, recorder: Recorder, copies: Copies) -> None:
             raise ApiError(404, "no_recording", f"There is no recording {recording_id}.")
         return path
 
-    @app.get("/api/v1/recordings/{recording_id:path}/file", response_class=Response, responses=_content("video/mp4"))
+    @app.get("/api/v1/recordings/{recording_id:path}/file", response_class=Response, responses=content("video/mp4"))
     async def file(recording_id: str, frames: FrameCount = None, part: Part = None, inline: bool = False) -> Response:
         """The MP4; of its first `frames` frames only, each one published step, or of what is there now while it grows.
 
@@ -306,7 +292,7 @@ def _add_recordings(app: FastAPI, recorder: Recorder, copies: Copies) -> None:
             raise ApiError(404, "no_picture", f"{recording_id}: {error}") from error
         return Response(picture, media_type="image/jpeg", headers={"cache-control": "max-age=3600"})
 
-    @app.delete("/api/v1/recordings/{recording_id:path}", responses=_says(schema.Done))
+    @app.delete("/api/v1/recordings/{recording_id:path}", responses=says(schema.Done))
     async def delete(recording_id: str) -> dict[str, Any]:
         """Remove a finished recording for good."""
         if recorder.files.is_growing(recording_id):

@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 from taesd_stream.latent_log import segment_paths
 from taesd_stream_workers.streamer.web.errors import ApiError
 from taesd_stream_workers.streamer.web.films import RunId
+from taesd_stream_workers.streamer.web.schema import content
 
 PIECE_BYTES: Final = 1 << 20
 LATENTS_TYPE: Final = "application/octet-stream"
@@ -21,7 +22,7 @@ LATENTS_TYPE: Final = "application/octet-stream"
 def add_latents(app: FastAPI, log_folder: Path) -> None:
     """Add the route. log_folder: the broker's, where it is on this host."""
 
-    @app.get("/api/v1/runs/{run}/latents", response_class=Response, responses={200: {"content": {LATENTS_TYPE: {}}}})
+    @app.get("/api/v1/runs/{run}/latents", response_class=Response, responses=content(LATENTS_TYPE))
     def latents(run: RunId) -> Response:
         """What waits to be recorded of a kept run, for `publish` and `export`. Nothing goes by being downloaded."""
         paths = segment_paths(log_folder, run)

@@ -1,14 +1,30 @@
-"""What the JSON interface answers, as /openapi.json describes it. Answers are not rebuilt by these: tests compare."""
+"""What the HTTP interface answers, as /openapi.json describes it. Answers are not rebuilt by these: tests compare."""
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from taesd_stream.frames import Kind, RecordMode, RunState
 
 ID_PATTERN: Final = r"^[0-9a-f]{16}$"
+Responses: TypeAlias = dict[int | str, dict[str, Any]]  # `responses` of a route
+
+
+def says(model: type[BaseModel]) -> Responses:
+    """A route that answers with JSON of this model."""
+    return {200: {"model": model}}
+
+
+def content(media_type: str) -> Responses:
+    """A route that answers with a file of this type."""
+    return {200: {"content": {media_type: {}}}}
+
+
+def endless(media_type: str) -> Responses:
+    """A route whose answer of this type goes on for ever."""
+    return {200: {"content": {media_type.partition(";")[0]: {}}, "description": "Without end"}}
 
 
 class _Answer(BaseModel):
