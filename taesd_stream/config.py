@@ -90,7 +90,7 @@ class DecoderConfig(_Section):
     float8: bool = False
     """Live views on a Hopper GPU compute their largest layers in float8: a fifth faster, not quite as exact."""
     memory_bytes: int = Field(default=0, ge=0)
-    """Most bytes of activations at once, from 64 MiB. 0: 1 GiB, of a GPU's worker an eighth of what is free, to 4."""
+    """Most bytes of activations at once, from 64 MiB. 0: 1 GiB, on a GPU an eighth of what it has free, 1 to 4 GiB."""
     min_free_bytes: int = Field(default=4 << 30, ge=0)
     """A GPU with less free memory at start is left alone by device "auto"."""
     threads: int = Field(default=0, ge=0, le=256)
@@ -105,8 +105,8 @@ class DecoderConfig(_Section):
             raise ValueError(f"expected 0 or at least {LEAST_DECODER_BYTES}")
         return value
 
-    def budget_bytes(self, free_gpu_bytes: int = 0) -> int:
-        """Most bytes of activations on a device; free_gpu_bytes: what a GPU has free, 0 of a processor."""
+    def budget_bytes(self, free_gpu_bytes: int) -> int:
+        """`memory_bytes`, resolved (`decoding.slicing.decode_budget`); free_gpu_bytes: 0 of a processor."""
         # 16 pictures of 512x512 take 2 GiB
         return self.memory_bytes or min(max(free_gpu_bytes // 8, DECODER_BYTES), 4 * DECODER_BYTES)
 

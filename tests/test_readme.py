@@ -98,7 +98,7 @@ def test_limits(row: list[str]) -> None:
         assert (row[1], row[2], value) == ("`broker.log_max_bytes`", "half of the free disk", 0)
     else:
         # left alone, a budget is what a device has: README says that of a processor first
-        assert float(found[1]) * UNITS.get(found[2], 1) == (value or DecoderConfig().budget_bytes())
+        assert float(found[1]) * UNITS.get(found[2], 1) == (value or DecoderConfig().budget_bytes(0))
 
 
 @pytest.mark.parametrize("text", [TEXT, RUNNING], ids=["README", "running"])

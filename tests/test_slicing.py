@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taesd_stream.decoding.slicing import bytes_per_latent_px, slices
+from taesd_stream.config import DecoderConfig
+from taesd_stream.decoding.slicing import bytes_per_latent_px, decode_budget, slices
 from taesd_stream.models import build_decoder
 
 
@@ -34,6 +35,27 @@ def test_a_budget_of_nothing_is_an_error() -> None:
     """No memory at all is the caller's mistake, and named."""
     with pytest.raises(ValueError, match="budget_bytes: expected above 0, got 0"):
         list(slices(1, 1, 0))
+
+
+def test_the_budget_of_a_processor() -> None:
+    """Left alone it is 1 GiB; else what was said."""
+    cpu = torch.device("cpu")
+    assert decode_budget(DecoderConfig(), cpu) == 1 << 30
+    assert decode_budget(DecoderConfig(memory_bytes=100 << 20), cpu) == 100 << 20
+
+
+@pytest.mark.gpu
+def test_the_budget_of_a_gpu_follows_what_it_has_free() -> None:
+    """An eighth of what is free, 1 to 4 GiB: where much of it is held it is less; else what was said."""
+    gpu = torch.device("cuda")
+    assert decode_budget(DecoderConfig(memory_bytes=100 << 20), gpu) == 100 << 20
+    free_bytes, _ = torch.cuda.mem_get_info()
+    for left_bytes in (free_bytes, min(12 << 30, free_bytes)):
+        held = torch.empty(free_bytes - left_bytes, dtype=torch.uint8, device=gpu)
+        expected = min(max(left_bytes // 8, 1 << 30), 4 << 30)
+        assert abs(decode_budget(DecoderConfig(), gpu) - expected) < 64 << 20
+        del held
+    torch.cuda.empty_cache()
 
 
 def test_memory_is_that_of_three_maps_at_full_size() -> None:

@@ -37,7 +37,7 @@ _CACHED_PX: Final = 1 << 18
 class Engine:
     """A network on its device, for one latent format. Used by one thread at a time.
 
-    reason: why it is this decoder, and how to get the full one if this is not it.
+    device: where it decodes. reason: why it is this decoder, and how to get the full one if this is not it.
     temporal_factor: frames of a video that one latent stands for; None of pictures.
     is_full: whether it is the format's own tiny decoder. dtype: what it computes in: on a processor
     float32, or with `is_fast` what is fastest there. history: latents that a frame needs before it; 0 for pictures.
@@ -66,15 +66,15 @@ class Engine:
         self.is_float8 = is_float8
         self._format = latent_format
         self._scale = latent_format.decoder_scale if is_full else None
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         is_nano = isinstance(network, NanoDecoder)
-        self.dtype, self._memory_format = _arithmetic(self._device, is_full=is_full, is_nano=is_nano, is_fast=is_fast)
-        if self._device.type == "cpu" and isinstance(network, nn.Sequential):
+        self.dtype, self._memory_format = _arithmetic(self.device, is_full=is_full, is_nano=is_nano, is_fast=is_fast)
+        if self.device.type == "cpu" and isinstance(network, nn.Sequential):
             network = fold_upsampling(network)  # a tenth less to compute
-        network = network.to(device=self._device, dtype=self.dtype).eval().requires_grad_(False)
+        network = network.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
         self._network: nn.Module = network.to(memory_format=self._memory_format)  # type: ignore[call-overload]
         self.bytes_per_latent_px = bytes_per_latent_px(network, latent_format.channels, self.dtype)
-        self._fast, self._plain_reason = accelerated(self._network, self._device, is_float8=is_float8)
+        self._fast, self._plain_reason = accelerated(self._network, self.device, is_float8=is_float8)
 
     @property
     def speed_reason(self) -> str:
@@ -140,7 +140,7 @@ class Engine:
 
     def _quickest(self, most: Most | None, height: int, width: int) -> Most | None:
         """How many frames a slice may hold so that a processor does not wait for memory; of a GPU, as `most` says."""
-        if self._device.type != "cpu":
+        if self.device.type != "cpu":
             return most
         picture_height, picture_width = self._format.picture_size(height, width)
         frames = max(1, _CACHED_PX // (picture_height * picture_width))
@@ -161,7 +161,7 @@ class Engine:
         if not isinstance(self._network, (FactorProjection, ShuffleProjection)):
             return nullcontext()
         height, width = self.picture_size(latents)
-        return few_threads(self._device, len(latents) * height * width)
+        return few_threads(self.device, len(latents) * height * width)
 
     def _rgb(self, latents: Tensor) -> Tensor:
         rgb = self._network(latents) if self._fast is None else self._fast.rgb(latents)
@@ -190,11 +190,11 @@ class Engine:
         return rgb.clamp_(0, 1)
 
     def _for_tensors(self, budget_bytes: int) -> int:
-        return int(budget_bytes * _GPU_TENSOR_SHARE) if self._device.type == "cuda" else budget_bytes
+        return int(budget_bytes * _GPU_TENSOR_SHARE) if self.device.type == "cuda" else budget_bytes
 
     def _prepared(self, latents: Tensor) -> Tensor:
         """As the network wants them."""
-        part = self._scaled(latents.to(self._device).float()).clamp(-_LARGEST_LATENT, _LARGEST_LATENT)
+        part = self._scaled(latents.to(self.device).float()).clamp(-_LARGEST_LATENT, _LARGEST_LATENT)
         return part.to(dtype=self.dtype, memory_format=self._memory_format)
 
     def _scaled(self, latents: Tensor) -> Tensor:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import nn
 
 from taesd_stream.decoding.live_bytes import LiveBytes
 
+if TYPE_CHECKING:
+    from taesd_stream.config import DecoderConfig
+
 Most: TypeAlias = Callable[[], int]  # how many items the next slice may hold, asked before each
 
 _PROBE_CELLS = 16  # side of the latent that is measured; the bytes grow with its area
+
+
+def decode_budget(settings: DecoderConfig, device: torch.device) -> int:
+    """Most bytes that decoding may take at once on a device: `decoder.memory_bytes`, or by what a GPU has free now."""
+    return settings.budget_bytes(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0)
 
 
 def bytes_per_latent_px(network: nn.Module, latent_channels: int, dtype: torch.dtype = torch.float32) -> int:

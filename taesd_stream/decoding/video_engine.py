@@ -74,7 +74,7 @@ class VideoEngine(Engine):
             latent_format, network, decoder=decoder, reason=reason, is_full=is_full, device=device, is_fast=is_fast
         )
         self._video = network  # moved to its device by now
-        self._fast_video, self._plain_reason = accelerated_video(network, self._device)
+        self._fast_video, self._plain_reason = accelerated_video(network, self.device)
         self.history = network.history
         self.memories = StreamMemories(memory_budget_bytes)
         self.bytes_per_step_px = _bytes_per_step_px(network)
@@ -218,7 +218,7 @@ class VideoEngine(Engine):
 
     def _ready(self, latents: Tensor) -> Tensor:
         limited = self._scaled(latents.float()).clamp(-_LARGEST_LATENT, _LARGEST_LATENT)
-        return limited.to(device=self._device, dtype=self.dtype)
+        return limited.to(device=self.device, dtype=self.dtype)
 
 
 def _stack(memories: Sequence[Memory]) -> Memory:

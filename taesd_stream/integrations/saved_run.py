@@ -27,6 +27,7 @@ from taesd_stream.decoding.colour import video_planes
 from taesd_stream.decoding.engine import Engine
 from taesd_stream.decoding.payloads import latents_from_payload
 from taesd_stream.decoding.sheet import grid
+from taesd_stream.decoding.slicing import decode_budget
 from taesd_stream.decoding.video_engine import VideoEngine
 from taesd_stream.frames import EndReason, Kind, Packet, Stamps
 from taesd_stream.latent_formats import LatentFormat
@@ -172,7 +173,7 @@ class _Writer:
         engine = open_engine(
             self._known.name, weights_folder=config.weights_folder, device="cuda" if is_free else "cpu"
         )
-        return config.decoder.budget_bytes(), engine
+        return decode_budget(config.decoder, engine.device), engine
 
     def _write(self, recording: Recording, engine: Engine, frame: _Frame) -> None:
         form = frame.snapshot

@@ -21,12 +21,13 @@ from taesd_stream.config import Config
 from taesd_stream.decoding.choice import Kind, NoDecoderError, open_engine
 from taesd_stream.decoding.engine import Engine
 from taesd_stream.decoding.host_copies import HostCopies
+from taesd_stream.decoding.slicing import decode_budget
 from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import JpegEncoder, Planes, encoder_for
 from taesd_stream_workers.bench.broker_load import BrokerLoad, running_broker
 from taesd_stream_workers.bench.worker_load import PICTURES, Case, melting_latents, worker_frame_s
 from taesd_stream_workers.worker.decode_worker import encode_threads, processors
-from taesd_stream_workers.worker.devices import choose_device, with_budget
+from taesd_stream_workers.worker.devices import choose_device
 from taesd_stream_workers.worker.rendering import Sizes, render
 
 Row: TypeAlias = dict[str, Any]
@@ -45,8 +46,9 @@ class Bench:
         self._seconds = seconds
         self._formats, self._sizes_px = formats, sizes_px
         self._device, self._why_device = choose_device(config.decoder.device, config.decoder.min_free_bytes)
+        budget = {"memory_bytes": decode_budget(config.decoder, self._device)}  # before our own decoders take of it
         # a rule could choose another decoder than is measured
-        self._config = with_budget(config, self._device).model_copy(update={"rules": ()})
+        self._config = config.with_values(decoder=budget).model_copy(update={"rules": ()})
         if config.decoder.threads:
             torch.set_num_threads(config.decoder.threads)
         self._sizes = Sizes(config.streamer.live_max_px, config.streamer.thumb_max_px)
@@ -190,7 +192,7 @@ class Bench:
         return self._config.decoder.max_batch_size
 
     def _decode_once(self, engine: Engine, latents: Tensor) -> None:
-        for _ in engine.decode_planes(latents, budget_bytes=self._config.decoder.budget_bytes()):
+        for _ in engine.decode_planes(latents, budget_bytes=self._config.decoder.memory_bytes):
             pass
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -232,7 +234,7 @@ class Bench:
         frame_s = next(row["p50_ms"] for row in self._decode if row.items() >= self._words(case).items()) / 1000
         count = max(LEAST_RUNS, min(PICTURES, round(2 * self._seconds / frame_s)))  # no minute for a slow decoder's
         for latent in melting_latents(case.shape, count):
-            for _, rgb in engine.decode(latent[None], budget_bytes=self._config.decoder.budget_bytes()):
+            for _, rgb in engine.decode(latent[None], budget_bytes=self._config.decoder.memory_bytes):
                 for one in render(list(rgb), [tuple(found)], self._sizes, copies):
                     one.copy.wait()
                     found[one.rendition].append(np.array(one.planes))

@@ -176,6 +176,7 @@ def decode(
     Example: taesd-stream decode latents.pth --latent-format flux2 -o out.mp4 --set weights.folder=~/vae_approx
     """
     from taesd_stream.config import load_config
+    from taesd_stream.decoding.slicing import decode_budget
     from taesd_stream_workers.offline.latent_files import format_of, load_latents
 
     if output.suffix != ".mp4":
@@ -185,7 +186,7 @@ def decode(
     latents = load_latents(file, format_of(latent_format, config.weights_folder))
     try:
         engine = open_best_engine(latent_format, config)
-        count = _decode_to_file(latents, engine, output, fps, config.decoder.budget_bytes())
+        count = _decode_to_file(latents, engine, output, fps, decode_budget(config.decoder, engine.device))
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from error
     say(f"{output}: {count} pictures, decoder {engine.decoder}")

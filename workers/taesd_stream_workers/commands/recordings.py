@@ -156,12 +156,13 @@ def _pictures(
     import torch
 
     from taesd_stream.decoding.colour import video_planes
+    from taesd_stream.decoding.slicing import decode_budget
     from taesd_stream_workers.commands.files import open_best_engine
     from taesd_stream_workers.offline.log_pictures import log_pictures
 
     engine = open_best_engine(facts["meta"]["latent_format"], config)
     say(f"decoder {engine.decoder}" if engine.is_full else engine.reason)
-    for rgb, pts in log_pictures(file, engine, config.decoder.budget_bytes()):
+    for rgb, pts in log_pictures(file, engine, decode_budget(config.decoder, engine.device)):
         if is_rgb:
             yield av.VideoFrame.from_ndarray(rgb, "rgb24"), pts
         else:

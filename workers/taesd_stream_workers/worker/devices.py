@@ -10,7 +10,6 @@ from typing import Final
 
 import torch
 
-from taesd_stream.config import Config
 from taesd_stream.errors import ConfigError
 
 SHARE: Final = 0.5  # of what a GPU has free at the start: the sampler, which comes and goes, keeps the rest
@@ -32,12 +31,6 @@ def choose_device(wanted: str, min_free_bytes: int) -> tuple[torch.device, str]:
         return torch.device("cpu"), busy_reason(free_bytes, min_free_bytes)
     device = torch.device("cuda")
     return device, _capped(device, f"the GPU has {free_bytes >> 20} MiB free")
-
-
-def with_budget(config: Config, device: torch.device) -> Config:
-    """The configuration with the bytes that decoding may take on this device, where it leaves them to us."""
-    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    return config.with_values(decoder={"memory_bytes": config.decoder.budget_bytes(free_bytes)})
 
 
 def no_gpu_reason() -> str:

@@ -15,6 +15,7 @@ from taesd_stream.config import Config, DecoderChoice
 from taesd_stream.decoding.choice import NoDecoderError, open_engine
 from taesd_stream.decoding.engine import Engine
 from taesd_stream.decoding.keeping_up import best_that_keeps_up, seconds_a_picture
+from taesd_stream.decoding.slicing import decode_budget
 from taesd_stream.decoding.video_engine import VideoEngine
 from taesd_stream_workers.worker.degrading import CHEAPER, is_out_of_memory
 
@@ -44,11 +45,13 @@ class Engines:
     waits longer for another one's picture than is promised. A full decoder has a quarter of that where nano is there,
     which shows nearly as much and four times as many streams. It is measured at the first picture of a size; where that
     was not the best decoder, again, ever more seldom: the machine may have been busy.
+    budget_bytes: what decoding may take at once, as it was found before anything was loaded.
     """
 
     def __init__(self, config: Config, device: torch.device, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._weights_folder, self._decoder = config.weights_folder, config.decoder
         self._device = str(device)
+        self.budget_bytes = decode_budget(config.decoder, device)
         self._opened: dict[tuple[str, DecoderChoice, bool], Engine] = {}
         self._clock_s = clock_s
         self._views: dict[tuple[str, Shape], _View] = {}
@@ -148,7 +151,7 @@ class Engines:
             return engines[0], engines[0].reason
         most_s, seconds = self._most_s(engines), []
         for engine, most in zip(engines, most_s, strict=True):
-            seconds.append(seconds_a_picture(engine, shape, enough_s=most, budget_bytes=self._decoder.budget_bytes()))
+            seconds.append(seconds_a_picture(engine, shape, enough_s=most, budget_bytes=self.budget_bytes))
             if seconds[-1] <= most:
                 break
         chosen = engines[best_that_keeps_up(seconds, most_s[: len(seconds)])]

@@ -24,7 +24,6 @@ from taesd_stream.latent_formats import latent_format as format_named
 from taesd_stream.media.encoder import VIDEO_RENDITIONS
 from taesd_stream.messages import Failed, JobItem, Progress
 from taesd_stream_workers.worker.degrading import Pace, is_out_of_memory, ways
-from taesd_stream_workers.worker.devices import with_budget
 from taesd_stream_workers.worker.encode_pool import EncodePool, EncodeTask
 from taesd_stream_workers.worker.engines import Engines, Shape
 from taesd_stream_workers.worker.job_pictures import Entry, Rows, can_be_planes, pictures_of, planes_of
@@ -63,7 +62,6 @@ class JobDecoder:
     ) -> None:
         self.is_warm = False
         self.error: Exception | None = None
-        config = with_budget(config, device)
         self.engines = Engines(config, device)
         self._config, self._decoder = config, config.decoder
         self._device = device
@@ -167,7 +165,7 @@ class JobDecoder:
         """Make every kind of picture once: what torch and FFmpeg load at first use would hold up the first stream."""
         engine = open_engine(WARM_UP_FORMAT, weights_folder=None, choice="linear", device=str(self._device))
         latents = torch.zeros(1, format_named(WARM_UP_FORMAT).channels, 8, 8)
-        for _, rgb in engine.decode(latents, budget_bytes=self._decoder.budget_bytes()):
+        for _, rgb in engine.decode(latents, budget_bytes=self.engines.budget_bytes):
             self._outlet.pool.submit(
                 [
                     EncodeTask(
@@ -295,7 +293,7 @@ class JobDecoder:
         is_late = is_still and not is_recorded and self._pace.is_over(_pace_of(best), cells, settings.latency_budget_s)
         shown: set[int] = set()  # places of those that have given their pictures
         reason = ""
-        for way in ways(choice, settings.budget_bytes(), is_recorded=is_recorded, is_late=is_late):
+        for way in ways(choice, self.engines.budget_bytes, is_recorded=is_recorded, is_late=is_late):
             places = [place for place in range(len(mine)) if place not in shown]
             left = [mine[place] for place in places]
             try:
