@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +14,7 @@ import pytest
 
 from taesd_stream.latent_log import read_messages
 from taesd_stream.messages import Ack, DemandUpdate, End, Gap, Job, JobItem, Record, Refused, RunHello
+from taesd_stream_workers.broker.dispatcher import LOOK_S
 from tests.broker_role import BrokerRole, StreamerPeer, WorkerPeer, frame, new_run
 from tests.daemon import wait_for
 
@@ -60,6 +65,67 @@ def test_an_end_is_acked_when_the_log_has_it(broker: BrokerRole) -> None:
             (path,) = broker.log_folder.glob(f"{run}*.latents")
             *_, last = read_messages(path)
             assert isinstance(last, End)
+
+
+class HeldFile:
+    """`with`: nobody else can open the file until it is let go, as on a disk that takes its time. A lease: fcntl(2)."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("r+b")
+
+    def __enter__(self) -> HeldFile:
+        fcntl.fcntl(self._file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.let_go()
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether somebody waits in open()."""
+        return fcntl.fcntl(self._file, fcntl.F_GETLEASE) != fcntl.F_WRLCK
+
+    def let_go(self) -> None:
+        """Whoever waits has it."""
+        self._file.close()
+
+
+@pytest.fixture
+def no_sigio() -> Iterator[None]:
+    """Who is asked for a lease is told by a signal, which would end the process."""
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGIO, before)
+
+
+@pytest.mark.usefixtures("no_sigio")
+def test_logs_that_are_slow_to_read_hold_up_no_ack(broker: BrokerRole) -> None:
+    """Where logs come slowly off the disk, one is read a turn: between two of them other runs' frames are acked."""
+    cold, other = [new_run(), new_run()], new_run()
+    with broker.publisher() as publisher:
+        for number, run in enumerate(cold):
+            publisher.open(run, f"cold/{number}", record="all")
+            publisher.say(frame(run, 0, kept=True))
+            publisher.ack(run, 0)
+    broker.kill()  # the next one has none of them to sync
+    broker.start()
+    paths = [path for run in cold for path in broker.log_folder.glob(f"{run}.*")]
+    with contextlib.ExitStack() as stack, broker.publisher() as publisher, broker.streamer():
+        publisher.open(other, "acked", record="all")
+        held = [stack.enter_context(HeldFile(path)) for path in paths]
+        worker = stack.enter_context(broker.worker(credits=1))
+        (first,) = wait_for(lambda: [one for one in held if one.is_asked_for], of="the broker at one of the logs")
+        publisher.say(frame(other, 0, kept=True))
+        time.sleep(2 * LOOK_S)  # so slow is the disk
+        first.let_go()
+        publisher.ack(other, 0)
+        job = worker.job()
+        (second,) = (one for one in held if one is not first)
+        assert not second.is_asked_for
+        second.let_go()
+        worker.done(job)
+        items = [*job.items, *worker.do(2)]
+        assert {item.run for item in items} == {*cold, other}
 
 
 def take(worker: WorkerPeer, streamer: StreamerPeer, run: str, items: list[JobItem], last: int) -> None:

@@ -125,7 +125,7 @@ class Broker:
             poller.register(waited, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
         while not self._life.stop.is_set():
-            poller.poll(100)
+            poller.poll(0 if self._dispatcher.is_behind else 100)
             self._wake.drain()
             self._gate.attend()
             self._drain(self._links.inner, wire.FROM_INSIDE, self._take_inside, self._refuse_inside)

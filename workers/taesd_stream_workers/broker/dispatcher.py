@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 STREAMER_GONE_S: Final = 3.0
 RETRY_S: Final = 1.0
 SETTLED_S: Final = 60.0  # so long after a start publishers still come back
+LOOK_S: Final = 0.05  # of a turn of the loop, for what recordings read out of their logs
 
 
 class StreamerLink:
@@ -59,6 +60,7 @@ class Dispatcher:
         self._offers: dict[str, list[Candidate]] = {}  # by run: what could be decoded now
         self._in_window: dict[str, int] = {}  # by run: bytes of its recording that are in them, or under way
         self._window_used = 0  # all of it
+        self.is_behind = False  # recordings wait to be looked at, with nobody to wait for
 
     # --- what workers say ---
 
@@ -287,18 +289,21 @@ class Dispatcher:
 
     def give_jobs(self) -> None:
         """Give every worker that has credit the job that is due."""
+        self.is_behind = False
         if not self._streamer.is_there:
             return
+        until_s = time.monotonic() + LOOK_S
         free = [worker for worker in self._crew.workers.values() if worker.credits > 0]
         while free:
-            candidates = self._candidates()
+            candidates = self._candidates(until_s)
             given = [worker for worker in free if candidates and self._give_job(worker, candidates)]
             free = [worker for worker in given if worker.credits > 0]
 
-    def _candidates(self) -> list[Candidate]:
+    def _candidates(self, until_s: float) -> list[Candidate]:
         """What could be decoded now; only of runs that were touched it is found out anew.
 
-        What is offered is read from the logs already: it counts in the window, as what is under way does.
+        What is offered is read from the logs already: it counts in the window, as what is under way does. After
+        `until_s` no log is read: a disk that takes long must not hold up acks, and the recordings left are first next.
         """
         runs = self._registry.by_run
         touched, self._registry.touched = self._registry.touched, {}
@@ -306,6 +311,10 @@ class Dispatcher:
             self._offers.pop(run_id, None)
             self._hold(run, [])
         for run_id, run in touched.items():
+            if run.kept is not None and time.monotonic() > until_s:
+                self._registry.touch(run)
+                self.is_behind = True
+                continue
             offer = self._offer(run, self._window_bytes - self._window_used) if run_id in runs else []
             if run.kept is not None and not any(one.is_record for one in offer):
                 run.kept.let_go()
