@@ -59,6 +59,28 @@ def test_what_was_worse_in_one_step_is_not_said_of_the_next(broker: BrokerRole) 
         publisher.end(run, 1)
 
 
+def test_a_watch_that_is_said_again_makes_no_frame_older(broker: BrokerRole) -> None:
+    """The streamer says each second who is watched: the frame that came first is decoded first all the same."""
+    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker(credits=1) as worker:
+        slow, quick, other = runs = [new_run() for _ in range(3)]
+        for run, name in zip(runs, ("slow", "quick", "other"), strict=True):
+            publisher.open(run, f"again/{name}")
+        for name in ("slow", "other"):
+            streamer.watch(f"again/{name}")
+        publisher.say(frame(slow, 0))
+        worker.do(1)  # nothing of it waits now
+        publisher.say(frame(other, 0))
+        at_hand = worker.job()
+        streamer.watch("again/slow")
+        streamer.watch("again/quick")
+        wait_for(lambda: broker.row("again/quick")["viewers"] == 1, of="both watches")
+        publisher.say(frame(quick, 0))
+        publisher.say(frame(slow, 1))
+        wait_for(lambda: broker.row("again/slow")["seq"] == 1, of="both frames")
+        worker.done(at_hand)
+        assert [item.run for item in worker.do(2)] == [quick, slow]
+
+
 @pytest.mark.slow
 def test_a_run_that_stands_still_is_stalled_until_its_next_frame(broker: BrokerRole) -> None:
     """Its sampler lives, and no step comes for much longer than steps take: `stalled`, while the run stays `live`."""

@@ -213,7 +213,8 @@ class Broker:
         self._links.is_changed = True
 
     def _on_watch(self, _peer: bytes, watch: Watch) -> None:
-        self._registry.watch(watch.stream, watch.rendition, watch.viewers)
+        if not self._registry.watch(watch.stream, watch.rendition, watch.viewers):
+            return  # said again, for a broker that was restarted
         run = self._registry.by_name.get(watch.stream)
         if run is not None:
             run.live_since_ns = run.live_since_ns or time.monotonic_ns()

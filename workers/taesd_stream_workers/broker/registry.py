@@ -92,12 +92,14 @@ class Registry:
                 del self._pending_record[next(iter(self._pending_record))]
         return run if run is not None and run.end is None else None
 
-    def watch(self, stream: str, rendition: Rendition, viewers: int) -> None:
-        """So many viewers of a rendition."""
+    def watch(self, stream: str, rendition: Rendition, viewers: int) -> bool:
+        """So many viewers of a rendition. Returns: whether there were not as many before."""
         renditions = self.viewers.setdefault(stream, {})
+        before = renditions.get(rendition, 0)
         renditions[rendition] = viewers
         if not any(renditions.values()):
             del self.viewers[stream]
+        return viewers != before
 
     @property
     def live_share_bytes(self) -> int:

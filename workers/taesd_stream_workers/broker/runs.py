@@ -387,6 +387,7 @@ class Run:
         self.placed_ns = time.monotonic_ns()
         self.live_in_flight = self.items_out = 0
         self.dispatched.clear()
+        self.live_since_ns = self.live_since_ns or time.monotonic_ns()  # what it had waits again
         self.forced.add("live")  # should it come back, its encoder would go on from a picture that nobody saw last
         if self.live is not None:
             self.live.return_to_in_flight()
