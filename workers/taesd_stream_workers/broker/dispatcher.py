@@ -60,7 +60,7 @@ class Dispatcher:
         self._offers: dict[str, list[Candidate]] = {}  # by run: what could be decoded now
         self._in_window: dict[str, int] = {}  # by run: bytes of its recording that are in them, or under way
         self._window_used = 0  # all of it
-        self.is_behind = False  # recordings wait to be looked at, with nobody to wait for
+        self.is_behind = False  # recordings wait to be looked at: the loop waits for no message first
 
     # --- what workers say ---
 
