@@ -2,8 +2,8 @@
 
 The sampler's thread only copies (take()); every conversion is the side thread's (to_bytes()). Host memory is copied as
 it is, for a plain memcpy is the cheapest that there is: torch would wake its pool of threads for more than 32768
-elements, numpy needs 1.7 ns an element for float16. On a GPU the copy is one kernel, which converts on its way, into
-memory that is used again: asking for new memory costs as much as the kernel's launch.
+elements, numpy needs 1.7 ns an element for float16. On a GPU the copy is one kernel, which converts on its way. Memory
+is used again: on a GPU asking for it costs as much as the kernel's launch, in a host each new page is a fault.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from ctypes import c_char, string_at
-from typing import Any, Final, Protocol
+from ctypes import PYFUNCTYPE, c_char, c_size_t, c_void_p, cast, memmove, string_at
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from taesd_stream.messages import Part
 MAX_SIGMA: Final = 1e30  # what the wire's numbers end at
 # at::internal::GRAIN_SIZE: torch runs an operation of so many elements in the thread that asks for it
 _GRAIN: Final = 32768
+# memmove without letting go of the GIL, so that the side thread's turn does not land inside publish()
+_memmove: Final = PYFUNCTYPE(c_void_p, c_void_p, c_void_p, c_size_t)(cast(memmove, c_void_p).value or 0)
 _NUMPY_FLOATS: Final = frozenset({"float64", "float32", "float16"})
 _TORCH_FLOATS: Final = _NUMPY_FLOATS | {"bfloat16"}
 
@@ -76,7 +78,8 @@ def snapshot_of(latents: Any, wire_dtype: WireDtype | None, magnitude: float) ->
         if name not in _TORCH_FLOATS:
             raise TypeError(f"latents: expected floats, got a tensor of {latents.dtype}")
         dtype = wire_dtype or ("bfloat16" if name == "bfloat16" else "float16")
-        return (_HostTensor if latents.device.type == "cpu" else _DeviceTensor)(latents, dtype, magnitude)
+        in_host = _HostTensor if name == dtype else _ConvertedHostTensor
+        return (in_host if latents.device.type == "cpu" else _DeviceTensor)(latents, dtype, magnitude)
     # name, not str: arrays of the other byte order are floats too
     if not isinstance(latents, np.ndarray) or latents.dtype.name not in _NUMPY_FLOATS:
         given = f"{type(latents).__name__} of {getattr(latents, 'dtype', 'no dtype')}"
@@ -110,7 +113,7 @@ class _HostArray(_InHost):
     def take(self, latents: Any) -> bytes | None:
         if type(latents) is not self._type or latents.dtype != self._source or latents.shape != self.shape:
             return None
-        # tobytes, not copy: it holds the GIL, so the side thread's turn does not land inside publish()
+        # tobytes, not copy: it holds the GIL too
         data: bytes = latents.tobytes()
         return data
 
@@ -139,28 +142,72 @@ class _Tensor:
 
 
 class _HostTensor(_InHost, _Tensor):
-    """torch tensors in the host's memory."""
+    """torch tensors in the host's memory that travel as they are."""
 
     def __init__(self, latents: Any, dtype: WireDtype, magnitude: float) -> None:
         super().__init__(latents, dtype, magnitude)
         self.held_bytes = latents.numel() * latents.element_size()
-        self._name = str(latents.dtype).removeprefix("torch.")
 
-    def take(self, latents: Any) -> bytes | None:
+    def take(self, latents: Any) -> Any:
         if not self._fits(latents):
             return None
         if not latents.is_contiguous():
             latents = latents.detach().resolve_neg().contiguous()
-        # straight from its memory: in cold caches numpy() alone takes 0.06 ms
-        return string_at(latents.data_ptr(), self.held_bytes)
+        return self._copy(latents.data_ptr())  # straight from its memory: in cold caches numpy() alone takes 0.06 ms
 
-    def to_bytes(self, taken: bytes) -> Part:
-        if self._name == self.dtype:
-            return taken
-        if self._name == "bfloat16":
-            words = np.frombuffer(taken, np.uint16).astype(np.uint32)
-            return _wire_bytes((words << 16).view(np.float32), self.dtype, self._magnitude)
-        return _wire_bytes(np.frombuffer(taken, self._name), self.dtype, self._magnitude)
+    def _copy(self, address: int) -> Any:
+        return string_at(address, self.held_bytes)
+
+    def to_bytes(self, taken: Any) -> Part:
+        data: bytes = taken
+        return data
+
+
+class _Room(NamedTuple):
+    """Memory for one copy and for what becomes of it; `pieces` of both are small enough for one thread."""
+
+    address: int
+    source: Any
+    pieces: list[tuple[Any, Any]]  # (target, source)
+    target: memoryview
+
+
+class _ConvertedHostTensor(_HostTensor):
+    """torch tensors in the host's memory that travel in another dtype."""
+
+    def __init__(self, latents: Any, dtype: WireDtype, magnitude: float) -> None:
+        super().__init__(latents, dtype, magnitude)
+        self._free: deque[_Room] = deque(maxlen=2)
+
+    def drop(self, taken: Any) -> None:
+        self._free.append(taken)
+
+    def _copy(self, address: int) -> _Room:
+        try:
+            room = self._free.pop()
+        except IndexError:
+            room = self._new()
+        _memmove(room.address, address, self.held_bytes)
+        return room
+
+    def _new(self) -> _Room:
+        torch = self._torch
+        with torch.inference_mode(False):
+            # a sampler may have made a GPU torch's default device
+            source = torch.empty(math.prod(self.shape), dtype=self._source, device="cpu")
+            target = torch.empty_like(source, dtype=getattr(torch, "float32" if self.dtype == "uint8" else self.dtype))
+        pieces = list(zip(target.split(_GRAIN), source.split(_GRAIN), strict=True))
+        return _Room(source.data_ptr(), source, pieces, _flat(target.view(torch.uint8).numpy()))
+
+    def to_bytes(self, taken: _Room) -> Part:
+        for target, source in taken.pieces:
+            target.copy_(source)
+        if self.dtype == "uint8":
+            data = _wire_bytes(np.frombuffer(taken.target, np.float32), self.dtype, self._magnitude)
+        else:
+            data = bytes(taken.target)
+        self._free.append(taken)
+        return data
 
 
 class _DeviceTensor(_Tensor):
@@ -263,22 +310,20 @@ def _wire_bytes(values: np.ndarray[Any, Any], dtype: WireDtype, magnitude: float
             # the field's own uint8 form of latents: AutoencoderTiny.scale_latents, then 8 bits
             unit = np.clip(values.astype(np.float32) / (2 * magnitude) + 0.5, 0, 1)
             return _flat((unit * 255).round().astype(np.uint8))
-        if dtype == "bfloat16" or (dtype == "float16" and values.dtype == np.float32):
-            return _by_torch(values, dtype)
+        torch: Any = sys.modules.get("torch")
+        # torch may be just being imported
+        if dtype == "float16" and values.dtype == np.float32 and hasattr(torch, "from_numpy"):
+            return _by_torch(values, torch)
         return _flat(values.astype(dtype))
 
 
-def _by_torch(values: np.ndarray[Any, Any], dtype: WireDtype) -> Part:
-    """By torch where it is there: it takes 0.06 ns an element, numpy 1.7."""
-    torch: Any = sys.modules.get("torch")
-    if not hasattr(torch, "from_numpy"):  # not there, or just being imported
-        return _flat(values.astype(dtype))
-    values = values.astype(np.float32, copy=False)
+def _by_torch(values: np.ndarray[Any, Any], torch: Any) -> Part:
+    """float32 as float16: torch takes 0.06 ns an element, numpy 1.7."""
     # Torch warns of memory that is read-only, as bytes are: a view that only seems writable, for a copy costs a lot.
     view = (c_char * values.nbytes).from_address(values.ctypes.data)
     source = torch.frombuffer(view, dtype=torch.float32)
-    words = np.empty(values.shape, np.int16)
-    target = torch.from_numpy(words).view(getattr(torch, dtype))
+    words = np.empty(values.shape, np.float16)
+    target = torch.from_numpy(words)
     for begin in range(0, len(values), _GRAIN):
         target[begin : begin + _GRAIN].copy_(source[begin : begin + _GRAIN])
     return _flat(words)

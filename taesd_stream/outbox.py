@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 MAX_FINALS: Final = 8  # last steps' frames that wait for the socket: more only where no broker is
 
+# A device is first asked when it will soon be done, if this step takes what the last one did: each look takes the GIL.
+EARLY: Final = 0.9
+MAX_TRUST_S: Final = 0.1  # a step that is over sooner waits for no longer
 MIN_ASK_S: Final = 0.001
 MAX_ASK_S: Final = 0.01
 NS_PER_TICK: Final = math.ceil(1e9 / CLOCK_HZ)
@@ -104,6 +107,7 @@ class Outbox:
         self.error: str | None = None  # why keeping ended before its time
         self.pending: deque[Offered] = deque()  # perhaps still on a device
         self.ask_device_s = math.inf  # when to look again whether it is done
+        self._took_s = 0.0  # from a publish until its bytes could be fetched, last time
         self.slot: deque[LatentFrame] = deque()  # not kept, not sent: last steps' frames, then the newest
         self.kept = KeptFrames(ring_bytes, log_folder)
         self._run, self._is_live = info.run, info.kind == "live"
@@ -158,9 +162,10 @@ class Outbox:
             self.place()
             waiting = list(self.pending)
         ready = [*takewhile(lambda one: is_last or one.snapshot.is_ready(one.taken), waiting)]
-        self.ask_device_s = _ask_again_s(waiting[len(ready)]) if len(ready) < len(waiting) else math.inf
+        self.ask_device_s = self._ask_again_s(waiting[len(ready)]) if len(ready) < len(waiting) else math.inf
         if not ready:
             return
+        self._took_s = (time.monotonic_ns() - ready[-1].sent_ns) / 1e9
         with self.changed:
             taken = set(map(id, ready))
             self.pending = deque(one for one in self.pending if id(one) not in taken)
@@ -297,11 +302,13 @@ class Outbox:
 
     def _drop_what_is_too_much(self) -> None:
         """Of what waits for a device: what nobody keeps, or no memory holds; with `changed` held."""
+        if len(self.pending) < 2:
+            return
         nbytes = sum(one.snapshot.held_bytes for one in self.pending)
-        if self.mode == "all" and nbytes > self._ring_bytes and len(self.pending) > 1:
+        if self.mode == "all" and nbytes > self._ring_bytes:
             self._stop_keeping(f"{nbytes} bytes wait to be taken out of the sampler's way")
         before = list(self.pending)
-        if self.mode in ("off", "last") and self.pending:
+        if self.mode in ("off", "last"):
             self.pending = _newest_of(self.pending)
         while self.mode is None and nbytes > self._ring_bytes and len(self.pending) > 1:
             nbytes -= self.pending.popleft().snapshot.held_bytes
@@ -309,6 +316,12 @@ class Outbox:
         for one in before:
             if id(one) not in stays:
                 one.snapshot.drop(one.taken)
+
+    def _ask_again_s(self, waiting: Offered) -> float:
+        """When to look again whether this one is off its device: soon, less often the longer that it takes."""
+        now_s, sent_s = time.monotonic(), waiting.sent_ns / 1e9
+        soon_s = now_s + min(max(0.1 * (now_s - sent_s), MIN_ASK_S), MAX_ASK_S)
+        return max(soon_s, sent_s + min(EARLY * self._took_s, MAX_TRUST_S))
 
     def _lose(self, offered: Offered, error: RuntimeError) -> None:
         logger.warning("frame_not_fetched run=%s seq=%d error=%s", self._run, offered.seq, error)
@@ -321,12 +334,6 @@ class Outbox:
             self.mode, self.kept_from = "off", None
             self.error = f"keeping stopped: {reason}"
         logger.error("keeping_stopped reason=%s", reason)
-
-
-def _ask_again_s(waiting: Offered) -> float:
-    """When to look again whether this one is off its device: soon, less often the longer that it takes."""
-    now_ns = time.monotonic_ns()
-    return now_ns / 1e9 + min(max(0.1 * (now_ns - waiting.sent_ns) / 1e9, MIN_ASK_S), MAX_ASK_S)
 
 
 def count_of(shape: tuple[int, ...]) -> int:

@@ -153,9 +153,11 @@ class PublisherLink:
             self._send_all(socket, end)
             is_blocked = self._pulse.blocked_since_s is not None
             poller.register(socket, zmq.POLLIN | (zmq.POLLOUT if is_blocked else 0))
-            poller.poll(self._timeout_ms())
-            self.wakes.drain()
-            self._receive_all(socket)
+            woken = dict(poller.poll(self._timeout_ms()))
+            if self.wakes.fileno() in woken:
+                self.wakes.drain()
+            if woken.get(socket, 0) & zmq.POLLIN:  # else a receive costs 0.07 ms for nothing
+                self._receive_all(socket)
             self._rest()
 
     def _watch(self, line: Line, poller: zmq.Poller) -> None:

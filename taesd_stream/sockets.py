@@ -22,6 +22,7 @@ from taesd_stream.wire import MAX_MESSAGE_BYTES
 HEARTBEAT_MS: Final = 2000
 HEARTBEAT_TIMEOUT_MS: Final = 6000
 DIALLED_HWM: Final = 10_000  # messages that wait to be read where this side has dialled
+COPIED_BYTES: Final = 256 << 10  # sending more than these uncopied costs less than the thread that pyzmq wakes for it
 
 
 def prepare(socket: zmq.Socket[bytes], *, hwm: int) -> None:
@@ -69,6 +70,7 @@ def dial(
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.IMMEDIATE, 1)
+    socket.copy_threshold = COPIED_BYTES
     if identity is not None:
         socket.setsockopt(zmq.IDENTITY, identity)
     if keys is not None and is_tcp(address):

@@ -81,6 +81,28 @@ def test_wild_values_warn_nobody(wire_dtype: WireDtype | None, value: float) -> 
     sent(np.full((4, 8, 8), value, np.float32), wire_dtype)
 
 
+@pytest.mark.parametrize("wire_dtype", ["float16", "bfloat16", "float32", "uint8"])
+@pytest.mark.parametrize("source", [torch.float64, torch.float32, torch.bfloat16])
+def test_copies_that_wait_together_stay_apart(source: torch.dtype, wire_dtype: WireDtype) -> None:
+    """More copies than memory is kept for, fetched or dropped in any order, each are what was copied; every time."""
+    latents = [torch.full((3, 150, 100), 0.25 * number, dtype=source) for number in range(5)]  # two pieces of torch's
+    expected = [snapshot_of(one, wire_dtype, 3.0) for one in latents]
+    alone = [bytes(one.to_bytes(one.take(each))) for one, each in zip(expected, latents, strict=True)]
+    snapshot = snapshot_of(latents[0], wire_dtype, 3.0)
+    for _ in range(3):
+        taken = [snapshot.take(one) for one in latents]
+        snapshot.drop(taken[1])
+        assert [bytes(snapshot.to_bytes(taken[number])) for number in (4, 0, 2, 3)] == [alone[n] for n in (4, 0, 2, 3)]
+    assert len(set(alone)) == len(alone)
+
+
+def test_a_default_device_is_not_taken_for_copies() -> None:
+    """Where a sampler has made another device torch's default, what lies in the host's memory stays there."""
+    latents = torch.from_numpy(VALUES).float()
+    with torch.device("meta"):
+        assert sent(latents)[2] == VALUES.astype(np.float16).tobytes()
+
+
 def test_the_copy_is_taken_at_once() -> None:
     """What the owner writes into its array after take() does not show, also where no conversion is needed."""
     for latents in (VALUES.astype(np.float16), torch.from_numpy(VALUES).half()):

@@ -4,10 +4,10 @@
     python -m tests.benchmarks.sampler_untouched --uses watched,beside --bound process
 
 A sampler of seeded torch work, about 50 ms a step on one thread, bound to core 0; a real daemon (linear decoder) bound
-to core 1: nobody watches, a viewer does, or every frame is kept. The publisher's own threads run on either core, as the
-system puts them; with `--bound process` on core 0 alone, where they take from the sampler all that they need: that is a
-process which has one core for everything. Pairs in the order ABBA (alone,
-publishing, publishing, alone): `percent` is how much longer a step with publishing is, mean and 95 % interval
+to core 1: nobody watches, a viewer does, or every frame is kept. The publisher's own threads run on core 1, for a system
+puts them where something is idle; with `--bound process` on core 0, where they take from the sampler all that they
+need: that is a process which has one core for everything. Pairs in the order ABBA (alone, publishing, publishing,
+alone), short ones, for a machine's own speed drifts: `percent` is how much longer a step with publishing is, mean and 95 % interval
 (Student's t) over the pairs. `side_ms` is the processor time that the publisher's own threads take for each step.
 
 Use `beside` tells what the machine itself loses when its other core works: the sampler publishes nothing, but in
@@ -114,8 +114,8 @@ class Sampler:
 def main() -> None:
     """Measure, print a table and then the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=80, help="of ABBA")
+    parser.add_argument("--steps", type=int, default=50, help="of each of the four")
     parser.add_argument("--uses", default=",".join(USES), help="some of them, between commas")
     parser.add_argument("--bound", choices=("thread", "process"), default="thread", help="what is bound to core 0")
     arguments = parser.parse_args()
@@ -127,7 +127,7 @@ def main() -> None:
     sampler = Sampler()
     results: dict[str, Any] = {"bar_percent": BAR_PERCENT, "bound": arguments.bound}
     results |= {"pairs": arguments.pairs, "steps": arguments.steps}
-    others = {0, 1} if arguments.bound == "thread" else {0}
+    others = {1} if arguments.bound == "thread" else {0}
     with tempfile.TemporaryDirectory() as name, Daemon(Path(name)) as daemon:
         bind(daemon)
         os.sched_setaffinity(0, {0})
@@ -146,19 +146,18 @@ def bind(daemon: Daemon) -> None:
 
 
 def compare(daemon: Daemon, sampler: Sampler, use: str, pairs: int, steps: int, others: set[int]) -> dict[str, Any]:
-    """ABBA pairs; each run with publishing is a run of its own, its publisher's threads on the cores `others`."""
+    """ABBA pairs; the two with publishing are a run of their own, its publisher's threads on the cores `others`."""
     differences, hashes, alone_ms, side_ms = [], set(), [], []
     with contextlib.ExitStack() as stack:
         if use in ("watched", "beside"):
             stack.enter_context(process(VIEWER, daemon.web, use))
         neighbour = stack.enter_context(process(NEIGHBOUR, daemon.broker)) if use == "beside" else None
         for _ in range(pairs):
-            runs = []
-            for is_published in (False, True, True, False):
-                runs.append(
-                    one_run(daemon, sampler, use, steps, others, neighbour) if is_published else sampler.run(steps)
-                )
-                hashes.add(runs[-1].digest)
+            runs = [sampler.run(steps)]
+            with publishing(daemon, use, others, neighbour) as publisher:
+                runs += [sampler.run(steps, publisher) for _ in range(2)]
+            runs.append(sampler.run(steps))
+            hashes |= {run.digest for run in runs}
             alone_s = (runs[0].step_s + runs[3].step_s) / 2
             alone_ms.append(1000 * alone_s)
             side_ms += [1000 * run.side_s for run in runs[1:3]]
@@ -172,21 +171,21 @@ def compare(daemon: Daemon, sampler: Sampler, use: str, pairs: int, steps: int, 
     }
 
 
-def one_run(
-    daemon: Daemon, sampler: Sampler, use: str, steps: int, others: set[int], neighbour: subprocess.Popen[bytes] | None
-) -> Run:
-    """A run with a publisher, the sampler's own or the neighbour's."""
+@contextlib.contextmanager
+def publishing(
+    daemon: Daemon, use: str, others: set[int], neighbour: subprocess.Popen[bytes] | None
+) -> Iterator[LatentPublisher | None]:
+    """The sampler's own publisher, its threads on the cores `others`; or none, and the neighbour publishes."""
     if neighbour is not None:
         toggle(neighbour)
-        try:
-            return sampler.run(steps)
-        finally:
-            toggle(neighbour)
+        yield None
+        toggle(neighbour)
+        return
     record: RecordMode = "all" if use == "kept" else "off"
     os.sched_setaffinity(0, others)  # a thread begins on the cores of the one that starts it
     with LatentPublisher(daemon.broker, stream=f"untouched/{use}", latent_format="sd1", record=record) as publisher:
         os.sched_setaffinity(0, {0})
-        return sampler.run(steps, publisher)
+        yield publisher
 
 
 @contextlib.contextmanager
