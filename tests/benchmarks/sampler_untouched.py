@@ -4,11 +4,12 @@
     python -m tests.benchmarks.sampler_untouched --uses watched,beside --bound process
 
 A sampler of seeded torch work, about 50 ms a step on one thread, bound to core 0; a real daemon (linear decoder) bound
-to core 1: nobody watches, a viewer does, or every frame is kept. The publisher's own threads run on core 1, for a system
-puts them where something is idle; with `--bound process` on core 0, where they take from the sampler all that they
-need: that is a process which has one core for everything. Pairs in the order ABBA (alone, publishing, publishing,
-alone), short ones, for a machine's own speed drifts: `percent` is how much longer a step with publishing is, mean and 95 % interval
-(Student's t) over the pairs. `side_ms` is the processor time that the publisher's own threads take for each step.
+to core 1: nobody watches, a viewer does, or every frame is kept. The publisher's own threads run on core 1, for a
+system puts them where something is idle; with `--bound process` on core 0, where they take from the sampler all that
+they need: that is a process which has one core for everything. Pairs in the order ABBA (alone, publishing, publishing,
+alone), short ones, for a machine's own speed drifts: `percent` is how much longer a step with publishing is, mean and
+95 % interval (Student's t) over the pairs. `side_ms` is the processor time that the publisher's own threads take for
+each step.
 
 Use `beside` tells what the machine itself loses when its other core works: the sampler publishes nothing, but in
 every second and third run of four a process on the daemon's core does, with a viewer. What `watched` loses more than
