@@ -11,7 +11,8 @@ import logging
 import math
 import time
 from collections import deque
-from itertools import chain, takewhile
+from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from threading import Condition, RLock
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
@@ -26,9 +27,10 @@ logger = logging.getLogger(__name__)
 
 MAX_FINALS: Final = 8  # last steps' frames that wait for the socket: more only where no broker is
 
-# A device is first asked when it will soon be done, if this step takes what the last one did: each look takes the GIL.
-EARLY: Final = 0.9
-MAX_TRUST_S: Final = 0.1  # a step that is over sooner waits for no longer
+# A device is asked at each publish, between them only when it takes longer than last time, for each look takes the GIL:
+# a step's latents mostly come off it while the next one is worked at.
+LATE: Final = 1.1
+MAX_TRUST_S: Final = 0.1  # who is done sooner than last time waits no longer
 MIN_ASK_S: Final = 0.001
 MAX_ASK_S: Final = 0.01
 NS_PER_TICK: Final = math.ceil(1e9 / CLOCK_HZ)
@@ -170,7 +172,9 @@ class Outbox:
             taken = set(map(id, ready))
             self.pending = deque(one for one in self.pending if id(one) not in taken)
             self._is_collecting = True
-        for one in ready:
+            wanted = _newest_of(ready) if self.mode in ("off", "last") else ready
+        _drop(ready, wanted)
+        for one in wanted:
             try:
                 frame = one.to_frame(self._run)
             except RuntimeError as error:  # torch's word for a device that failed
@@ -280,8 +284,7 @@ class Outbox:
             self._show(frame)
 
     def _show(self, frame: LatentFrame) -> None:
-        self.slot.append(frame)
-        self.slot = _newest_of(self.slot)
+        self.slot = deque(_newest_of([*self.slot, frame]))
         self._newest = frame
 
     def _offered(self, said: Said) -> Offered:
@@ -301,7 +304,11 @@ class Outbox:
         )
 
     def _drop_what_is_too_much(self) -> None:
-        """Of what waits for a device: what nobody keeps, or no memory holds; with `changed` held."""
+        """Of what waits for a device: what nobody keeps, or no memory holds; with `changed` held.
+
+        Of what nobody keeps the oldest stays beside the newest: where the device is steps behind, that is done first,
+        and newer ones would replace each other until the end of the run.
+        """
         if len(self.pending) < 2:
             return
         nbytes = sum(one.snapshot.held_bytes for one in self.pending)
@@ -309,19 +316,16 @@ class Outbox:
             self._stop_keeping(f"{nbytes} bytes wait to be taken out of the sampler's way")
         before = list(self.pending)
         if self.mode in ("off", "last"):
-            self.pending = _newest_of(self.pending)
+            self.pending = deque([before[0], *_newest_of(before[1:])])
         while self.mode is None and nbytes > self._ring_bytes and len(self.pending) > 1:
             nbytes -= self.pending.popleft().snapshot.held_bytes
-        stays = set(map(id, self.pending))
-        for one in before:
-            if id(one) not in stays:
-                one.snapshot.drop(one.taken)
+        _drop(before, self.pending)
 
     def _ask_again_s(self, waiting: Offered) -> float:
         """When to look again whether this one is off its device: soon, less often the longer that it takes."""
         now_s, sent_s = time.monotonic(), waiting.sent_ns / 1e9
         soon_s = now_s + min(max(0.1 * (now_s - sent_s), MIN_ASK_S), MAX_ASK_S)
-        return max(soon_s, sent_s + min(EARLY * self._took_s, MAX_TRUST_S))
+        return max(soon_s, sent_s + min(LATE * self._took_s, MAX_TRUST_S))
 
     def _lose(self, offered: Offered, error: RuntimeError) -> None:
         logger.warning("frame_not_fetched run=%s seq=%d error=%s", self._run, offered.seq, error)
@@ -341,11 +345,18 @@ def count_of(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) == 4 else 1
 
 
-def _newest_of(waiting: deque[N]) -> deque[N]:
+def _newest_of(waiting: list[N]) -> list[N]:
     """A preview is worth its newest frame; but the last step's is always sent."""
-    newest = waiting.pop()
-    stays: deque[N] = deque(filter(is_final, waiting), maxlen=MAX_FINALS)
-    return deque(chain(stays, (newest,)))  # a plain one: what is kept later must not fall out of it
+    *older, newest = waiting
+    return [*[one for one in older if is_final(one)][-MAX_FINALS:], newest]
+
+
+def _drop(waiting: list[Offered], stays: Iterable[Offered]) -> None:
+    """Those that do not stay will not be fetched."""
+    those = set(map(id, stays))
+    for one in waiting:
+        if id(one) not in those:
+            one.snapshot.drop(one.taken)
 
 
 def _tail_before(frames: list[N], seq: int) -> list[N]:
