@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import time
 from collections import deque
 from collections.abc import Iterable
-from itertools import takewhile
 from pathlib import Path
 from threading import Condition, RLock
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
+from taesd_stream.device_looks import DeviceLooks
 from taesd_stream.frames import CLOCK_HZ, LatentFrame, RecordMode, StreamInfo
 from taesd_stream.kept_frames import KeptFrames
 from taesd_stream.latent_log import LogError
@@ -27,12 +26,6 @@ logger = logging.getLogger(__name__)
 
 MAX_FINALS: Final = 8  # last steps' frames that wait for the socket: more only where no broker is
 
-# A device is asked at each publish, between them only when it takes longer than last time, for each look takes the GIL:
-# a step's latents mostly come off it while the next one is worked at.
-LATE: Final = 1.1
-MAX_TRUST_S: Final = 0.1  # who is done sooner than last time waits no longer
-MIN_ASK_S: Final = 0.001
-MAX_ASK_S: Final = 0.01
 NS_PER_TICK: Final = math.ceil(1e9 / CLOCK_HZ)
 
 
@@ -67,6 +60,7 @@ class Offered:
     taken: Any
     seq: int
     index: int
+    missed_s: float = 0.0
 
     def to_frame(self, run: str) -> LatentFrame:
         """The frame, its bytes fetched from where they are. Raises: RuntimeError for a device that failed."""
@@ -108,8 +102,7 @@ class Outbox:
         self.kept_from: int | None = 0 if info.record == "all" else None
         self.error: str | None = None  # why keeping ended before its time
         self.pending: deque[Offered] = deque()  # perhaps still on a device
-        self.ask_device_s = math.inf  # when to look again whether it is done
-        self._took_s = 0.0  # from a publish until its bytes could be fetched, last time
+        self.looks = DeviceLooks()
         self.slot: deque[LatentFrame] = deque()  # not kept, not sent: last steps' frames, then the newest
         self.kept = KeptFrames(ring_bytes, log_folder)
         self._run, self._is_live = info.run, info.kind == "live"
@@ -163,11 +156,9 @@ class Outbox:
         with self.changed:
             self.place()
             waiting = list(self.pending)
-        ready = [*takewhile(lambda one: is_last or one.snapshot.is_ready(one.taken), waiting)]
-        self.ask_device_s = self._ask_again_s(waiting[len(ready)]) if len(ready) < len(waiting) else math.inf
+        ready = waiting if is_last else self.looks.ready(waiting)
         if not ready:
             return
-        self._took_s = (time.monotonic_ns() - ready[-1].sent_ns) / 1e9
         with self.changed:
             taken = set(map(id, ready))
             self.pending = deque(one for one in self.pending if id(one) not in taken)
@@ -320,12 +311,6 @@ class Outbox:
         while self.mode is None and nbytes > self._ring_bytes and len(self.pending) > 1:
             nbytes -= self.pending.popleft().snapshot.held_bytes
         _drop(before, self.pending)
-
-    def _ask_again_s(self, waiting: Offered) -> float:
-        """When to look again whether this one is off its device: soon, less often the longer that it takes."""
-        now_s, sent_s = time.monotonic(), waiting.sent_ns / 1e9
-        soon_s = now_s + min(max(0.1 * (now_s - sent_s), MIN_ASK_S), MAX_ASK_S)
-        return max(soon_s, sent_s + min(LATE * self._took_s, MAX_TRUST_S))
 
     def _lose(self, offered: Offered, error: RuntimeError) -> None:
         logger.warning("frame_not_fetched run=%s seq=%d error=%s", self._run, offered.seq, error)

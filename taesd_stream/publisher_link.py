@@ -225,7 +225,7 @@ class PublisherLink:
 
     def _timeout_ms(self) -> int:
         now = time.monotonic()
-        until = min(self._next_hello_s, self._give_up_s, self._outbox.ask_device_s, self._gone_s())
+        until = min(self._next_hello_s, self._give_up_s, self._outbox.looks.next_s, self._gone_s())
         if self._pulse.blocked_since_s is None and not self._is_refused and not self._pulse.is_silent(now):
             if self._outbox.slot or not self._outbox.wanted:
                 until = min(until, self._pace.next_s)

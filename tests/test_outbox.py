@@ -23,12 +23,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from taesd_stream.device_looks import MAX_PAUSE_S
 from taesd_stream.frames import LatentFrame, RecordMode, StreamInfo, WireDtype
 from taesd_stream.kept_frames import KeptFrames
 from taesd_stream.latent_log import LogError, read_messages
 from taesd_stream.latent_snapshot import snapshot_of
 from taesd_stream.messages import End
-from taesd_stream.outbox import MAX_ASK_S, MAX_FINALS, Outbox, Said
+from taesd_stream.outbox import MAX_FINALS, Outbox, Said
 from taesd_stream.send_window import MAX_UNACKED_BYTES, RESEND_S, SendWindow
 from tests.golden_messages import FRAME, OPEN, RUN
 
@@ -83,6 +84,7 @@ def skip(box: Outbox, count: int = 1) -> None:
 class Device:
     """A device that holds one frame until it is done, and may fail: what a GPU does at moments of its own."""
 
+    is_on_device = True
     dtype: WireDtype = "float16"
     shape = FRAME.shape
     held_bytes = FRAME_BYTES
@@ -420,11 +422,11 @@ def test_frames_behind_a_busy_device_keep_their_order(tmp_path: Path) -> None:
     box.collect()
     assert kept_seqs(box.kept) == []
     assert not box.is_all_acked
-    assert 0 < box.ask_device_s - time.monotonic() <= MAX_ASK_S
+    assert 0 < box.looks.next_s - time.monotonic() <= MAX_PAUSE_S
     device.is_done = True
     box.collect()
     assert kept_seqs(box.kept) == [0, 1, 2]
-    assert box.ask_device_s == math.inf
+    assert box.looks.next_s == math.inf
 
 
 def test_the_newest_wins_while_a_device_is_busy(tmp_path: Path) -> None:
