@@ -156,11 +156,12 @@ class Outbox:
         with self.changed:
             self.place()
             waiting = list(self.pending)
-        ready = waiting if is_last else self.looks.ready(waiting)
-        if not ready:
-            return
+        taken = set(map(id, waiting if is_last else self.looks.ready(waiting)))
         with self.changed:
-            taken = set(map(id, ready))
+            # not what publish() has dropped since: its memory may be the next frame's by now
+            ready = [one for one in self.pending if id(one) in taken]
+            if not ready:
+                return
             self.pending = deque(one for one in self.pending if id(one) not in taken)
             self._is_collecting = True
             wanted = _newest_of(ready) if self.mode in ("off", "last") else ready

@@ -461,6 +461,31 @@ def test_a_device_that_is_steps_behind_is_shown(tmp_path: Path) -> None:
     assert shown == sorted(set(shown))
 
 
+def test_what_is_dropped_meanwhile_is_not_fetched(tmp_path: Path) -> None:
+    """Frames that come while the side thread asks a device may drop one that is ready: its memory is read no more."""
+    box = outbox(tmp_path, "off")
+
+    def read_too_late() -> bytes:
+        raise AssertionError("it was dropped")
+
+    class Asked(Device):
+        """While it is asked, the sampler publishes twice."""
+
+        def is_ready(self, taken: None) -> bool:
+            if not self.is_dropped:
+                box.said.extend(later.said() for later in (Device(read_too_late), newest))
+                box.place()
+            return super().is_ready(taken)
+
+    oldest, asked, newest = Device(lambda: payload_of(0)), Asked(read_too_late), Device(lambda: payload_of(3))
+    box.said.extend(one.said() for one in (oldest, asked))
+    box.collect()
+    assert (oldest.is_dropped, asked.is_dropped, newest.is_dropped) == (False, True, False)
+    assert [one.seq for one in box.slot] == [0]
+    box.collect()
+    assert [one.seq for one in box.slot] == [3]
+
+
 def test_stopping_waits_for_the_device(tmp_path: Path) -> None:
     """A kept frame that a device still holds at the end of the run is in the log."""
     box = outbox(tmp_path, "all")
