@@ -21,7 +21,8 @@ _PROBE_CELLS = 16  # side of the latent that is measured; the bytes grow with it
 
 def decode_budget(settings: DecoderConfig, device: torch.device) -> int:
     """Most bytes that decoding may take at once on a device: `decoder.memory_bytes`, or by what a GPU has free now."""
-    return settings.budget_bytes(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0)
+    # by its index: torch 2.4 takes no device without one, where None is the current one
+    return settings.budget_bytes(torch.cuda.mem_get_info(device.index)[0] if device.type == "cuda" else 0)
 
 
 def bytes_per_latent_px(network: nn.Module, latent_channels: int, dtype: torch.dtype = torch.float32) -> int:

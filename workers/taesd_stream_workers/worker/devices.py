@@ -54,7 +54,7 @@ def _capped(device: torch.device, reason: str) -> str:
     """Cap this process's memory on a GPU. Returns: the reason, and the cap."""
     if device.type != "cuda":
         return reason
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device.index)  # torch 2.4 takes no device without one
     share = share_of(free_bytes, total_bytes)
     torch.cuda.set_per_process_memory_fraction(share, device.index or 0)
     return f"{reason}, at most {int(share * total_bytes) >> 20} MiB of it is used"
