@@ -18,6 +18,14 @@ READ_ONLY = VALUES.astype(np.float32)
 READ_ONLY.flags.writeable = False
 
 
+class Wrapper(torch.Tensor):
+    """A tensor without memory, as those are that stand for several others."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
+        raise NotImplementedError(func)
+
+
 def sent(latents: Any, wire_dtype: WireDtype | None = None) -> tuple[WireDtype, tuple[int, ...], bytes]:
     """What travels of `latents`."""
     snapshot = snapshot_of(latents, wire_dtype, 3.0)
@@ -94,6 +102,14 @@ def test_copies_that_wait_together_stay_apart(source: torch.dtype, wire_dtype: W
         snapshot.drop(taken[1])
         assert [bytes(snapshot.to_bytes(taken[number])) for number in (4, 0, 2, 3)] == [alone[n] for n in (4, 0, 2, 3)]
     assert len(set(alone)) == len(alone)
+
+
+@pytest.mark.parametrize("wire_dtype", ["float16", "float32"])
+def test_a_tensor_without_memory_is_an_error(wire_dtype: WireDtype) -> None:
+    """Subclasses that hold their values elsewhere, as DTensor does, are refused, not read at address 0."""
+    wrapper = torch.Tensor._make_wrapper_subclass(Wrapper, (4, 8, 8), dtype=torch.float32)
+    with pytest.raises(TypeError, match="a tensor with memory of its own, got a Wrapper without"):
+        sent(wrapper, wire_dtype)
 
 
 def test_a_default_device_is_not_taken_for_copies() -> None:
