@@ -2,8 +2,8 @@
 
 The sampler's thread only copies (take()); every conversion is the side thread's (to_bytes()). Host memory is copied as
 it is, for a plain memcpy is the cheapest that there is: torch would wake its pool of threads for more than 32768
-elements, numpy needs 1.7 ns an element for float16. On a GPU the copy is one kernel, which converts on its way. Memory
-is used again: on a GPU asking for it costs as much as the kernel's launch, in a host each new page is a fault.
+elements, numpy needs 1.7 ns an element for float16. On a GPU the copy is the driver's, or one kernel that converts on
+its way. Memory is used again: on a GPU asking for it costs as much as a launch, in a host each new page is a fault.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class _HostTensor(_InHost, _Tensor):
     def take(self, latents: Any) -> Any:
         if not self._fits(latents):
             return None
-        if not latents.is_contiguous():
+        if not latents.is_contiguous() or latents.is_neg():
             latents = latents.detach().resolve_neg().contiguous()
         address = latents.data_ptr()  # straight from its memory: in cold caches numpy() alone takes 0.06 ms
         if not address:  # a copy would end the sampler's process
@@ -250,7 +250,7 @@ class _DeviceTensor(_Tensor):
             taken = staged, event = self._free.pop()
         except IndexError:
             taken = staged, event = self._new()
-        if not self._is_copied_by_driver(staged, latents):
+        if not self._copy_by_driver(staged, latents):
             staged.copy_(latents, non_blocking=True)
         if self._is_only:
             event.record()
@@ -259,9 +259,9 @@ class _DeviceTensor(_Tensor):
             event.record(self._torch.cuda.current_stream(self._device))
         return taken
 
-    def _is_copied_by_driver(self, staged: Any, latents: Any) -> bool:
-        """Whether it took the copy: not in a thread that has not used CUDA yet, for one, where torch has to begin."""
-        if self._driver_copy is None or not latents.is_contiguous():
+    def _copy_by_driver(self, staged: Any, latents: Any) -> bool:
+        """Returns: whether it took the copy; a thread that has not used CUDA yet, for one, torch has to make ready."""
+        if self._driver_copy is None or not latents.is_contiguous() or latents.is_neg():
             return False
         stream = self._torch._C._cuda_getCurrentRawStream(self._device.index)
         return self._driver_copy(staged.data_ptr(), latents.data_ptr(), self.held_bytes, stream) == 0

@@ -67,6 +67,7 @@ def test_a_watch_that_is_said_again_makes_no_frame_older(broker: BrokerRole) -> 
             publisher.open(run, f"again/{name}")
         for name in ("slow", "other"):
             streamer.watch(f"again/{name}")
+        wait_for(lambda: all(broker.row(f"again/{name}")["viewers"] for name in ("slow", "other")), of="the watches")
         publisher.say(frame(slow, 0))
         worker.do(1)  # nothing of it waits now
         publisher.say(frame(other, 0))

@@ -179,6 +179,22 @@ def test_a_refused_sampler_gets_in_as_soon_as_its_key_is_allowed(guarded: Guarde
     assert guarded.daemon.recording(publisher.run)["frames"] == 1
 
 
+def test_a_key_is_known_as_soon_as_it_is_asked_for(tmp_path: Path) -> None:
+    """However lately the list was read in its turn, the first stranger has it read again; not each one behind him."""
+    make_client(tmp_path, "first", "samplers")
+    allowed = AllowList(tmp_path)
+    make_client(tmp_path, "late", "samplers")
+    public = {client.name: client.public for client in clients_in(tmp_path)}
+    allowed.look()
+    assert allowed.name_of("samplers", public["late"]) is None
+    allowed.look_for_stranger()
+    for name in ("first", "late"):
+        assert allowed.name_of("samplers", public[name]) == name
+    revoke(tmp_path, "late")
+    allowed.look_for_stranger()
+    assert allowed.name_of("samplers", public["late"]) == "late"  # for a moment
+
+
 def test_a_revoked_key_ends_what_its_connection_may_say(guarded: Guarded, lines: Lines) -> None:
     """A connection that stands is cut off within a second: its frames are dropped, both sides say so, others go on."""
     keys = make_client(guarded.folder, "leaver", "samplers")
@@ -468,11 +484,11 @@ def test_a_file_without_a_key_allows_nobody_and_harms_no_other(tmp_path: Path) -
     one = clients_in(tmp_path)[0]
     allowed = AllowList(tmp_path)
     (tmp_path / "samplers" / "broken.pub").write_text("public-key = nothing")
-    allowed.look(every_s=0)
+    allowed.read()
     assert allowed.name_of("samplers", one.public) == "one"
     assert allowed.name_of("workers", one.public) is None
     revoke(tmp_path, "one")  # also beside a file that cannot be read
-    allowed.look(every_s=0)
+    allowed.read()
     assert allowed.name_of("samplers", one.public) is None
 
 

@@ -51,6 +51,7 @@ def sent(latents: Any, wire_dtype: WireDtype | None = None) -> tuple[WireDtype, 
         torch.from_numpy(np.ascontiguousarray(VALUES.transpose(2, 0, 1))).permute(1, 2, 0),
         torch.from_numpy(VALUES)[None].to(memory_format=torch.channels_last)[0],
         torch.nn.Parameter(torch.from_numpy(VALUES)),
+        torch._neg_view(torch.from_numpy(-VALUES).float()),
     ],
     ids=lambda latents: f"{type(latents).__name__}-{latents.dtype}",
 )

@@ -693,7 +693,8 @@ def test_a_broker_that_hangs_fills_no_memory(peer: BrokerPeer, open_run: Any) ->
     last = peer.next(LatentFrame, lambda frame: frame.step == newest)
     assert np.unique(np.frombuffer(last.payload, np.float32)).tolist() == [newest]
     held = [message for message in peer.heard if isinstance(message, LatentFrame)]
-    assert sum(frame.nbytes for frame in held[:-1]) <= MAX_UNHEARD_BYTES + big.nbytes
+    # one over the limit ends it; and one may have been in the slot when the broker was heard again
+    assert sum(frame.nbytes for frame in held[:-1]) <= MAX_UNHEARD_BYTES + 2 * big.nbytes
 
 
 # --- opening ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,23 @@ def test_uint8_is_made_on_the_device_too(dtype: torch.dtype) -> None:
         pictures.append(np.frombuffer(snapshot.to_bytes(snapshot.take(latents)), np.uint8).astype(int))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
     assert (pictures[1].min(), pictures[1].max()) == (0, 255)
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="NVIDIA's driver alone")
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="of one GPU alone")
+def test_the_driver_copies_what_travels_as_it_is() -> None:
+    """Where nothing is converted torch is left out; a thread that is new to CUDA has the right bytes too."""
+    host = values(torch.float16)
+    latents = host.cuda()
+    snapshot: Any = snapshot_of(latents, None, 3.0)
+    staged, event = snapshot.take(latents)
+    staged.zero_()
+    assert snapshot._copy_by_driver(staged, latents)
+    event.record()
+    assert snapshot.to_bytes((staged, event)) == host.numpy().tobytes()
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(snapshot.take, latents).result(60)
+    assert snapshot.to_bytes(taken) == host.numpy().tobytes()
 
 
 def test_memory_order_does_not_matter() -> None:

@@ -18,7 +18,7 @@ from zmq.utils.monitor import recv_monitor_message
 from taesd_stream.config import Config
 from taesd_stream.keys import Keys, load_keys
 from taesd_stream.sockets import bind, is_tcp
-from taesd_stream_workers.role.key_files import LOOK_AT_STRANGER_S, PURPOSES, AllowList, Purpose
+from taesd_stream_workers.role.key_files import PURPOSES, AllowList, Purpose
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class Gate:
 
     def _is_allowed(self, purpose: Purpose, public: bytes) -> bool:
         if self._allowed is not None and self.name_of(purpose, public) is None:
-            self._allowed.look(LOOK_AT_STRANGER_S)
+            self._allowed.look_for_stranger()
         return self.name_of(purpose, public) is not None
 
     def _on_failed(self, event: Any) -> None:

@@ -7,6 +7,7 @@ decode: these files are the allow-list. `issued/NAME/` is a new client's folder 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -123,18 +124,28 @@ class AllowList:
         self._folder = folder
         self._names = {(client.purpose, client.public): client.name for client in clients_in(folder)}
         self._looked_s = time.monotonic()
+        self._looked_for_stranger_s = -math.inf
         self._fault: str | None = None
 
     def name_of(self, purpose: Purpose, public: bytes) -> str | None:
         """Whose key it is, None when it is not allowed (any more)."""
         return self._names.get((purpose, public))
 
-    def look(self, every_s: float = LOOK_S) -> None:
-        """Read the files again if that was not done for `every_s`; one that cannot be read allows nobody."""
+    def look(self) -> None:
+        """Read the files again if that was not done for LOOK_S."""
+        if time.monotonic() >= self._looked_s + LOOK_S:
+            self.read()
+
+    def look_for_stranger(self) -> None:
+        """Read the files, unless it was done for another stranger just before: they must not keep the disk busy."""
         now = time.monotonic()
-        if now < self._looked_s + every_s:
-            return
-        self._looked_s = now
+        if now >= self._looked_for_stranger_s + LOOK_AT_STRANGER_S:
+            self._looked_for_stranger_s = now
+            self.read()
+
+    def read(self) -> None:
+        """Read the files; one that cannot be read allows nobody."""
+        self._looked_s = time.monotonic()
         names: dict[tuple[Purpose, bytes], str] = {}
         fault: str | None = None
         for purpose, file in _files_in(self._folder):
