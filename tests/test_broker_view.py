@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -59,9 +60,14 @@ def test_what_was_worse_in_one_step_is_not_said_of_the_next(broker: BrokerRole) 
         publisher.end(run, 1)
 
 
-def test_a_watch_that_is_said_again_makes_no_frame_older(broker: BrokerRole) -> None:
+def test_a_watch_that_is_said_again_makes_no_frame_older(tmp_path: Path) -> None:
     """The streamer says each second who is watched: the frame that came first is decoded first all the same."""
-    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker(credits=1) as worker:
+    with (
+        BrokerRole(tmp_path) as broker,  # its own: workers of another test would be here for some seconds
+        broker.publisher() as publisher,
+        broker.streamer() as streamer,
+        broker.worker(credits=1) as worker,
+    ):
         slow, quick, other = runs = [new_run() for _ in range(3)]
         for run, name in zip(runs, ("slow", "quick", "other"), strict=True):
             publisher.open(run, f"again/{name}")
