@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from itertools import takewhile
 from typing import Any, Final, Protocol, TypeVar
 
@@ -38,13 +39,14 @@ class DeviceLooks:
     Besides, all that waits is looked at whenever something is published: then a step's latents are mostly done.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s = clock_s
         self.next_s = math.inf
         self._patience_s = 0.0
 
     def ready(self, waiting: list[C]) -> list[C]:
         """Those that can be fetched without waiting, up to the first that cannot."""
-        now_s = time.monotonic()
+        now_s = self._clock_s()
         found = [*takewhile(lambda one: _is_ready(one, _age_s(one, now_s)), waiting)]
         if found:  # looked at in vain, it took a little longer than that; found at the first look, perhaps much less
             self._patience_s = found[-1].missed_s or EARLY * self._patience_s

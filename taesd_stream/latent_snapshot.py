@@ -174,10 +174,9 @@ class _HostTensor(_InHost, _Tensor):
 
 
 class _Room(NamedTuple):
-    """Memory for one copy and for what becomes of it; `pieces` of both are small enough for one thread."""
+    """Memory for one copy, at `address`, and for what becomes of it; `pieces` hold both, small enough for one thread."""
 
     address: int
-    source: Any
     pieces: list[tuple[Any, Any]]  # (target, source)
     target: memoryview
 
@@ -207,7 +206,7 @@ class _ConvertedHostTensor(_HostTensor):
             source = torch.empty(math.prod(self.shape), dtype=self._source, device="cpu")
             target = torch.empty_like(source, dtype=getattr(torch, "float32" if self.dtype == "uint8" else self.dtype))
         pieces = list(zip(target.split(_GRAIN), source.split(_GRAIN), strict=True))
-        return _Room(source.data_ptr(), source, pieces, _flat(target.view(torch.uint8).numpy()))
+        return _Room(source.data_ptr(), pieces, _flat(target.view(torch.uint8).numpy()))
 
     def to_bytes(self, taken: _Room) -> Part:
         for target, source in taken.pieces:

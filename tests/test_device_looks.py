@@ -12,12 +12,12 @@ from taesd_stream.device_looks import FIRST_S, MAX_PAUSE_S, MAX_TRUST_S, DeviceL
 
 
 class Clock:
-    """time.monotonic of a test's own: what counts here is time, and nothing may wait for it."""
+    """A time of the test's own: what counts here is time, and nothing may wait for it."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
 
-    def monotonic(self) -> float:
+    def __call__(self) -> float:
         return self.now_s
 
 
@@ -46,11 +46,9 @@ class Frame:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock() -> Clock:
     """The looks' clock."""
-    one = Clock()
-    monkeypatch.setattr("taesd_stream.device_looks.time", one)
-    return one
+    return Clock()
 
 
 def found_after(looks: DeviceLooks, clock: Clock, takes_s: float) -> tuple[float, int]:
@@ -69,7 +67,7 @@ def test_a_device_is_left_alone_while_its_next_step_is_launched(clock: Clock) ->
     """A copy that is done at once is found at the first look, which comes when the next step is on its way."""
     for _ in range(50):
         begun_s = clock.now_s
-        _, in_vain = found_after(DeviceLooks(), clock, 0.0)
+        _, in_vain = found_after(DeviceLooks(clock), clock, 0.0)
         assert in_vain == 0
         assert FIRST_S - 1e-6 <= clock.now_s - begun_s <= 2 * FIRST_S + 1e-6
 
@@ -77,13 +75,13 @@ def test_a_device_is_left_alone_while_its_next_step_is_launched(clock: Clock) ->
 def test_what_lies_in_the_host_is_there_at_once(clock: Clock) -> None:
     """No look is put off for a frame that no device has."""
     frame = Frame(round(clock.now_s * 1e9), Held(clock, clock.now_s, is_on_device=False))
-    assert DeviceLooks().ready([frame]) == [frame]
+    assert DeviceLooks(clock).ready([frame]) == [frame]
 
 
 @pytest.mark.parametrize("takes_s", [0.005, 0.03, 0.09])
 def test_steps_of_one_length_are_looked_at_when_they_are_done(clock: Clock, takes_s: float) -> None:
     """After some steps a frame costs few looks, and is found soon."""
-    looks = DeviceLooks()
+    looks = DeviceLooks(clock)
     found = [found_after(looks, clock, takes_s) for _ in range(100)][20:]
     assert max(late_s for late_s, _ in found) <= 0.2 * takes_s + 2 * FIRST_S
     assert sum(in_vain for _, in_vain in found) <= 1.5 * len(found)
@@ -91,7 +89,7 @@ def test_steps_of_one_length_are_looked_at_when_they_are_done(clock: Clock, take
 
 def test_a_short_step_behind_long_ones_does_not_wait_for_long(clock: Clock) -> None:
     """However long the last one took, the next is looked at within MAX_TRUST_S; a long one every MAX_PAUSE_S."""
-    looks = DeviceLooks()
+    looks = DeviceLooks(clock)
     late_s, _ = found_after(looks, clock, 60.0)
     assert late_s <= MAX_PAUSE_S
     late_s, _ = found_after(looks, clock, 0.02)
@@ -106,4 +104,4 @@ def test_those_behind_one_that_is_not_done_wait_too(clock: Clock) -> None:
     old_ns = round((clock.now_s - 1) * 1e9)
     done = [Frame(old_ns, Held(clock, 0.0)) for _ in range(3)]
     late = Frame(old_ns, Held(clock, math.inf))
-    assert DeviceLooks().ready([*done[:2], late, done[2]]) == done[:2]
+    assert DeviceLooks(clock).ready([*done[:2], late, done[2]]) == done[:2]
