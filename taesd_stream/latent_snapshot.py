@@ -174,7 +174,7 @@ class _HostTensor(_InHost, _Tensor):
 
 
 class _Room(NamedTuple):
-    """Memory for one copy, at `address`, and for what becomes of it; `pieces` hold both, small enough for one thread."""
+    """Memory for a copy, at `address`, and for what becomes of it; `pieces` hold both, small enough for one thread."""
 
     address: int
     pieces: list[tuple[Any, Any]]  # (target, source)
