@@ -11,6 +11,7 @@ from taesd_stream.errors import WireError
 from taesd_stream.frames import is_run_id, is_stream_name
 
 MAX_DEPTH: Final = 8  # of what people say about a run; a page has no use for more
+MAX_NUMBER: Final = 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def integer(low: int, high: int) -> Check:
     return Check(says, take)
 
 
-def number(low: float = -1e30, high: float = 1e30) -> Check:
+def number(low: float = -MAX_NUMBER, high: float = MAX_NUMBER) -> Check:
     """A finite number from low to high."""
     says = f"a number from {low:g} to {high:g}"
 

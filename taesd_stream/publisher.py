@@ -19,6 +19,7 @@ from taesd_stream import message_fields, wire
 from taesd_stream.current_run import continued
 from taesd_stream.daemons import Addresses, Daemons, addresses_of
 from taesd_stream.errors import ConfigError, WireError
+from taesd_stream.fields import MAX_NUMBER
 from taesd_stream.frames import (
     DTYPE_BYTES,
     END_REASONS,
@@ -34,7 +35,7 @@ from taesd_stream.frames import (
 )
 from taesd_stream.keys import KEYS_VARIABLE, Keys, load_keys
 from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
-from taesd_stream.latent_snapshot import MAX_SIGMA, Snapshot, is_on_device, snapshot_of
+from taesd_stream.latent_snapshot import Snapshot, is_on_device, snapshot_of
 from taesd_stream.outbox import Outbox, count_of
 from taesd_stream.publisher_exit import end_at_exit, reason_of
 from taesd_stream.publisher_link import PublisherLink
@@ -165,7 +166,7 @@ class LatentPublisher:
                 type(step) is int
                 and 0 <= step < MAX_STEPS
                 and (total_steps is None or (type(total_steps) is int and 0 < total_steps < MAX_STEPS))
-                and (sigma is None or (type(sigma) is float and -MAX_SIGMA < sigma < MAX_SIGMA))
+                and (sigma is None or (type(sigma) is float and -MAX_NUMBER < sigma < MAX_NUMBER))
             )
             if not is_plain:
                 step, total_steps, sigma = _checked_numbers(step, total_steps, sigma)

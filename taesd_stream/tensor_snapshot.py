@@ -1,0 +1,34 @@
+"""What snapshots of torch tensors share, wherever those are."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+from taesd_stream.fields import MAX_NUMBER
+from taesd_stream.frames import WireDtype
+
+
+class TensorSnapshot:
+    """Which tensors a snapshot fits, and what travels of them."""
+
+    def __init__(self, latents: Any, dtype: WireDtype, magnitude: float) -> None:
+        self.dtype, self.shape = dtype, tuple(latents.shape)
+        self._torch = sys.modules["torch"]
+        self._type, self._source, self._device = type(latents), latents.dtype, latents.device
+        self._magnitude = magnitude
+
+    def _fits(self, latents: Any) -> bool:
+        return (
+            type(latents) is self._type
+            and latents.dtype is self._source
+            and latents.shape == self.shape
+            and latents.device == self._device
+        )
+
+
+def number_of(value: Any) -> float | None:
+    """A noise level, None for what the wire has no number for."""
+    number = math.nan if value is None else float(value)
+    return number if abs(number) <= MAX_NUMBER else None
