@@ -8,10 +8,10 @@ import os
 import secrets
 import socket
 import sys
-import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from time import monotonic, monotonic_ns
 from types import TracebackType
 from typing import Any, Final, SupportsFloat
 
@@ -106,8 +106,8 @@ class LatentPublisher:
         self._fault: str | None = None  # the last publish's
         self._is_closed = False
         self._outbox = Outbox(info, ring_bytes=RING_BYTES, log_folder=own_log_folder())
-        self._link = PublisherLink(Daemons(addresses, stream, time.monotonic()), info, self._outbox, keys)
-        self._wake = self._link.wakes.wake
+        self._link = PublisherLink(Daemons(addresses, stream, monotonic()), info, self._outbox, keys)
+        self._signal = self._link.wakes.signal
         self._link.start()
         end_at_exit(self._link)
         # a publisher that is forgotten ends its run: nobody waits for it, for this may be any thread
@@ -170,16 +170,16 @@ class LatentPublisher:
             )
             if not is_plain:
                 step, total_steps, sigma = _checked_numbers(step, total_steps, sigma)
-            sent_ns = time.monotonic_ns()
+            sent_ns = monotonic_ns()
             snapshot = self._snapshot
-            taken = snapshot.take(latents) if snapshot is not None else None
-            if snapshot is None or taken is None:
+            if snapshot is None or (taken := snapshot.take(latents)) is None:
                 snapshot = self._snapshot = self._snapshot_of(latents)
                 taken = snapshot.take(latents)
-            outbox.said.append((step, total_steps, sigma, sent_ns, snapshot, taken))
-            if len(outbox.said) > 1:
+            said = outbox.said
+            said.append((step, total_steps, sigma, sent_ns, snapshot, taken))
+            if len(said) > 1:
                 outbox.place()
-            self._wake()
+            self._signal()
             self._fault = None
         except Exception as error:  # noqa: BLE001 the run is worth more than its preview
             self._complain(error)
@@ -270,7 +270,7 @@ def _checked_info(
         fps=fps,
         record=record,
         meta=_plain(meta),
-        opened_ns=time.monotonic_ns(),
+        opened_ns=monotonic_ns(),
     )
     _check_travels(info)
     return info

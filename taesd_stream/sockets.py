@@ -7,7 +7,6 @@ import ctypes
 import functools
 import os
 import socket as os_socket
-import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -140,21 +139,27 @@ class WakePipe:
 
     A wake must not meet close(), or the descriptor's number may be another file's: it is freed with the object, not
     before, so that wake() needs no lock.
+    signal: wakes too, also after close(), at the least cost; not to be held longer than this object.
     """
 
     def __init__(self) -> None:
         self._is_open = True
-        self._write = _write_holding_gil()
+        self.signal: Callable[[], object]
         if hasattr(os, "eventfd"):
-            self._reader = self._writer = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._reader = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._pair = None
+            self.signal = functools.partial(_holding_gil("eventfd_write"), self._reader, 1)
             free: weakref.finalize[..., WakePipe] = weakref.finalize(self, os.close, self._reader)
         else:
-            pair = os_socket.socketpair()
+            self._pair = pair = os_socket.socketpair()
             for end in pair:
                 end.setblocking(False)
-            self._reader, self._writer = (end.fileno() for end in pair)
+            self._reader = pair[0].fileno()
+            if _has_write():  # full: it will wake anyway
+                self.signal = functools.partial(_holding_gil("write"), pair[1].fileno(), b"1", 1)
+            else:
+                self.signal = functools.partial(_send, pair[1])
             free = weakref.finalize(self, _close_all, pair)
-            self._pair = pair
         free.atexit = False  # whoever waits on it may still wait
 
     def fileno(self) -> int:
@@ -163,18 +168,13 @@ class WakePipe:
 
     def wake(self) -> None:
         """Make the poller return; any thread, also after close()."""
-        if not self._is_open:
-            return
-        if self._write is not None:
-            self._write(self._writer, _ONE, len(_ONE))  # full: it will wake anyway
-        else:
-            with contextlib.suppress(OSError):
-                self._pair[1].send(_ONE)
+        if self._is_open:
+            self.signal()
 
     def drain(self) -> None:
         """Forget past wakes; the polling thread alone."""
         with contextlib.suppress(OSError):
-            if self._reader == self._writer:
+            if self._pair is None:
                 os.eventfd_read(self._reader)
             else:
                 while self._pair[0].recv(4096):
@@ -185,20 +185,25 @@ class WakePipe:
         self._is_open = False
 
 
-_ONE: Final = (1).to_bytes(8, sys.byteorder)  # an eventfd counts in words of 8 bytes
-
-
 @functools.cache
-def _write_holding_gil() -> Callable[[int, bytes, int], int] | None:
-    """write(2), called without letting go of the GIL; None where it is not (Windows).
+def _holding_gil(name: str) -> Callable[..., int]:
+    """A function of the C library, called without letting go of the GIL.
 
-    os.write, os.eventfd_write and socket.send let it go around the call, and the thread that they wake takes it: then
+    os.eventfd_write, os.write and socket.send let it go around the call, and the thread that they wake takes it: then
     whoever wakes has to wait until that one is done. Measured: 0.26 ms instead of 0.06 where it works for 0.2 ms.
     """
-    if os.name != "posix":
-        return None
     # without argtypes, which cost 12 us in cold caches: bytes go as a pointer, libffi widens ints to whole registers
-    return cast("Callable[[int, bytes, int], int]", ctypes.PyDLL(None).write)
+    return cast("Callable[..., int]", getattr(ctypes.PyDLL(None), name))
+
+
+def _has_write() -> bool:
+    """Whether sockets are files: on Windows they are not."""
+    return os.name == "posix"
+
+
+def _send(end: os_socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        end.send(b"1")
 
 
 def _close_all(ends: Iterable[os_socket.socket]) -> None:

@@ -287,7 +287,7 @@ def test_without_eventfd_frames_are_sent_at_once_too(
     """Where there is no eventfd, and on Windows no write() for sockets, a publish still wakes the side thread."""
     monkeypatch.delattr(os, "eventfd", raising=False)
     if system == "windows":
-        monkeypatch.setattr("taesd_stream.sockets._write_holding_gil", lambda: None)
+        monkeypatch.setattr("taesd_stream.sockets._has_write", lambda: False)
     publisher = open_run(record="off")
     peer.next(PublisherHello, lambda hello: hello.offset_ns != 0)
     for step in range(20):  # far more than there are seconds, in which HELLO would wake it

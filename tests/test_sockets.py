@@ -225,7 +225,7 @@ def pipe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if request.param != "eventfd":
         monkeypatch.delattr(os, "eventfd", raising=False)
         if request.param == "pair of windows":
-            monkeypatch.setattr("taesd_stream.sockets._write_holding_gil", lambda: None)
+            monkeypatch.setattr("taesd_stream.sockets._has_write", lambda: False)
     elif not hasattr(os, "eventfd"):
         pytest.skip("no eventfd on this system")
     one = WakePipe()

@@ -82,10 +82,11 @@ def _open(codec: str, pix_fmt: str, size: tuple[int, int]) -> VideoCodecContext:
 
 
 def _encode_one(context: VideoCodecContext, frame: av.VideoFrame) -> av.Packet[VideoStream]:
-    packets = context.encode(frame)
-    if len(packets) != 1:
-        raise RuntimeError(f"{context.name}: expected one packet for a picture, got {len(packets)}")
-    return packets[0]
+    # not encode(), which asks for another one, in vain: in a worker each such call waits to get the GIL back
+    packet = next(context.encode_lazy(frame), None)
+    if packet is None or packet.pts != frame.pts:
+        raise RuntimeError(f"{context.name}: expected a packet at {frame.pts}, got {packet}")
+    return packet
 
 
 class VideoEncoder:

@@ -103,9 +103,12 @@ class DecodeWorker:
                 self._say(self._hello())
                 self._decoder.beat()
                 next_hello_s = now + HELLO_S
-            poller.poll(50 if self._outgoing.held_bytes else 200)
-            self._wake.drain()
-            self._receive()
+            due = dict(poller.poll(50 if self._outgoing.held_bytes else 200))
+            # whatever lets go of the GIL waits to get it back behind the encoders: nothing is asked for nothing
+            if self._wake.fileno() in due:
+                self._wake.drain()
+            if self._line.socket in due:
+                self._receive()
             self._forward()
             self._outgoing.send()
             if self._decoder.error is not None:
@@ -197,7 +200,8 @@ class DecodeWorker:
 
     def _pass(self, item: Any) -> None:
         self._ready.append(item)
-        self._wake.wake()
+        if len(self._ready) == 1:  # else it is awake, or about to be
+            self._wake.wake()
 
     def _now_ns(self) -> int:
         """This moment on the broker's clock. Any thread."""
