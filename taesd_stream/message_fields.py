@@ -7,7 +7,7 @@ field with a default may be absent. docs/wire.md tells the same to other languag
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 import msgpack
@@ -248,13 +248,14 @@ _NAMES: Final[dict[type, str]] = {
     StopStream: "STOP",
 }
 
-_DEFAULTED: Final[dict[type, frozenset[str]]] = {
-    cls: frozenset(
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-    )
-    for cls in FIELDS
+
+def _has_default(cls: type, name: str) -> bool:
+    defaults = [(one.default, one.default_factory) for one in dataclasses.fields(cls) if one.name == name]
+    return defaults != [(dataclasses.MISSING, dataclasses.MISSING)]
+
+
+_TAKERS: Final[dict[type, list[tuple[str, Callable[[Any], Any], bool]]]] = {
+    cls: [(name, one.take, _has_default(cls, name)) for name, one in checks.items()] for cls, checks in FIELDS.items()
 }
 
 
@@ -279,12 +280,12 @@ def _checked(cls: type, name: str, value: Any) -> Any:
 def build(cls: type[M], header: Mapping[str, Any], **extra: Any) -> M:
     """A message of ours from a map that came; extra: what travels beside it. Raises: WireError."""
     values: dict[str, Any] = extra
-    for name, take in FIELDS[cls].items():
+    for name, take, has_default in _TAKERS[cls]:  # of each frame, on the broker's one thread
         if name in header:
             try:
                 values[name] = take(header[name])
             except WireError as error:
                 raise WireError(f"{type_name(cls)} {name}: {error}") from None
-        elif name not in _DEFAULTED[cls]:
+        elif not has_default:
             raise WireError(f"{type_name(cls)}: {name} is missing")
     return cls(**values)

@@ -6,6 +6,7 @@ What the fields are, and may hold, is in message_fields.py.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -134,15 +135,25 @@ def unpack(parts: Sequence[Part], allowed: Sequence[type]) -> Any:
     """
     if not parts:
         raise WireError("expected at least 1 part, got 0")
-    inner = State in allowed or Job in allowed or StreamerHello in allowed
-    if len(parts[0]) > (MAX_STATE_BYTES if inner else MAX_HEADER_BYTES):
+    max_header_bytes, classes = _of_way(tuple(allowed))
+    if len(parts[0]) > max_header_bytes:
         raise WireError(f"header: {len(parts[0])} bytes is over the limit")
     header = _header(parts[0])
     word, role = header.get("type"), header.get("role")
-    for cls in allowed:
-        if type_name(cls) == word and getattr(cls, "ROLE", None) in (None, role):
+    for cls in classes.get(word, ()) if isinstance(word, str) else ():
+        if getattr(cls, "ROLE", None) in (None, role):
             return _unpack_as(cls, header, parts[1:])
     raise WireError(f"type: expected one of {', '.join(type_name(cls) for cls in allowed)}, got {word!r:.40}")
+
+
+@functools.cache
+def _of_way(allowed: tuple[type, ...]) -> tuple[int, dict[str, list[type]]]:
+    """How long a header may be that comes this way, and the classes that may, by their word."""
+    classes: dict[str, list[type]] = {}
+    for cls in allowed:
+        classes.setdefault(type_name(cls), []).append(cls)
+    is_inner = not {State, Job, StreamerHello}.isdisjoint(allowed)
+    return MAX_STATE_BYTES if is_inner else MAX_HEADER_BYTES, classes
 
 
 def _unpack_as(cls: type, header: Mapping[str, Any], payloads: Sequence[Part]) -> Any:

@@ -125,11 +125,14 @@ class Broker:
             poller.register(waited, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
         while not self._life.stop.is_set():
-            poller.poll(0 if self._dispatcher.is_behind else 100)
-            self._wake.drain()
+            due = dict(poller.poll(0 if self._dispatcher.is_behind else 100))
+            if self._wake.fileno() in due:
+                self._wake.drain()
             self._gate.attend()
-            self._drain(self._links.inner, wire.FROM_INSIDE, self._take_inside, self._refuse_inside)
-            self._drain(self._links.front, wire.FROM_PUBLISHER, self._intake.take, self._intake.refuse)
+            if self._links.inner.socket in due:
+                self._drain(self._links.inner, wire.FROM_INSIDE, self._take_inside, self._refuse_inside)
+            if self._links.front.socket in due:
+                self._drain(self._links.front, wire.FROM_PUBLISHER, self._intake.take, self._intake.refuse)
             if self._writer.error is not None:
                 raise self._writer.error
             self._keeping.ack_written()
@@ -143,13 +146,14 @@ class Broker:
         for _ in range(MAX_DRAIN):
             try:
                 # id and header as bytes, the payload as a Frame that is forwarded uncopied
-                head = socket.recv(zmq.NOBLOCK, copy=False)
+                part = head = socket.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
             peer, client = head.bytes, door.client_of(head)
             parts: list[Any] = []
-            while socket.getsockopt(zmq.RCVMORE):
-                parts.append(socket.recv() if not parts else socket.recv(copy=False).buffer)
+            while part.more:
+                part = socket.recv(copy=False)
+                parts.append(part.buffer if parts else part.bytes)
             why = REVOKED if client is None else None
             speaker = client if door.has_keys else peer  # a host's samplers are not one another's keepers
             if speaker is not None and is_limited and not self._intake.limits.may_speak(speaker):

@@ -12,6 +12,7 @@ import zmq
 
 from taesd_stream import wire
 from taesd_stream.errors import ConfigError
+from taesd_stream.messages import Part
 from taesd_stream_workers.role.gate import Door, Gate
 
 logger = logging.getLogger(__name__)
@@ -67,12 +68,18 @@ class Links:
 
 def _send(socket: zmq.Socket[bytes], peer: bytes, message: Any) -> bool:
     try:
-        socket.send_multipart([peer, *wire.pack(message)], zmq.NOBLOCK, copy=False)
+        socket.send_multipart([peer, *map(_as_it_came, wire.pack(message))], zmq.NOBLOCK, copy=False)
     except zmq.ZMQError as error:
         if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
             return False
         raise
     return True
+
+
+def _as_it_came(part: Part) -> Part | zmq.Frame:
+    """A payload that ZeroMQ brought goes on as its own: for other memory pyzmq wakes a thread once it is sent."""
+    frame = part.obj if isinstance(part, memoryview) else None
+    return frame if isinstance(frame, zmq.Frame) and len(frame) == len(part) else part
 
 
 @contextlib.contextmanager

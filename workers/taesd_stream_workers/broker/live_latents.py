@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Final
 
 from taesd_stream.frames import DTYPE_BYTES, LatentFrame
@@ -132,7 +133,7 @@ class LiveLatents:
         newest = next(reversed(self._frames))
         oldest = min([self.next_seq, newest, *self._in_flight])
         held = 0
-        for seq in sorted((seq for seq in self._frames if seq < oldest), reverse=True):
+        for seq in reversed([*takewhile(oldest.__gt__, self._frames)]):
             if held >= self.history:
                 self._drop(seq)
             else:
