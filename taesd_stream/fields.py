@@ -122,7 +122,7 @@ def sequence(check: Check, max_items: int, min_items: int = 0) -> Check:
             raise wrong(says, value)
         if not min_items <= len(value) <= max_items:
             raise WireError(f"expected {says}, got {len(value)} items")
-        return tuple(check(item) for item in value)
+        return tuple(map(check.take, value))
 
     return Check(says, take)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import msgpack
@@ -73,31 +74,32 @@ TO_WORKER: Final = (Job, Forget, Drain, Echo, RefusedPeer)
 TO_STREAMER: Final = (State, Gap, Echo, RefusedPeer)
 FROM_WORKER_TO_STREAMER: Final = (Packet,)
 
-_SCALARS: Final = frozenset((bool, int, float, str, bytes, type(None)))
+
+def _reader(names: tuple[str, ...]) -> Callable[[Any], Iterable[Any]]:
+    if len(names) == 1:  # of one name attrgetter gives the bare value
+        return lambda value: (getattr(value, names[0]),)
+    return operator.attrgetter(*names) if names else lambda _: ()
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses inside a message as maps; everything else as it is."""
-    kind = type(value)
-    if kind in _SCALARS:  # most values are: pictures by the thousand pass here
-        return value
-    if kind in FIELDS:
-        return {name: _plain(getattr(value, name)) for name in FIELDS[kind]}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
+_READERS: Final = {cls: (tuple(fields), _reader(tuple(fields))) for cls, fields in FIELDS.items()}
+
+
+def _as_map(value: Any) -> dict[str, Any]:
+    """A dataclass of ours as a map; msgpack asks for those inside it too. Raises: TypeError for other things."""
+    if type(value) not in _READERS:
+        raise TypeError(f"no message holds a {type(value).__name__}")
+    names, read = _READERS[type(value)]
+    return dict(zip(names, read(value), strict=True))
 
 
 def pack(message: Any) -> list[Part]:
     """One of our messages as the parts to send: the header, then its payloads uncopied."""
     cls = type(message)
-    header = {"v": VERSION, "type": type_name(cls), **_plain(message)}
+    header = {"v": VERSION, "type": type_name(cls), **_as_map(message)}
     role = getattr(cls, "ROLE", None)
     if role:
         header["role"] = role
-    parts: list[Part] = [msgpack.packb(header)]
+    parts: list[Part] = [msgpack.packb(header, default=_as_map)]
     if isinstance(message, LatentFrame | Packet):
         parts.append(message.payload)
     elif isinstance(message, Job):

@@ -180,6 +180,17 @@ def test_a_forced_keyframe_may_begin_again_in_time() -> None:
     assert means == sorted(means)
 
 
+def test_one_of_many_predicts_only_where_that_saves_something() -> None:
+    """Pictures that share nothing with each other become keyframes, but for tries; where one stays, it is predicted."""
+    encoder = VideoEncoder("live", is_one_of_many=True)
+    noise = np.random.default_rng(1).integers(16, 235, (50, 96, 64), np.uint8)
+    new = [encoder.encode(planes, number) for number, planes in enumerate(noise)]
+    still = [encoder.encode(noise[-1], len(new) + number) for number in range(50)]
+    assert sum(picture.is_keyframe for picture in new[-32:]) >= 28
+    assert sum(picture.is_keyframe for picture in still[-32:]) <= 4
+    assert len(decode([picture.payload for picture in (*new, *still)])) == 100
+
+
 def test_the_callers_buffer_is_free_after_encode() -> None:
     """Writing over the planes once encode() has returned changes nothing in the stream."""
     kept, reused = VideoEncoder("live"), VideoEncoder("live")
