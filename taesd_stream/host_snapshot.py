@@ -1,4 +1,4 @@
-"""Snapshots of latents in the host's memory, of numpy and torch, which is never imported here.
+"""Snapshots of latents in the host's memory: numpy's, and torch's, which is never imported here.
 
 Memory is copied as it is, for a plain memcpy is the cheapest that there is: torch would wake its pool of threads for
 more than 32768 elements, numpy needs 1.7 ns an element for float16. Memory is used again: each new page is a fault.

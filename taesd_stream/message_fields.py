@@ -250,8 +250,8 @@ _NAMES: Final[dict[type, str]] = {
 
 
 def _has_default(cls: type, name: str) -> bool:
-    defaults = [(one.default, one.default_factory) for one in dataclasses.fields(cls) if one.name == name]
-    return defaults != [(dataclasses.MISSING, dataclasses.MISSING)]
+    one = {one.name: one for one in dataclasses.fields(cls)}[name]
+    return one.default is not dataclasses.MISSING or one.default_factory is not dataclasses.MISSING
 
 
 _TAKERS: Final[dict[type, list[tuple[str, Callable[[Any], Any], bool]]]] = {

@@ -279,7 +279,7 @@ def _checked_info(
 def _check_travels(info: StreamInfo) -> None:
     try:
         wire.unpack(wire.pack(info), (StreamInfo,))
-    except WireError as error:
+    except (WireError, TypeError) as error:
         raise ValueError(str(error)) from error
 
 

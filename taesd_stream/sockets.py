@@ -139,7 +139,7 @@ class WakePipe:
 
     A wake must not meet close(), or the descriptor's number may be another file's: it is freed with the object, not
     before, so that wake() needs no lock.
-    signal: wakes too, also after close(), at the least cost; not to be held longer than this object.
+    signal: wake() at the least cost, which does not look whether it is closed; not to be held longer than this object.
     """
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class WakePipe:
         if hasattr(os, "eventfd"):
             self._reader = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._pair = None
-            self.signal = functools.partial(_holding_gil("eventfd_write"), self._reader, 1)
+            self.signal = functools.partial(_holding_gil("eventfd_write"), self._reader, ctypes.c_uint64(1))
             free: weakref.finalize[..., WakePipe] = weakref.finalize(self, os.close, self._reader)
         else:
             self._pair = pair = os_socket.socketpair()
@@ -167,7 +167,7 @@ class WakePipe:
         return self._reader
 
     def wake(self) -> None:
-        """Make the poller return; any thread, also after close()."""
+        """Make the poller return; any thread, and after close(), when it does nothing."""
         if self._is_open:
             self.signal()
 

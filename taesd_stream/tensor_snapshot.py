@@ -1,4 +1,4 @@
-"""What snapshots of torch tensors share, wherever those are."""
+"""What snapshots share: which torch tensors one fits, wherever those are, and how a noise level becomes a number."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ _READERS: Final = {cls: (tuple(fields), _reader(tuple(fields))) for cls, fields 
 def _as_map(value: Any) -> dict[str, Any]:
     """A dataclass of ours as a map; msgpack asks for those inside it too. Raises: TypeError for other things."""
     if type(value) not in _READERS:
-        raise TypeError(f"no message holds a {type(value).__name__}")
+        raise TypeError(f"expected what msgpack has a form for, got {value!r:.40}")
     names, read = _READERS[type(value)]
     return dict(zip(names, read(value), strict=True))
 

@@ -153,9 +153,37 @@ def test_an_overloaded_browser_waits_for_a_keyframe(host: PageHost, opened: Open
     until(asked_again, page)
     assert time.monotonic() - began_s >= 2 * 0.5 - 0.05
     assert page.evaluate("self.fed") == ["key"]
+    page.evaluate("self.behind = false")
     host.source = lambda _name, _rendition, _key: ({"keyframe": True}, whole)
     host.draw("red")
     expect(page.locator("#stage-canvas[data-pictures='2']")).to_be_attached()
+
+
+def test_of_keyframes_too_the_newest_waits_for_an_overloaded_browser(host: PageHost, opened: Open) -> None:
+    """Keyframes that come while the queue is full do not make it longer: the newest is shown once there is room."""
+    host.streams = [stream("red"), stream("b")]
+    script = """
+      const Real = VideoDecoder
+      self.held = null
+      self.fed = 0
+      self.VideoDecoder = class extends Real {
+        get decodeQueueSize() { return held?.length ?? super.decodeQueueSize }
+        decode(chunk) { fed++; if (held) held.push(() => super.decode(chunk)); else super.decode(chunk) }
+      }"""
+    host.source = one_colour({"red": RED})
+    page = opened("#/s/red", script=ON_PAGE + script)
+    await_colour(page, "#stage-canvas", RED)
+    page.evaluate("self.held = []")
+    coming = iter([annex_b(colour) for colour in [GREEN] * 6 + [BLUE]])
+    host.source = lambda _name, _rendition, _key: ({}, next(coming))
+    for _ in range(7):
+        host.draw("red")
+    host.alerts = [{"code": "disk_full", "text": "All of them are there."}]
+    host.push()
+    expect(page.get_by_role("alert")).to_have_text("All of them are there.")
+    page.evaluate("const all = self.held; self.held = null; all.forEach((decode) => decode())")
+    await_colour(page, "#stage-canvas", BLUE)
+    assert page.evaluate("self.fed") == 5
 
 
 def test_the_next_clip_goes_on_where_the_former_was(host: PageHost, opened: Open) -> None:

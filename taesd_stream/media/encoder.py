@@ -38,13 +38,13 @@ _H264: Final[dict[VideoRendition, dict[str, str]]] = {
     "film": _RECORD,
 }
 # Of previews that change with every picture, 512x512: superfast 3.7 ms and 8.4 KiB, ultrafast 1.6 and 11.2, both 35 dB.
-# ipratio: keyframes as coarse as what is predicted, so that their sizes tell which way is cheaper.
-_MANY: Final = {"preset": "ultrafast", "x264-params": "scenecut=0:ipratio=1"}
-# Again ultrafast: a picture that shares little with the one before takes 1.8 ms predicted from it, 1.1 as a keyframe,
-# and 9.6 KiB or 9.9, both 36 dB; one that stays 0.1 KiB or 12.
+# ipratio: keyframes as coarse as what is predicted, a late viewer's too: their sizes tell which way is cheaper.
+_MANY: Final = {"preset": "ultrafast", "x264-params": f"{_COMMON['x264-params']}:ipratio=1"}
+# Of the previews that `benchmarks/encoding.py` melts, ultrafast on another host: predicted 1.7 ms and 9.7 KiB, as
+# keyframes 1.1 and 9.9, both 36 dB. A picture that stays takes 0.1 KiB or 12.
 MOST_COST: Final = 1.5  # bytes of keyframes for those of predicted pictures
 FIRST_TRY: Final = 8  # pictures
-MAX_PAUSE: Final = 64
+MAX_PAUSE: Final = 64  # pictures
 _JPEG_QUANTISER: Final[dict[JpegRendition, int]] = {"jpeg": 4, "thumb": 6}  # MPEG's scale, 2 best to 31
 
 
@@ -115,8 +115,8 @@ class _Prediction:
         if picture.is_keyframe and not self._bytes[False]:
             return  # the first of all, whose size the rate control had to guess
         self._bytes[picture.is_keyframe] = (before + nbytes) / 2 if before else nbytes
-        if self._left:
-            self._left -= 1
+        if self._left or picture.is_keyframe is not self._pays:
+            self._left = max(0, self._left - 1)  # a try that somebody's keyframe has spoilt is the next one's
             return
         did_pay, self._pays = self._pays, self._bytes[True] > MOST_COST * self._bytes[False]
         self._pause = min(2 * self._pause, MAX_PAUSE) if did_pay and self._pays else FIRST_TRY
@@ -129,15 +129,16 @@ class VideoEncoder:
     The planes may be written again as soon as `encode` has returned.
     """
 
-    def __init__(self, rendition: VideoRendition, *, is_one_of_many: bool = False) -> None:
+    def __init__(self, rendition: VideoRendition, *, is_one_of_many: bool = False, is_clip: bool = False) -> None:
         """Store the choice; the encoder opens with the first picture, whose size it takes.
 
-        is_one_of_many: many `live` pictures are made at once: less than half the work, a third more bytes, and
-        keyframes alone where predicting saves little.
+        is_one_of_many: many `live` pictures are made at once: less than half the work for a third more bytes, and
+        keyframes alone where they take little more. is_clip: but never within a clip, which is entered at its start.
         """
         is_quick = is_one_of_many and rendition == "live"
         self._options = _H264[rendition] | (_MANY if is_quick else {})
-        self._prediction = _Prediction() if is_quick else None
+        self._may_add_keyframes = is_quick and not is_clip
+        self._prediction: _Prediction | None = None
         self._context: VideoCodecContext | None = None
         self._last_pts: int | None = None
         self._shift = 0  # from the caller's time to the encoder's, which must never go back
@@ -181,6 +182,7 @@ class VideoEncoder:
             context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
             context.options = self._options
             self._context = context
+            self._prediction = _Prediction() if self._may_add_keyframes else None
         return self._context
 
 
@@ -214,8 +216,10 @@ class JpegEncoder:
         self._context = None
 
 
-def encoder_for(rendition: Rendition, *, is_one_of_many: bool = False) -> VideoEncoder | JpegEncoder:
+def encoder_for(
+    rendition: Rendition, *, is_one_of_many: bool = False, is_clip: bool = False
+) -> VideoEncoder | JpegEncoder:
     """A new encoder for one rendition of one stream; see VideoEncoder."""
     if rendition == "thumb" or rendition == "jpeg":
         return JpegEncoder(rendition)
-    return VideoEncoder(rendition, is_one_of_many=is_one_of_many)
+    return VideoEncoder(rendition, is_one_of_many=is_one_of_many, is_clip=is_clip)

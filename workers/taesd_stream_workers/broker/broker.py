@@ -145,7 +145,7 @@ class Broker:
         socket, is_limited = door.socket, door is self._links.front
         for _ in range(MAX_DRAIN):
             try:
-                # id and header as bytes, the payload as a Frame that is forwarded uncopied
+                # id and header as bytes, the payload as a view of its Frame, which is forwarded uncopied
                 part = head = socket.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return

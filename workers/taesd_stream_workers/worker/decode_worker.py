@@ -49,6 +49,7 @@ class DecodeWorker:
         self._wake = WakePipe()
         self._clock = ClockOffset()
         self._ready: deque[Any] = deque()  # from the decoder: see JobDecoder.pass_on
+        self._is_woken = False  # it will look at them without another word
         self._held: list[JobRun] = []  # done, but their credit waits for room
         self._device, self._device_reason = choose_device(config.decoder.device, config.decoder.min_free_bytes)
         self._near = stay_near(self._device.index or 0) if self._device.type == "cuda" else None
@@ -109,6 +110,7 @@ class DecodeWorker:
                 self._wake.drain()
             if self._line.socket in due:
                 self._receive()
+            self._is_woken = False  # before it looks: what comes later wakes it again
             self._forward()
             self._outgoing.send()
             if self._decoder.error is not None:
@@ -200,7 +202,8 @@ class DecodeWorker:
 
     def _pass(self, item: Any) -> None:
         self._ready.append(item)
-        if len(self._ready) == 1:  # else it is awake, or about to be
+        if not self._is_woken:
+            self._is_woken = True
             self._wake.wake()
 
     def _now_ns(self) -> int:

@@ -28,6 +28,7 @@ class EncodeTask:
     """One picture to encode. attempt, keyframe: where the chain begins anew; on_done gets None when encoding failed.
 
     copy: on whose way to the host the planes are. track, tracks: of a chain that has an encoder for each of its tracks.
+    is_clip: it is one of a whole video's.
     """
 
     run: str
@@ -41,6 +42,7 @@ class EncodeTask:
     on_done: Callable[[EncodedPicture | None], None]
     track: int = 0
     tracks: int = 1
+    is_clip: bool = False
 
 
 @dataclass(slots=True)
@@ -182,7 +184,10 @@ def _encode(chain: _Chain, task: EncodeTask) -> EncodedPicture | None:
     try:
         task.copy.wait()
         if len(chain.tracks) != task.tracks or chain.attempt != task.attempt:
-            encoders = (encoder_for(task.rendition, is_one_of_many=chain.is_one_of_many) for _ in range(task.tracks))
+            encoders = (
+                encoder_for(task.rendition, is_one_of_many=chain.is_one_of_many, is_clip=task.is_clip)
+                for _ in range(task.tracks)
+            )
             chain.tracks, chain.attempt = [_Track(encoder) for encoder in encoders], task.attempt
         track = chain.tracks[task.track]
         if isinstance(track.encoder, JpegEncoder):

@@ -107,6 +107,7 @@ class Shower:
             copy=one.copy,
             track=picture.index % picture.tracks,
             tracks=picture.tracks,
+            is_clip=item.kind == "clip",
             on_done=partial(self._send, item, one, picture),
         )
 

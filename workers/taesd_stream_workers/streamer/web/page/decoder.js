@@ -1,7 +1,7 @@
 // H.264 of one opened stream by WebCodecs: every picture as soon as it is decoded, never a queue that grows.
 
-const QUEUE_MAX = 2 // beyond it the decoder is behind: drop to the next keyframe
-const SILENT_BEATS = 4 // hardware sessions are few, and one too many may stay silent
+const QUEUE_MAX = 2 // beyond it drop to the newest keyframe
+const SILENT_BEATS = 4 // hardware has few sessions: one too many is silent
 const BEAT_MS = 500
 const ASK_MS = 500
 
@@ -43,7 +43,7 @@ export class LiveDecoder {
   /** on: {picture(frame, header), keyframe(), failed(reason)}. A picture's frame belongs to the callee, who closes it. */
   constructor(on) {
     Object.assign(this, { on, decoder: null, codec: null, waiting: true, count: 0, headers: new Map() })
-    this.patient = false // what is fed is paced already
+    this.patient = false // fed at a pace
     this.software = false
     this.asked_ms = -ASK_MS
     this.errors = 0
@@ -54,12 +54,18 @@ export class LiveDecoder {
     return this.decoder?.decodeQueueSize ?? 0
   }
 
-  /** header.silent: decoded for those behind it, and not shown. */
+  get behind() {
+    return !this.patient && this.queued > QUEUE_MAX
+  }
+
+  /** header.silent: not shown, decoded for those behind it. */
   feed(header, bytes) {
-    if (!header.keyframe && (this.waiting || (!this.patient && this.queued > QUEUE_MAX))) return this.skip()
+    const behind = this.behind
+    this.late = behind && (header.keyframe ? [header, bytes] : this.late)
+    if (behind || (this.waiting && !header.keyframe)) return this.skip()
     if (header.keyframe && !this.configure(bytes)) return
     this.waiting = false
-    const timestamp = ++this.count * 1000 // our own: pts may repeat, when a picture is sent again
+    const timestamp = ++this.count * 1000 // pts repeat where a picture is sent again
     this.headers.set(timestamp, header)
     this.watchdog.wait()
     const type = header.keyframe ? "key" : "delta"
@@ -70,7 +76,7 @@ export class LiveDecoder {
     }
   }
 
-  /** Pictures after a gap cannot be decoded: wait for a whole one, and ask for it (not at each picture). */
+  /** After a gap wait for a keyframe, and ask for it (not at each picture). */
   skip() {
     this.waiting = true
     if (performance.now() - this.asked_ms < ASK_MS) return
@@ -101,6 +107,9 @@ export class LiveDecoder {
     for (const timestamp of this.headers.keys()) if (timestamp <= frame.timestamp) this.headers.delete(timestamp)
     if (header && !header.silent) this.on.picture(frame, header)
     else frame.close()
+    if (!this.late || this.behind) return
+    this.feed(...this.late)
+    this.waiting = true
   }
 
   broken(error) {
@@ -109,7 +118,7 @@ export class LiveDecoder {
     this.step_down(String(error?.message ?? error))
   }
 
-  /** First the browser's own decoder instead of the device's, then no WebCodecs at all. */
+  /** First the browser's own decoder, not the device's, then no WebCodecs. */
   step_down(reason) {
     this.drop()
     if (this.software) return this.on.failed(reason)
