@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -238,12 +239,14 @@ def test_stop_interrupts_the_pipeline(peer: BrokerPeer, beside: ThreadPoolExecut
     """Stop on the page ends the loop by the pipeline's own interrupt: no step after the one that heard it."""
     case = sd1()
     steps: list[int] = []
+    has_begun = threading.Event()
 
     def shown() -> None:
         with preview(case.pipe, peer.address) as view:
 
             def wait_for_stop(_pipe: Any, step: int, _t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
                 steps.append(step)
+                has_begun.set()
                 wait_for(lambda: view.sinks[0].stopped, of="STOP")
                 return kwargs
 
@@ -252,6 +255,7 @@ def test_stop_interrupts_the_pipeline(peer: BrokerPeer, beside: ThreadPoolExecut
     doing = beside.submit(shown)
     info = peer.opened()
     peer.demand(info.run)
+    assert has_begun.wait(60)  # the first step is over: the second hears of it
     peer.send(StopRun(run=info.run))
     assert peer.finish().reason == "stopped"
     doing.result(60)
