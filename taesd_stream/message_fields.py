@@ -249,14 +249,14 @@ _NAMES: Final[dict[type, str]] = {
 }
 
 
-def _has_default(cls: type, name: str) -> bool:
-    one = {one.name: one for one in dataclasses.fields(cls)}[name]
-    return one.default is not dataclasses.MISSING or one.default_factory is not dataclasses.MISSING
+def _takers(cls: type) -> list[tuple[str, Callable[[Any], Any], bool]]:
+    """Name, check and whether it may be absent, of each field."""
+    defaults = {one.name: (one.default, one.default_factory) for one in dataclasses.fields(cls)}
+    none = (dataclasses.MISSING, dataclasses.MISSING)
+    return [(name, check.take, defaults[name] != none) for name, check in FIELDS[cls].items()]
 
 
-_TAKERS: Final[dict[type, list[tuple[str, Callable[[Any], Any], bool]]]] = {
-    cls: [(name, one.take, _has_default(cls, name)) for name, one in checks.items()] for cls, checks in FIELDS.items()
-}
+_TAKERS: Final = {cls: _takers(cls) for cls in FIELDS}
 
 
 def type_name(cls: type) -> str:
