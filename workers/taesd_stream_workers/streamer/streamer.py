@@ -111,12 +111,15 @@ class Streamer:
             if time.monotonic() >= next_hello_s:
                 self._hello()
                 next_hello_s = time.monotonic() + HELLO_S
-            poller.poll(200)
-            self._wake.drain()
+            due = dict(poller.poll(200))
+            if self._wake.fileno() in due:
+                self._wake.drain()
             self._gate.attend()
             self._latency.take_gate(self._gate.counts)
-            self._receive_packets()
-            self._receive_broker()
+            if self._packets.socket in due:
+                self._receive_packets()
+            if self._line.socket in due:
+                self._receive_broker()
             self._send_queued()
             self._web.check()
             self._life.tick()
