@@ -31,10 +31,11 @@ from taesd_stream.models import build_decoder
 from tests.benchmarks.daemon_load import melting
 
 SIZES: Final = (256, 512, 1024)
+QUICK: Final = ["-preset", "ultrafast", "-crf", "23", "-g", "600"]
 OPTIONS: Final = {
     "live": ["-preset", "superfast", "-crf", "23", "-g", "600"],
-    "many": ["-preset", "ultrafast", "-crf", "23", "-g", "600"],
-    "predicted": ["-preset", "ultrafast", "-crf", "23", "-g", "600"],
+    "many": QUICK,
+    "predicted": QUICK,
     "record": ["-preset", "veryfast", "-crf", "14", "-g", "30"],
 }
 COMMON: Final = ["-tune", "zerolatency", "-x264-params", "scenecut=0", "-threads", "1"]
@@ -63,7 +64,7 @@ def melting_frames(size: int, count: int) -> NDArray[np.uint8]:
 def ours(way: str, frames: NDArray[np.uint8]) -> tuple[float, float]:
     """Frames a second of our encoder, and KiB a frame."""
     rendition: VideoRendition = "record" if way == "record" else "live"
-    encoder = VideoEncoder(rendition, is_one_of_many=frames_melt(way), is_clip=way == "predicted")
+    encoder = VideoEncoder(rendition, is_one_of_many=OPTIONS[way] is QUICK, is_clip=way == "predicted")
     began_s, nbytes = time.perf_counter(), 0
     for number, planes in enumerate(frames):
         nbytes += len(encoder.encode(planes, number * 9000).payload)
@@ -92,14 +93,9 @@ def theirs_s(way: str, file: Path, size: int, count: int) -> float:
     return time.perf_counter() - began_s
 
 
-def frames_melt(way: str) -> bool:
-    """Whether it is measured on the load's previews."""
-    return way in ("many", "predicted")
-
-
 def measure(way: str, size: int, count: int, rounds: int, folder: Path) -> dict[str, Any]:
     """Both, turn by turn."""
-    frames = (melting_frames if frames_melt(way) else frames_of)(size, count)
+    frames = (melting_frames if OPTIONS[way] is QUICK else frames_of)(size, count)
     file = folder / f"{size}.yuv"
     frames.tofile(file)
     ours(way, frames[: count // 4])  # warm
