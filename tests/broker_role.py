@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from taesd_stream.messages import (
     DemandUpdate,
     Done,
     Drain,
+    Echo,
     End,
     Failed,
     Job,
@@ -200,6 +202,7 @@ class Peer:
         self.socket = socket
         self.allowed = allowed
         self.heard: list[Any] = []
+        self._aside: deque[Any] = deque()  # came while it waited for something else: still to be received
         self._broker = broker
 
     def say(self, message: Any) -> None:
@@ -209,14 +212,18 @@ class Peer:
 
     def receive(self, timeout_s: float) -> Any | None:
         """The next message, None where none came in time."""
+        message = self._aside.popleft() if self._aside else self._read(timeout_s)
+        if message is not None:
+            self.heard.append(message)
+        return message
+
+    def _read(self, timeout_s: float) -> Any | None:
         deadline_s = time.monotonic() + timeout_s
         while not self.socket.poll(max(0, min(200, round((deadline_s - time.monotonic()) * 1000)))):
             self._broker.beat()
             if time.monotonic() >= deadline_s:
                 return None
-        message = wire.unpack(self.socket.recv_multipart(), self.allowed)
-        self.heard.append(message)
-        return message
+        return wire.unpack(self.socket.recv_multipart(), self.allowed)
 
     def next(self, cls: type[M], where: Callable[[M], bool] = lambda _: True, timeout_s: float = TIMEOUT_S) -> M:
         """The next message of a kind; what comes before it is only heard."""
@@ -275,6 +282,17 @@ class HelloPeer(Peer):
     said: Any = None
     _said_s = 0.0
 
+    def settle(self) -> None:
+        """Wait until the broker has all that this peer said: what another one says then comes after it."""
+        self.said = dataclasses.replace(self.said, echo_ns=time.monotonic_ns())
+        self.say_hello()
+        while True:
+            message = self._read(TIMEOUT_S)
+            assert message is not None, f"the broker did not hear {self.said}"
+            if isinstance(message, Echo) and message.echo_ns == self.said.echo_ns:
+                return
+            self._aside.append(message)
+
     def say_hello(self) -> None:
         """HELLO, now."""
         self._said_s = time.monotonic()
@@ -292,9 +310,12 @@ class WorkerPeer(HelloPeer):
     said = WorkerHello(device="cpu (test)", credits=2)
 
     def hello(self, **fields: Any) -> None:
-        """HELLO with these fields new; `live` runs that it answered are in its memory until it says otherwise."""
+        """HELLO with these fields new, and wait until the broker knows.
+
+        `live` runs that it answered are in its memory until it says otherwise.
+        """
         self.said = dataclasses.replace(self.said, **fields)
-        self.say_hello()
+        self.settle()
 
     def job(self, timeout_s: float = TIMEOUT_S) -> Job:
         """The next JOB."""
@@ -343,8 +364,9 @@ class StreamerPeer(HelloPeer):
         self.next(State)
 
     def watch(self, stream: str, rendition: Rendition = "live", viewers: int = 1) -> None:
-        """Viewers come or go."""
+        """Viewers come or go, and wait until the broker knows."""
         self.say(Watch(stream=stream, rendition=rendition, viewers=viewers))
+        self.settle()
 
     def keyframe(self, stream: str, rendition: Rendition = "live") -> None:
         """A late viewer."""

@@ -66,6 +66,7 @@ class Dispatcher:
 
     def on_hello(self, peer: bytes, hello: WorkerHello) -> None:
         """A worker is there; a new one may have the decoder that a recording waits for: the next tick asks it."""
+        self._links.to_inside(peer, Echo(echo_ns=hello.echo_ns, now_ns=time.monotonic_ns()))
         if hello.draining and self._drain(peer, hello):
             return
         if self._crew.hello(peer, hello):
@@ -81,7 +82,6 @@ class Dispatcher:
                 run.on_memory_told(peer, hello.memories.get(run.info.run))
         for run_id in self._moved_away(peer, hello):
             self._links.to_inside(peer, Forget(run=run_id))
-        self._links.to_inside(peer, Echo(echo_ns=hello.echo_ns, now_ns=time.monotonic_ns()))
 
     def _moved_away(self, peer: bytes, hello: WorkerHello) -> list[str]:
         """Runs whose encoders a worker still has, though another one shows them: it was silent when they moved.
@@ -107,7 +107,6 @@ class Dispatcher:
         mine = [run for run in self._registry.by_run.values() if run.worker == peer]
         if worker is not None and (worker.jobs or any(run.kept and run.kept.in_flight for run in mine)):
             return False
-        self._links.to_inside(peer, Echo(echo_ns=hello.echo_ns, now_ns=time.monotonic_ns()))
         self._links.to_inside(peer, Drain())
         if self._crew.let_go(peer):
             logger.info("worker_drained worker=%s", _shown(peer))
