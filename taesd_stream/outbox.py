@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,7 @@ from taesd_stream.kept_frames import KeptFrames
 from taesd_stream.latent_log import LogError
 from taesd_stream.latent_snapshot import Snapshot
 from taesd_stream.messages import End
+from taesd_stream.publish_rhythm import NEVER_NS, PublishRhythm
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,8 @@ class Outbox:
     """Shared by two threads: the sampler's thread says what it publishes, the side thread does all the rest.
 
     The sampler's thread takes no lock: it tests `wanted` and appends to `said`, either what it offers or, where nobody
-    wants that, only how many latents it would be in video time. The order there is the order of seq. Everything else
+    wants that, only how many latents it would be in video time. The order there is the order of seq. Then it wakes the
+    side thread, unless `look_ns` is soon: that is taken back before each look at `said`. Everything else
     that is not the side thread's own is changed under `changed`, which is never held over a disk write or a copy from
     a device: `said` at its other end, `pending`, `mode`, `next_…`, `kept_from`, `error` and the `is_…` flags.
     """
@@ -95,6 +98,7 @@ class Outbox:
     def __init__(self, info: StreamInfo, *, ring_bytes: int, log_folder: Path) -> None:
         self.wanted = True  # one test, before anything is built
         self.said: deque[Said | int] = deque()
+        self.look_ns = NEVER_NS  # when the side thread looks at `said`, woken or not
         self.changed = Condition(RLock())  # a signal's handler may publish, too
         self.is_closed = False  # nothing more is taken
         self.mode: RecordMode | None = info.record  # None: the broker has not said yet
@@ -108,6 +112,7 @@ class Outbox:
         self._run, self._is_live = info.run, info.kind == "live"
         self._next_index = 0  # of `live`, in video time
         self._next_sent_ns = 0
+        self._rhythm = PublishRhythm()
         self._is_collecting = False
         self._newest: LatentFrame | None = None  # of those that nobody keeps, also when it was sent
         self._undecided: deque[LatentFrame] = deque()
@@ -153,6 +158,7 @@ class Outbox:
 
         is_last: bring all of it, and wait for devices.
         """
+        self.look_ns = NEVER_NS  # first: who publishes from here on may come too late for this look
         with self.changed:
             self.place()
             waiting = list(self.pending)
@@ -176,6 +182,11 @@ class Outbox:
         with self.changed:
             self._is_collecting = False
             self.changed.notify_all()
+
+    def expect(self) -> int:
+        """Promise when the next look is: `look_ns`. The side thread alone, before it waits."""
+        self.look_ns = self._rhythm.look_ns(time.monotonic_ns())
+        return self.look_ns
 
     def settle(self, mode: RecordMode) -> bool:
         """The broker said what is kept; the side thread alone. Returns whether that is new.
@@ -281,6 +292,7 @@ class Outbox:
 
     def _offered(self, said: Said) -> Offered:
         step, total_steps, sigma, called_ns, snapshot, taken = said
+        self._rhythm.add(called_ns)
         # two frames never share a tick of the pictures' 90 kHz clock
         sent_ns = max(called_ns, self._next_sent_ns)
         self._next_sent_ns = sent_ns + NS_PER_TICK

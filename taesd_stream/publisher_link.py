@@ -71,6 +71,7 @@ class PublisherLink:
         self._is_end_sent = False
         self._is_end_acked = False
         self._give_up_s = math.inf
+        self._waiting = 0  # threads, for acks
 
     # --- entry points of the sampler's thread ---
 
@@ -91,7 +92,10 @@ class PublisherLink:
         """Wait until nothing kept is unacked."""
         outbox = self._outbox
         with outbox.changed:
+            self._waiting += 1
+            self.wakes.wake()
             outbox.changed.wait_for(lambda: outbox.is_all_acked or self._is_denied or self.is_over, timeout_s)
+            self._waiting -= 1
             return outbox.is_all_acked
 
     def end_soon(self, timeout_s: float, reason: EndReason, text: str) -> None:
@@ -151,14 +155,22 @@ class PublisherLink:
             self._outbox.collect()
             self._outbox.spill_if_full(self.run.first)
             self._send_all(socket, end)
-            is_blocked = self._pulse.blocked_since_s is not None
-            poller.register(socket, zmq.POLLIN | (zmq.POLLOUT if is_blocked else 0))
+            is_listening = self._is_listening()
+            poller.register(socket, self._events() if is_listening else 0)
             woken = dict(poller.poll(self._timeout_ms()))
             if self.wakes.fileno() in woken:
                 self.wakes.drain()
-            if woken.get(socket, 0) & zmq.POLLIN:  # else a receive costs 0.07 ms for nothing
+            if woken.get(socket, 0) & zmq.POLLIN or not is_listening:  # else it costs 0.07 ms for nothing
                 self._receive_all(socket)
             self._rest()
+
+    def _is_listening(self) -> bool:
+        """Whether an answer wakes this thread: not just after a kept frame, whose ack the next look will find."""
+        is_awaited = self._waiting or self._end is not None or self._pulse.blocked_since_s is not None
+        return is_awaited or time.monotonic() >= self._window.listens_s
+
+    def _events(self) -> int:
+        return zmq.POLLIN | (zmq.POLLOUT if self._pulse.blocked_since_s is not None else 0)
 
     def _watch(self, line: Line, poller: zmq.Poller) -> None:
         """Where the socket takes nothing, learn why."""
@@ -166,7 +178,7 @@ class PublisherLink:
             return
         before, old = line.error, line.socket
         if line.look():
-            poller.unregister(old)
+            poller.register(old, 0)
         self._not_let_in = line.error
         self._is_key_refused = line.error is not None and not line.is_broken_off
         if line.error is not None and line.error != before:
@@ -200,7 +212,7 @@ class PublisherLink:
         """Dial the next daemon. The run stays the former one's until that one is reached."""
         former = line.address
         is_news = self._daemons.leave(time.monotonic())
-        poller.unregister(line.socket)
+        poller.register(line.socket, 0)
         line.move(self._daemons.current)
         if is_news:
             why = "has no room" if self._has_no_room else "is gone"
@@ -224,8 +236,9 @@ class PublisherLink:
         return not self._outbox.pending and not self._outbox.kept.count and self._outbox.kept_from is None
 
     def _timeout_ms(self) -> int:
+        until = self._outbox.expect() / 1e9
         now = time.monotonic()
-        until = min(self._next_hello_s, self._give_up_s, self._outbox.looks.next_s, self._gone_s())
+        until = min(until, self._next_hello_s, self._give_up_s, self._outbox.looks.next_s, self._gone_s())
         if self._pulse.blocked_since_s is None and not self._is_refused and not self._pulse.is_silent(now):
             if self._outbox.slot or not self._outbox.wanted:
                 until = min(until, self._pace.next_s)
@@ -234,6 +247,8 @@ class PublisherLink:
             until = min(until, now + RETRY_S)
         if self._not_let_in is not None:
             until = min(until, now + KNOCK_S)
+        if self._window.listens_s > now:
+            until = min(until, self._window.listens_s)
         return max(0, math.ceil((until - now) * 1000))
 
     def _send_all(self, socket: zmq.Socket[bytes], end: End | None) -> None:

@@ -11,6 +11,7 @@ from taesd_stream.kept_frames import KeptFrames
 
 RESEND_S: Final = 2.0
 MAX_UNACKED_BYTES: Final = 16 << 20  # past it, wait for acks
+ACK_PAUSE_S: Final = 0.05  # after a frame: so long its ack may wait, for it to be read with what comes next
 
 
 class SendWindow:
@@ -22,6 +23,7 @@ class SendWindow:
         self._on_way: deque[tuple[int, int]] = deque()  # (seq, bytes)
         self._on_way_bytes = 0
         self._moved_s = 0.0  # when an ack came, or the first of them was sent
+        self.listens_s = -math.inf  # when acks are worth being woken for
 
     @property
     def resend_s(self) -> float:
@@ -43,6 +45,7 @@ class SendWindow:
         self._on_way.append((frame.seq, frame.nbytes))
         self._on_way_bytes += frame.nbytes
         self._next_seq = frame.seq + 1
+        self.listens_s = now + ACK_PAUSE_S if self._on_way_bytes < MAX_UNACKED_BYTES else now
 
     def ack(self, seq: int, now: float) -> bool:
         """The broker's log has everything up to `seq`. Returns whether that is new."""

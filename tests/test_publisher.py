@@ -19,8 +19,9 @@ import torch
 from taesd_stream import LatentPublisher
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.messages import PublisherHello, StopRun
+from taesd_stream.publish_rhythm import NEVER_NS
 from taesd_stream.pulse import MAX_UNHEARD_BYTES
-from tests.broker_peer import BrokerPeer
+from tests.broker_peer import TIMEOUT_S, BrokerPeer
 from tests.daemon import wait_for
 
 LATENTS = np.arange(4 * 8 * 8, dtype=np.float16).reshape(4, 8, 8)
@@ -291,9 +292,37 @@ def test_without_eventfd_frames_are_sent_at_once_too(
     publisher = open_run(record="off")
     peer.next(PublisherHello, lambda hello: hello.offset_ns != 0)
     for step in range(20):  # far more than there are seconds, in which HELLO would wake it
+        wait_for(lambda: publisher._outbox.look_ns == NEVER_NS, of="a side thread that waits to be woken")
         publish(publisher, 1, first=step)
         peer.frame(step)
     assert sum(isinstance(message, PublisherHello) for message in peer.heard) < 20
+
+
+def test_a_sampler_with_a_rhythm_need_not_wake_anybody(peer: BrokerPeer, open_run: Any) -> None:
+    """Once its steps are as long as each other, the side thread looks by itself, and every frame is sent."""
+    publisher = open_run(record="off")
+    wake, woken = publisher._signal, []
+    publisher._signal = lambda: (woken.append(step), wake())
+    for step in range(500):
+        time.sleep(0.02)  # its pace
+        publish(publisher, 1, first=step)
+        peer.frame(step)
+        if woken[-1] < step:
+            return
+    raise AssertionError("every publish woke the side thread")
+
+
+def test_acks_are_read_while_frames_go(peer: BrokerPeer, open_run: Any) -> None:
+    """They wake nobody just after a kept frame; but a sampler that pauses never does not fill the memory."""
+    publisher = open_run(record="all")
+    most = 0
+    for step in range(100):
+        publish(publisher, 1, first=step)
+        peer.frame(step, kept=True)
+        peer.ack(publisher.run, step)
+        most = max(most, publisher._outbox.kept.count)
+    assert most < 50
+    assert publisher.wait_until_acked(TIMEOUT_S)
 
 
 # --- demand ---

@@ -11,9 +11,11 @@ alone), short ones, for a machine's own speed drifts: `percent` is how much long
 95 % interval (Student's t) over the pairs. `side_ms` is the processor time that the publisher's own threads take for
 each step.
 
-Use `beside` tells what the machine itself loses when its other core works: the sampler publishes nothing, but in
-every second and third run of four a process on the daemon's core does, with a viewer. What `watched` loses more than
-that, publishing costs. The SHA-256 of every run's final latents must be the same. The last line is one JSON object.
+Uses `beside` and `beside_kept` tell what the machine itself loses when its other core works: the sampler publishes
+nothing, but in every second and third run of four a process on the daemon's core does, with a viewer, or kept. What
+`watched` and `kept` lose more than that, publishing costs; `--against beside` measures just this, pair by pair: the
+runs of every four that publish nothing have that process beside them. The SHA-256 of every run's final latents must be
+the same. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ SHAPE: Final = (4, 128, 128)  # 128 KiB as float16
 BAR_PERCENT: Final = 0.5
 T_95: Final = ((5, 2.78), (10, 2.26), (20, 2.09), (40, 2.02))  # two-sided, by pairs at the least
 
-USES: Final = ("idle", "watched", "kept", "beside")
+USES: Final = ("idle", "watched", "kept", "beside", "beside_kept")
 
 # who watches: a process of its own, on the daemon's core
 VIEWER: Final = """
@@ -68,7 +70,8 @@ os.sched_setaffinity(0, {1})
 import numpy as np
 from taesd_stream import LatentPublisher
 latents, step = np.random.default_rng(7).standard_normal(SHAPE).astype(np.float32), 0
-with LatentPublisher(sys.argv[1], stream="untouched/beside", latent_format="sd1", record="off") as publisher:
+name, record = sys.argv[2:]
+with LatentPublisher(sys.argv[1], stream=f"untouched/{name}", latent_format="sd1", record=record) as publisher:
     while sys.stdin.readline():
         while not select.select([sys.stdin], [], [], STEP_S)[0]:
             publisher.publish(latents, step=step, sigma=1.0)
@@ -83,6 +86,16 @@ class Run(NamedTuple):
     step_s: float
     side_s: float
     digest: str
+
+
+class Plan(NamedTuple):
+    """A use, and what it is compared with; `others`: the cores of the publisher's threads."""
+
+    use: str
+    is_against_beside: bool
+    pairs: int
+    steps: int
+    others: set[int]
 
 
 class Sampler:
@@ -118,22 +131,26 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=80, help="of ABBA")
     parser.add_argument("--steps", type=int, default=50, help="of each of the four")
     parser.add_argument("--uses", default=",".join(USES), help="some of them, between commas")
+    parser.add_argument("--against", choices=("alone", "beside"), default="alone", help="what uses are compared with")
     parser.add_argument("--bound", choices=("thread", "process"), default="thread", help="what is bound to core 0")
     arguments = parser.parse_args()
     unknown = [use for use in arguments.uses.split(",") if use not in USES]
     if unknown:
         parser.error(f"--uses: expected some of {', '.join(USES)}, got {', '.join(unknown)}")
+    if arguments.against == "beside" and not {"watched", "kept"}.issuperset(arguments.uses.split(",")):
+        parser.error("--against beside: it is the load of --uses watched or kept without their publisher")
     if arguments.pairs < 2:
         parser.error(f"--pairs {arguments.pairs}: an interval needs 2 at least")
     sampler = Sampler()
     results: dict[str, Any] = {"bar_percent": BAR_PERCENT, "bound": arguments.bound}
-    results |= {"pairs": arguments.pairs, "steps": arguments.steps}
+    results |= {"pairs": arguments.pairs, "steps": arguments.steps, "against": arguments.against}
     others = {1} if arguments.bound == "thread" else {0}
     with tempfile.TemporaryDirectory() as name, Daemon(Path(name)) as daemon:
         bind(daemon)
         os.sched_setaffinity(0, {0})
         for use in arguments.uses.split(","):
-            results[use] = compare(daemon, sampler, use, arguments.pairs, arguments.steps, others)
+            plan = Plan(use, arguments.against == "beside", arguments.pairs, arguments.steps, others)
+            results[use] = compare(daemon, sampler, plan)
             sys.stdout.write(f"{use:<8} {results[use]}\n")
             sys.stdout.flush()
     sys.stdout.write(json.dumps(results) + "\n")
@@ -146,27 +163,36 @@ def bind(daemon: Daemon) -> None:
             os.sched_setaffinity(int(thread.name), {1})
 
 
-def compare(daemon: Daemon, sampler: Sampler, use: str, pairs: int, steps: int, others: set[int]) -> dict[str, Any]:
-    """ABBA pairs; the two with publishing are a run of their own, its publisher's threads on the cores `others`."""
-    differences, hashes, alone_ms, side_ms = [], set(), [], []
+def compare(daemon: Daemon, sampler: Sampler, plan: Plan) -> dict[str, Any]:
+    """ABBA pairs; the two with publishing are a run of their own."""
+    differences, hashes, without_ms, side_ms = [], set(), [], []
     with contextlib.ExitStack() as stack:
-        if use in ("watched", "beside"):
-            stack.enter_context(process(VIEWER, daemon.web, use))
-        neighbour = stack.enter_context(process(NEIGHBOUR, daemon.broker)) if use == "beside" else None
-        for _ in range(pairs):
-            runs = [sampler.run(steps)]
-            with publishing(daemon, use, others, neighbour) as publisher:
-                runs += [sampler.run(steps, publisher) for _ in range(2)]
-            runs.append(sampler.run(steps))
+        is_watched = plan.use in ("watched", "beside")
+        if is_watched:
+            stack.enter_context(process(VIEWER, daemon.web, plan.use))
+        neighbour: subprocess.Popen[bytes] | None = None
+        if plan.is_against_beside or plan.use.startswith("beside"):
+            words = ("beside", "off") if is_watched else ("beside_kept", "all")
+            if plan.is_against_beside and is_watched:
+                stack.enter_context(process(VIEWER, daemon.web, "beside"))
+            neighbour = stack.enter_context(process(NEIGHBOUR, daemon.broker, *words))
+        without = neighbour if plan.is_against_beside else None
+        for _ in range(plan.pairs):
+            with working(without):
+                runs = [sampler.run(plan.steps)]
+            with publishing(daemon, plan, neighbour) as publisher:
+                runs += [sampler.run(plan.steps, publisher) for _ in range(2)]
+            with working(without):
+                runs.append(sampler.run(plan.steps))
             hashes |= {run.digest for run in runs}
-            alone_s = (runs[0].step_s + runs[3].step_s) / 2
-            alone_ms.append(1000 * alone_s)
+            without_s = (runs[0].step_s + runs[3].step_s) / 2
+            without_ms.append(1000 * without_s)
             side_ms += [1000 * run.side_s for run in runs[1:3]]
-            differences.append(100 * ((runs[1].step_s + runs[2].step_s) / 2 - alone_s) / alone_s)
+            differences.append(100 * ((runs[1].step_s + runs[2].step_s) / 2 - without_s) / without_s)
     mean, half = float(np.mean(differences)), half_interval(differences)
     return {
         "percent": {"mean": round(mean, 3), "low": round(mean - half, 3), "high": round(mean + half, 3)},
-        "step_ms_alone": round(float(np.median(alone_ms)), 2),
+        "step_ms_without": round(float(np.median(without_ms)), 2),
         "side_ms": round(float(np.median(side_ms)), 3),
         "is_same_result": len(hashes) == 1,
     }
@@ -174,19 +200,30 @@ def compare(daemon: Daemon, sampler: Sampler, use: str, pairs: int, steps: int, 
 
 @contextlib.contextmanager
 def publishing(
-    daemon: Daemon, use: str, others: set[int], neighbour: subprocess.Popen[bytes] | None
+    daemon: Daemon, plan: Plan, neighbour: subprocess.Popen[bytes] | None
 ) -> Iterator[LatentPublisher | None]:
-    """The sampler's own publisher, its threads on the cores `others`; or none, and the neighbour publishes."""
-    if neighbour is not None:
-        toggle(neighbour)
-        yield None
-        toggle(neighbour)
+    """The sampler's own publisher, its threads on the plan's cores; for a use `beside…` none: the neighbour works."""
+    if plan.use.startswith("beside"):
+        with working(neighbour):
+            yield None
         return
-    record: RecordMode = "all" if use == "kept" else "off"
-    os.sched_setaffinity(0, others)  # a thread begins on the cores of the one that starts it
-    with LatentPublisher(daemon.broker, stream=f"untouched/{use}", latent_format="sd1", record=record) as publisher:
+    record: RecordMode = "all" if plan.use == "kept" else "off"
+    os.sched_setaffinity(0, plan.others)  # a thread begins on the cores of the one that starts it
+    with LatentPublisher(
+        daemon.broker, stream=f"untouched/{plan.use}", latent_format="sd1", record=record
+    ) as publisher:
         os.sched_setaffinity(0, {0})
         yield publisher
+
+
+@contextlib.contextmanager
+def working(neighbour: subprocess.Popen[bytes] | None) -> Iterator[None]:
+    """The neighbour, where there is one, publishes meanwhile."""
+    if neighbour is not None:
+        toggle(neighbour)
+    yield
+    if neighbour is not None:
+        toggle(neighbour)
 
 
 @contextlib.contextmanager
