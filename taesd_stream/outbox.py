@@ -89,10 +89,11 @@ class Outbox:
     """Shared by two threads: the sampler's thread says what it publishes, the side thread does all the rest.
 
     The sampler's thread takes no lock: it tests `wanted` and appends to `said`, either what it offers or, where nobody
-    wants that, only how many latents it would be in video time. The order there is the order of seq. Then it wakes the
-    side thread, unless `look_ns` is soon: that is taken back before each look at `said`. Everything else
-    that is not the side thread's own is changed under `changed`, which is never held over a disk write or a copy from
-    a device: `said` at its other end, `pending`, `mode`, `next_…`, `kept_from`, `error` and the `is_…` flags.
+    wants that, only how many latents it would be in video time. The order there is the order of seq. For what it offers
+    it wakes the side thread, unless `look_ns` is soon: a promise, NEVER_NS from before each look at `said` until
+    the next one is made. Everything else that is not the side thread's own is changed under `changed`, which is never
+    held over a disk write or a copy from a device: `said` at its other end, `pending`, `mode`, `next_…`, `kept_from`,
+    `error` and the `is_…` flags.
     """
 
     def __init__(self, info: StreamInfo, *, ring_bytes: int, log_folder: Path) -> None:
@@ -185,7 +186,8 @@ class Outbox:
 
     def expect(self) -> int:
         """Promise when the next look is: `look_ns`. The side thread alone, before it waits."""
-        self.look_ns = self._rhythm.look_ns(time.monotonic_ns())
+        with self.changed:
+            self.look_ns = self._rhythm.look_ns(time.monotonic_ns())
         return self.look_ns
 
     def settle(self, mode: RecordMode) -> bool:

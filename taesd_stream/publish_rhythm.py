@@ -12,7 +12,7 @@ NEVER_NS: Final = 1 << 63  # later than any time
 INTERVALS: Final = 4
 MAX_SPREAD_NS: Final = 4_000_000  # of intervals that are a rhythm
 LATE_NS: Final = 1_000_000  # a look before the publish is in vain
-SOON_NS: Final = 6_000_000  # a look that is due by then spares the wake; a publish in time is never further from it
+SOON_NS: Final = 6_000_000  # a look within so long of a publish spares the wake: more than late and spread together
 
 
 class PublishRhythm:

@@ -1,4 +1,7 @@
-"""The publisher's side thread: it owns the socket, and says OPEN, FRAME, HELLO and END in their order."""
+"""The publisher's side thread: it owns the socket, and says OPEN, FRAME, HELLO and END in their order.
+
+One state machine, and so one file: what is sent next depends on all that was heard.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,7 @@ class PublisherLink:
         self._pace = Pace()
         self._next_hello_s = 0.0
         self._clock = ClockOffset()
+        self._is_echo_due = False
         self._bad_messages = 0
         self._end: End | None = None
         self._is_end_sent = False
@@ -94,8 +98,10 @@ class PublisherLink:
         with outbox.changed:
             self._waiting += 1
             self.wakes.wake()
-            outbox.changed.wait_for(lambda: outbox.is_all_acked or self._is_denied or self.is_over, timeout_s)
-            self._waiting -= 1
+            try:
+                outbox.changed.wait_for(lambda: outbox.is_all_acked or self._is_denied or self.is_over, timeout_s)
+            finally:
+                self._waiting -= 1
             return outbox.is_all_acked
 
     def end_soon(self, timeout_s: float, reason: EndReason, text: str) -> None:
@@ -157,7 +163,7 @@ class PublisherLink:
             self._send_all(socket, end)
             is_listening = self._is_listening()
             poller.register(socket, self._events() if is_listening else 0)
-            woken = dict(poller.poll(self._timeout_ms()))
+            woken = dict(poller.poll(self._timeout_ms(is_listening=is_listening)))
             if self.wakes.fileno() in woken:
                 self.wakes.drain()
             if woken.get(socket, 0) & zmq.POLLIN or not is_listening:  # else it costs 0.07 ms for nothing
@@ -165,9 +171,10 @@ class PublisherLink:
             self._rest()
 
     def _is_listening(self) -> bool:
-        """Whether an answer wakes this thread: not just after a kept frame, whose ack the next look will find."""
-        is_awaited = self._waiting or self._end is not None or self._pulse.blocked_since_s is not None
-        return is_awaited or time.monotonic() >= self._window.listens_s
+        """Whether what the broker says wakes this thread: just after a kept frame it may wait for the next look."""
+        is_awaited = self._waiting > 0 or self._end is not None or self._pulse.blocked_since_s is not None
+        # an echo that is read late would be a wrong clock
+        return is_awaited or self._is_echo_due or time.monotonic() >= self._window.listens_s
 
     def _events(self) -> int:
         return zmq.POLLIN | (zmq.POLLOUT if self._pulse.blocked_since_s is not None else 0)
@@ -235,7 +242,7 @@ class PublisherLink:
             return False
         return not self._outbox.pending and not self._outbox.kept.count and self._outbox.kept_from is None
 
-    def _timeout_ms(self) -> int:
+    def _timeout_ms(self, *, is_listening: bool) -> int:
         until = self._outbox.expect() / 1e9
         now = time.monotonic()
         until = min(until, self._next_hello_s, self._give_up_s, self._outbox.looks.next_s, self._gone_s())
@@ -247,7 +254,7 @@ class PublisherLink:
             until = min(until, now + RETRY_S)
         if self._not_let_in is not None:
             until = min(until, now + KNOCK_S)
-        if self._window.listens_s > now:
+        if not is_listening:
             until = min(until, self._window.listens_s)
         return max(0, math.ceil((until - now) * 1000))
 
@@ -296,6 +303,7 @@ class PublisherLink:
         _send(socket, PublisherHello(runs={self.run.info.run: row}, echo_ns=time.monotonic_ns(), offset_ns=offset_ns))
         self._next_hello_s = now + HELLO_S
         self._pulse.asked(now)
+        self._is_echo_due = True
 
     def _send_slot(self, socket: zmq.Socket[bytes], now: float, *, is_ending: bool) -> None:
         slot = self._outbox.slot
@@ -341,6 +349,7 @@ class PublisherLink:
 
     def _handle(self, message: Any) -> None:
         if isinstance(message, Echo):
+            self._is_echo_due = False
             self._clock.add(message.echo_ns, message.now_ns, time.monotonic_ns())
         elif message.run != self.run.info.run:
             return

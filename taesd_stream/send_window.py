@@ -11,7 +11,7 @@ from taesd_stream.kept_frames import KeptFrames
 
 RESEND_S: Final = 2.0
 MAX_UNACKED_BYTES: Final = 16 << 20  # past it, wait for acks
-ACK_PAUSE_S: Final = 0.05  # after a frame: so long its ack may wait, for it to be read with what comes next
+ACK_PAUSE_S: Final = 0.05  # after a frame: so long what the broker says may wait, to be read with the next publish
 
 
 class SendWindow:
@@ -23,7 +23,7 @@ class SendWindow:
         self._on_way: deque[tuple[int, int]] = deque()  # (seq, bytes)
         self._on_way_bytes = 0
         self._moved_s = 0.0  # when an ack came, or the first of them was sent
-        self.listens_s = -math.inf  # when acks are worth being woken for
+        self.listens_s = -math.inf  # from when on what the broker says is worth being woken for
 
     @property
     def resend_s(self) -> float:

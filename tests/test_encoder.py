@@ -201,6 +201,16 @@ def test_one_of_many_tries_again_though_viewers_ask_for_keyframes() -> None:
     assert sum(picture.is_keyframe for picture in still[-36:]) <= 8
 
 
+def test_one_of_many_predicts_a_new_size_whatever_the_last_one_was() -> None:
+    """What is learnt of pictures that share nothing says nothing of the size that follows: it begins as any chain."""
+    encoder = VideoEncoder("live", is_one_of_many=True)
+    noise = np.random.default_rng(4).integers(16, 235, (50, 96, 64), np.uint8)
+    last = [encoder.encode(planes, number).is_keyframe for number, planes in enumerate(noise)][-4:]
+    still = [encoder.encode(noise[-1][:48, :32].copy(), 50 + n).is_keyframe for n in range(FIRST_TRY)]
+    assert sum(last) >= 3
+    assert still == [True] + [False] * (FIRST_TRY - 1)
+
+
 def test_one_of_many_makes_no_keyframes_within_a_clip() -> None:
     """A clip is entered at its first picture alone, however little its pictures share."""
     encoder = VideoEncoder("live", is_one_of_many=True, is_clip=True)

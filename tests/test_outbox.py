@@ -30,7 +30,7 @@ from taesd_stream.latent_log import LogError, read_messages
 from taesd_stream.latent_snapshot import snapshot_of
 from taesd_stream.messages import End
 from taesd_stream.outbox import MAX_FINALS, Outbox, Said
-from taesd_stream.send_window import MAX_UNACKED_BYTES, RESEND_S, SendWindow
+from taesd_stream.send_window import ACK_PAUSE_S, MAX_UNACKED_BYTES, RESEND_S, SendWindow
 from tests.golden_messages import FRAME, OPEN, RUN
 
 FRAME_BYTES = 96
@@ -239,6 +239,18 @@ def test_nothing_is_sent_twice_before_its_time(tmp_path: Path) -> None:
     assert window.ack(0, 101.0)
     assert sent_at(101.0 + 0.9 * RESEND_S) == []
     assert sent_at(101.0 + RESEND_S) == [1, 2]
+
+
+def test_acks_may_wait_a_little_unless_frames_wait_for_them(tmp_path: Path) -> None:
+    """After a frame its ack is worth no wake, for 50 ms; a window that is full needs it at once."""
+    kept = KeptFrames(1 << 40, tmp_path)
+    window = SendWindow(kept)
+    assert window.listens_s < 100.0
+    window.sent(dataclasses.replace(FRAME, seq=0), 100.0)
+    assert window.listens_s == 100.0 + ACK_PAUSE_S
+    big = dataclasses.replace(FRAME, seq=1, shape=(1, 1024, MAX_UNACKED_BYTES >> 12), dtype="float32", payload=b"")
+    window.sent(big, 100.01)
+    assert window.listens_s == 100.01
 
 
 @given(st.lists(st.integers(0, 30), max_size=30), st.integers(1, 31))

@@ -50,14 +50,17 @@ def test_it_is_looked_for_once() -> None:
     assert rhythm.look_ns(look_ns) == NEVER_NS
 
 
-@given(st.lists(st.integers(0, 100 * MS), min_size=INTERVALS, max_size=3 * INTERVALS), st.integers(0, 8))
-def test_a_publish_in_the_rhythm_never_wakes(intervals_ns: list[int], eighths: int) -> None:
-    """One that comes within the spread of the last intervals finds a look that is soon: at most so long it waits."""
-    rhythm, last_ns = rhythm_of(*[one / MS for one in intervals_ns])
+@given(
+    st.integers(0, 100 * MS),
+    st.lists(st.integers(0, MAX_SPREAD_NS + MS), min_size=INTERVALS, max_size=INTERVALS),
+    st.integers(0, 8),
+)
+def test_a_publish_in_the_rhythm_never_wakes(shortest_ns: int, more_ns: list[int], eighths: int) -> None:
+    """One that comes within the spread of the last intervals finds a look that is soon; no spread over 4 ms is one."""
+    rhythm, last_ns = rhythm_of(90, 9, *[(shortest_ns + more) / MS for more in more_ns])
     look_ns = rhythm.look_ns(last_ns)
-    last = intervals_ns[-INTERVALS:]
-    is_steady = max(last) - min(last) <= MAX_SPREAD_NS
-    assert (look_ns != NEVER_NS) == is_steady
-    if is_steady:
-        next_ns = last_ns + min(last) + (max(last) - min(last)) * eighths // 8
-        assert LATE_NS <= look_ns - next_ns <= SOON_NS
+    spread_ns = max(more_ns) - min(more_ns)
+    assert (look_ns != NEVER_NS) == (spread_ns <= MAX_SPREAD_NS)
+    if look_ns != NEVER_NS:
+        next_ns = last_ns + shortest_ns + min(more_ns) + spread_ns * eighths // 8
+        assert LATE_NS <= look_ns - next_ns <= LATE_NS + MAX_SPREAD_NS < SOON_NS

@@ -1,6 +1,6 @@
 """Whether publishing makes a sampler slower: its steps with and without, the sampler and the daemon on a core each.
 
-    python -m tests.benchmarks.sampler_untouched            (about 50 minutes)
+    python -m tests.benchmarks.sampler_untouched            (about 70 minutes)
     python -m tests.benchmarks.sampler_untouched --uses watched,beside --bound process
 
 A sampler of seeded torch work, about 50 ms a step on one thread, bound to core 0; a real daemon (linear decoder) bound
@@ -72,6 +72,7 @@ from taesd_stream import LatentPublisher
 latents, step = np.random.default_rng(7).standard_normal(SHAPE).astype(np.float32), 0
 name, record = sys.argv[2:]
 with LatentPublisher(sys.argv[1], stream=f"untouched/{name}", latent_format="sd1", record=record) as publisher:
+    print(flush=True)
     while sys.stdin.readline():
         while not select.select([sys.stdin], [], [], STEP_S)[0]:
             publisher.publish(latents, step=step, sigma=1.0)
@@ -176,6 +177,8 @@ def compare(daemon: Daemon, sampler: Sampler, plan: Plan) -> dict[str, Any]:
             if plan.is_against_beside and is_watched:
                 stack.enter_context(process(VIEWER, daemon.web, "beside"))
             neighbour = stack.enter_context(process(NEIGHBOUR, daemon.broker, *words))
+            assert neighbour.stdout is not None
+            neighbour.stdout.readline()  # it has begun
         without = neighbour if plan.is_against_beside else None
         for _ in range(plan.pairs):
             with working(without):
@@ -229,7 +232,8 @@ def working(neighbour: subprocess.Popen[bytes] | None) -> Iterator[None]:
 @contextlib.contextmanager
 def process(code: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
     """Python code in a process of its own, which is killed at the end."""
-    with subprocess.Popen([sys.executable, "-c", code, *words], stdin=subprocess.PIPE) as started:
+    command = [sys.executable, "-c", code, *words]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as started:
         try:
             yield started
         finally:
