@@ -16,6 +16,8 @@ from taesd_stream_workers.broker.registry import ENDED_AT_ONCE, ENDED_RUNS, MAX_
 from tests.broker_role import SHAPE, BrokerRole, Peer, frame, new_run
 from tests.daemon import wait_for
 
+pytestmark = pytest.mark.faults
+
 LARGE = (4, 64, 64)  # 32 KiB: more than the broker's own log, which shares the limit of its files
 ROOM = 1 << 30
 
@@ -67,7 +69,6 @@ def test_a_recording_that_never_got_a_frame_is_forgotten(tmp_path: Path) -> None
         wait_for(lambda: "log_error" not in broker.alerts(), of="the all-clear")
 
 
-@pytest.mark.faults
 def test_the_last_frame_of_a_lost_run_waits_for_room(tmp_path: Path) -> None:
     """record="last", lost on a full disk: the warning stays, the frame is tried again, and with room it is recorded."""
     run = new_run()

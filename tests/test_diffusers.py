@@ -321,6 +321,7 @@ def test_nobody_there_changes_nothing() -> None:
     assert view.error is None
 
 
+@pytest.mark.faults
 def test_a_broker_gone_midway_changes_nothing(peer: BrokerPeer) -> None:
     """Pictures are the same, bit for bit, when the broker goes while the pipeline runs."""
     case = flux1()

@@ -13,6 +13,8 @@ from taesd_stream_workers.broker.crew import SILENT_S
 from tests.broker_role import BrokerRole, Peer, StreamerPeer, WorkerPeer, frame, new_run
 from tests.daemon import wait_for
 
+pytestmark = pytest.mark.faults
+
 DEADLINE_S = 0.5
 
 
@@ -114,7 +116,6 @@ def keep(publisher: Peer, stream: str, frames: int) -> str:
     return run
 
 
-@pytest.mark.faults
 def test_a_slow_worker_leaves_no_frame_out(broker: BrokerRole) -> None:
     """Frames that take longer than the deadline are recorded all the same: late is not poison, nor for ever."""
     with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker() as worker:

@@ -604,6 +604,7 @@ def infos_in(folder: Path) -> list[StreamInfo]:
     return [message for message in every if isinstance(message, StreamInfo)]
 
 
+@pytest.mark.faults
 def test_three_brokers_miss_no_frame(tmp_path: Path, hasty: None, caplog: pytest.LogCaptureFixture) -> None:
     """One of three is killed in a kept run: all frames are in two logs, the second's run continues the first's.
 

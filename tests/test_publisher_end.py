@@ -411,6 +411,7 @@ def test_the_broker_has_what_it_acked(tmp_path: Path) -> None:
         broker.start()
 
 
+@pytest.mark.faults
 def test_a_broker_that_is_killed_and_back_misses_nothing(tmp_path: Path) -> None:
     """Killed twice under load: in the end its log has every frame once, in order."""
     with BrokerProcess(tmp_path) as broker:
