@@ -89,7 +89,8 @@ def test_recording_holds_every_published_frame(
             direct = decoder(latent.unsqueeze(0))[0].clamp(0, 1).permute(1, 2, 0).numpy() * 255
         assert psnr_db(direct, picture) >= 32.0
     expected = "taef2" if shared_or_none else "nano"
-    assert real_daemon.streams()["clip/main"]["decoder"] == expected
+    # a recording alone shows no picture whose decoder would be told with it: a worker's next HELLO does
+    assert wait_for(lambda: real_daemon.streams()["clip/main"]["decoder"], of="the decoder's name") == expected
 
 
 def test_colours_come_back_right_from_every_sink(daemon: Daemon) -> None:
