@@ -161,23 +161,21 @@ class PublisherLink:
             self._outbox.collect()
             self._outbox.spill_if_full(self.run.first)
             self._send_all(socket, end)
-            is_listening = self._is_listening()
-            poller.register(socket, self._events() if is_listening else 0)
-            woken = dict(poller.poll(self._timeout_ms(is_listening=is_listening)))
+            events = self._events()
+            poller.register(socket, events)
+            woken = dict(poller.poll(self._timeout_ms(is_listening=events != 0)))
             if self.wakes.fileno() in woken:
                 self.wakes.drain()
-            if woken.get(socket, 0) & zmq.POLLIN or not is_listening:  # else it costs 0.07 ms for nothing
+            if woken.get(socket, 0) & zmq.POLLIN or not events:  # else it costs 0.07 ms for nothing
                 self._receive_all(socket)
             self._rest()
 
-    def _is_listening(self) -> bool:
-        """Whether what the broker says wakes this thread: just after a kept frame it may wait for the next look."""
-        is_awaited = self._waiting > 0 or self._end is not None or self._pulse.blocked_since_s is not None
-        # an echo that is read late would be a wrong clock
-        return is_awaited or self._is_echo_due or time.monotonic() >= self._window.listens_s
-
     def _events(self) -> int:
-        return zmq.POLLIN | (zmq.POLLOUT if self._pulse.blocked_since_s is not None else 0)
+        """What of the socket wakes this thread: nothing just after a kept frame, for it may wait for the next look."""
+        if self._pulse.blocked_since_s is not None:
+            return zmq.POLLIN | zmq.POLLOUT
+        is_awaited = self._waiting > 0 or self._end is not None or self._is_echo_due  # read late, it is a wrong clock
+        return zmq.POLLIN if is_awaited or time.monotonic() >= self._window.listens_s else 0
 
     def _watch(self, line: Line, poller: zmq.Poller) -> None:
         """Where the socket takes nothing, learn why."""

@@ -360,8 +360,7 @@ class StreamerPeer(HelloPeer):
     def hello(self, *cursors: Cursor) -> None:
         """HELLO, and wait until the broker knows."""
         self.said = StreamerHello(endpoint="tcp://127.0.0.1:9", cursors=cursors)
-        self.say_hello()
-        self.next(State)
+        self.settle()
 
     def watch(self, stream: str, rendition: Rendition = "live", viewers: int = 1) -> None:
         """Viewers come or go, and wait until the broker knows."""

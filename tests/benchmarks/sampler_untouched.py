@@ -169,14 +169,13 @@ def compare(daemon: Daemon, sampler: Sampler, plan: Plan) -> dict[str, Any]:
     differences, hashes, without_ms, side_ms = [], set(), [], []
     with contextlib.ExitStack() as stack:
         is_watched = plan.use in ("watched", "beside")
-        if is_watched:
-            stack.enter_context(process(VIEWER, daemon.web, plan.use))
+        beside, record = ("beside", "off") if is_watched else ("beside_kept", "all")
+        streams = {plan.use, beside} if plan.is_against_beside else {plan.use}
+        for stream in streams if is_watched else ():
+            stack.enter_context(process(VIEWER, daemon.web, stream))
         neighbour: subprocess.Popen[bytes] | None = None
-        if plan.is_against_beside or plan.use.startswith("beside"):
-            words = ("beside", "off") if is_watched else ("beside_kept", "all")
-            if plan.is_against_beside and is_watched:
-                stack.enter_context(process(VIEWER, daemon.web, "beside"))
-            neighbour = stack.enter_context(process(NEIGHBOUR, daemon.broker, *words))
+        if beside in streams:
+            neighbour = stack.enter_context(process(NEIGHBOUR, daemon.broker, beside, record))
             assert neighbour.stdout is not None
             neighbour.stdout.readline()  # it has begun
         without = neighbour if plan.is_against_beside else None
