@@ -99,6 +99,7 @@ class Outbox:
     def __init__(self, info: StreamInfo, *, ring_bytes: int, log_folder: Path) -> None:
         self.wanted = True  # one test, before anything is built
         self.said: deque[Said | int] = deque()
+        self.is_busy = False  # the sampler's thread is in publish()
         self.look_ns = NEVER_NS  # when the side thread looks at `said`, woken or not
         self.changed = Condition(RLock())  # a signal's handler may publish, too
         self.is_closed = False  # nothing more is taken

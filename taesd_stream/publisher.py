@@ -172,6 +172,7 @@ class LatentPublisher:
             if not is_plain:
                 step, total_steps, sigma = _checked_numbers(step, total_steps, sigma)
             sent_ns = monotonic_ns()
+            outbox.is_busy = True
             snapshot = self._snapshot
             if snapshot is None or (taken := snapshot.take(latents)) is None:
                 snapshot = self._snapshot = self._snapshot_of(latents)
@@ -185,6 +186,8 @@ class LatentPublisher:
             self._fault = None
         except Exception as error:  # noqa: BLE001 the run is worth more than its preview
             self._complain(error)
+        finally:
+            self._outbox.is_busy = False
 
     def wait_until_acked(self, timeout_s: float) -> bool:
         """Wait until the daemon's log has every kept frame, so that this program may exit.

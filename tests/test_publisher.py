@@ -325,6 +325,34 @@ def test_a_sampler_with_a_rhythm_need_not_wake_anybody(peer: BrokerPeer, open_ru
     assert hellos < 20  # which are once a second, and look too
 
 
+def test_the_side_thread_stands_aside_while_a_publish_is_under_way(peer: BrokerPeer, open_run: Any) -> None:
+    """A publish() is told apart from what is around it, also where it fails; until it is over the thread sleeps."""
+    publisher = open_run(record="off")
+    outbox, seen = publisher._outbox, []
+
+    class Watched(np.ndarray):
+        def tobytes(self, *_: Any) -> bytes:
+            seen.append(outbox.is_busy)
+            if not self.any():
+                raise RuntimeError("these have gone")
+            return super().tobytes()
+
+    publisher.publish(LATENTS.view(Watched), step=0)
+    publisher.publish(np.zeros_like(LATENTS).view(Watched), step=1)
+    assert "these have gone" in (publisher.error or "")
+    assert seen == [True, True]
+    assert not outbox.is_busy
+
+    outbox.is_busy = True
+    aside = threading.Thread(target=publisher._link._stand_aside)
+    aside.start()
+    aside.join(0.1)
+    assert aside.is_alive()
+    outbox.is_busy = False
+    aside.join(TIMEOUT_S)
+    assert not aside.is_alive()
+
+
 def test_acks_are_read_while_frames_go(peer: BrokerPeer, open_run: Any) -> None:
     """They wake nobody just after a kept frame; but a sampler that never pauses does not fill the memory."""
     publisher = open_run(record="all")
