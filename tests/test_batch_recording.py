@@ -31,6 +31,7 @@ from taesd_stream.media.recording import Recording
 from taesd_stream.media.steps import pictures_around, steps_of
 from taesd_stream.messages import Job
 from taesd_stream_workers.streamer.library import first_frames
+from taesd_stream_workers.worker.encode_threads import EncodeThreads
 from taesd_stream_workers.worker.job_decoder import MAX_TRACKS, JobDecoder
 from taesd_stream_workers.worker.job_run import JobRun
 from tests.commands import run_command
@@ -86,7 +87,7 @@ def test_a_large_batch_is_recorded_as_one_picture(count: int) -> None:
     """One picture more than get a file each: all are in one, and the worker says so with its answer."""
     said: list[Any] = []
     config = load_config(sets=["recording.batch=each", "decoder.choice=linear"])
-    decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, said.append, threads=2)
+    decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, said.append, lanes=EncodeThreads(2))
     item = replace(JOB_ITEM, shape=(count, 4, 2, 2), renditions=("record",))
     payload = bytes(count * 4 * 2 * 2 * 2)
     run = JobRun(Job(job=1, latent_format="sd1", items=(item,), packets_to="tcp://127.0.0.1:9", payloads=(payload,)))

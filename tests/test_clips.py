@@ -20,6 +20,7 @@ from taesd_stream.frames import Packet
 from taesd_stream.messages import Job, Progress
 from taesd_stream.models import build_decoder
 from taesd_stream_workers.worker.degrading import Pace
+from taesd_stream_workers.worker.encode_threads import EncodeThreads
 from taesd_stream_workers.worker.job_decoder import JobDecoder
 from taesd_stream_workers.worker.job_run import JobRun
 from tests.daemon import Daemon, wait_for
@@ -66,7 +67,9 @@ class Decoded:
     def __init__(self, weights: Path, *sets: str) -> None:
         self.said: list[Any] = []
         config = load_config(sets=[f"weights.folder={weights}", "decoder.choice=tiny", *sets])
-        self._decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, self.said.append, threads=2)
+        self._decoder = JobDecoder(
+            config, torch.device("cpu"), time.monotonic_ns, self.said.append, lanes=EncodeThreads(2)
+        )
         self._decoder.start()
 
     def work(self, *jobs: Job) -> None:

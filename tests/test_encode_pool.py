@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import signal
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -18,13 +21,25 @@ from taesd_stream.decoding.host_copies import HostCopy
 from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import EncodedPicture, Planes
 from taesd_stream.messages import Job
+from taesd_stream_workers.worker.chain_encoder import Order
 from taesd_stream_workers.worker.encode_pool import FILM_S, MANY_LIVE, MAX_WAITING, EncodePool, EncodeTask
+from taesd_stream_workers.worker.encode_processes import EncodeProcesses
+from taesd_stream_workers.worker.encode_threads import EncodeThreads
 from taesd_stream_workers.worker.job_decoder import JobDecoder
 from taesd_stream_workers.worker.job_run import JobRun
 from tests.daemon import wait_for
 from tests.golden_messages import JOB_ITEM
 
-THREADS = 4
+LANES = 4
+NewPool: TypeAlias = Callable[..., EncodePool]
+
+
+@pytest.fixture(params=[EncodeThreads, EncodeProcesses])
+def new_pool(request: pytest.FixtureRequest) -> NewPool:
+    """Makes pools that encode in threads, or in processes."""
+    if request.param is EncodeProcesses and not EncodeProcesses.are_possible():
+        pytest.skip("this system shares no memory without a name")
+    return lambda *clock: EncodePool(request.param(LANES), *clock)
 
 
 class Gate(HostCopy):
@@ -40,6 +55,27 @@ class Gate(HostCopy):
         return super().wait()
 
 
+@contextlib.contextmanager
+def held_up(pool: EncodePool, *, films: bool) -> Iterator[HostCopy]:
+    """A copy whose pictures are not encoded within this `with`: of films, or of all else."""
+    grey, lanes = np.full((48, 32), 128, np.uint8), pool._lanes
+    if not isinstance(lanes, EncodeProcesses):
+        gate = Gate(grey)
+        try:
+            yield gate
+        finally:
+            gate.open.set()
+        return
+    processes = [child.process for child in lanes._children if child.is_for_films == films]
+    try:
+        for process in processes:
+            process.send_signal(signal.SIGSTOP)
+        yield HostCopy(grey)
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
+
+
 class Results:
     """What came out, by run, in the order in which it came: (pts, picture)."""
 
@@ -48,10 +84,18 @@ class Results:
         self._lock = threading.Lock()
 
     def task(
-        self, run: str, pts: int, planes: Planes | None = None, *, rendition: Rendition = "live", attempt: int = 0
+        self,
+        run: str,
+        pts: int,
+        planes: Planes | None = None,
+        *,
+        rendition: Rendition = "live",
+        attempt: int = 0,
+        copy: HostCopy | None = None,
     ) -> EncodeTask:
-        """A picture to encode, grey unless it is given."""
+        """A picture to encode, grey unless it is given, or what a copy brings."""
         picture = np.full((48, 32), 128, np.uint8) if planes is None else planes
+        copy = copy or HostCopy(picture)
 
         def on_done(encoded: EncodedPicture | None) -> None:
             with self._lock:
@@ -60,14 +104,11 @@ class Results:
         return EncodeTask(
             run=run,
             rendition=rendition,
-            attempt=attempt,
-            keyframe=False,
-            pts=pts,
-            planes=picture,
-            size=(32, 32),
-            copy=HostCopy(picture),
+            # is_clip: no keyframes of an encoder's own accord: they tell when one is new
+            order=Order(attempt, False, pts, 32, 32, track=0, tracks=1, is_clip=True),
+            planes=copy.array,
+            copy=copy,
             on_done=on_done,
-            is_clip=True,  # no keyframes of an encoder's own accord: they tell when one is new
         )
 
     def keyframes(self, run: str) -> list[int]:
@@ -75,9 +116,9 @@ class Results:
         return [pts for pts, picture in self.by_run[run] if picture is not None and picture.is_keyframe]
 
 
-def test_pictures_of_a_run_come_in_order_from_whatever_thread() -> None:
+def test_pictures_of_a_run_come_in_order_from_whatever_thread(new_pool: NewPool) -> None:
     """Many runs' pictures go through a few threads: each run's come out in order, and all once."""
-    results, pool = Results(), EncodePool(THREADS)
+    results, pool = Results(), new_pool()
     pool.start()
     for pts in range(0, 900, 90):
         pool.submit([results.task(f"run {number}", pts) for number in range(12)])
@@ -88,14 +129,14 @@ def test_pictures_of_a_run_come_in_order_from_whatever_thread() -> None:
         assert results.keyframes(run) == [0]  # one encoder made them all
 
 
-def test_a_forgotten_run_begins_anew_behind_what_is_queued_of_it() -> None:
+def test_a_forgotten_run_begins_anew_behind_what_is_queued_of_it(new_pool: NewPool) -> None:
     """Forgetting closes a run's encoder once its pictures are made; one that comes later starts with a keyframe."""
-    results, pool = Results(), EncodePool(THREADS)
+    results, pool = Results(), new_pool()
     pool.start()
     pool.submit([results.task("a", 0), results.task("a", 90)])
     pool.forget("a")
     pool.close()
-    again = EncodePool(THREADS)
+    again = new_pool()
     again.start()
     again.submit([results.task("a", 180)])
     again.close()
@@ -103,9 +144,9 @@ def test_a_forgotten_run_begins_anew_behind_what_is_queued_of_it() -> None:
     assert results.keyframes("a") == [0, 180]
 
 
-def test_a_new_attempt_is_a_new_chain() -> None:
+def test_a_new_attempt_is_a_new_chain(new_pool: NewPool) -> None:
     """A recording's next attempt begins with a keyframe, in the same pool."""
-    results, pool = Results(), EncodePool(THREADS)
+    results, pool = Results(), new_pool()
     pool.start()
     pool.submit([results.task("a", pts, rendition="record", attempt=attempt) for pts, attempt in [(0, 1), (90, 1)]])
     pool.submit([results.task("a", pts, rendition="record", attempt=2) for pts in (90, 180)])
@@ -113,30 +154,28 @@ def test_a_new_attempt_is_a_new_chain() -> None:
     assert results.keyframes("a") == [0, 90]
 
 
-def test_a_film_holds_up_nobody() -> None:
-    """While a film's picture waits for the device, the pool takes no more films, and live pictures come out."""
-    results, pool = Results(), EncodePool(THREADS)
+def test_a_film_holds_up_nobody(new_pool: NewPool) -> None:
+    """While a film's picture waits, the pool takes no more films, and live pictures come out."""
+    results, pool = Results(), new_pool()
     pool.start()
-    gate = Gate(np.full((48, 32), 128, np.uint8))
-    pool.submit([replace(results.task("film", pts, rendition="film"), copy=gate) for pts in (0, 90)])
-    assert not pool.takes_film("film")
-    pool.submit([results.task("live", 0)])
-    wait_for(lambda: results.by_run["live"], of="the live picture")
-    assert not results.by_run["film"]
-    gate.open.set()
+    with held_up(pool, films=True) as copy:
+        pool.submit([results.task("film", pts, rendition="film", copy=copy) for pts in (0, 90)])
+        assert not pool.takes_film("film")
+        pool.submit([results.task("live", 0)])
+        wait_for(lambda: results.by_run["live"], of="the live picture")
+        assert not results.by_run["film"]
     pool.close()
     assert [pts for pts, _ in results.by_run["film"]] == [0, 90]
     assert pool.takes_film("film")
 
 
-def test_a_film_takes_only_time_that_nobody_else_wants() -> None:
-    """While more live pictures wait than threads can take, a run's film gets one a second, and no two at once."""
+def test_a_film_takes_only_time_that_nobody_else_wants(new_pool: NewPool) -> None:
+    """While more live pictures wait than lanes can take, a run's film gets one a second, and no two at once."""
     now_s = 0.0
-    results, pool = Results(), EncodePool(THREADS, lambda: now_s)
+    results, pool = Results(), new_pool(lambda: now_s)
     pool.start()
-    gate = Gate(np.full((48, 32), 128, np.uint8))
-    pool.submit([replace(results.task(f"run {number}", 0), copy=gate) for number in range(THREADS + 1)])
-    try:
+    with held_up(pool, films=False) as copy:
+        pool.submit([results.task(f"run {number}", 0, copy=copy) for number in range(LANES + 1)])
         assert pool.takes_film("a")  # the first picture of its film
         assert not pool.takes_film("a")
         assert not pool.takes_film("b", granted=1)
@@ -144,32 +183,27 @@ def test_a_film_takes_only_time_that_nobody_else_wants() -> None:
         now_s = FILM_S
         assert pool.takes_film("a")
         assert not pool.takes_film("a")
-    finally:
-        gate.open.set()
-        pool.close()
+    pool.close()
     assert pool.takes_film("a")
 
 
-def test_films_of_long_clips_hold_up_nobody() -> None:
+def test_films_of_long_clips_hold_up_nobody(new_pool: NewPool) -> None:
     """However many pictures wait for films, there is room for live ones."""
-    results, pool = Results(), EncodePool(THREADS)
+    results, pool = Results(), new_pool()
     pool.start()
-    gate = Gate(np.full((48, 32), 128, np.uint8))
-    pool.submit([replace(results.task("film", pts, rendition="film"), copy=gate) for pts in range(MAX_WAITING + 1)])
-    submitter = threading.Thread(target=pool.submit, args=([results.task("live", 0)],))
-    submitter.start()
-    try:
+    with held_up(pool, films=True) as copy:
+        pool.submit([results.task("film", pts, rendition="film", copy=copy) for pts in range(MAX_WAITING + 1)])
+        submitter = threading.Thread(target=pool.submit, args=([results.task("live", 0)],))
+        submitter.start()
         wait_for(lambda: results.by_run["live"], of="the live picture")
-    finally:
-        gate.open.set()
-        submitter.join()
-        pool.close()
+    submitter.join()
+    pool.close()
     assert len(results.by_run["film"]) == MAX_WAITING + 1
 
 
-def test_of_many_live_streams_new_ones_are_made_quickly() -> None:
+def test_of_many_live_streams_new_ones_are_made_quickly(new_pool: NewPool) -> None:
     """The first live encoders spare bytes; those that open beside many others spare work, and so say other options."""
-    results, pool = Results(), EncodePool(THREADS)
+    results, pool = Results(), new_pool()
     pool.start()
     for number in range(MANY_LIVE + 1):
         pool.submit([results.task(f"run {number}", 0)])
@@ -181,9 +215,9 @@ def test_of_many_live_streams_new_ones_are_made_quickly() -> None:
     assert b"cabac=0" in last.payload  # x264 tells its options in the first packet; ultrafast leaves CABAC out
 
 
-def test_planes_that_are_no_picture_harm_only_themselves(caplog: pytest.LogCaptureFixture) -> None:
+def test_planes_that_are_no_picture_harm_only_themselves(new_pool: NewPool, caplog: pytest.LogCaptureFixture) -> None:
     """A picture that cannot be encoded is answered with None; its run goes on with a keyframe, others just go on."""
-    results, pool = Results(), EncodePool(THREADS)
+    results, pool = Results(), new_pool()
     pool.start()
     pool.submit([results.task("a", 0), results.task("b", 0)])
     pool.submit([results.task("a", 90, np.zeros((7, 32), np.uint8)), results.task("b", 90)])
@@ -201,7 +235,9 @@ class Decoder:
     def __init__(self) -> None:
         self._said: list[Any] = []
         config = load_config(sets=["decoder.choice=linear"])
-        self._decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, self._said.append, threads=2)
+        self._decoder = JobDecoder(
+            config, torch.device("cpu"), time.monotonic_ns, self._said.append, lanes=EncodeThreads(2)
+        )
         self.start, self.close = self._decoder.start, self._decoder.close
 
     def submit(self, *jobs: Job) -> None:

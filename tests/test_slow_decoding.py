@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from taesd_stream.config import load_config
 from taesd_stream.messages import Job, Progress
 from taesd_stream.models import build_decoder
+from taesd_stream_workers.worker.encode_threads import EncodeThreads
 from taesd_stream_workers.worker.job_decoder import JobDecoder
 from taesd_stream_workers.worker.job_run import JobRun
 from tests.daemon import wait_for
@@ -28,7 +29,7 @@ def test_one_slice_that_takes_long_says_that_it_goes_on(tmp_path: Path) -> None:
     save_file(build_decoder("taesd").state_dict(), tmp_path / "taesd_decoder.safetensors")
     said: list[Any] = []
     config = load_config(sets=[f"weights.folder={tmp_path}", "decoder.choice=tiny"])
-    decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, said.append, threads=2)
+    decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, said.append, lanes=EncodeThreads(2))
     item = replace(JOB_ITEM, shape=SHAPE, renditions=("record",))
     payload = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float16).tobytes()
     run = JobRun(Job(job=1, latent_format="sd1", items=(item,), packets_to="tcp://127.0.0.1:9", payloads=(payload,)))

@@ -18,7 +18,7 @@ from taesd_stream.decoding.choice import Kind
 from taesd_stream.errors import TaesdStreamError
 from taesd_stream.latent_formats import latent_format
 from taesd_stream.messages import Job, JobItem
-from taesd_stream_workers.worker.decode_worker import CREDITS, GPU_CREDITS, encode_threads
+from taesd_stream_workers.worker.decode_worker import CREDITS, GPU_CREDITS, lanes_for
 from taesd_stream_workers.worker.job_decoder import JobDecoder
 from taesd_stream_workers.worker.job_run import JobRun
 
@@ -67,7 +67,7 @@ def worker_frame_s(config: Config, device: torch.device, case: Case, batch: int,
 
     decoder = {"choice": case.kind, "latency_budget_s": 0.0}  # nothing cheaper may stand in
     worker = JobDecoder(
-        config.with_values(decoder=decoder), device, time.monotonic_ns, pass_on, threads=encode_threads()
+        config.with_values(decoder=decoder), device, time.monotonic_ns, pass_on, lanes=lanes_for(device)
     )
     worker.start()
     try:

@@ -24,6 +24,9 @@ from taesd_stream_workers.role.gpus import stay_near
 from taesd_stream_workers.role.lifecycle import HUNG_S, Lifecycle
 from taesd_stream_workers.role.line import RoleLine
 from taesd_stream_workers.worker.devices import choose_device
+from taesd_stream_workers.worker.encode_pool import Lanes
+from taesd_stream_workers.worker.encode_processes import EncodeProcesses
+from taesd_stream_workers.worker.encode_threads import EncodeThreads
 from taesd_stream_workers.worker.job_decoder import JobDecoder
 from taesd_stream_workers.worker.job_run import JobRun
 from taesd_stream_workers.worker.outgoing import Outgoing
@@ -36,8 +39,8 @@ HELLO_S: Final = 1.0
 UNREACHABLE_S: Final = 10.0
 DEAF_S: Final = 3.0  # a broker that answers no HELLO for so long is not there
 DRAIN_S: Final = 30.0
-# Of live pictures at full load twice as many wait for the GIL more than they encode. Of recordings it was not measured.
-MAX_ENCODE_THREADS: Final = 8
+# Of live pictures at full load twice as many threads wait for the GIL more than they encode.
+MAX_AT_ONCE: Final = 8
 
 
 class DecodeWorker:
@@ -53,7 +56,7 @@ class DecodeWorker:
         self._held: list[JobRun] = []  # done, but their credit waits for room
         self._device, self._device_reason = choose_device(config.decoder.device, config.decoder.min_free_bytes)
         self._near = stay_near(self._device.index or 0) if self._device.type == "cuda" else None
-        self._decoder = JobDecoder(config, self._device, self._now_ns, self._pass, threads=encode_threads())
+        self._decoder = JobDecoder(config, self._device, self._now_ns, self._pass, lanes=lanes_for(self._device))
         self._drains_since_s: float | None = None  # told to go; the broker moves its streams first
         self._is_let_go = False
         self._has_news = False  # for the next HELLO, at once
@@ -211,9 +214,16 @@ class DecodeWorker:
         return time.monotonic_ns() + (self._clock.offset_ns or 0)
 
 
-def encode_threads() -> int:
-    """How many threads of a worker encode."""
-    return max(2, min(MAX_ENCODE_THREADS, processors()))
+def encoders() -> int:
+    """How many pictures a worker encodes at once, films' not counted."""
+    return max(2, min(MAX_AT_ONCE, processors()))
+
+
+def lanes_for(device: torch.device) -> Lanes:
+    """Where a worker of this device encodes: beside a GPU in processes, where it is all that is done on the host."""
+    if device.type == "cuda" and EncodeProcesses.are_possible():
+        return EncodeProcesses(encoders())
+    return EncodeThreads(encoders())
 
 
 def processors() -> int:

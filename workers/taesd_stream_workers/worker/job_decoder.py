@@ -23,8 +23,9 @@ from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
 from taesd_stream.latent_formats import latent_format as format_named
 from taesd_stream.media.encoder import VIDEO_RENDITIONS
 from taesd_stream.messages import Failed, JobItem, Progress
+from taesd_stream_workers.worker.chain_encoder import Order
 from taesd_stream_workers.worker.degrading import Pace, is_out_of_memory, ways
-from taesd_stream_workers.worker.encode_pool import EncodePool, EncodeTask
+from taesd_stream_workers.worker.encode_pool import EncodePool, EncodeTask, Lanes
 from taesd_stream_workers.worker.engines import Engines, Shape
 from taesd_stream_workers.worker.job_pictures import Entry, Rows, can_be_planes, pictures_of, planes_of
 from taesd_stream_workers.worker.job_run import JobRun
@@ -47,6 +48,7 @@ class JobDecoder:
     """A device and its thread; an EncodePool takes what it decodes.
 
     A clip is decoded in slices of at most `decoder.max_job_s`, as far as was measured; other jobs go between them.
+    lanes: where pictures are encoded.
     pass_on: called in any thread with PROGRESS, with (endpoint, packet), and with a JobRun that is over.
     engines: what decodes. error: why it could not even begin.
     """
@@ -58,7 +60,7 @@ class JobDecoder:
         now_ns: Callable[[], int],
         pass_on: Callable[[Any], None],
         *,
-        threads: int,
+        lanes: Lanes,
     ) -> None:
         self.is_warm = False
         self.error: Exception | None = None
@@ -66,7 +68,7 @@ class JobDecoder:
         self._config, self._decoder = config, config.decoder
         self._device = device
         sizes = Sizes(config.streamer.live_max_px, config.streamer.thumb_max_px)
-        self._outlet = Outlet(sizes, HostCopies(device), EncodePool(threads), now_ns, pass_on)
+        self._outlet = Outlet(sizes, HostCopies(device), EncodePool(lanes), now_ns, pass_on)
         self._slice_since_s = float("inf")
         self._at_hand: JobRun | None = None
         self._worked_s = 0.0  # of the processor, by its thread
@@ -171,11 +173,8 @@ class JobDecoder:
                     EncodeTask(
                         run="",
                         rendition=one.rendition,
-                        attempt=0,
-                        keyframe=True,
-                        pts=0,
+                        order=Order(0, True, 0, *one.size, track=0, tracks=1, is_clip=False),
                         planes=one.planes,
-                        size=one.size,
                         copy=one.copy,
                         on_done=lambda _: None,
                     )

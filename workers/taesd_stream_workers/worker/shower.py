@@ -13,6 +13,7 @@ from taesd_stream.decoding.sheet import grid_columns
 from taesd_stream.frames import Packet, Rendition, Stamps
 from taesd_stream.media.encoder import EncodedPicture
 from taesd_stream.messages import JobItem
+from taesd_stream_workers.worker.chain_encoder import Order
 from taesd_stream_workers.worker.encode_pool import EncodePool, EncodeTask
 from taesd_stream_workers.worker.job_pictures import Picture, Shown
 from taesd_stream_workers.worker.job_run import JobRun
@@ -92,22 +93,25 @@ class Shower:
         """Queue planes of an earlier job once more, as a keyframe of the first of our items."""
         self._run.add(int(last.rendered.rendition != "film"))
         task = self._task(last.rendered, Picture(0, 0, 1, last.pts))
-        self._outlet.pool.submit([replace(task, keyframe=True)])
+        self._outlet.pool.submit([replace(task, order=task.order._replace(keyframe=True))])
 
     def _task(self, one: Rendered, picture: Picture) -> EncodeTask:
         item = self._items[picture.place][0]
         return EncodeTask(
             run=item.run,
             rendition=one.rendition,
-            attempt=_attempt(item, one.rendition),
-            keyframe=one.rendition == "live" and picture.index == 0 and (item.keyframe or item.kind == "clip"),
-            pts=picture.pts,
+            order=Order(
+                attempt=_attempt(item, one.rendition),
+                keyframe=one.rendition == "live" and picture.index == 0 and (item.keyframe or item.kind == "clip"),
+                pts=picture.pts,
+                width=one.size[0],
+                height=one.size[1],
+                track=picture.index % picture.tracks,
+                tracks=picture.tracks,
+                is_clip=item.kind == "clip",
+            ),
             planes=one.planes,
-            size=one.size,
             copy=one.copy,
-            track=picture.index % picture.tracks,
-            tracks=picture.tracks,
-            is_clip=item.kind == "clip",
             on_done=partial(self._send, item, one, picture),
         )
 
