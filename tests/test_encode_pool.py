@@ -1,15 +1,18 @@
-"""The encoders' threads: each chain in order whoever encodes it, one that fails takes no other with it, films wait."""
+"""Encoders in threads and in processes: each chain in order, one that fails takes no other with it, films wait."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,8 +25,8 @@ from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import EncodedPicture, Planes
 from taesd_stream.messages import Job
 from taesd_stream_workers.worker.chain_encoder import Order
-from taesd_stream_workers.worker.encode_pool import FILM_S, MANY_LIVE, MAX_WAITING, EncodePool, EncodeTask
-from taesd_stream_workers.worker.encode_processes import EncodeProcesses
+from taesd_stream_workers.worker.encode_pool import FILM_S, MANY_LIVE, MAX_WAITING, Chain, EncodePool, EncodeTask, Lanes
+from taesd_stream_workers.worker.encode_processes import EncodeProcesses, pieces
 from taesd_stream_workers.worker.encode_threads import EncodeThreads
 from taesd_stream_workers.worker.job_decoder import JobDecoder
 from taesd_stream_workers.worker.job_run import JobRun
@@ -229,15 +232,78 @@ def test_planes_that_are_no_picture_harm_only_themselves(new_pool: NewPool, capl
     assert "encode_failed run=a" in caplog.text
 
 
+def test_an_encoder_that_dies_takes_only_its_own_pictures_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    """What it had is answered with None; its runs go on with a keyframe in another process, others just go on."""
+    results, lanes = Results(), EncodeProcesses(2)
+    pool = EncodePool(lanes)
+    pool.start()
+    pool.submit([results.task(run, 0) for run in "ab"])
+    wait_for(lambda: len(results.by_run) == 2, of="the first pictures")
+    of_a = next(child for child in lanes._children if pool._chains["a", "live"].lane.child is child)
+    of_a.process.send_signal(signal.SIGSTOP)
+    pool.submit([results.task(run, 90) for run in "ab"])
+    wait_for(lambda: of_a.waiting, of="a picture that is lost")
+    of_a.process.kill()
+    wait_for(lambda: len(results.by_run["a"]) == 2, of="the word that it is lost")
+    pool.submit([results.task(run, 180) for run in "ab"])
+    pool.close()
+    assert [(pts, picture is None) for pts, picture in results.by_run["a"]] == [(0, False), (90, True), (180, False)]
+    assert results.keyframes("a") == [0, 180]
+    assert [(pts, picture is None) for pts, picture in results.by_run["b"]] == [(0, False), (90, False), (180, False)]
+    assert results.keyframes("b") == [0]
+    assert "encoder_died exit_code=-9 pictures=1" in caplog.text
+    assert lanes._planes._free == [(0, lanes._planes.nbytes)]
+
+
+def test_encoders_end_when_their_worker_is_killed() -> None:
+    """A worker that had no time to say anything leaves no process behind."""
+    words = """
+import sys
+from taesd_stream_workers.worker.encode_processes import EncodeProcesses, pieces
+lanes = EncodeProcesses(2)
+lanes.start(lambda *_: None)
+print(*(child.process.pid for child in lanes._children), flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", words], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
+        assert worker.stdout is not None
+        processes = [Path("/proc", pid) for pid in worker.stdout.readline().decode().split()]
+        assert len(processes) == 3
+        assert all(one.exists() for one in processes)
+        worker.kill()
+    wait_for(lambda: not any(one.exists() for one in processes), of="their end")
+
+
+def test_planes_go_there_in_pieces_of_one_copy() -> None:
+    """Pictures that lie near each other go in one, the order kept; those of another copy, or far away, in the next."""
+    results, one, two = Results(), *(HostCopy(np.empty((4, 3072, 2048), np.uint8)) for _ in range(2))
+    tasks = [
+        replace(results.task("a", pts, copy=copy), planes=copy.array[number])
+        for pts, (copy, number) in enumerate([(one, 1), (one, 0), (one, 1), (one, 3), (one, 2), (two, 2)])
+    ]
+    chain = Chain(run="a", rendition="live", is_one_of_many=False)
+    cut = [[task.order.pts for _, task in part] for part in pieces([(chain, task) for task in tasks])]
+    assert cut == [[0, 1, 2], [3, 4], [5]]
+
+
+def test_planes_that_are_not_of_their_copy_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """Never a picture of other bytes than those that were given."""
+    results, pool = Results(), EncodePool(EncodeProcesses(1))
+    pool.start()
+    pool.submit([replace(results.task("a", 0), planes=np.zeros((48, 32), np.uint8))])
+    pool.submit([results.task("a", 90)])
+    pool.close()
+    assert [picture is None for _, picture in results.by_run["a"]] == [True, False]
+    assert "they do not lie within their copy" in caplog.text
+
+
 class Decoder:
     """A worker's decoder on the processor, and what it says and sends."""
 
-    def __init__(self) -> None:
+    def __init__(self, lanes: Lanes) -> None:
         self._said: list[Any] = []
         config = load_config(sets=["decoder.choice=linear"])
-        self._decoder = JobDecoder(
-            config, torch.device("cpu"), time.monotonic_ns, self._said.append, lanes=EncodeThreads(2)
-        )
+        self._decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, self._said.append, lanes=lanes)
         self.start, self.close = self._decoder.start, self._decoder.close
 
     def submit(self, *jobs: Job) -> None:
@@ -264,9 +330,10 @@ def job_of(number: int, runs: int) -> Job:
     return Job(job=number, latent_format="sd1", items=items, packets_to="tcp://127.0.0.1:9", payloads=payloads)
 
 
-def test_a_job_of_many_runs_lets_in_few_films() -> None:
+@pytest.mark.parametrize("lanes", [EncodeThreads, EncodeProcesses])
+def test_a_job_of_many_runs_lets_in_few_films(lanes: Callable[[int], Lanes]) -> None:
     """Sixteen tiles in one job: no more of their pictures go into films than may wait for the thread."""
-    decoder, jobs = Decoder(), itertools.count(1)
+    decoder, jobs = Decoder(lanes(2)), itertools.count(1)
     decoder.start()
 
     def is_warm() -> bool:
@@ -286,7 +353,7 @@ def test_a_job_of_many_runs_lets_in_few_films() -> None:
 
 def test_while_another_job_waits_one_film_at_most_gets_a_picture() -> None:
     """A job that has one behind it lets a single picture into a film; viewers get all of both."""
-    decoder = Decoder()
+    decoder = Decoder(EncodeThreads(2))
     decoder.submit(job_of(1, 16), job_of(2, 16))
     decoder.start()
     decoder.wait_for(2)

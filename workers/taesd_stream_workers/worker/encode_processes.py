@@ -204,6 +204,8 @@ class EncodeProcesses:
         process = subprocess.Popen(  # noqa: S603 a module of ours
             [sys.executable, "-m", encoding_child.__name__, *words],
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # ours is the report to a supervisor
+            process_group=0,  # Ctrl-C is the worker's
             pass_fds=(theirs.fileno(), self._planes.fd),
         )
         theirs.close()
