@@ -91,15 +91,15 @@ class Outbox:
     The sampler's thread takes no lock: it tests `wanted` and appends to `said`, either what it offers or, where nobody
     wants that, only how many latents it would be in video time. The order there is the order of seq. For what it offers
     it wakes the side thread, unless `look_ns` is soon: a promise, NEVER_NS from before each look at `said` until
-    the next one is made. Everything else that is not the side thread's own is changed under `changed`, which is never
-    held over a disk write or a copy from a device: `said` at its other end, `pending`, `mode`, `next_…`, `kept_from`,
-    `error` and the `is_…` flags.
+    the next one is made. `is_busy` is the sampler's, too. Everything else that is not the side thread's own is changed
+    under `changed`, which is never held over a disk write or a copy from a device: `said` at its other end, `pending`,
+    `mode`, `next_…`, `kept_from`, `error` and the other `is_…` flags.
     """
 
     def __init__(self, info: StreamInfo, *, ring_bytes: int, log_folder: Path) -> None:
         self.wanted = True  # one test, before anything is built
         self.said: deque[Said | int] = deque()
-        self.is_busy = False  # the sampler's thread is in publish()
+        self.is_busy = False  # the sampler's thread is taking a snapshot
         self.look_ns = NEVER_NS  # when the side thread looks at `said`, woken or not
         self.changed = Condition(RLock())  # a signal's handler may publish, too
         self.is_closed = False  # nothing more is taken

@@ -173,10 +173,13 @@ class LatentPublisher:
                 step, total_steps, sigma = _checked_numbers(step, total_steps, sigma)
             sent_ns = monotonic_ns()
             outbox.is_busy = True
-            snapshot = self._snapshot
-            if snapshot is None or (taken := snapshot.take(latents)) is None:
-                snapshot = self._snapshot = self._snapshot_of(latents)
-                taken = snapshot.take(latents)
+            try:
+                snapshot = self._snapshot
+                if snapshot is None or (taken := snapshot.take(latents)) is None:
+                    snapshot = self._snapshot = self._snapshot_of(latents)
+                    taken = snapshot.take(latents)
+            finally:
+                outbox.is_busy = False
             said = outbox.said
             said.append((step, total_steps, sigma, sent_ns, snapshot, taken))
             if len(said) > 1:
@@ -186,8 +189,6 @@ class LatentPublisher:
             self._fault = None
         except Exception as error:  # noqa: BLE001 the run is worth more than its preview
             self._complain(error)
-        finally:
-            self._outbox.is_busy = False
 
     def wait_until_acked(self, timeout_s: float) -> bool:
         """Wait until the daemon's log has every kept frame, so that this program may exit.

@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 HELLO_S: Final = 1.0
 RETRY_S: Final = 0.1  # the socket took nothing: it says itself when it does, this is for the rest
 REFUSED_RETRY_S: Final = 10.0
-ASIDE_S: Final = 0.0002  # of a publish(): on a GPU it takes half as long
+ASIDE_S: Final = 0.0002  # until it looks again whether publish() is over: on a GPU that takes half as long
+MAX_ASIDE: Final = 10  # looks; a publish() may wait for its GPU, and a sampler may do nothing else
 KNOCK_S: Final = 0.5  # how often a line that is not let in is looked after
 JOIN_SPARE_S: Final = 5.0  # for a last write to disk
 
@@ -174,7 +175,9 @@ class PublisherLink:
 
     def _stand_aside(self) -> None:
         """Let a publish() that is under way have the GIL: each launch lets go of it, and waits to get it back."""
-        while self._outbox.is_busy:
+        for _ in range(MAX_ASIDE):
+            if not self._outbox.is_busy or self._end is not None:
+                return
             time.sleep(ASIDE_S)
 
     def _events(self) -> int:

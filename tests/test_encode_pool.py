@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from taesd_stream.config import load_config
 from taesd_stream.decoding.host_copies import HostCopy
@@ -26,22 +28,25 @@ from taesd_stream.media.encoder import EncodedPicture, Planes
 from taesd_stream.messages import Job
 from taesd_stream_workers.worker.chain_encoder import Order
 from taesd_stream_workers.worker.encode_pool import FILM_S, MANY_LIVE, MAX_WAITING, Chain, EncodePool, EncodeTask, Lanes
-from taesd_stream_workers.worker.encode_processes import EncodeProcesses, pieces
+from taesd_stream_workers.worker.encode_processes import MAX_DEATHS, EncodeProcesses, pieces
 from taesd_stream_workers.worker.encode_threads import EncodeThreads
 from taesd_stream_workers.worker.job_decoder import JobDecoder
 from taesd_stream_workers.worker.job_run import JobRun
 from tests.daemon import wait_for
 from tests.golden_messages import JOB_ITEM
+from tests.processes import lives
 
 LANES = 4
+in_processes = pytest.mark.skipif(
+    not EncodeProcesses.are_possible(), reason="this system shares no memory without a name"
+)
+LANES_OF_ALL_KINDS = [EncodeThreads, pytest.param(EncodeProcesses, marks=in_processes)]
 NewPool: TypeAlias = Callable[..., EncodePool]
 
 
-@pytest.fixture(params=[EncodeThreads, EncodeProcesses])
+@pytest.fixture(params=LANES_OF_ALL_KINDS)
 def new_pool(request: pytest.FixtureRequest) -> NewPool:
     """Makes pools that encode in threads, or in processes."""
-    if request.param is EncodeProcesses and not EncodeProcesses.are_possible():
-        pytest.skip("this system shares no memory without a name")
     return lambda *clock: EncodePool(request.param(LANES), *clock)
 
 
@@ -58,6 +63,27 @@ class Gate(HostCopy):
         return super().wait()
 
 
+class Late(HostCopy):
+    """A copy whose bytes are right once it was waited for, and not before."""
+
+    def __init__(self, array: Planes) -> None:
+        super().__init__(np.zeros_like(array))
+        self._right = array
+
+    def wait(self) -> int:
+        """As HostCopy's."""
+        self.array[:] = self._right
+        return super().wait()
+
+
+class Failed(HostCopy):
+    """A copy whose device has failed."""
+
+    def wait(self) -> int:
+        """As HostCopy's."""
+        raise RuntimeError("the device is gone")
+
+
 @contextlib.contextmanager
 def held_up(pool: EncodePool, *, films: bool) -> Iterator[HostCopy]:
     """A copy whose pictures are not encoded within this `with`: of films, or of all else."""
@@ -69,7 +95,7 @@ def held_up(pool: EncodePool, *, films: bool) -> Iterator[HostCopy]:
         finally:
             gate.open.set()
         return
-    processes = [child.process for child in lanes._children if child.is_for_films == films]
+    processes = [child.process for child in (lanes._films if films else lanes._live)._children]
     try:
         for process in processes:
             process.send_signal(signal.SIGSTOP)
@@ -232,6 +258,73 @@ def test_planes_that_are_no_picture_harm_only_themselves(new_pool: NewPool, capl
     assert "encode_failed run=a" in caplog.text
 
 
+@pytest.mark.parametrize("is_last_failed", [False, True])
+def test_every_picture_is_made_of_its_own_bytes(new_pool: NewPool, is_last_failed: bool) -> None:
+    """Pictures of many greys, in one copy that comes late, are those greys; of a device that failed there are none."""
+    greys = list(range(20, 220, 10))
+    whole = np.full((len(greys), 48, 32), 128, np.uint8)
+    whole[:, :32] = np.array(greys)[:, None, None]
+    results, pool = Results(), new_pool()
+    pool.start()
+    for copy in (Late(whole), Late(whole[::-1].copy()), Failed(whole) if is_last_failed else Late(whole)):
+        pool.submit(
+            [
+                replace(results.task(f"run {number}", 0, rendition="jpeg", copy=copy), planes=copy.array[number])
+                for number in range(len(greys))
+            ]
+        )
+    pool.close()
+    for number, grey in enumerate(greys):
+        made = [picture and round(luma(picture)) for _, picture in results.by_run[f"run {number}"]]
+        assert made == [grey, greys[-1 - number], None if is_last_failed else grey]
+
+
+def luma(picture: EncodedPicture) -> float:
+    """The mean of a JPEG, 0 to 255."""
+    with Image.open(io.BytesIO(picture.payload)) as image:
+        return float(np.asarray(image.convert("L")).mean())
+
+
+@in_processes
+def test_more_pictures_at_once_than_memory_holds_are_made(caplog: pytest.LogCaptureFixture) -> None:
+    """Those that wait for room get what others give back; one that would never fit is refused."""
+    results, pool = Results(), EncodePool(EncodeProcesses(1, planes_bytes=4 << 10))
+    pool.start()
+    pool.submit([results.task("a", pts) for pts in range(50)])
+    pool.submit([results.task("b", 0, np.zeros((96, 64), np.uint8)), results.task("a", 50)])
+    pool.close()
+    assert [picture is None for _, picture in results.by_run["a"]] == [False] * 51
+    assert [picture is None for _, picture in results.by_run["b"]] == [True]
+    assert "6144 bytes, over the 4096" in caplog.text
+
+
+@in_processes
+def test_films_that_fill_their_memory_hold_up_nobody() -> None:
+    """Live pictures have memory of their own."""
+    results, pool = Results(), EncodePool(EncodeProcesses(1, planes_bytes=4 << 10))
+    pool.start()
+    with held_up(pool, films=True):
+        pool.submit([results.task("film", pts, rendition="film") for pts in range(20)])
+        pool.submit([results.task("live", 0)])
+        wait_for(lambda: results.by_run["live"], of="the live picture")
+    pool.close()
+    assert len(results.by_run["film"]) == 20
+
+
+@in_processes
+def test_chains_of_each_kind_are_spread_over_the_processes() -> None:
+    """Of runs that are shown and recorded, no process has all the recordings, which take longest."""
+    results, lanes = Results(), EncodeProcesses(2)
+    pool = EncodePool(lanes)
+    pool.start()
+    for run in "abcd":
+        pool.submit([results.task(run, 0), results.task(run, 0, rendition="record")])
+    wait_for(lambda: sum(map(len, results.by_run.values())) == 8, of="the pictures")
+    assert [dict(child.chains) for child in lanes._live._children] == [{"live": 2, "record": 2}] * 2
+    pool.close()
+
+
+@in_processes
 def test_an_encoder_that_dies_takes_only_its_own_pictures_with_it(caplog: pytest.LogCaptureFixture) -> None:
     """What it had is answered with None; its runs go on with a keyframe in another process, others just go on."""
     results, lanes = Results(), EncodeProcesses(2)
@@ -239,7 +332,7 @@ def test_an_encoder_that_dies_takes_only_its_own_pictures_with_it(caplog: pytest
     pool.start()
     pool.submit([results.task(run, 0) for run in "ab"])
     wait_for(lambda: len(results.by_run) == 2, of="the first pictures")
-    of_a = next(child for child in lanes._children if pool._chains["a", "live"].lane.child is child)
+    of_a = pool._chains["a", "live"].place.child
     of_a.process.send_signal(signal.SIGSTOP)
     pool.submit([results.task(run, 90) for run in "ab"])
     wait_for(lambda: of_a.waiting, of="a picture that is lost")
@@ -252,49 +345,87 @@ def test_an_encoder_that_dies_takes_only_its_own_pictures_with_it(caplog: pytest
     assert [(pts, picture is None) for pts, picture in results.by_run["b"]] == [(0, False), (90, False), (180, False)]
     assert results.keyframes("b") == [0]
     assert "encoder_died exit_code=-9 pictures=1" in caplog.text
-    assert lanes._planes._free == [(0, lanes._planes.nbytes)]
+    planes = lanes._live._planes
+    assert planes._free == [(0, planes.nbytes)]
 
 
+@in_processes
+def test_where_no_encoder_can_live_the_pool_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that die one after the other are an error that the worker ends with, not a storm of new ones."""
+    (tmp_path / "av.py").write_text("raise SystemExit(7)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    results, pool = Results(), EncodePool(EncodeProcesses(1))
+    pool.start()
+
+    def is_answered() -> bool:
+        return pool.error is not None or len(results.by_run["a"]) > pts
+
+    for pts in range(10 * MAX_DEATHS):
+        pool.submit([results.task("a", pts)])
+        wait_for(is_answered, of="an answer")
+        if pool.error:
+            break
+    pool.close()
+    assert "have died one after the other" in str(pool.error)
+    assert len(results.by_run["a"]) <= MAX_DEATHS
+
+
+@in_processes
 def test_encoders_end_when_their_worker_is_killed() -> None:
     """A worker that had no time to say anything leaves no process behind."""
     words = """
 import sys
-from taesd_stream_workers.worker.encode_processes import EncodeProcesses, pieces
+from taesd_stream_workers.worker.encode_processes import EncodeProcesses
 lanes = EncodeProcesses(2)
 lanes.start(lambda *_: None)
-print(*(child.process.pid for child in lanes._children), flush=True)
+print(*(child.process.pid for child in (*lanes._live._children, *lanes._films._children)), flush=True)
 sys.stdin.read()
 """
     with subprocess.Popen([sys.executable, "-c", words], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
         assert worker.stdout is not None
-        processes = [Path("/proc", pid) for pid in worker.stdout.readline().decode().split()]
+        processes = [int(pid) for pid in worker.stdout.readline().split()]
         assert len(processes) == 3
-        assert all(one.exists() for one in processes)
+        assert all(map(lives, processes))
         worker.kill()
-    wait_for(lambda: not any(one.exists() for one in processes), of="their end")
+    wait_for(lambda: not any(map(lives, processes)), of="their end")
 
 
 def test_planes_go_there_in_pieces_of_one_copy() -> None:
-    """Pictures that lie near each other go in one, the order kept; those of another copy, or far away, in the next."""
+    """Pictures that lie near each other go in one, the order kept; of another copy, far away, or bad, in the next."""
     results, one, two = Results(), *(HostCopy(np.empty((4, 3072, 2048), np.uint8)) for _ in range(2))
+    planes = [one.array[1], one.array[0], one.array[1], one.array[0][:, ::2], one.array[3], one.array[2], two.array[2]]
+    copies = [one, one, one, one, one, one, two]
     tasks = [
-        replace(results.task("a", pts, copy=copy), planes=copy.array[number])
-        for pts, (copy, number) in enumerate([(one, 1), (one, 0), (one, 1), (one, 3), (one, 2), (two, 2)])
+        replace(results.task("a", pts, copy=copy), planes=each)
+        for pts, (copy, each) in enumerate(zip(copies, planes, strict=True))
     ]
     chain = Chain(run="a", rendition="live", is_one_of_many=False)
     cut = [[task.order.pts for _, task in part] for part in pieces([(chain, task) for task in tasks])]
-    assert cut == [[0, 1, 2], [3, 4], [5]]
+    assert cut == [[0, 1, 2], [3], [4, 5], [6]]
 
 
-def test_planes_that_are_not_of_their_copy_are_refused(caplog: pytest.LogCaptureFixture) -> None:
-    """Never a picture of other bytes than those that were given."""
+GREY = np.zeros((8, 48, 32), np.uint8)
+
+
+@in_processes
+@pytest.mark.parametrize(
+    "planes",
+    [GREY[0], GREY[0, 0], GREY[0].view(np.int8), GREY[0][:, ::2], GREY[0][:0]],
+    ids=["of no copy", "one row", "no bytes", "not side by side", "empty"],
+)
+def test_planes_that_are_none_of_their_copy_are_refused(planes: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Never a picture of other bytes than those that were given; its neighbours come out."""
     results, pool = Results(), EncodePool(EncodeProcesses(1))
+    is_elsewhere = planes.shape == GREY[0].shape and planes.dtype == np.uint8
+    copy = HostCopy(np.zeros_like(GREY) if is_elsewhere else GREY)
     pool.start()
-    pool.submit([replace(results.task("a", 0), planes=np.zeros((48, 32), np.uint8))])
+    good = replace(results.task("b", 0), planes=copy.array[1], copy=copy)
+    pool.submit([replace(results.task("a", 0), planes=planes, copy=copy), good])
     pool.submit([results.task("a", 90)])
     pool.close()
     assert [picture is None for _, picture in results.by_run["a"]] == [True, False]
-    assert "they do not lie within their copy" in caplog.text
+    assert [picture is None for _, picture in results.by_run["b"]] == [False]
+    assert "encode_failed run=a" in caplog.text
 
 
 class Decoder:
@@ -330,7 +461,7 @@ def job_of(number: int, runs: int) -> Job:
     return Job(job=number, latent_format="sd1", items=items, packets_to="tcp://127.0.0.1:9", payloads=payloads)
 
 
-@pytest.mark.parametrize("lanes", [EncodeThreads, EncodeProcesses])
+@pytest.mark.parametrize("lanes", LANES_OF_ALL_KINDS)
 def test_a_job_of_many_runs_lets_in_few_films(lanes: Callable[[int], Lanes]) -> None:
     """Sixteen tiles in one job: no more of their pictures go into films than may wait for the thread."""
     decoder, jobs = Decoder(lanes(2)), itertools.count(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from taesd_stream import LatentPublisher
+from taesd_stream import LatentPublisher, publisher_link
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.messages import PublisherHello, StopRun
 from taesd_stream.publish_rhythm import NEVER_NS
@@ -325,7 +326,9 @@ def test_a_sampler_with_a_rhythm_need_not_wake_anybody(peer: BrokerPeer, open_ru
     assert hellos < 20  # which are once a second, and look too
 
 
-def test_the_side_thread_stands_aside_while_a_publish_is_under_way(peer: BrokerPeer, open_run: Any) -> None:
+def test_the_side_thread_stands_aside_while_a_publish_is_under_way(
+    peer: BrokerPeer, open_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A publish() is told apart from what is around it, also where it fails; until it is over the thread sleeps."""
     publisher = open_run(record="off")
     outbox, seen = publisher._outbox, []
@@ -343,14 +346,34 @@ def test_the_side_thread_stands_aside_while_a_publish_is_under_way(peer: BrokerP
     assert seen == [True, True]
     assert not outbox.is_busy
 
+    monkeypatch.setattr(publisher_link, "MAX_ASIDE", 1_000_000)
+    thread = publisher._link._thread
     outbox.is_busy = True
-    aside = threading.Thread(target=publisher._link._stand_aside)
-    aside.start()
-    aside.join(0.1)
-    assert aside.is_alive()
-    outbox.is_busy = False
-    aside.join(TIMEOUT_S)
-    assert not aside.is_alive()
+    try:
+        publisher._link.wakes.wake()
+        wait_for(lambda: stands_aside(thread), of="a side thread that stands aside")
+    finally:
+        outbox.is_busy = False
+    wait_for(lambda: not stands_aside(thread), of="a side thread that goes on")
+
+
+def stands_aside(thread: threading.Thread) -> bool:
+    """Whether a side thread waits for a publish()."""
+    assert thread.ident is not None
+    return sys._current_frames()[thread.ident].f_code.co_name == "_stand_aside"
+
+
+def test_the_side_thread_goes_on_however_long_a_publish_takes(peer: BrokerPeer, open_run: Any) -> None:
+    """A sampler that does nothing but publish, or whose GPU lets it wait there, hears and is heard."""
+    publisher = open_run(record="off")
+    publish(publisher, 1)
+    frame = peer.frame(0)
+    publisher._outbox.is_busy = True
+    try:
+        peer.send(StopRun(run=frame.run))
+        wait_for(lambda: publisher.stopped, of="the word to stop")
+    finally:
+        publisher._outbox.is_busy = False
 
 
 def test_acks_are_read_while_frames_go(peer: BrokerPeer, open_run: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,9 @@ from hypothesis import strategies as st
 from taesd_stream_workers.worker.shared_planes import ALIGNMENT, SharedPlanes, shared_bytes
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system shares no memory without a name")
-NBYTES = 64 * ALIGNMENT
+PIECES = 6  # held at once
+MOST_AT_ONCE = 9 * ALIGNMENT
+NBYTES = 128 * ALIGNMENT  # with five pieces in the worst places, a hole is left for a sixth
 
 
 @pytest.fixture
@@ -26,22 +27,24 @@ def planes() -> Iterator[SharedPlanes]:
     memory.close()
 
 
-@given(st.lists(st.tuples(st.integers(1, 9 * ALIGNMENT), st.integers(0, 5)), max_size=60))
+@given(st.lists(st.tuples(st.integers(1, MOST_AT_ONCE), st.integers(0, PIECES - 1)), max_size=60))
 def test_pieces_never_overlap(steps: list[tuple[int, int]]) -> None:
     """Pieces of any size, given back in any order: each holds its bytes all the time, and at the end all is one."""
     memory = SharedPlanes(NBYTES)
     seen = shared_bytes(memory.fd, NBYTES)
     held: list[tuple[int, int, int]] = []
-    for number, (nbytes, which) in enumerate(steps):
-        while len(held) > which:
-            first, length, word = held.pop(which)
-            assert (seen[first : first + length] == word).all()
-            memory.give_back(first, length)
-        words = np.full(nbytes, number, np.uint8)
-        held.append((memory.put(words), nbytes, number))
-    for first, length, word in held:
+
+    def give_back(which: int) -> None:
+        first, length, word = held.pop(which)
         assert (seen[first : first + length] == word).all()
         memory.give_back(first, length)
+
+    for number, (nbytes, which) in enumerate(steps):
+        if len(held) == PIECES:
+            give_back(which)
+        held.append((memory.put(np.full(nbytes, number, np.uint8)), nbytes, number))
+    while held:
+        give_back(len(held) // 2)
     assert memory._free == [(0, NBYTES)]
     memory.close()
 
@@ -49,8 +52,9 @@ def test_pieces_never_overlap(steps: list[tuple[int, int]]) -> None:
 def test_who_finds_no_room_waits_for_it(planes: SharedPlanes) -> None:
     """Another piece goes where one was given back, not before."""
     first = planes.put(np.zeros(NBYTES - ALIGNMENT, np.uint8))
-    places: list[Any] = []
-    waiter = threading.Thread(target=lambda: places.append(planes.put(np.ones(2 * ALIGNMENT, np.uint8))))
+    places: list[int] = []
+    words = np.ones(2 * ALIGNMENT, np.uint8)
+    waiter = threading.Thread(target=lambda: places.append(planes.put(words)), daemon=True)
     waiter.start()
     waiter.join(0.1)
     assert not places

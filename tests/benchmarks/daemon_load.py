@@ -8,10 +8,11 @@ Real daemons (broker, workers, streamer each), publishers in processes of their 
 are several daemons, and a page's WebSocket at each daemon, in a process of its own, that watches `live` of every stream
 there. Latents are the demo's pictures, each melting into the next: noise would be no fair load for an encoder. `--fps
 0` asks for 60 a second of each stream, of which the newest are shown. `published_s` is of all frames, also of those
-that a newer one replaced; packets are counted by the streamers. Times are of those that reach a page, each from its own
-stamps: `wait` is in the broker and in the worker's queue, `decode` until the planes are in host memory, `encode` with
-the wait for a thread. `first_picture_s` is of daemons that have just started, weights and kernels not loaded.
-`busy_cores` is of the whole host, `cores_of` of all processes of a role together. The last line is JSON.
+that a newer one replaced, and less than was asked for where a load process cannot keep up; packets are counted by the
+streamers. Times are of those that reach a page, each from its own stamps: `wait` is in the broker and in the worker's
+queue, `decode` until the planes are in host memory, `encode` with the wait for an encoder. `first_picture_s` is of
+daemons that have just started, weights and kernels not loaded. `busy_cores` is of the whole host, `cores_of` of all
+processes of a role together. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -242,6 +243,8 @@ def role_seconds() -> dict[str, float]:
         with contextlib.suppress(OSError):
             words = (folder / "cmdline").read_bytes().split(b"\0")
             role = next((one for one in ROLES if one.encode() in words), None)
+            if any(word.endswith(b".encoding_child") for word in words):
+                role = "worker"
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if role is not None:
                 seconds[role] += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

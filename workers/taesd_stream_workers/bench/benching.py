@@ -26,7 +26,7 @@ from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import JpegEncoder, Planes, encoder_for
 from taesd_stream_workers.bench.broker_load import BrokerLoad, running_broker
 from taesd_stream_workers.bench.worker_load import PICTURES, Case, melting_latents, worker_frame_s
-from taesd_stream_workers.worker.decode_worker import encoders, processors
+from taesd_stream_workers.worker.decode_worker import encoders_at_once, processors
 from taesd_stream_workers.worker.devices import choose_device
 from taesd_stream_workers.worker.rendering import Sizes, render
 
@@ -82,7 +82,7 @@ class Bench:
                 "processors": processors(),
                 "device": f"{self._device} ({self._why_device})",
                 "decode_threads": torch.get_num_threads() if self._device.type == "cpu" else None,
-                "encode_threads": encoders(),
+                "encoders_at_once": encoders_at_once(),
                 "torch": torch.__version__,
             },
             "broker": self._broker,
@@ -203,7 +203,7 @@ class Bench:
         """Pictures of this decoder, each unlike the one before, through one encoder; all threads do so side by side."""
         for rendition, planes in self._planes(case).items():
             times_s, kib = self._encode_all(rendition, planes)
-            rate = _rate(float(np.median(times_s)) / encoders())
+            rate = _rate(float(np.median(times_s)) / encoders_at_once())
             words = {**self._words(case), "rendition": rendition, "kib": kib}
             self._encode.append({**words, **_percentiles(times_s), **rate})
 

@@ -39,7 +39,8 @@ HELLO_S: Final = 1.0
 UNREACHABLE_S: Final = 10.0
 DEAF_S: Final = 3.0  # a broker that answers no HELLO for so long is not there
 DRAIN_S: Final = 30.0
-# Of live pictures at full load twice as many threads wait for the GIL more than they encode.
+# Of live pictures at full load: twice as many threads wait for the GIL more than they encode, 12 processes beside a GPU
+# make 3 % more pictures.
 MAX_AT_ONCE: Final = 8
 
 
@@ -214,7 +215,7 @@ class DecodeWorker:
         return time.monotonic_ns() + (self._clock.offset_ns or 0)
 
 
-def encoders() -> int:
+def encoders_at_once() -> int:
     """How many pictures a worker encodes at once, films' not counted."""
     return max(2, min(MAX_AT_ONCE, processors()))
 
@@ -222,8 +223,8 @@ def encoders() -> int:
 def lanes_for(device: torch.device) -> Lanes:
     """Where a worker of this device encodes: beside a GPU in processes, where it is all that is done on the host."""
     if device.type == "cuda" and EncodeProcesses.are_possible():
-        return EncodeProcesses(encoders())
-    return EncodeThreads(encoders())
+        return EncodeProcesses(encoders_at_once())
+    return EncodeThreads(encoders_at_once())
 
 
 def processors() -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias
 
 from taesd_stream.decoding.host_copies import HostCopy
@@ -18,6 +18,7 @@ from taesd_stream_workers.worker.chain_encoder import Order
 
 MAX_WAITING: Final = 256  # pictures but films'; full, the decoder waits, and with it the worker's credits
 MANY_LIVE: Final = 8  # chains of `live` from which on a new one is made quickly rather than small
+LOOK_S: Final = 1.0  # how often those that wait for lanes look whether these have failed
 FILM_S: Final = 1.0  # so often a film gets a picture however much there is to do, or busy runs would have none at all
 
 
@@ -35,12 +36,12 @@ class EncodeTask:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Chain:
-    """Pictures of one run and rendition. lane: what the lanes want to know of it."""
+    """Pictures of one run and rendition. place: where it is encoded, as the lanes note it."""
 
     run: str
     rendition: Rendition
     is_one_of_many: bool
-    lane: Any = field(default=None)
+    place: Any = None
 
     @property
     def is_film(self) -> bool:
@@ -60,8 +61,12 @@ class Lanes(Protocol):
     live: int
     films: int
 
+    @property
+    def error(self) -> Exception | None:
+        """Why nothing is encoded any more."""
+
     def start(self, done: Done) -> None:
-        """Begin. done: called once for each task, in order within its chain, and for each `end`, with None."""
+        """Begin. done: called once for each task and `end`; for the pictures of a chain in their order."""
 
     def submit(self, tasks: Sequence[tuple[Chain, EncodeTask]]) -> None:
         """Queue pictures. One thread at a time, as `end`."""
@@ -70,7 +75,7 @@ class Lanes(Protocol):
         """Close a chain's encoders, behind what is queued of it."""
 
     def close(self) -> None:
-        """End; nothing is queued."""
+        """End; nothing is queued, or there is an error."""
 
 
 class EncodePool:
@@ -84,6 +89,11 @@ class EncodePool:
         self._room = threading.Condition()  # of all fields
         self._filmed_s: dict[str, float] = {}  # by run: when a frame of it was last let into its film
 
+    @property
+    def error(self) -> Exception | None:
+        """Why nothing is encoded any more. Any thread."""
+        return self._lanes.error
+
     def start(self) -> None:
         """Start the lanes."""
         self._lanes.start(self._done)
@@ -91,7 +101,8 @@ class EncodePool:
     def submit(self, tasks: Sequence[EncodeTask]) -> None:
         """Queue pictures; waits while too many wait already."""
         with self._room:
-            self._room.wait_for(lambda: self._waiting - self._films_waiting < MAX_WAITING)
+            while self._waiting - self._films_waiting >= MAX_WAITING and self._lanes.error is None:
+                self._room.wait(LOOK_S)
             of_chains = [(self._chain(task), task) for task in tasks]
             self._waiting += len(tasks)
             self._films_waiting += sum(chain.is_film for chain, _ in of_chains)
@@ -132,7 +143,8 @@ class EncodePool:
             for chain in self._chains.values():
                 self._end(chain)
             self._chains.clear()
-            self._room.wait_for(lambda: self._waiting == 0)
+            while self._waiting and self._lanes.error is None:
+                self._room.wait(LOOK_S)
         self._lanes.close()
 
     def _chain(self, task: EncodeTask) -> Chain:

@@ -15,24 +15,70 @@ import socket
 import subprocess
 import sys
 import threading
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import msgpack
+import numpy as np
 
+from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import EncodedPicture, Planes
 from taesd_stream.sockets import WakePipe
 from taesd_stream_workers.worker import encoding_child
 from taesd_stream_workers.worker.encode_pool import Chain, Done, EncodeTask
-from taesd_stream_workers.worker.encoding_child import READ_BYTES, Made, Wanted
+from taesd_stream_workers.worker.encoding_child import READ_BYTES, Ended, Made, Wanted
 from taesd_stream_workers.worker.shared_planes import SharedPlanes
 
 logger = logging.getLogger(__name__)
 
-PLANES_BYTES: Final = 512 << 20  # at most; of 16384x16384, more than H.264 knows, there is room for one
+PLANES_BYTES: Final = 512 << 20  # at most; of 16384x16384, the largest that H.264 knows, there is room for one
 PIECE_BYTES: Final = 16 << 20  # of pictures that go there in one copy
+MAX_DEATHS: Final = 20  # one after the other, and no picture between: they cannot live here
+
+Batch: TypeAlias = list[tuple[Chain, EncodeTask]]
+
+
+class EncodeProcesses:
+    """See Lanes. Films have processes and memory of their own."""
+
+    def __init__(self, processes: int, planes_bytes: int = PLANES_BYTES) -> None:
+        """planes_bytes: of memory for planes, at most, and as much for films'."""
+        self.live, self.films = processes, max(1, processes // 4)
+        self._live = ProcessGroup(self.live, planes_bytes)
+        self._films = ProcessGroup(self.films, planes_bytes)
+
+    @staticmethod
+    def are_possible() -> bool:
+        """Whether this system can share memory that has no name."""
+        return hasattr(os, "memfd_create")
+
+    @property
+    def error(self) -> Exception | None:
+        """See Lanes."""
+        return self._live.error or self._films.error
+
+    def start(self, done: Done) -> None:
+        """See Lanes."""
+        self._live.start(done)
+        self._films.start(done)
+
+    def submit(self, tasks: Sequence[tuple[Chain, EncodeTask]]) -> None:
+        """See Lanes."""
+        for group, is_film in ((self._live, False), (self._films, True)):
+            batch = [(chain, task) for chain, task in tasks if chain.is_film == is_film]
+            if batch:
+                group.submit(batch)
+
+    def end(self, chain: Chain) -> None:
+        """See Lanes."""
+        (self._films if chain.is_film else self._live).end(chain)
+
+    def close(self) -> None:
+        """See Lanes."""
+        self._live.close()
+        self._films.close()
 
 
 @dataclass(slots=True, eq=False)
@@ -59,82 +105,91 @@ class _Child:
 
     process: subprocess.Popen[bytes]
     link: socket.socket
-    is_for_films: bool
-    read: Any = field(default_factory=lambda: msgpack.Unpacker(use_list=False))
+    read: Any = field(default_factory=lambda: msgpack.Unpacker(use_list=False, max_buffer_size=0))
     waiting: dict[int, _Waiting] = field(default_factory=dict)
-    chains: int = 0
+    chains: Counter[Rendition] = field(default_factory=Counter)
     is_lost: bool = False
 
 
-@dataclass(slots=True)
-class _Lane:
-    number: int
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a chain is encoded, and what it is called there."""
+
     child: _Child
+    number: int
 
 
-class EncodeProcesses:
-    """See Lanes. A chain stays with the process that it began in; of one that dies the next picture begins anew.
+class ProcessGroup:
+    """Processes and the memory that they read from. `submit`, `end` from one thread at a time.
 
-    One thread waits for planes and hands them over, another takes what comes back: both see many pictures at a time.
+    One thread waits for planes and hands them over, another takes what comes back: both see many pictures at a time. A
+    chain stays with the process that it began in; where that dies the next picture begins it anew in another.
+    error: why it has stopped for good.
     """
 
-    def __init__(self, processes: int) -> None:
-        self.live, self.films = processes, max(1, processes // 4)
-        self._planes = SharedPlanes(PLANES_BYTES)
-        self._orders: queue.SimpleQueue[Sequence[tuple[Chain, EncodeTask]] | Chain | None] = queue.SimpleQueue()
+    def __init__(self, processes: int, planes_bytes: int) -> None:
+        self.error: Exception | None = None
+        self._count, self._planes_bytes = processes, planes_bytes
+        self._batches: queue.SimpleQueue[Batch | Chain | None] = queue.SimpleQueue()
         self._children: list[_Child] = []
-        self._changes = threading.Lock()  # of children and lanes
+        self._changes = threading.Lock()  # of children, places and pieces
         self._numbers, self._tickets = itertools.count(), itertools.count()
-        self._selector = selectors.DefaultSelector()
-        self._wakes = WakePipe()
-        self._selector.register(self._wakes.fileno(), selectors.EVENT_READ)
+        self._deaths = 0  # since a picture was made
         self._is_closing = False
-        self._threads = [
-            threading.Thread(target=self._ship, name="to encoders"),
-            threading.Thread(target=self._collect, name="from encoders"),
-        ]
-
-    @staticmethod
-    def are_possible() -> bool:
-        """Whether this system can share memory that has no name."""
-        return hasattr(os, "memfd_create")
 
     def start(self, done: Done) -> None:
         """See Lanes."""
         self._done = done
-        self._children = [self._new_child(is_for_films=number >= self.live) for number in range(self.live + self.films)]
+        self._planes = SharedPlanes(self._planes_bytes)
+        self._selector = selectors.DefaultSelector()
+        self._wakes = WakePipe()
+        self._selector.register(self._wakes.fileno(), selectors.EVENT_READ)
+        self._children = [self._new_child() for _ in range(self._count)]
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
+            for work, name in ((self._ship, "to encoders"), (self._collect, "from encoders"))
+        ]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, tasks: Sequence[tuple[Chain, EncodeTask]]) -> None:
-        """See Lanes."""
-        self._orders.put(tasks)
+    def submit(self, batch: Batch) -> None:
+        """Queue pictures."""
+        self._batches.put(batch)
 
     def end(self, chain: Chain) -> None:
-        """See Lanes."""
-        self._orders.put(chain)
+        """Close a chain's encoders, behind what is queued of it."""
+        self._batches.put(chain)
 
     def close(self) -> None:
-        """See Lanes."""
-        self._orders.put(None)
+        """End the processes; nothing is queued, or it has failed."""
+        self._batches.put(None)
         for thread in self._threads:
-            thread.join()
-        self._selector.close()
-        self._wakes.close()
-        self._planes.close()
+            thread.join(None if self.error is None else 0)
+        for child in self._children:
+            child.process.kill()  # it has ended, but where something failed
+            child.process.wait()
+            child.link.close()
+        if self.error is None:
+            self._selector.close()
+            self._wakes.close()
+            self._planes.close()
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # the thread's outermost loop: without it no picture is made any more
+            logger.exception("encoders_failed")
+            self.error = error
 
     # --- there ---
 
     def _ship(self) -> None:
-        while (order := self._orders.get()) is not None:
-            rows: defaultdict[_Child, list[Wanted]] = defaultdict(list)
-            if isinstance(order, Chain):
-                self._ship_end(order, rows)
+        while (batch := self._batches.get()) is not None:
+            if isinstance(batch, Chain):
+                self._ship_end(batch)
             else:
-                for part in pieces(order):
-                    self._ship_piece(part, rows)
-            for child, wanted in rows.items():
-                _send(child, b"".join(msgpack.packb(one) for one in wanted))
+                for part in pieces(batch):
+                    self._ship_piece(part)
         self._is_closing = True
         with self._changes:
             for child in self._children:
@@ -142,43 +197,52 @@ class EncodeProcesses:
                     child.link.shutdown(socket.SHUT_WR)
         self._wakes.wake()
 
-    def _ship_end(self, chain: Chain, rows: defaultdict[_Child, list[Wanted]]) -> None:
+    def _ship_end(self, chain: Chain) -> None:
+        place: _Place | None = chain.place
         with self._changes:
-            lane: _Lane | None = chain.lane
-            is_there = lane is not None and not lane.child.is_lost
-            if lane is not None and is_there:
-                lane.child.chains -= 1
-                rows[lane.child].append(Wanted(self._ticket(lane.child, _Waiting(chain)), lane.number))
-        if not is_there:
+            if place is not None and not place.child.is_lost:
+                place.child.chains[chain.rendition] -= 1
+                row = Ended(self._ticket(place.child, _Waiting(chain)), place.number)
+            else:
+                place = None
+        if place is None:
             self._done(chain, None, None)
+        else:
+            _send(place.child, msgpack.packb(row))
 
-    def _ship_piece(self, part: Sequence[tuple[Chain, EncodeTask]], rows: defaultdict[_Child, list[Wanted]]) -> None:
-        """Copy the planes of some tasks, all of one copy, to where the processes see them."""
+    def _ship_piece(self, part: Batch) -> None:
+        """Hand over pictures of one copy: first their planes, where the processes see them."""
         copy = part[0][1].copy
-        spans = [_span(task) for _, task in part]
+        spans = [span_of(task) for _, task in part]
         first, last = min(span.start for span in spans), max(span.stop for span in spans)
+        piece: _Piece | None = None
         try:
             copy.wait()
-            if first < 0 or last > copy.array.nbytes or not copy.array.flags.c_contiguous:
-                raise ValueError("planes: they do not lie within their copy")
+            if first == last:
+                raise ValueError("planes: expected (H*3//2, W) uint8 within their copy")
             piece = _Piece(self._planes.put(copy.array.reshape(-1)[first:last]), last - first, len(part))
-        except Exception as error:  # noqa: BLE001 the device failed, or there is no room for so large ones
-            for chain, task in part:
-                _say_failed(task, repr(error))
-                self._done(chain, task, None)
-            return
+        except Exception:  # the device failed, or there will never be room for as much
+            for _, task in part:
+                logger.exception("encode_failed run=%s rendition=%s", task.run, task.rendition)
+        rows: defaultdict[_Child, list[bytes]] = defaultdict(list)
         for (chain, task), span in zip(part, spans, strict=True):
             waiting = _Waiting(chain, task, piece)
-            height, width = task.planes.shape
-            where = piece.first + span.start - first
-            what = (chain.rendition, chain.is_one_of_many, where, height, width, tuple(task.order))
             try:
                 with self._changes:
-                    lane = self._lane(chain)
-                    rows[lane.child].append(Wanted(self._ticket(lane.child, waiting), lane.number, *what))
-            except OSError as error:  # no process could be started in place of one that died
-                _say_failed(task, repr(error))
+                    place = self._place(chain)
+                    ticket = self._ticket(place.child, waiting)
+            except OSError:  # no process could be started in place of one that died
+                logger.exception("encode_failed run=%s rendition=%s", task.run, task.rendition)
                 self._over(waiting, None)
+                continue
+            row: Wanted | Ended = Ended(ticket, place.number)  # it is answered in its turn, and the next begins anew
+            if piece is not None:
+                where, (height, width) = piece.first + span.start - first, task.planes.shape
+                what = (chain.rendition, chain.is_one_of_many, where, height, width, tuple(task.order))
+                row = Wanted(ticket, place.number, *what)
+            rows[place.child].append(msgpack.packb(row))
+        for child, words in rows.items():
+            _send(child, b"".join(words))
 
     def _ticket(self, child: _Child, waiting: _Waiting) -> int:
         """Note what a child is given; with `_changes` held."""
@@ -186,30 +250,37 @@ class EncodeProcesses:
         child.waiting[ticket] = waiting
         return ticket
 
-    def _lane(self, chain: Chain) -> _Lane:
-        """Of a chain: it goes on where it is, or begins where there are fewest; with `_changes` held."""
-        lane: _Lane | None = chain.lane
-        if lane is None or lane.child.is_lost:
-            lost = [child for child in self._children if child.is_lost]
-            for one in lost:
-                self._children[self._children.index(one)] = self._new_child(is_for_films=one.is_for_films)
-            mine = (child for child in self._children if child.is_for_films == chain.is_film)
-            lane = chain.lane = _Lane(next(self._numbers), min(mine, key=lambda child: child.chains))
-            lane.child.chains += 1
-        return lane
+    def _place(self, chain: Chain) -> _Place:
+        """Of a chain: it goes on where it is, or begins where fewest of its kind are; with `_changes` held."""
+        place: _Place | None = chain.place
+        if place is None or place.child.is_lost:
+            for number, child in enumerate(self._children):
+                if child.is_lost:
+                    child.link.close()
+                    self._children[number] = self._new_child()
+            least = min(self._children, key=lambda child: (child.chains[chain.rendition], child.chains.total()))
+            place = chain.place = _Place(least, next(self._numbers))
+            least.chains[chain.rendition] += 1
+        return place
 
-    def _new_child(self, *, is_for_films: bool) -> _Child:
+    def _new_child(self) -> _Child:
         ours, theirs = socket.socketpair()
         words = (str(theirs.fileno()), str(self._planes.fd), str(self._planes.nbytes))
-        process = subprocess.Popen(  # noqa: S603 a module of ours
-            [sys.executable, "-m", encoding_child.__name__, *words],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # ours is the report to a supervisor
-            process_group=0,  # Ctrl-C is the worker's
-            pass_fds=(theirs.fileno(), self._planes.fd),
-        )
-        theirs.close()
-        child = _Child(process, ours, is_for_films)
+        try:
+            process = subprocess.Popen(  # noqa: S603 a module of ours
+                [sys.executable, "-P", "-m", encoding_child.__name__, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # ours is the report to a supervisor
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # numpy would start one for each processor
+                process_group=0,  # Ctrl-C is the worker's
+                pass_fds=(theirs.fileno(), self._planes.fd),
+            )
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        child = _Child(process, ours)
         self._selector.register(ours, selectors.EVENT_READ, child)
         return child
 
@@ -230,13 +301,15 @@ class EncodeProcesses:
                     self._lose(child)
 
     def _made(self, child: _Child, made: Made) -> None:
+        self._deaths = 0
         with self._changes:
             waiting = child.waiting.pop(made.ticket)
-        if made.error and waiting.task is not None:
-            _say_failed(waiting.task, made.error)
-        size = {"width": made.width, "height": made.height}
-        is_made = waiting.task is not None and not made.error
-        picture = EncodedPicture(payload=made.payload, is_keyframe=made.is_keyframe, **size) if is_made else None
+        task, picture = waiting.task, None
+        if task is not None and made.error:
+            logger.error("encode_failed run=%s rendition=%s error=%s", task.run, task.rendition, made.error)
+        elif made.payload:
+            size = {"width": made.width, "height": made.height}
+            picture = EncodedPicture(payload=made.payload, is_keyframe=made.is_keyframe, **size)
         self._over(waiting, picture)
 
     def _over(self, waiting: _Waiting, picture: EncodedPicture | None) -> None:
@@ -250,48 +323,51 @@ class EncodeProcesses:
         self._done(waiting.chain, waiting.task, picture)
 
     def _lose(self, child: _Child) -> None:
-        """It ended: because it was told to, or it died, and what it had is lost with it."""
-        self._selector.unregister(child.link)
+        """It ended: because it was told to, or it died, and what it had is lost with it.
+
+        Raises: RuntimeError when one after the other dies.
+        """
+        self._selector.unregister(child.link)  # closed it is by the thread that sends
+        code = child.process.wait()
         with self._changes:
             child.is_lost = True
             lost, child.waiting = list(child.waiting.values()), {}
-        child.link.close()
-        code = child.process.wait()
         if code or lost:
+            self._deaths += 1
             logger.error("encoder_died exit_code=%d pictures=%d", code, sum(one.task is not None for one in lost))
         for one in lost:
             self._over(one, None)
+        if self._deaths >= MAX_DEATHS:
+            raise RuntimeError(f"{self._deaths} encoding processes have died one after the other: see the log")
 
 
-def pieces(tasks: Sequence[tuple[Chain, EncodeTask]]) -> Iterator[list[tuple[Chain, EncodeTask]]]:
-    """Cut into runs of tasks of one copy whose planes lie within PIECE_BYTES, the order kept."""
-    part: list[tuple[Chain, EncodeTask]] = []
+def pieces(batch: Batch) -> Iterator[Batch]:
+    """Cut into runs of tasks of one copy whose planes lie within PIECE_BYTES, the order kept; bad ones are alone."""
+    part: Batch = []
     first = last = 0
-    for chain, task in tasks:
-        span = _span(task)
-        first, last = min(first, span.start), max(last, span.stop)
-        if part and (part[0][1].copy is not task.copy or last - first > PIECE_BYTES):
+    for chain, task in batch:
+        span = span_of(task)
+        is_far = max(last, span.stop) - min(first, span.start) > PIECE_BYTES or last == first or span.stop == span.start
+        if part and (part[0][1].copy is not task.copy or is_far):
             yield part
             part = []
-        if not part:
-            first, last = span.start, span.stop
+        first, last = (min(first, span.start), max(last, span.stop)) if part else (span.start, span.stop)
         part.append((chain, task))
     if part:
         yield part
 
 
-def _span(task: EncodeTask) -> slice:
-    """Where the planes of a task lie within the bytes of its copy."""
-    first = _address(task.planes) - _address(task.copy.array)
-    return slice(first, first + task.planes.nbytes)
+def span_of(task: EncodeTask) -> slice:
+    """Where the planes of a task lie within the bytes of its copy; empty: they are none, or lie elsewhere."""
+    planes, whole = task.planes, task.copy.array
+    first = _address(planes) - _address(whole)
+    are_planes = planes.ndim == 2 and planes.dtype == np.uint8 and planes.flags.c_contiguous
+    are_there = first >= 0 and first + planes.nbytes <= whole.nbytes and whole.flags.c_contiguous
+    return slice(first, first + planes.nbytes) if are_planes and are_there else slice(0, 0)
 
 
 def _address(array: Planes) -> int:
     return int(array.__array_interface__["data"][0])
-
-
-def _say_failed(task: EncodeTask, error: str) -> None:
-    logger.error("encode_failed run=%s rendition=%s error=%s", task.run, task.rendition, error)
 
 
 def _send(child: _Child, words: bytes) -> None:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Lane:
+class _Queue:
     """A chain's. tasks: None closes the encoders; is_busy: a thread has it, or is about to."""
 
     encoder: ChainEncoder
@@ -33,9 +33,14 @@ class EncodeThreads:
         self.live, self.films = threads, max(1, threads // 4)
         self._due: queue.SimpleQueue[Chain | None] = queue.SimpleQueue()
         self._due_films: queue.SimpleQueue[Chain | None] = queue.SimpleQueue()
-        self._changes = threading.Lock()  # of lanes
+        self._changes = threading.Lock()  # of chains' queues
         self._heap = Heap()
         self._threads: list[threading.Thread] = []
+
+    @property
+    def error(self) -> Exception | None:
+        """See Lanes."""
+        return None
 
     def start(self, done: Done) -> None:
         """See Lanes."""
@@ -65,28 +70,28 @@ class EncodeThreads:
             thread.join()
 
     def _put(self, chain: Chain, task: EncodeTask | None) -> None:
-        if chain.lane is None:
-            chain.lane = _Lane(ChainEncoder(chain.rendition, is_one_of_many=chain.is_one_of_many))
+        if chain.place is None:
+            chain.place = _Queue(ChainEncoder(chain.rendition, is_one_of_many=chain.is_one_of_many))
         with self._changes:
-            chain.lane.tasks.append(task)
-            is_busy, chain.lane.is_busy = chain.lane.is_busy, True
+            chain.place.tasks.append(task)
+            is_busy, chain.place.is_busy = chain.place.is_busy, True
         if not is_busy:
             (self._due_films if chain.is_film else self._due).put(chain)
 
     def _run(self, due: queue.SimpleQueue[Chain | None], done: Done) -> None:
         while (chain := due.get()) is not None:
-            lane = chain.lane
-            task = lane.tasks.popleft()
+            queued: _Queue = chain.place
+            task = queued.tasks.popleft()
             encoded = None
             if task is None:
-                lane.encoder.close()
+                queued.encoder.close()
                 self._heap.give_back()
             else:
-                encoded = _encoded(lane.encoder, task)
+                encoded = _encoded(queued.encoder, task)
             done(chain, task, encoded)
             with self._changes:
-                lane.is_busy = bool(lane.tasks)
-                if lane.is_busy:
+                queued.is_busy = bool(queued.tasks)
+                if queued.is_busy:
                     due.put(chain)  # behind the others: no chain keeps a thread to itself
 
 
@@ -96,5 +101,5 @@ def _encoded(encoder: ChainEncoder, task: EncodeTask) -> EncodedPicture | None:
         return encoder.encode(task.planes, task.order)
     except Exception:
         logger.exception("encode_failed run=%s rendition=%s", task.run, task.rendition)
-        encoder.close()
+        encoder.close()  # also where the device failed: the next picture begins anew
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+import traceback
 from collections import deque
 from typing import Any, Final, NamedTuple
 
@@ -23,16 +24,23 @@ READ_BYTES: Final = 1 << 20
 
 
 class Wanted(NamedTuple):
-    """One picture of a chain: (rows, width) planes from `first` on; order: an Order. rows 0: the chain is over."""
+    """One picture of a chain: (rows, width) planes from `first` on; order: an Order."""
 
     ticket: int
     chain: int
-    rendition: Rendition = "live"
-    is_one_of_many: bool = False
-    first: int = 0
-    rows: int = 0
-    width: int = 0
-    order: tuple[Any, ...] = ()
+    rendition: Rendition
+    is_one_of_many: bool
+    first: int
+    rows: int
+    width: int
+    order: tuple[Any, ...]
+
+
+class Ended(NamedTuple):
+    """A chain's encoders are not needed any more: it is over, or its next picture begins anew."""
+
+    ticket: int
+    chain: int
 
 
 class Made(NamedTuple):
@@ -55,7 +63,7 @@ class Child:
         self._planes = planes
         self._read = msgpack.Unpacker(use_list=False)
         self._encoders: dict[int, ChainEncoder] = {}
-        self._waiting: dict[int, deque[Wanted]] = {}  # by chain, whose turn is next first
+        self._waiting: dict[int, deque[Wanted | Ended]] = {}  # by chain, whose turn is next first
         self._heap = Heap()
 
     def run(self) -> None:
@@ -72,7 +80,7 @@ class Child:
             return True
         self._read.feed(words)
         for row in self._read:
-            one = Wanted(*row)
+            one = Ended(*row) if len(row) == len(Ended._fields) else Wanted(*row)
             self._waiting.setdefault(one.chain, deque()).append(one)
         return bool(words)
 
@@ -82,7 +90,7 @@ class Child:
         one = waiting.popleft()
         if waiting:
             self._waiting[chain] = waiting  # behind the others
-        if not one.rows:
+        if isinstance(one, Ended):
             encoder = self._encoders.pop(chain, None)
             if encoder is not None:
                 encoder.close()
@@ -94,7 +102,8 @@ class Child:
         try:
             made = self._encoders[chain].encode(planes, Order(*one.order))
         except Exception as error:  # noqa: BLE001 this picture is lost, the next may do
-            return Made(one.ticket, error=repr(error)[:500] or "unknown")
+            traceback.print_exc()  # to the worker's log
+            return Made(one.ticket, error=repr(error)[:500])
         return Made(one.ticket, made.payload, made.is_keyframe, made.width, made.height)
 
 

@@ -50,7 +50,7 @@ class JobDecoder:
     A clip is decoded in slices of at most `decoder.max_job_s`, as far as was measured; other jobs go between them.
     lanes: where pictures are encoded.
     pass_on: called in any thread with PROGRESS, with (endpoint, packet), and with a JobRun that is over.
-    engines: what decodes. error: why it could not even begin.
+    engines: what decodes.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class JobDecoder:
         lanes: Lanes,
     ) -> None:
         self.is_warm = False
-        self.error: Exception | None = None
+        self._error: Exception | None = None
         self.engines = Engines(config, device)
         self._config, self._decoder = config, config.decoder
         self._device = device
@@ -77,6 +77,11 @@ class JobDecoder:
         self._stager = Stager(self._outlet.copies)
         self._pace = Pace()
         self._thread = threading.Thread(target=self._run, name="device")
+
+    @property
+    def error(self) -> Exception | None:
+        """Why it could not even begin, or nothing is encoded any more. Any thread."""
+        return self._error or self._outlet.pool.error
 
     @property
     def busy_since_s(self) -> float:
@@ -134,7 +139,7 @@ class JobDecoder:
         try:
             self._warm_up()
         except Exception as error:  # noqa: BLE001 the worker ends with it
-            self.error = error
+            self._error = error
             return
         while (run := self._turns.next()) is not None:
             self._slice_since_s, self._at_hand = time.monotonic(), run

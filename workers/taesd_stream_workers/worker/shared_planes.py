@@ -55,6 +55,7 @@ class SharedPlanes:
     def close(self) -> None:
         """Let go of it here."""
         os.close(self.fd)
+        self._bytes = np.empty(0, np.uint8)  # the other holds on to it
 
     def _taken(self, nbytes: int) -> int | None:
         """Where a piece was taken from what is free; None: there is no such piece."""

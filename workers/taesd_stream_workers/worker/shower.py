@@ -116,7 +116,7 @@ class Shower:
         )
 
     def _send(self, item: JobItem, one: Rendered, picture: Picture, encoded: EncodedPicture | None) -> None:
-        """In a thread of the pool."""
+        """In a thread of the pool, perhaps the one that all runs share: it must not wait."""
         if encoded is not None:
             self._outlet.pass_on((self._run.job.packets_to, self._packet(item, one, picture, encoded)))
         elif one.rendition == "record":
