@@ -176,7 +176,7 @@ class PublisherLink:
     def _stand_aside(self) -> None:
         """Let a publish() that is under way have the GIL: each launch lets go of it, and waits to get it back."""
         for _ in range(MAX_ASIDE):
-            if not self._outbox.is_busy or self._end is not None:
+            if not self._outbox.is_busy or self._is_echo_due:
                 return
             time.sleep(ASIDE_S)
 

@@ -350,6 +350,31 @@ def test_an_encoder_that_dies_takes_only_its_own_pictures_with_it(caplog: pytest
 
 
 @in_processes
+def test_where_no_other_can_be_started_the_living_go_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A system that has no room for another process costs speed, not pictures."""
+    results, lanes = Results(), EncodeProcesses(2)
+    pool = EncodePool(lanes)
+    pool.start()
+    pool.submit([results.task(run, 0) for run in "ab"])
+    wait_for(lambda: len(results.by_run) == 2, of="the first pictures")
+    of_a = pool._chains["a", "live"].place.child
+
+    def no_room(*_: Any, **__: Any) -> None:
+        raise BlockingIOError("no room for another process")
+
+    monkeypatch.setattr(subprocess, "Popen", no_room)
+    of_a.process.kill()
+    wait_for(lambda: of_a.is_lost, of="its end")
+    pool.submit([results.task(run, 90) for run in "ab"])
+    pool.close()
+    assert [results.keyframes(run) for run in "ab"] == [[0, 90], [0]]
+    assert [len(results.by_run[run]) for run in "ab"] == [2, 2]
+    assert "encoder_not_started" in caplog.text
+
+
+@in_processes
 def test_where_no_encoder_can_live_the_pool_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that die one after the other are an error that the worker ends with, not a storm of new ones."""
     (tmp_path / "av.py").write_text("raise SystemExit(7)")
@@ -393,7 +418,7 @@ sys.stdin.read()
 def test_planes_go_there_in_pieces_of_one_copy() -> None:
     """Pictures that lie near each other go in one, the order kept; of another copy, far away, or bad, in the next."""
     results, one, two = Results(), *(HostCopy(np.empty((4, 3072, 2048), np.uint8)) for _ in range(2))
-    planes = [one.array[1], one.array[0], one.array[1], one.array[0][:, ::2], one.array[3], one.array[2], two.array[2]]
+    planes = [one.array[1], one.array[0], one.array[3], one.array[2], one.array[0][:, ::2], one.array[3], two.array[3]]
     copies = [one, one, one, one, one, one, two]
     tasks = [
         replace(results.task("a", pts, copy=copy), planes=each)
@@ -401,7 +426,7 @@ def test_planes_go_there_in_pieces_of_one_copy() -> None:
     ]
     chain = Chain(run="a", rendition="live", is_one_of_many=False)
     cut = [[task.order.pts for _, task in part] for part in pieces([(chain, task) for task in tasks])]
-    assert cut == [[0, 1, 2], [3], [4, 5], [6]]
+    assert cut == [[0, 1], [2, 3], [4], [5], [6]]
 
 
 GREY = np.zeros((8, 48, 32), np.uint8)

@@ -66,7 +66,7 @@ class Lanes(Protocol):
         """Why nothing is encoded any more."""
 
     def start(self, done: Done) -> None:
-        """Begin. done: called once for each task and `end`; for the pictures of a chain in their order."""
+        """Begin. done: called once for each task and `end`, in their order within a chain; no more after an error."""
 
     def submit(self, tasks: Sequence[tuple[Chain, EncodeTask]]) -> None:
         """Queue pictures. One thread at a time, as `end`."""
@@ -75,7 +75,7 @@ class Lanes(Protocol):
         """Close a chain's encoders, behind what is queued of it."""
 
     def close(self) -> None:
-        """End; nothing is queued, or there is an error."""
+        """End, behind what is queued; at once where there is an error."""
 
 
 class EncodePool:
@@ -160,9 +160,11 @@ class EncodePool:
         self._lanes.end(chain)
 
     def _done(self, chain: Chain, task: EncodeTask | None, encoded: EncodedPicture | None) -> None:
-        if task is not None:
-            task.on_done(encoded)
-        with self._room:
-            self._waiting -= 1
-            self._films_waiting -= chain.is_film
-            self._room.notify_all()
+        try:
+            if task is not None:
+                task.on_done(encoded)
+        finally:
+            with self._room:
+                self._waiting -= 1
+                self._films_waiting -= chain.is_film
+                self._room.notify_all()

@@ -27,7 +27,7 @@ from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import EncodedPicture, Planes
 from taesd_stream.sockets import WakePipe
 from taesd_stream_workers.worker import encoding_child
-from taesd_stream_workers.worker.encode_pool import Chain, Done, EncodeTask
+from taesd_stream_workers.worker.encode_pool import LOOK_S, Chain, Done, EncodeTask
 from taesd_stream_workers.worker.encoding_child import READ_BYTES, Ended, Made, Wanted
 from taesd_stream_workers.worker.shared_planes import SharedPlanes
 
@@ -161,14 +161,16 @@ class ProcessGroup:
         self._batches.put(chain)
 
     def close(self) -> None:
-        """End the processes; nothing is queued, or it has failed."""
+        """End the processes, behind what is queued; at once where something failed."""
         self._batches.put(None)
         for thread in self._threads:
-            thread.join(None if self.error is None else 0)
-        for child in self._children:
-            child.process.kill()  # it has ended, but where something failed
-            child.process.wait()
-            child.link.close()
+            while thread.is_alive() and self.error is None:
+                thread.join(LOOK_S)
+        with self._changes:
+            for child in self._children:
+                child.process.kill()  # it has ended, but where something failed
+                child.process.wait()
+                child.link.close()
         if self.error is None:
             self._selector.close()
             self._wakes.close()
@@ -178,13 +180,13 @@ class ProcessGroup:
         try:
             work()
         except Exception as error:  # the thread's outermost loop: without it no picture is made any more
+            self.error = error  # nobody waits for this thread any more
             logger.exception("encoders_failed")
-            self.error = error
 
     # --- there ---
 
     def _ship(self) -> None:
-        while (batch := self._batches.get()) is not None:
+        while (batch := self._batches.get()) is not None and self.error is None:
             if isinstance(batch, Chain):
                 self._ship_end(batch)
             else:
@@ -226,15 +228,9 @@ class ProcessGroup:
                 logger.exception("encode_failed run=%s rendition=%s", task.run, task.rendition)
         rows: defaultdict[_Child, list[bytes]] = defaultdict(list)
         for (chain, task), span in zip(part, spans, strict=True):
-            waiting = _Waiting(chain, task, piece)
-            try:
-                with self._changes:
-                    place = self._place(chain)
-                    ticket = self._ticket(place.child, waiting)
-            except OSError:  # no process could be started in place of one that died
-                logger.exception("encode_failed run=%s rendition=%s", task.run, task.rendition)
-                self._over(waiting, None)
-                continue
+            with self._changes:
+                place = self._place(chain)
+                ticket = self._ticket(place.child, _Waiting(chain, task, piece))
             row: Wanted | Ended = Ended(ticket, place.number)  # it is answered in its turn, and the next begins anew
             if piece is not None:
                 where, (height, width) = piece.first + span.start - first, task.planes.shape
@@ -251,17 +247,29 @@ class ProcessGroup:
         return ticket
 
     def _place(self, chain: Chain) -> _Place:
-        """Of a chain: it goes on where it is, or begins where fewest of its kind are; with `_changes` held."""
+        """Of a chain: it goes on where it is, or begins where fewest of its kind are; with `_changes` held.
+
+        Raises: RuntimeError where no process is left.
+        """
         place: _Place | None = chain.place
         if place is None or place.child.is_lost:
             for number, child in enumerate(self._children):
                 if child.is_lost:
-                    child.link.close()
-                    self._children[number] = self._new_child()
-            least = min(self._children, key=lambda child: (child.chains[chain.rendition], child.chains.total()))
+                    self._replace(number)
+            living = [child for child in self._children if not child.is_lost]
+            if not living:
+                raise RuntimeError("no encoding process can be started: see the log")
+            least = min(living, key=lambda child: (child.chains[chain.rendition], child.chains.total()))
             place = chain.place = _Place(least, next(self._numbers))
             least.chains[chain.rendition] += 1
         return place
+
+    def _replace(self, number: int) -> None:
+        self._children[number].link.close()
+        try:
+            self._children[number] = self._new_child()
+        except OSError:  # the others go on without it
+            logger.exception("encoder_not_started")
 
     def _new_child(self) -> _Child:
         ours, theirs = socket.socketpair()
@@ -301,7 +309,7 @@ class ProcessGroup:
                     self._lose(child)
 
     def _made(self, child: _Child, made: Made) -> None:
-        self._deaths = 0
+        self._deaths = 0 if made.payload else self._deaths
         with self._changes:
             waiting = child.waiting.pop(made.ticket)
         task, picture = waiting.task, None
@@ -327,7 +335,7 @@ class ProcessGroup:
 
         Raises: RuntimeError when one after the other dies.
         """
-        self._selector.unregister(child.link)  # closed it is by the thread that sends
+        self._selector.unregister(child.link)  # not closed: the other thread may be sending
         code = child.process.wait()
         with self._changes:
             child.is_lost = True

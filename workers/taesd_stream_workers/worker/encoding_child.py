@@ -44,7 +44,7 @@ class Ended(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What became of it: the picture, as EncodedPicture has it, or what went wrong; neither of a chain that is over."""
+    """What became of it: the picture, as EncodedPicture has it, or what went wrong; neither of an Ended."""
 
     ticket: int
     payload: bytes = b""
@@ -68,7 +68,7 @@ class Child:
 
     def run(self) -> None:
         """Encode until the worker is gone."""
-        while self._take():
+        while self._take() or self._waiting:
             if self._waiting:
                 self._link.sendall(msgpack.packb(self._next()))
 

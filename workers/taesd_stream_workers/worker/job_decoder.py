@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,11 +23,11 @@ from taesd_stream.decoding.video_engine import VideoEngine
 from taesd_stream.frames import RENDITIONS
 from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
 from taesd_stream.latent_formats import latent_format as format_named
-from taesd_stream.media.encoder import VIDEO_RENDITIONS
+from taesd_stream.media.encoder import VIDEO_RENDITIONS, EncodedPicture
 from taesd_stream.messages import Failed, JobItem, Progress
 from taesd_stream_workers.worker.chain_encoder import Order
 from taesd_stream_workers.worker.degrading import Pace, is_out_of_memory, ways
-from taesd_stream_workers.worker.encode_pool import EncodePool, EncodeTask, Lanes
+from taesd_stream_workers.worker.encode_pool import LOOK_S, EncodePool, EncodeTask, Lanes
 from taesd_stream_workers.worker.engines import Engines, Shape
 from taesd_stream_workers.worker.job_pictures import Entry, Rows, can_be_planes, pictures_of, planes_of
 from taesd_stream_workers.worker.job_run import JobRun
@@ -169,25 +171,38 @@ class JobDecoder:
         return True
 
     def _warm_up(self) -> None:
-        """Make every kind of picture once: what torch and FFmpeg load at first use would hold up the first stream."""
+        """Make every kind of picture once: what torch and FFmpeg load at first use would hold up the first stream.
+
+        Raises: RuntimeError where one cannot be made.
+        """
         engine = open_engine(WARM_UP_FORMAT, weights_folder=None, choice="linear", device=str(self._device))
         latents = torch.zeros(1, format_named(WARM_UP_FORMAT).channels, 8, 8)
-        for _, rgb in engine.decode(latents, budget_bytes=self.engines.budget_bytes):
-            self._outlet.pool.submit(
-                [
-                    EncodeTask(
-                        run="",
-                        rendition=one.rendition,
-                        order=Order(0, True, 0, *one.size, track=0, tracks=1, is_clip=False),
-                        planes=one.planes,
-                        copy=one.copy,
-                        on_done=lambda _: None,
-                    )
-                    for one in render([rgb[0]], [RENDITIONS], self._outlet.sizes, self._outlet.copies)
-                ]
+        made: queue.SimpleQueue[EncodedPicture | None] = queue.SimpleQueue()
+        tasks = [
+            EncodeTask(
+                run="",
+                rendition=one.rendition,
+                order=Order(0, True, 0, *one.size, track=0, tracks=1, is_clip=False),
+                planes=one.planes,
+                copy=one.copy,
+                on_done=made.put,
             )
+            for _, rgb in engine.decode(latents, budget_bytes=self.engines.budget_bytes)
+            for one in render([rgb[0]], [RENDITIONS], self._outlet.sizes, self._outlet.copies)
+        ]
+        self._outlet.pool.submit(tasks)
         self._outlet.pool.forget("")
+        for _ in tasks:
+            if self._next(made) is None:
+                raise RuntimeError("a picture could not be encoded: see the log")
         self.is_warm = True
+
+    def _next(self, made: queue.SimpleQueue[EncodedPicture | None]) -> EncodedPicture | None:
+        """Wait for a picture; None: it could not be made."""
+        while self._outlet.pool.error is None:
+            with contextlib.suppress(queue.Empty):
+                return made.get(timeout=LOOK_S)
+        return None
 
     def _decode(self, run: JobRun) -> Iterator[None]:
         """Each next one is a slice."""

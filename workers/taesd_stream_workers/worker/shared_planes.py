@@ -31,7 +31,7 @@ class SharedPlanes:
 
     def put(self, words: NDArray[np.uint8]) -> int:
         """Copy bytes there, waiting for room. words: (n,). Returns: where they are. Raises: ValueError for too many."""
-        if len(words) > self.nbytes:
+        if _padded(len(words)) > self.nbytes:
             raise ValueError(f"planes: {len(words)} bytes, over the {self.nbytes} that encoders can be given at once")
         with self._changed:
             while (first := self._taken(_padded(len(words)))) is None:
@@ -55,7 +55,7 @@ class SharedPlanes:
     def close(self) -> None:
         """Let go of it here."""
         os.close(self.fd)
-        self._bytes = np.empty(0, np.uint8)  # the other holds on to it
+        self._bytes = np.empty(0, np.uint8)  # the map has a descriptor of its own, until nobody looks at it
 
     def _taken(self, nbytes: int) -> int | None:
         """Where a piece was taken from what is free; None: there is no such piece."""
