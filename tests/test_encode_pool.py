@@ -324,14 +324,20 @@ def test_chains_of_each_kind_are_spread_over_the_processes() -> None:
     pool.close()
 
 
-@in_processes
-def test_an_encoder_that_dies_takes_only_its_own_pictures_with_it(caplog: pytest.LogCaptureFixture) -> None:
-    """What it had is answered with None; its runs go on with a keyframe in another process, others just go on."""
+def two_processes() -> tuple[Results, EncodeProcesses, EncodePool]:
+    """A pool of two, each with a run, `a` or `b`, whose first picture is made."""
     results, lanes = Results(), EncodeProcesses(2)
     pool = EncodePool(lanes)
     pool.start()
     pool.submit([results.task(run, 0) for run in "ab"])
     wait_for(lambda: len(results.by_run) == 2, of="the first pictures")
+    return results, lanes, pool
+
+
+@in_processes
+def test_an_encoder_that_dies_takes_only_its_own_pictures_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    """What it had is answered with None; its runs go on with a keyframe in another process, others just go on."""
+    results, lanes, pool = two_processes()
     of_a = pool._chains["a", "live"].place.child
     of_a.process.send_signal(signal.SIGSTOP)
     pool.submit([results.task(run, 90) for run in "ab"])
@@ -354,11 +360,7 @@ def test_where_no_other_can_be_started_the_living_go_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A system that has no room for another process costs speed, not pictures."""
-    results, lanes = Results(), EncodeProcesses(2)
-    pool = EncodePool(lanes)
-    pool.start()
-    pool.submit([results.task(run, 0) for run in "ab"])
-    wait_for(lambda: len(results.by_run) == 2, of="the first pictures")
+    results, _, pool = two_processes()
     of_a = pool._chains["a", "live"].place.child
 
     def no_room(*_: Any, **__: Any) -> None:
@@ -425,7 +427,7 @@ def test_planes_go_there_in_pieces_of_one_copy() -> None:
         for pts, (copy, each) in enumerate(zip(copies, planes, strict=True))
     ]
     chain = Chain(run="a", rendition="live", is_one_of_many=False)
-    cut = [[task.order.pts for _, task in part] for part in pieces([(chain, task) for task in tasks])]
+    cut = [[task.order.pts for _, task, _ in part] for part in pieces([(chain, task) for task in tasks])]
     assert cut == [[0, 1], [2, 3], [4], [5], [6]]
 
 

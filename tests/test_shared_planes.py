@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 
@@ -11,9 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from taesd_stream_workers.worker.encode_processes import EncodeProcesses
 from taesd_stream_workers.worker.shared_planes import ALIGNMENT, SharedPlanes, shared_bytes
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system shares no memory without a name")
+pytestmark = pytest.mark.skipif(
+    not EncodeProcesses.are_possible(), reason="this system shares no memory without a name"
+)
 PIECES = 6  # held at once
 MOST_AT_ONCE = 9 * ALIGNMENT
 NBYTES = 128 * ALIGNMENT  # with five pieces in the worst places, a hole is left for a sixth

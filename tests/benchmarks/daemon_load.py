@@ -37,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taesd_stream import LatentPublisher
+from taesd_stream_workers.worker import encoding_child
 from tests.benchmarks.figures import cpu_name, percentiles
 from tests.daemon import Daemon, wait_for
 from tests.page_socket import PageSocket
@@ -46,7 +47,9 @@ STAGES: Final = ("sent", "received", "started", "decoded", "encoded", "streamed"
 NAMES: Final = ("receive", "wait", "decode", "encode", "stream")
 MOST_FPS: Final = 60.0
 LATENTS: Final = 24  # different ones that a load process publishes in turn
-ROLES: Final = ("broker", "worker", "streamer", "--load", "--pages")  # a process of it has the word in its command
+ROLES: Final = {name.encode(): name for name in ("broker", "worker", "streamer", "--load", "--pages")} | {
+    encoding_child.__name__.encode(): "worker"
+}  # by a word of its command
 WARM_UP_S: Final = 8.0
 MOST_LATE_S: Final = 0.05  # of a load process
 BEGAN_S: Final = time.monotonic()
@@ -238,13 +241,11 @@ def cpu_seconds() -> float:
 
 def role_seconds() -> dict[str, float]:
     """Seconds that the daemons' roles and this benchmark's own processes have worked, by the word they start with."""
-    seconds = dict.fromkeys(ROLES, 0.0)
+    seconds = dict.fromkeys(ROLES.values(), 0.0)
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (folder / "cmdline").read_bytes().split(b"\0")
-            role = next((one for one in ROLES if one.encode() in words), None)
-            if any(word.endswith(b".encoding_child") for word in words):
-                role = "worker"
+            role = next((ROLES[word] for word in words if word in ROLES), None)
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if role is not None:
                 seconds[role] += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -38,6 +38,7 @@ PIECE_BYTES: Final = 16 << 20  # of pictures that go there in one copy
 MAX_DEATHS: Final = 20  # one after the other, and no picture between: they cannot live here
 
 Batch: TypeAlias = list[tuple[Chain, EncodeTask]]
+Part: TypeAlias = list[tuple[Chain, EncodeTask, slice]]  # with the bytes of their copy that are their planes
 
 
 class EncodeProcesses:
@@ -212,11 +213,10 @@ class ProcessGroup:
         else:
             _send(place.child, msgpack.packb(row))
 
-    def _ship_piece(self, part: Batch) -> None:
+    def _ship_piece(self, part: Part) -> None:
         """Hand over pictures of one copy: first their planes, where the processes see them."""
         copy = part[0][1].copy
-        spans = [span_of(task) for _, task in part]
-        first, last = min(span.start for span in spans), max(span.stop for span in spans)
+        first, last = min(span.start for *_, span in part), max(span.stop for *_, span in part)
         piece: _Piece | None = None
         try:
             copy.wait()
@@ -224,19 +224,19 @@ class ProcessGroup:
                 raise ValueError("planes: expected (H*3//2, W) uint8 within their copy")
             piece = _Piece(self._planes.put(copy.array.reshape(-1)[first:last]), last - first, len(part))
         except Exception:  # the device failed, or there will never be room for as much
-            for _, task in part:
+            for _, task, _ in part:
                 logger.exception("encode_failed run=%s rendition=%s", task.run, task.rendition)
         rows: defaultdict[_Child, list[bytes]] = defaultdict(list)
-        for (chain, task), span in zip(part, spans, strict=True):
-            with self._changes:
+        with self._changes:
+            for chain, task, span in part:
                 place = self._place(chain)
                 ticket = self._ticket(place.child, _Waiting(chain, task, piece))
-            row: Wanted | Ended = Ended(ticket, place.number)  # it is answered in its turn, and the next begins anew
-            if piece is not None:
-                where, (height, width) = piece.first + span.start - first, task.planes.shape
-                what = (chain.rendition, chain.is_one_of_many, where, height, width, tuple(task.order))
-                row = Wanted(ticket, place.number, *what)
-            rows[place.child].append(msgpack.packb(row))
+                row: Wanted | Ended = Ended(ticket, place.number)  # answered in its turn, and the next begins anew
+                if piece is not None:
+                    where, (height, width) = piece.first + span.start - first, task.planes.shape
+                    what = (chain.rendition, chain.is_one_of_many, where, height, width, task.order)
+                    row = Wanted(ticket, place.number, *what)
+                rows[place.child].append(msgpack.packb(row))
         for child, words in rows.items():
             _send(child, b"".join(words))
 
@@ -309,13 +309,13 @@ class ProcessGroup:
                     self._lose(child)
 
     def _made(self, child: _Child, made: Made) -> None:
-        self._deaths = 0 if made.payload else self._deaths
         with self._changes:
             waiting = child.waiting.pop(made.ticket)
         task, picture = waiting.task, None
         if task is not None and made.error:
             logger.error("encode_failed run=%s rendition=%s error=%s", task.run, task.rendition, made.error)
         elif made.payload:
+            self._deaths = 0
             size = {"width": made.width, "height": made.height}
             picture = EncodedPicture(payload=made.payload, is_keyframe=made.is_keyframe, **size)
         self._over(waiting, picture)
@@ -349,23 +349,26 @@ class ProcessGroup:
             raise RuntimeError(f"{self._deaths} encoding processes have died one after the other: see the log")
 
 
-def pieces(batch: Batch) -> Iterator[Batch]:
+def pieces(batch: Batch) -> Iterator[Part]:
     """Cut into runs of tasks of one copy whose planes lie within PIECE_BYTES, the order kept; bad ones are alone."""
-    part: Batch = []
+    part: Part = []
     first = last = 0
     for chain, task in batch:
-        span = span_of(task)
-        is_far = max(last, span.stop) - min(first, span.start) > PIECE_BYTES or last == first or span.stop == span.start
-        if part and (part[0][1].copy is not task.copy or is_far):
-            yield part
-            part = []
-        first, last = (min(first, span.start), max(last, span.stop)) if part else (span.start, span.stop)
-        part.append((chain, task))
+        span = _span(task)
+        reach = min(first, span.start), max(last, span.stop)
+        are_good = first < last and span.start < span.stop
+        if part and part[0][1].copy is task.copy and are_good and reach[1] - reach[0] <= PIECE_BYTES:
+            first, last = reach
+        else:
+            if part:
+                yield part
+            part, first, last = [], span.start, span.stop
+        part.append((chain, task, span))
     if part:
         yield part
 
 
-def span_of(task: EncodeTask) -> slice:
+def _span(task: EncodeTask) -> slice:
     """Where the planes of a task lie within the bytes of its copy; empty: they are none, or lie elsewhere."""
     planes, whole = task.planes, task.copy.array
     first = _address(planes) - _address(whole)
