@@ -91,7 +91,7 @@ class PageHost:
     messages: every text message of every page.
     steps: of each run's film, [seq, step, of, sigma, ms]; film: its pictures.
     full, silent: no more viewers are taken; nothing is answered though nothing is closed, as through a dead network.
-    token_wanted: nothing is given without a token.
+    token_wanted: nothing is given without a token. dials: how often a page asked for a socket.
     """
 
     streams: list[Json] = field(default_factory=list)
@@ -117,6 +117,7 @@ class PageHost:
 
     def __post_init__(self) -> None:
         self.viewers: list[Viewer] = []
+        self.dials = 0
         self.loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -170,6 +171,7 @@ class PageHost:
         )
 
     async def serve_socket(self, websocket: WebSocket) -> None:
+        self.dials += 1
         while self.silent:
             await asyncio.sleep(0.05)
         if not self.answers or self.token_wanted:

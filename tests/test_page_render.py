@@ -81,6 +81,14 @@ def until(condition: Callable[[], object], page: Page) -> None:
         page.evaluate("() => new Promise(requestAnimationFrame)")
 
 
+def press_until(condition: Callable[[], object], page: Page) -> None:
+    """Press the banner's button, wherever there is one, until the condition holds."""
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s, "the button did not do it in 10 s"
+        page.evaluate("document.querySelector('#banners button')?.click()")
+
+
 def last_watch(host: PageHost) -> Json:
     watches = [message["streams"] for message in host.messages if message["type"] == "watch"]
     return watches[-1] if watches else {}
@@ -603,9 +611,10 @@ def test_a_refused_page_says_why(host: PageHost, opened: Open, fault: str, words
     host.hang_up()
     expect(page.locator("#banners")).to_contain_text(words)
     expect(page.locator("#alert")).to_contain_text(words)
+    dials = host.dials
+    press_until(lambda: host.dials >= dials + 8, page)  # in vain; by itself the page dials four times in that time
     setattr(host, fault, False)
-    page.get_by_role("button", name="Try now").click()
-    expect(page.locator("#banners > *")).to_have_count(0)
+    press_until(lambda: not page.locator("#banners > *").count(), page)
 
 
 @pytest.mark.slow
