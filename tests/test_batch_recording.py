@@ -32,8 +32,9 @@ from taesd_stream.media.steps import pictures_around, steps_of
 from taesd_stream.messages import Job
 from taesd_stream_workers.streamer.library import first_frames
 from taesd_stream_workers.worker.encode_threads import EncodeThreads
-from taesd_stream_workers.worker.job_decoder import MAX_TRACKS, JobDecoder
+from taesd_stream_workers.worker.job_decoder import JobDecoder
 from taesd_stream_workers.worker.job_run import JobRun
+from taesd_stream_workers.worker.job_slices import MAX_TRACKS
 from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.golden_messages import JOB_ITEM

@@ -27,8 +27,9 @@ from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import EncodedPicture, Planes
 from taesd_stream.messages import Job
 from taesd_stream_workers.worker.chain_encoder import Order
+from taesd_stream_workers.worker.encode_pieces import pieces
 from taesd_stream_workers.worker.encode_pool import FILM_S, MANY_LIVE, MAX_WAITING, Chain, EncodePool, EncodeTask, Lanes
-from taesd_stream_workers.worker.encode_processes import MAX_DEATHS, EncodeProcesses, pieces
+from taesd_stream_workers.worker.encode_processes import MAX_DEATHS, EncodeProcesses
 from taesd_stream_workers.worker.encode_threads import EncodeThreads
 from taesd_stream_workers.worker.job_decoder import JobDecoder
 from taesd_stream_workers.worker.job_run import JobRun

@@ -7,9 +7,10 @@ A sampler of seeded torch work, about 50 ms a step on one thread, bound to core 
 to core 1: nobody watches, a viewer does, or every frame is kept. The publisher's own threads run on core 1, for a
 system puts them where something is idle; with `--bound process` on core 0, where they take from the sampler all that
 they need: that is a process which has one core for everything. Pairs in the order ABBA (alone, publishing, publishing,
-alone), short ones, for a machine's own speed drifts: `percent` is how much longer a step with publishing is, mean and
-95 % interval (Student's t) over the pairs. `side_ms` is the processor time that the publisher's own threads take for
-each step.
+alone), short ones, for a machine's own speed drifts: four of 50 steps tell half as much as twenty of 10, in the same
+time. `percent` is how much longer a step with publishing is, mean and 95 % interval (Student's t) over the pairs.
+`side_ms` is the processor time that the publisher's own threads take for each step. All pairs are one run of the
+daemon's, and between two it comes to rest: a sampler that stops and goes on is woken for more often than one at work.
 
 Uses `beside` and `beside_kept` tell what the machine itself loses when its other core works: the sampler publishes
 nothing, but in every second and third run of four a process on the daemon's core does, with a viewer, or kept. What
@@ -129,8 +130,8 @@ class Sampler:
 def main() -> None:
     """Measure, print a table and then the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--pairs", type=int, default=80, help="of ABBA")
-    parser.add_argument("--steps", type=int, default=50, help="of each of the four")
+    parser.add_argument("--pairs", type=int, default=400, help="of ABBA")
+    parser.add_argument("--steps", type=int, default=10, help="of each of the four")
     parser.add_argument("--uses", default=",".join(USES), help="some of them, between commas")
     parser.add_argument("--against", choices=("alone", "beside"), default="alone", help="what uses are compared with")
     parser.add_argument("--bound", choices=("thread", "process"), default="thread", help="what is bound to core 0")
@@ -178,11 +179,12 @@ def compare(daemon: Daemon, sampler: Sampler, plan: Plan) -> dict[str, Any]:
             neighbour = stack.enter_context(process(NEIGHBOUR, daemon.broker, beside, record))
             assert neighbour.stdout is not None
             neighbour.stdout.readline()  # it has begun
-        without = neighbour if plan.is_against_beside else None
+        publisher = None if plan.use.startswith("beside") else stack.enter_context(open_publisher(daemon, plan))
+        with_it, without = (neighbour, None) if publisher is None else (None, neighbour)
         for _ in range(plan.pairs):
             with working(without):
                 runs = [sampler.run(plan.steps)]
-            with publishing(daemon, plan, neighbour) as publisher:
+            with working(with_it):
                 runs += [sampler.run(plan.steps, publisher) for _ in range(2)]
             with working(without):
                 runs.append(sampler.run(plan.steps))
@@ -200,22 +202,13 @@ def compare(daemon: Daemon, sampler: Sampler, plan: Plan) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def publishing(
-    daemon: Daemon, plan: Plan, neighbour: subprocess.Popen[bytes] | None
-) -> Iterator[LatentPublisher | None]:
-    """The sampler's own publisher, its threads on the plan's cores; for a use `beside…` none: the neighbour works."""
-    if plan.use.startswith("beside"):
-        with working(neighbour):
-            yield None
-        return
+def open_publisher(daemon: Daemon, plan: Plan) -> LatentPublisher:
+    """The sampler's own, its threads on the plan's cores."""
     record: RecordMode = "all" if plan.use == "kept" else "off"
     os.sched_setaffinity(0, plan.others)  # a thread begins on the cores of the one that starts it
-    with LatentPublisher(
-        daemon.broker, stream=f"untouched/{plan.use}", latent_format="sd1", record=record
-    ) as publisher:
-        os.sched_setaffinity(0, {0})
-        yield publisher
+    publisher = LatentPublisher(daemon.broker, stream=f"untouched/{plan.use}", latent_format="sd1", record=record)
+    os.sched_setaffinity(0, {0})
+    return publisher
 
 
 @contextlib.contextmanager

@@ -16,17 +16,17 @@ import subprocess
 import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import msgpack
-import numpy as np
 
 from taesd_stream.frames import Rendition
-from taesd_stream.media.encoder import EncodedPicture, Planes
+from taesd_stream.media.encoder import EncodedPicture
 from taesd_stream.sockets import WakePipe
 from taesd_stream_workers.worker import encoding_child
+from taesd_stream_workers.worker.encode_pieces import Batch, Part, pieces
 from taesd_stream_workers.worker.encode_pool import LOOK_S, Chain, Done, EncodeTask
 from taesd_stream_workers.worker.encoding_child import READ_BYTES, Ended, Made, Wanted
 from taesd_stream_workers.worker.shared_planes import SharedPlanes
@@ -34,11 +34,7 @@ from taesd_stream_workers.worker.shared_planes import SharedPlanes
 logger = logging.getLogger(__name__)
 
 PLANES_BYTES: Final = 512 << 20  # at most; of 16384x16384, the largest that H.264 knows, there is room for one
-PIECE_BYTES: Final = 16 << 20  # of pictures that go there in one copy
 MAX_DEATHS: Final = 20  # one after the other, and no picture between: they cannot live here
-
-Batch: TypeAlias = list[tuple[Chain, EncodeTask]]
-Part: TypeAlias = list[tuple[Chain, EncodeTask, slice]]  # with the bytes of their copy that are their planes
 
 
 class EncodeProcesses:
@@ -347,38 +343,6 @@ class ProcessGroup:
             self._over(one, None)
         if self._deaths >= MAX_DEATHS:
             raise RuntimeError(f"{self._deaths} encoding processes have died one after the other: see the log")
-
-
-def pieces(batch: Batch) -> Iterator[Part]:
-    """Cut into runs of tasks of one copy whose planes lie within PIECE_BYTES, the order kept; bad ones are alone."""
-    part: Part = []
-    first = last = 0
-    for chain, task in batch:
-        span = _span(task)
-        reach = min(first, span.start), max(last, span.stop)
-        are_good = first < last and span.start < span.stop
-        if part and part[0][1].copy is task.copy and are_good and reach[1] - reach[0] <= PIECE_BYTES:
-            first, last = reach
-        else:
-            if part:
-                yield part
-            part, first, last = [], span.start, span.stop
-        part.append((chain, task, span))
-    if part:
-        yield part
-
-
-def _span(task: EncodeTask) -> slice:
-    """Where the planes of a task lie within the bytes of its copy; empty: they are none, or lie elsewhere."""
-    planes, whole = task.planes, task.copy.array
-    first = _address(planes) - _address(whole)
-    are_planes = planes.ndim == 2 and planes.dtype == np.uint8 and planes.flags.c_contiguous
-    are_there = first >= 0 and first + planes.nbytes <= whole.nbytes and whole.flags.c_contiguous
-    return slice(first, first + planes.nbytes) if are_planes and are_there else slice(0, 0)
-
-
-def _address(array: Planes) -> int:
-    return int(array.__array_interface__["data"][0])
 
 
 def _send(child: _Child, words: bytes) -> None:

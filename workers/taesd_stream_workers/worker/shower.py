@@ -10,7 +10,7 @@ from typing import Any
 
 from taesd_stream.decoding.host_copies import HostCopies
 from taesd_stream.decoding.sheet import grid_columns
-from taesd_stream.frames import Packet, Rendition, Stamps
+from taesd_stream.frames import RENDITIONS, Packet, Rendition, Stamps
 from taesd_stream.media.encoder import EncodedPicture
 from taesd_stream.messages import JobItem
 from taesd_stream_workers.worker.chain_encoder import Order
@@ -49,6 +49,12 @@ class Outlet:
         """A picture of the job, or its decoding, is over."""
         if run.is_last():
             self.pass_on(run)
+
+    def forget(self, run: str) -> None:
+        """Close the encoders of a run, and drop what is kept for late viewers."""
+        self.pool.forget(run)
+        for rendition in RENDITIONS:
+            self.last.pop((run, rendition), None)
 
 
 class Shower:
