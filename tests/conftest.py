@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from tests.broker_peer import BrokerPeer
 from tests.daemon import Daemon
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+
+settings.register_profile("any-machine", deadline=None)  # an example that a busy machine held up is no fault
+settings.load_profile("any-machine")
 
 
 @pytest.fixture(scope="session")

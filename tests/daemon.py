@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from tests.processes import children_of, lives
+
 T = TypeVar("T")
 
 COMMAND = [sys.executable, "-m", "taesd_stream_workers.cli"]
@@ -118,6 +120,12 @@ class Daemon:
             if self.process.stdout is not None:
                 self.process.stdout.close()
             self._log.close()
+
+    def kill(self) -> None:
+        """SIGKILL of the supervisor. Its roles end by themselves, and until then their addresses are in use."""
+        roles = children_of(self.process.pid)
+        self.stop(signal.SIGKILL)
+        wait_for(lambda: not any(lives(pid) for pid in roles), 30.0, of="the end of its roles")
 
     def log(self) -> str:
         """All that it logged."""

@@ -174,7 +174,7 @@ def test_a_batch_of_another_number_is_a_file_of_its_own(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(thousandths=st.integers(1, 999))
 def test_a_file_torn_anywhere_goes_on(tmp_path_factory: pytest.TempPathFactory, thousandths: int) -> None:
     """Cut at any byte, the file keeps whole frames in every track; the next process goes on with a new attempt."""

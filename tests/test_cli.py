@@ -211,6 +211,7 @@ def test_record_waits_and_downloads(daemon: Daemon, tmp_path: Path) -> None:
         assert process.stderr is not None
         assert process.stderr.readline() == "waiting for cli/later\n"
         with LatentPublisher(daemon.broker, stream="cli/later", latent_format="sd1") as publisher:
+            wait_for(lambda: publisher._outbox.mode == "all", of="the word that it is kept")
             for step, latents in enumerate(moving_latents(4)):
                 publisher.publish(latents, step=step)
             assert publisher.wait_until_acked(30), publisher.error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import threading
 import urllib.request
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 
 from taesd_stream import LatentPublisher
 from taesd_stream.media.recording import Recording, find_unfinished
-from taesd_stream_workers.streamer.library import Library
+from taesd_stream_workers.streamer.library import Library, first_frames
 from taesd_stream_workers.streamer.web.copies import FOLDER, Copies
 from tests.daemon import Daemon, wait_for
 from tests.pictures import sd1_latents_of
@@ -138,14 +139,23 @@ def test_a_disk_without_room_is_asked_first(tmp_path: Path) -> None:
     wait_in_loop(ask)
 
 
-def test_a_large_copy_holds_up_no_small_one(tmp_path: Path) -> None:
+def test_a_large_copy_holds_up_no_small_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While 80 MiB of one recording are copied, a copy of another's first frames is made and read."""
+    is_small_read = threading.Event()
     recording = start(tmp_path / "large")
     for packet in chain(0, 19):
         recording.write(large(packet))
 
+    def slow_disk(path: Path, *words: Any, **options: Any) -> Path:
+        made = first_frames(path, *words, **options)
+        if path == recording.paths[0]:
+            is_small_read.wait(30)
+        return made
+
+    monkeypatch.setattr("taesd_stream_workers.streamer.web.copies.first_frames", slow_disk)
+
     async def ask() -> None:
-        copies, path = Copies(tmp_path), growing(tmp_path, 3)
+        copies, path = Copies(tmp_path), growing(tmp_path / "small", 3)
 
         async def copied() -> Path:
             async with copies.of(recording.paths[0], None, 1) as copy:
@@ -157,6 +167,7 @@ def test_a_large_copy_holds_up_no_small_one(tmp_path: Path) -> None:
         async with copies.of(path, 2, 1) as copy:
             assert read(copy) == expect(0, 1)
             assert not waits.done()
+        is_small_read.set()
         assert len(read(await waits)) == 20
 
     wait_in_loop(ask)

@@ -13,6 +13,7 @@ from taesd_stream.demo_sampler import CLIP, DemoScene, flow_sigmas, load_clip, l
 from taesd_stream.latent_formats import LATENT_FORMATS
 from tests.daemon import Daemon, wait_for
 from tests.pictures import decode_jpeg, psnr_db
+from tests.troubles import patient
 
 STREAMS = {"landscapes", "still-life", "nights", "sweep/cfg-2.5", "sweep/cfg-4.5", "quick", CLIP}
 
@@ -99,9 +100,15 @@ def test_the_video_plays(demo: Daemon) -> None:
 def test_a_viewer_can_stop_a_sampler_and_it_comes_again(name: str, demo: Daemon) -> None:
     """Stop ends the run as stopped; after a while the next one begins."""
     row = wait_for(lambda: demo.streams().get(name), of=f"{name} in the list")
-    wait_for(lambda: demo.streams()[name]["stoppable"] and demo.streams()[name]["state"] == "live", of="a run to stop")
-    row = demo.streams()[name]
-    demo.json(f"/api/v1/streams/{name}/stop", method="POST")
+
+    def stop() -> bool:
+        """False: it ended just before."""
+        nonlocal row
+        row = demo.streams()[name]
+        is_one = row["stoppable"] and row["state"] == "live"
+        return bool(is_one and demo.get(f"/api/v1/streams/{name}/stop", method="POST")[0] != 409)
+
+    wait_for(stop, of="a run to stop")
     wait_for(lambda: demo.streams()[name]["state"] == "stopped" or demo.streams()[name]["run"] != row["run"], of="end")
     wait_for(lambda: demo.streams()[name]["run"] != row["run"] and demo.streams()[name]["seq"], 30.0, of="the next run")
 
@@ -114,7 +121,8 @@ def test_the_page_is_opened_where_there_is_a_desktop(demo: Daemon) -> None:
 
 def test_ctrl_c_ends_it_without_a_desktop(tmp_path: Path) -> None:
     """Where there is no desktop it runs all the same; Ctrl-C ends it with 0, every role by itself."""
-    daemon = Daemon(tmp_path, command="demo", environment={"DISPLAY": "", "WAYLAND_DISPLAY": ""})
+    environment = {"DISPLAY": "", "WAYLAND_DISPLAY": ""} | patient(tmp_path / "patient")
+    daemon = Daemon(tmp_path, command="demo", environment=environment)
     with daemon:
         wait_for(lambda: set(daemon.streams()) >= STREAMS, of="streams")
     assert "role_killed" not in daemon.log()

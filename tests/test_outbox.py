@@ -183,7 +183,7 @@ class KeptMachine(RuleBasedStateMachine):
 
 def test_kept_frames_hold_what_is_unacked() -> None:
     """Over any order of appends, pauses, spills and acks: what is unacked is there once, in order, whole."""
-    run_state_machine_as_test(KeptMachine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(KeptMachine, settings=settings(max_examples=60, stateful_step_count=30))
 
 
 def test_the_ring_says_when_it_is_over_its_bytes(tmp_path: Path) -> None:
@@ -254,7 +254,6 @@ def test_acks_may_wait_a_little_unless_frames_wait_for_them(tmp_path: Path) -> N
 
 
 @given(st.lists(st.integers(0, 30), max_size=30), st.integers(1, 31))
-@settings(deadline=None)
 def test_the_window_is_bounded_in_bytes(acks: list[int], count: int) -> None:
     """However acks come, no more than 16 MiB and one frame are on their way, and all is sent in the end, once."""
     with tempfile.TemporaryDirectory() as folder:
@@ -365,7 +364,7 @@ def test_a_frame_before_a_pause_is_not_kept(tmp_path: Path) -> None:
         max_size=40,
     ),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_from_kept_from_on_there_is_no_hole(record: RecordMode | None, steps: list[tuple[str, object]]) -> None:
     """Whatever the order of publishes, demands and rests: while `all` is in force, every seq from kept_from is kept."""
     with tempfile.TemporaryDirectory() as folder:

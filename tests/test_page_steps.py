@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, expect
 
 from taesd_stream import LatentPublisher
 from tests.daemon import Daemon, wait_for
-from tests.page_fixture import Open, await_colour, middle_of, opening
+from tests.page_fixture import PIXEL, Open, await_colour, middle_of, opening
 from tests.page_socket import PageSocket
 from tests.pictures import PATCHES, sd1_latents_of
 from tests.test_films import steps, watched_run
@@ -58,6 +58,8 @@ def test_steps_are_walked_through_by_keys_and_drag(daemon: Daemon, opened: Open,
     if not script:
         require_h264(page)
     await_colour(page, STAGE, PATCHES["white"])
+    scrub = page.get_by_role("slider", name="Step")
+    expect(scrub).to_be_visible()  # the film has come, too
     page.keyboard.press("Home")
     await_colour(page, STAGE, PATCHES["red"])
     page.keyboard.press("ArrowRight")
@@ -65,7 +67,6 @@ def test_steps_are_walked_through_by_keys_and_drag(daemon: Daemon, opened: Open,
     expect(page.locator(".figures dd").first).to_have_text("2/ 4")
     expect(page.locator(".pill")).to_contain_text("Step 2 of 4. The last is 4")
     assert page.url.endswith(f"#/s/{run}/1")
-    scrub = page.get_by_role("slider", name="Step")
     scrub.fill("2")
     await_colour(page, STAGE, PATCHES["blue"])
     expect(scrub).to_have_attribute("aria-valuetext", "Step 3 of 4, sigma 7.00")
@@ -101,6 +102,7 @@ def test_the_sampler_that_goes_on_does_not_move_the_playhead(daemon: Daemon, ope
         paint(1, "green")
         page = opened("#/s/steps/moving")
         await_colour(page, STAGE, PATCHES["green"])
+        expect(page.get_by_role("slider", name="Step")).to_be_visible()
         page.keyboard.press("Home")
         await_colour(page, STAGE, PATCHES["red"])
         paint(2, "blue")
@@ -259,15 +261,31 @@ def test_a_clip_loops_with_all_its_pictures(daemon: Daemon, opened: Open, at: st
                 await_colour(page, canvas, PATCHES[name])
 
 
+SEEN = f"""() => {{
+  self.seen = []
+  const middle = {PIXEL}
+  const look = () => {{
+    seen.push(middle(document.querySelector("{STAGE}")))
+    requestAnimationFrame(look)
+  }}
+  look()
+}}"""
+
+
 def test_a_live_video_plays_in_its_time(daemon: Daemon, opened: Open) -> None:
     """Pictures of a live video that come in one burst are shown one after the other, at their rate."""
     with LatentPublisher(daemon.broker, stream="kinds/live", latent_format="sd1", kind="live", fps=2) as publisher:
         publisher.publish(clip_of(["white"]), step=0)
         page = opened("#/s/kinds/live")
         await_colour(page, STAGE, PATCHES["white"])
+        page.evaluate(SEEN)
         publisher.publish(clip_of(["red", "green", "blue"]), step=1)
-        for name in ("red", "green", "blue"):
-            await_colour(page, STAGE, PATCHES[name])
+        await_colour(page, STAGE, PATCHES["blue"])
+        for _ in range(2):  # until `look` has seen it, too
+            page.evaluate("() => new Promise(requestAnimationFrame)")
+        seen = np.array(page.evaluate("self.seen"))
+        places = [(np.abs(seen - PATCHES[name]).max(axis=1) <= 8).argmax() for name in ("red", "green", "blue")]
+        assert 0 < places[0] < places[1] < places[2], seen
 
 
 # --- two runs, and a player elsewhere ---
@@ -374,13 +392,13 @@ def test_embed_is_a_bare_player_that_others_may_frame(daemon: Daemon, opened: Op
 
 
 def test_stop_is_in_time_for_the_next_step(daemon: Daemon, opened: Open) -> None:
-    """A sampler of five steps a second: from the daemon's answer to Stop it publishes one step more at most."""
+    """A sampler of a step a second: from the daemon's answer to Stop it publishes one step more at most."""
     published = 0
     done = threading.Event()
 
     def sample() -> None:
         nonlocal published
-        while not (publisher.stopped or done.wait(0.2)):
+        while not (publisher.stopped or done.wait(1.0)):
             publisher.publish(sd1_latents_of(PATCHES["red"]), step=published, total_steps=10_000)
             published += 1
 

@@ -260,7 +260,7 @@ def test_a_peer_that_dies_and_comes_back(tmp_path: Path) -> None:
             page.watch({f"{name}/x": "thumb" for name in COLOURS})
             await_pictures(page, {f"{name}/x" for name in COLOURS})
             address, broker = farm.third.web.removeprefix("http://"), farm.third.broker
-            farm.third.stop(signal.SIGKILL)
+            farm.third.kill()
             text = f"The daemon at http://{address} does not answer."
             wait_for(lambda: text in alerts(farm.first), of="the alert")
             row = farm.first.streams()["three/x"]
@@ -287,7 +287,7 @@ def test_a_stream_that_goes_to_another_daemon(tmp_path: Path) -> None:
         page.watch({"moving": "live"})
         assert_shows(decode_h264([page.picture()[1]])[0], "three")
         address = farm.third.web.removeprefix("http://")
-        farm.third.stop(signal.SIGKILL)
+        farm.third.kill()
         after = stack.enter_context(LatentPublisher(farm.second.broker, stream="moving", latent_format="sd1"))
         after.publish(sd1_latents_of(COLOURS["two"]), step=0)
         pictures = iter(page.picture, None)  # one of the first run may be on its way

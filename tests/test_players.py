@@ -109,13 +109,13 @@ def test_a_clip_goes_round_in_a_player_in_its_time(daemon: Daemon) -> None:
         wait_for(lambda: daemon.streams().get("play/clip", {}).get("seq") == 0, of="the frame")
         with open_player(f"{daemon.web}/streams/play/clip/live.ts") as player:
             frames = player.decode(video=0)
-            first, began_s, brightness = next(frames).time or 0.0, time.monotonic(), []
-            for frame in frames:
+            next(frames)  # it looked at the format first
+            first, began_s, brightness, early_s = next(frames).time or 0.0, time.monotonic(), [], []
+            while (took_s := time.monotonic() - began_s) <= 4.0:
+                frame = next(frames)
                 brightness.append(float(to_rgb(frame).mean()))
-                shown_s, took_s = (frame.time or 0.0) - first, time.monotonic() - began_s
-                assert abs(shown_s - took_s) < 1.0
-                if took_s > 4.0:
-                    break
+                early_s.append((frame.time or 0.0) - first - took_s)
+    assert abs(np.median(early_s)) < 1.0, early_s  # a machine that stands still makes some late
     assert sum(b < a - 50 for a, b in pairwise(brightness)) == 1  # it began anew, once
     assert live_packets(daemon) - before <= 2 * count
 

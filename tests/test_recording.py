@@ -338,7 +338,7 @@ def test_a_restart_goes_on_in_the_same_file(tmp_path: Path) -> None:
     assert find_unfinished(tmp_path) == []
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 1000))
 def test_a_file_torn_anywhere_goes_on(tmp_path_factory: pytest.TempPathFactory, thousandths: int) -> None:
     """Cut at any byte, the reopened recording ends at its last whole frame and a new attempt completes it."""
@@ -596,7 +596,7 @@ def test_the_first_pictures_can_be_copied_out(tmp_path: Path) -> None:
     assert [read(tmp_path / name) for name in ("a.mp4", "b.mp4")] == [expect(0, 3), expect(0, 2)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.integers(0, 5), min_size=3, max_size=3),
     st.lists(st.tuples(st.integers(1, 3), st.integers(0, 6)), max_size=40),

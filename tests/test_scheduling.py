@@ -165,7 +165,7 @@ def take(left: list[Candidate], worker: WorkerLimits) -> tuple[Candidate, ...]:
     st.integers(1, 4),
     st.sampled_from([20 * MS, 50 * MS, 250 * MS]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_neither_live_pictures_nor_recordings_starve(
     live: list[Group], recorded: list[Group], batch: int, job_ns: int
 ) -> None:

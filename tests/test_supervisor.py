@@ -26,6 +26,7 @@ from tests.daemon import COMMAND, Daemon, clean_environment, free_port, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import decode_file
 from tests.processes import Terminal, children_of, lives, role_pid
+from tests.troubles import patient
 
 ROLES = ("broker", "streamer", "worker")
 FREE_PORTS = ("broker.bind=tcp://127.0.0.1:0", "web.bind=127.0.0.1:0")
@@ -200,7 +201,7 @@ def test_a_killed_supervisor_leaves_no_hung_orphan(tmp_path: Path) -> None:
 )
 def test_stopping_closes_every_file_whoever_watches(how: str, tmp_path: Path) -> None:
     """While a picture is waited for, a page is open and a recording grows: exit 0, no role killed, a playable file."""
-    daemon = Daemon(tmp_path)
+    daemon = Daemon(tmp_path, environment=patient(tmp_path / "patient"))
     daemon.start()
     with PageSocket(daemon) as page, _waiting_reader(daemon):
         publisher = LatentPublisher(daemon.broker, stream="growing", latent_format="sd1", record="all")

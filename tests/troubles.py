@@ -30,11 +30,26 @@ if "worker" in sys.argv or "worker" in sys.orig_argv:
     signal.signal(signal.SIGUSR1, lambda *_: ctypes.PyDLL(None).sleep(600))
 """
 
+PATIENT: Final = """
+from taesd_stream_workers import supervisor
+supervisor.STOP_BY_S = {role: 3 * by_s for role, by_s in supervisor.STOP_BY_S.items()}
+"""
+
 
 def hangable(folder: Path) -> dict[str, str]:
     """The environment of a daemon whose worker can be hung by SIGUSR1."""
+    return _customized(folder, HANG)
+
+
+def patient(folder: Path) -> dict[str, str]:
+    """The environment of a daemon that kills a role only after three times as long as usual, on a busy machine."""
+    return _customized(folder, PATIENT)
+
+
+def _customized(folder: Path, code: str) -> dict[str, str]:
+    """Every Python process of the daemon runs the code first."""
     folder.mkdir(parents=True)
-    (folder / "sitecustomize.py").write_text(HANG)
+    (folder / "sitecustomize.py").write_text(code)
     return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
