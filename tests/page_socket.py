@@ -8,8 +8,10 @@ import time
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from websockets.sync.client import connect
 
+from taesd_stream import LatentPublisher
 from tests.daemon import Daemon
 
 
@@ -70,3 +72,15 @@ class PageSocket:
             self.state = message
         elif message["type"] == "hello":
             self.hello = message
+
+
+def await_wishes(daemon: Daemon) -> None:
+    """What the daemon was asked for has reached its broker: behind it a picture is asked for, and comes.
+
+    A publisher that opens from here on is told of it; its own connection would be in no order with the wish.
+    """
+    latents = np.zeros((4, 2, 2), np.float32)
+    with PageSocket(daemon) as page, LatentPublisher(daemon.broker, stream="wishes", latent_format="sd1") as publisher:
+        publisher.publish(latents, step=0, total_steps=1)
+        page.watch({"wishes": "thumb"})
+        page.picture()

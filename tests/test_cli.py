@@ -27,6 +27,7 @@ from taesd_stream.frames import Kind
 from taesd_stream.models import build_decoder
 from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
+from tests.page_socket import await_wishes
 from tests.pictures import decode_file, psnr_db
 from tests.test_latent_files import Trap, write_log
 
@@ -210,8 +211,8 @@ def test_record_waits_and_downloads(daemon: Daemon, tmp_path: Path) -> None:
     with started(*words, folder=tmp_path) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "waiting for cli/later\n"
+        await_wishes(daemon)
         with LatentPublisher(daemon.broker, stream="cli/later", latent_format="sd1") as publisher:
-            wait_for(lambda: publisher._outbox.mode == "all", of="the word that it is kept")
             for step, latents in enumerate(moving_latents(4)):
                 publisher.publish(latents, step=step)
             assert publisher.wait_until_acked(30), publisher.error

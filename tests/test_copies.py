@@ -164,10 +164,12 @@ def test_a_large_copy_holds_up_no_small_one(tmp_path: Path, monkeypatch: pytest.
         waits = asyncio.create_task(copied())
         while not copies_in(tmp_path):
             await asyncio.sleep(0.001)
-        async with copies.of(path, 2, 1) as copy:
-            assert read(copy) == expect(0, 1)
-            assert not waits.done()
-        is_small_read.set()
+        try:
+            async with copies.of(path, 2, 1) as copy:
+                assert read(copy) == expect(0, 1)
+                assert not waits.done()
+        finally:
+            is_small_read.set()
         assert len(read(await waits)) == 20
 
     wait_in_loop(ask)

@@ -99,18 +99,20 @@ def test_the_video_plays(demo: Daemon) -> None:
 @pytest.mark.parametrize("name", ["quick", pytest.param(CLIP, marks=pytest.mark.slow)])
 def test_a_viewer_can_stop_a_sampler_and_it_comes_again(name: str, demo: Daemon) -> None:
     """Stop ends the run as stopped; after a while the next one begins."""
-    row = wait_for(lambda: demo.streams().get(name), of=f"{name} in the list")
+    wait_for(lambda: demo.streams().get(name), of=f"{name} in the list")
 
-    def stop() -> bool:
-        """False: it ended just before."""
-        nonlocal row
+    def stopped() -> str:
+        """The run that was told to stop; empty: there was none, or it ended just before."""
         row = demo.streams()[name]
-        is_one = row["stoppable"] and row["state"] == "live"
-        return bool(is_one and demo.get(f"/api/v1/streams/{name}/stop", method="POST")[0] != 409)
+        if not row["stoppable"] or row["state"] != "live":
+            return ""
+        status = demo.get(f"/api/v1/streams/{name}/stop", method="POST")[0]
+        assert status in (200, 409)
+        return str(row["run"]) if status == 200 else ""
 
-    wait_for(stop, of="a run to stop")
-    wait_for(lambda: demo.streams()[name]["state"] == "stopped" or demo.streams()[name]["run"] != row["run"], of="end")
-    wait_for(lambda: demo.streams()[name]["run"] != row["run"] and demo.streams()[name]["seq"], 30.0, of="the next run")
+    run = wait_for(stopped, of="a run to stop")
+    wait_for(lambda: demo.streams()[name]["state"] == "stopped" or demo.streams()[name]["run"] != run, of="end")
+    wait_for(lambda: demo.streams()[name]["run"] != run and demo.streams()[name]["seq"], 30.0, of="the next run")
 
 
 def test_the_page_is_opened_where_there_is_a_desktop(demo: Daemon) -> None:

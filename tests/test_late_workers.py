@@ -95,7 +95,7 @@ def test_a_word_about_a_job_keeps_its_worker(tmp_path: Path) -> None:
     ):
         show(publisher, streamer, "long")
         job = worker.job()
-        for _ in range(6):
+        for _ in range(8):
             worker.no_job(0.4)
             worker.say(Progress(job=job.job))
         assert gone(broker) == 0

@@ -206,17 +206,20 @@ DRAWN_AT = """
 @pytest.mark.browser
 @pytest.mark.parametrize("at", ["#/", "#/s/page/soon"])
 def test_a_late_viewer_sees_a_picture_at_once(daemon: Daemon, opened: Open, at: str) -> None:
-    """Opened between two steps, a page draws the last picture within a second of being asked for."""
+    """Opened between two steps, a page draws the last picture within a second of being asked; one try of three."""
     with LatentPublisher(daemon.broker, stream="page/soon", latent_format="sd1") as publisher:
         publisher.publish(sd1_latents_of(RED), step=0, total_steps=9)
         await_step(daemon, publisher, 0)
-
-        def drawn_ms() -> float:
+        taken_ms: list[float] = []
+        while not taken_ms or taken_ms[-1] >= 1000:
+            step = len(taken_ms)
+            assert step < 3, taken_ms
+            if step:  # others may use the machine as well; a step that nobody has seen yet
+                publisher.publish(sd1_latents_of(RED), step=step, total_steps=9)
+                await_step(daemon, publisher, step)
             page = opened(at, script=DRAWN_AT)
-            return float(wait_for(lambda: page.evaluate("self.drawn_ms"), WAIT_S, of="a picture"))
-
-        # others may use the machine as well
-        wait_for(lambda: drawn_ms() < 1000, WAIT_S, of="a picture within a second")
+            taken_ms.append(wait_for(lambda page=page: page.evaluate("self.drawn_ms"), WAIT_S, of="a picture"))  # type: ignore[misc]
+            page.context.close()
 
 
 @pytest.mark.browser

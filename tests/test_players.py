@@ -115,7 +115,8 @@ def test_a_clip_goes_round_in_a_player_in_its_time(daemon: Daemon) -> None:
                 frame = next(frames)
                 brightness.append(float(to_rgb(frame).mean()))
                 early_s.append((frame.time or 0.0) - first - took_s)
-    assert abs(np.median(early_s)) < 1.0, early_s  # a machine that stands still makes some late
+    last_s = early_s[-24:]  # of a second; a machine that stands still makes some of them late
+    assert -1.0 < max(last_s) < 1.0, last_s
     assert sum(b < a - 50 for a, b in pairwise(brightness)) == 1  # it began anew, once
     assert live_packets(daemon) - before <= 2 * count
 

@@ -170,7 +170,10 @@ def film_packets(rounds: int) -> Iterator[Packet]:
 
 
 def test_films_of_many_runs_do_not_hold_up_a_recording(tmp_path: Path, told: list[Any]) -> None:
-    """Among 2,000 old films 80 runs grow in turn, faster than the disk: a kept run's frame is written within 1 s."""
+    """Among 2,000 old films 80 runs grow in turn, faster than the disk: a kept run's frame is written within 1 s.
+
+    In one try of three, for others may use the machine as well; of those that find films waiting.
+    """
     many_films(tmp_path / ".films", 2000)
     recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None)
     filmed = [{"run": run, "state": "live", "meta": META, "latent_format": "sd1", "kind": "steps"} for run in FILMED]
@@ -182,11 +185,11 @@ def test_films_of_many_runs_do_not_hold_up_a_recording(tmp_path: Path, told: lis
                 return
             recorder.put(packet)
 
-    def written_after_s(packet: Packet) -> float:
+    def is_in_time(packet: Packet) -> bool:
         put_s = time.monotonic()
         recorder.put(packet)
         wait_for(lambda: any(isinstance(one, Cursor) and one.written == packet.seq for one in told), of="the cursor")
-        return time.monotonic() - put_s
+        return len(recorder._film_queue) > 0 and time.monotonic() - put_s < 1.0
 
     shooting = threading.Thread(target=shoot)
     recorder.start()
@@ -194,8 +197,7 @@ def test_films_of_many_runs_do_not_hold_up_a_recording(tmp_path: Path, told: lis
         recorder.put(replace(state(ended=False), streams=filmed))
         shooting.start()
         wait_for(lambda: len(recorder.films.films) > 2000, 60, of="films that grow")
-        taken_s = [written_after_s(packet) for packet in chain(0, 2)]
-        assert min(taken_s) < 1.0, taken_s  # others may use the machine as well
+        assert any(is_in_time(packet) for packet in chain(0, 2))
     finally:
         over.set()
         shooting.join()
@@ -223,15 +225,18 @@ def test_a_large_file_that_is_finished_holds_up_nobody(
         is_other_told = threading.Event()
 
         def on_a_slow_disk(one: Recording, finish: Callable[[Recording], Any] = Recording.finish) -> Any:
+            files = finish(one)
             is_other_told.wait(30)
-            return finish(one)
+            return files
 
         monkeypatch.setattr(Recording, "finish", on_a_slow_disk)
         over = state(ended=True, last_seq=19)
         recorder.put(replace(over, runs={**over.runs, other: first.runs[RUN]}))
         recorder.put(replace(chain(0, 0)[0], run=other))
-        wait_for(lambda: any(one.run == other for one in told), of="the other's frame")
-        is_other_told.set()
+        try:
+            wait_for(lambda: any(one.run == other for one in told), of="the other's frame")
+        finally:
+            is_other_told.set()
         wait_for(lambda: any(one.finished for one in told), 60, of="the file")
         order = [(one.run, one.finished) for one in told if one.finished or one.run == other]
         assert order[0] == (other, False)

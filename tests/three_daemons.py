@@ -29,7 +29,9 @@ class ThreeDaemons:
     """Three daemons. The second has the first as its peer too, so that something could go round."""
 
     def __init__(self, folder: Path) -> None:
-        self._held = socket.socket()  # bound, so that neither of the others takes the port before the first one does
+        # Bound, so that nothing else takes the port; not listening, so that a daemon that wants it may have it, too.
+        self._held = socket.socket()
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._held.bind(("127.0.0.1", 0))
         self._port = self._held.getsockname()[1]
         self.folder = folder
@@ -43,11 +45,11 @@ class ThreeDaemons:
 
     def __enter__(self) -> ThreeDaemons:
         self._stack = ExitStack()
+        self._stack.enter_context(self._held)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(self._stack.enter_context, (self.second, self.third)))
         bind = f"web.bind=127.0.0.1:{self._port}"
         self.first = self._daemon("first", peers(self.second.web, self.third.web), bind)
-        self._held.close()
         self._stack.enter_context(self.first)
         return self
 

@@ -9,8 +9,9 @@ system puts them where something is idle; with `--bound process` on core 0, wher
 they need: that is a process which has one core for everything. Pairs in the order ABBA (alone, publishing, publishing,
 alone), short ones, for a machine's own speed drifts: four of 50 steps tell half as much as twenty of 10, in the same
 time. `percent` is how much longer a step with publishing is, mean and 95 % interval (Student's t) over the pairs.
-`side_ms` is the processor time that the publisher's own threads take for each step. All pairs are one run of the
-daemon's, and between two it comes to rest: a sampler that stops and goes on is woken for more often than one at work.
+`side_ms` is the processor time that the publisher's own threads take for each step. All pairs are one run: one that is
+alone has an open publisher, which says HELLO once a second, and publishing begins anew in each pair, without the rhythm
+that spares a sampler at work the wake (`publish_rhythm`) for its first five steps of twenty.
 
 Uses `beside` and `beside_kept` tell what the machine itself loses when its other core works: the sampler publishes
 nothing, but in every second and third run of four a process on the daemon's core does, with a viewer, or kept. What
@@ -45,6 +46,7 @@ from tests.processes import children_of
 
 STEP_S: Final = 0.05
 SHAPE: Final = (4, 128, 128)  # 128 KiB as float16
+REST_S: Final = 0.2  # until what was published is through
 BAR_PERCENT: Final = 0.5
 T_95: Final = ((5, 2.78), (10, 2.26), (20, 2.09), (40, 2.02))  # two-sided, by pairs at the least
 
@@ -121,7 +123,7 @@ class Sampler:
                 torch.mm(self._matrix, self._matrix)
             latents.mul_(0.99).add_(torch.randn(SHAPE), alpha=0.1)
             if publisher is not None:
-                publisher.publish(latents, step=step, total_steps=steps, sigma=1.0)
+                publisher.publish(latents, step=step, sigma=1.0)
         step_s = (time.perf_counter() - started_s) / steps
         side_s = (time.process_time() - time.thread_time() - side_s) / steps
         return Run(step_s, side_s, hashlib.sha256(latents.numpy().tobytes()).hexdigest())
@@ -166,7 +168,7 @@ def bind(daemon: Daemon) -> None:
 
 
 def compare(daemon: Daemon, sampler: Sampler, plan: Plan) -> dict[str, Any]:
-    """ABBA pairs; the two with publishing are a run of their own."""
+    """ABBA pairs; the publisher is open throughout."""
     differences, hashes, without_ms, side_ms = [], set(), [], []
     with contextlib.ExitStack() as stack:
         is_watched = plan.use in ("watched", "beside")
@@ -182,10 +184,12 @@ def compare(daemon: Daemon, sampler: Sampler, plan: Plan) -> dict[str, Any]:
         publisher = None if plan.use.startswith("beside") else stack.enter_context(open_publisher(daemon, plan))
         with_it, without = (neighbour, None) if publisher is None else (None, neighbour)
         for _ in range(plan.pairs):
+            time.sleep(REST_S)
             with working(without):
                 runs = [sampler.run(plan.steps)]
             with working(with_it):
                 runs += [sampler.run(plan.steps, publisher) for _ in range(2)]
+            time.sleep(REST_S)
             with working(without):
                 runs.append(sampler.run(plan.steps))
             hashes |= {run.digest for run in runs}

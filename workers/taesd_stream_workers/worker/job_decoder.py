@@ -60,7 +60,9 @@ class JobDecoder:
         self._worked_at_s = 0.0  # when that was seen to grow
         self._turns = JobTurns()
         self._stager = Stager(self._outlet.copies)
-        self._slices = JobSlices(config, device, self.engines, self._outlet, lambda: self._turns.is_waited_for)
+        self._slices = JobSlices(
+            config, device, self.engines, self._outlet, is_waited_for=lambda: self._turns.is_waited_for
+        )
         self._thread = threading.Thread(target=self._run, name="device")
 
     @property

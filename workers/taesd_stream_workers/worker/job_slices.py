@@ -42,6 +42,7 @@ class JobSlices:
         device: torch.device,
         engines: Engines,
         outlet: Outlet,
+        *,
         is_waited_for: Callable[[], bool],
     ) -> None:
         self._config, self._decoder = config, config.decoder
@@ -52,7 +53,7 @@ class JobSlices:
         self._pace = Pace()
 
     def of(self, run: JobRun) -> Iterator[None]:
-        """Decode a job; each next one is a slice.
+        """Decode a job; each next one is a slice, or word of items that cannot be decoded here.
 
         Raises: NoDecoderError, torch.OutOfMemoryError, and what staging or a device raises: nothing of the job counts.
         """
