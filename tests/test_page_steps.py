@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, expect
 
 from taesd_stream import LatentPublisher
 from tests.daemon import Daemon, wait_for
-from tests.page_fixture import PIXEL, Open, await_colour, middle_of, opening
+from tests.page_fixture import PIXEL, Colour, Open, await_colour, middle_of, opening
 from tests.page_socket import PageSocket
 from tests.pictures import PATCHES, sd1_latents_of
 from tests.test_films import steps, watched_run
@@ -273,22 +273,31 @@ SEEN = f"""() => {{
 
 
 def test_a_live_video_plays_in_its_time(daemon: Daemon, opened: Open) -> None:
-    """Pictures of a live video that come in one burst are shown one after the other, at their rate."""
+    """Pictures of a live video that come in one burst are shown one after the other, at their rate.
+
+    In one of three bursts: a page that stood still passes over what is late.
+    """
     with LatentPublisher(daemon.broker, stream="kinds/live", latent_format="sd1", kind="live", fps=2) as publisher:
         publisher.publish(clip_of(["white"]), step=0)
         page = opened("#/s/kinds/live")
-        await_colour(page, STAGE, PATCHES["white"])
-        page.evaluate(SEEN)
-        publisher.publish(clip_of(["red", "green", "blue"]), step=1)
-        await_colour(page, STAGE, PATCHES["blue"])
-        for _ in range(2):  # until `look` has seen it, too
-            page.evaluate("() => new Promise(requestAnimationFrame)")
-        seen = np.array(page.evaluate("self.seen"))
-        are = {name: np.abs(seen[:, 1:] - PATCHES[name]).max(axis=1) <= 8 for name in ("red", "green", "blue")}
-        assert all(one.any() for one in are.values())
-        began_ms = [float(seen[one.argmax(), 0]) for one in are.values()]
-        assert max(np.diff(began_ms)) > 300, began_ms  # a page that stood still shows the second one late
-        assert min(np.diff(began_ms)) > 0, began_ms
+        gaps_ms: list[list[float]] = []
+        while not gaps_ms or min(gaps_ms[-1]) < 300:
+            assert len(gaps_ms) < 3, gaps_ms
+            await_colour(page, STAGE, PATCHES["white"])
+            page.evaluate(SEEN)
+            publisher.publish(clip_of(["red", "green", "blue"]), step=1)
+            await_colour(page, STAGE, PATCHES["blue"])
+            for _ in range(2):  # until `look` has seen it, too
+                page.evaluate("() => new Promise(requestAnimationFrame)")
+            gaps_ms.append(between([PATCHES[name] for name in ("red", "green", "blue")], page.evaluate("self.seen")))
+            publisher.publish(clip_of(["white"]), step=2)
+
+
+def between(colours: list[Colour], seen: list[list[float]]) -> list[float]:
+    """Milliseconds from the first sight of each colour to that of the next; only 0 where one was not seen."""
+    times, pictures = np.split(np.array(seen), [1], axis=1)
+    firsts = [times[np.abs(pictures - colour).max(axis=1) <= 8] for colour in colours]
+    return list(np.diff([float(one[0, 0]) for one in firsts])) if all(map(len, firsts)) else [0.0]
 
 
 # --- two runs, and a player elsewhere ---
