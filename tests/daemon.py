@@ -38,6 +38,14 @@ def wait_for(what: Callable[[], T | None], timeout_s: float = 20.0, *, of: str =
         select.select([], [], [], 0.05)
 
 
+def once_in_three(measure: Callable[[int], T], is_good: Callable[[T], bool]) -> None:
+    """A measurement of time is good in one of three tries, numbered from 0: others may use the machine as well."""
+    measured: list[T] = []
+    while not measured or not is_good(measured[-1]):
+        assert len(measured) < 3, measured
+        measured.append(measure(len(measured)))
+
+
 def free_port() -> int:
     """A port that nobody has now."""
     with socket.create_server(("127.0.0.1", 0)) as server:

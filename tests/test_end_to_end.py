@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import av
@@ -20,7 +21,7 @@ from taesd_stream.demo_sampler import load_scenes
 from taesd_stream.models import build_decoder, build_encoder
 from taesd_stream.models.checkpoints import load_state_dict
 from taesd_stream_workers.streamer.latency import STAGES
-from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
+from tests.daemon import COMMAND, Daemon, clean_environment, once_in_three, wait_for
 from tests.page_socket import PageSocket, await_wishes
 from tests.pictures import PATCHES, decode_file, decode_h264, decode_jpeg, psnr_db, sd1_latents_of
 
@@ -145,25 +146,30 @@ def test_many_streams_get_their_own_pictures(daemon: Daemon) -> None:
 def test_late_viewer_sees_the_newest_picture_at_once(daemon: Daemon) -> None:
     """A viewer that comes between two slow steps has the newest picture within 1 s, without a new publish."""
     with LatentPublisher(daemon.broker, stream="late", latent_format="sd1") as publisher:
-        publisher.publish(sd1_latents_of((200, 60, 60)), step=0, total_steps=9)
-        seq = 0
-        wait_for(lambda: daemon.streams().get("late", {}).get("seq") == 0, of="the first frame")
+        seq = -1
+
+        def publish() -> None:
+            nonlocal seq
+            seq += 1
+            publisher.publish(sd1_latents_of((200, 60, 60)), step=seq, total_steps=9)
+            wait_for(lambda: daemon.streams().get("late", {}).get("seq") == seq, of="the frame")
+
+        def taken_s(rendition: str, tries: int) -> float:
+            if tries:  # a step that nobody has seen yet
+                publish()
+            with PageSocket(daemon) as page:
+                asked_s = time.monotonic()
+                page.watch({"late": rendition})
+                header, payload = page.picture()
+                taken_s = time.monotonic() - asked_s
+            assert (header["seq"], header["keyframe"]) == (seq, True)
+            shown = decode_h264([payload])[0] if rendition == "live" else decode_jpeg(payload)
+            assert np.abs(shown.mean(axis=(0, 1)) - (200, 60, 60)).max() <= 8
+            return taken_s
+
+        publish()
         for rendition in ("thumb", "live", "jpeg", "live"):
-            taken_s: list[float] = []
-            while not taken_s or taken_s[-1] >= 1.0:
-                assert len(taken_s) < 3, (rendition, taken_s)
-                if taken_s:  # others may use the machine as well; a step that nobody has seen yet
-                    seq += 1
-                    publisher.publish(sd1_latents_of((200, 60, 60)), step=seq, total_steps=9)
-                    wait_for(lambda seq=seq: daemon.streams()["late"]["seq"] == seq, of="the next frame")  # type: ignore[misc]
-                with PageSocket(daemon) as page:
-                    asked_s = time.monotonic()
-                    page.watch({"late": rendition})
-                    header, payload = page.picture()
-                    taken_s.append(time.monotonic() - asked_s)
-                assert (header["seq"], header["keyframe"]) == (seq, True)
-                shown = decode_h264([payload])[0] if rendition == "live" else decode_jpeg(payload)
-                assert np.abs(shown.mean(axis=(0, 1)) - (200, 60, 60)).max() <= 8
+            once_in_three(partial(taken_s, rendition), lambda taken_s: taken_s < 1.0)
 
 
 def test_many_viewers_cost_one_decode_and_one_encode(daemon: Daemon) -> None:

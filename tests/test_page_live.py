@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Page, ViewportSize, expect
 
 from taesd_stream import LatentPublisher
 from taesd_stream_workers.commands.demo import DemoSamplers
-from tests.daemon import Daemon, wait_for
+from tests.daemon import Daemon, once_in_three, wait_for
 from tests.page_fixture import Colour, Open, await_colour, chromium_path, middle_of, opening
 from tests.pictures import PATCHES, decode_file, sd1_latents_of
 
@@ -208,18 +208,16 @@ DRAWN_AT = """
 def test_a_late_viewer_sees_a_picture_at_once(daemon: Daemon, opened: Open, at: str) -> None:
     """Opened between two steps, a page draws the last picture within a second of being asked; one try of three."""
     with LatentPublisher(daemon.broker, stream="page/soon", latent_format="sd1") as publisher:
-        publisher.publish(sd1_latents_of(RED), step=0, total_steps=9)
-        await_step(daemon, publisher, 0)
-        taken_ms: list[float] = []
-        while not taken_ms or taken_ms[-1] >= 1000:
-            step = len(taken_ms)
-            assert step < 3, taken_ms
-            if step:  # others may use the machine as well; a step that nobody has seen yet
-                publisher.publish(sd1_latents_of(RED), step=step, total_steps=9)
-                await_step(daemon, publisher, step)
+
+        def drawn_ms(step: int) -> float:
+            publisher.publish(sd1_latents_of(RED), step=step, total_steps=9)  # one that nobody has seen yet
+            await_step(daemon, publisher, step)
             page = opened(at, script=DRAWN_AT)
-            taken_ms.append(wait_for(lambda page=page: page.evaluate("self.drawn_ms"), WAIT_S, of="a picture"))  # type: ignore[misc]
+            taken_ms = wait_for(lambda: page.evaluate("self.drawn_ms"), WAIT_S, of="a picture")
             page.context.close()
+            return float(taken_ms)
+
+        once_in_three(drawn_ms, lambda taken_ms: taken_ms < 1000)
 
 
 @pytest.mark.browser

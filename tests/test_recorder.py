@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import threading
 import time
 import weakref
@@ -19,7 +20,7 @@ from taesd_stream.frames import Packet
 from taesd_stream.media.recording import Recording
 from taesd_stream.messages import Cursor, State
 from taesd_stream_workers.streamer.recorder import EARLY_BYTES, Recorder
-from tests.daemon import wait_for
+from tests.daemon import once_in_three, wait_for
 from tests.test_films import film, shot
 from tests.test_recording import META, RUN, chain, read, start
 
@@ -172,7 +173,7 @@ def film_packets(rounds: int) -> Iterator[Packet]:
 def test_films_of_many_runs_do_not_hold_up_a_recording(tmp_path: Path, told: list[Any]) -> None:
     """Among 2,000 old films 80 runs grow in turn, faster than the disk: a kept run's frame is written within 1 s.
 
-    In one try of three, for others may use the machine as well; of those that find films waiting.
+    Only a try after which films still wait counts.
     """
     many_films(tmp_path / ".films", 2000)
     recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None)
@@ -185,11 +186,12 @@ def test_films_of_many_runs_do_not_hold_up_a_recording(tmp_path: Path, told: lis
                 return
             recorder.put(packet)
 
-    def is_in_time(packet: Packet) -> bool:
+    def taken_s(number: int) -> float:
+        packet = chain(0, 2)[number]
         put_s = time.monotonic()
         recorder.put(packet)
         wait_for(lambda: any(isinstance(one, Cursor) and one.written == packet.seq for one in told), of="the cursor")
-        return len(recorder._film_queue) > 0 and time.monotonic() - put_s < 1.0
+        return time.monotonic() - put_s if len(recorder._film_queue) else math.inf
 
     shooting = threading.Thread(target=shoot)
     recorder.start()
@@ -197,7 +199,7 @@ def test_films_of_many_runs_do_not_hold_up_a_recording(tmp_path: Path, told: lis
         recorder.put(replace(state(ended=False), streams=filmed))
         shooting.start()
         wait_for(lambda: len(recorder.films.films) > 2000, 60, of="films that grow")
-        assert any(is_in_time(packet) for packet in chain(0, 2))
+        once_in_three(taken_s, lambda taken_s: taken_s < 1.0)
     finally:
         over.set()
         shooting.join()

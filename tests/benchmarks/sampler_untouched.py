@@ -1,6 +1,6 @@
 """Whether publishing makes a sampler slower: its steps with and without, the sampler and the daemon on a core each.
 
-    python -m tests.benchmarks.sampler_untouched            (about 70 minutes)
+    python -m tests.benchmarks.sampler_untouched            (about 80 minutes)
     python -m tests.benchmarks.sampler_untouched --uses watched,beside --bound process
 
 A sampler of seeded torch work, about 50 ms a step on one thread, bound to core 0; a real daemon (linear decoder) bound

@@ -45,7 +45,7 @@ class JobSlices:
         *,
         is_waited_for: Callable[[], bool],
     ) -> None:
-        self._config, self._decoder = config, config.decoder
+        self._config = config
         self._device = device
         self._engines = engines
         self._outlet = outlet
@@ -157,10 +157,10 @@ class JobSlices:
         self, run: JobRun, best: Engine, mine: list[Wanted], choice: DecoderChoice, *, is_recorded: bool
     ) -> Iterator[None]:
         """Decode the best way that memory and time allow. Raises: torch.OutOfMemoryError where none does."""
-        settings = self._decoder
+        budget_s = self._config.decoder.latency_budget_s
         cells = len(mine[0][1]) * _cells_of(mine)
         is_still = not isinstance(best, VideoEngine)  # of a `live` run latents are left out instead
-        is_late = is_still and not is_recorded and self._pace.is_over(_pace_of(best), cells, settings.latency_budget_s)
+        is_late = is_still and not is_recorded and self._pace.is_over(_pace_of(best), cells, budget_s)
         shown: set[int] = set()  # places of those that have given their pictures
         reason = ""
         for way in ways(choice, self._engines.budget_bytes, is_recorded=is_recorded, is_late=is_late):
@@ -233,7 +233,7 @@ class JobSlices:
     def _most(self, engine: Engine, mine: list[Wanted]) -> Most:
         """How many latents of a clip the next slice may hold."""
         cells = _cells_of(mine)
-        return lambda: self._pace.latents_within(_pace_of(engine), cells, self._decoder.max_job_s)
+        return lambda: self._pace.latents_within(_pace_of(engine), cells, self._config.decoder.max_job_s)
 
     def _measure(self, run: JobRun, engine: Engine, cells: int, started_s: float) -> None:
         """A slice is done. An engine has one pace: a network of videos does other work for what is no clip."""
