@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import random
 import threading
 import time
 from typing import Any, Final
@@ -33,6 +34,7 @@ from taesd_stream.sockets import ClockOffset, WakePipe
 logger = logging.getLogger(__name__)
 
 HELLO_S: Final = 1.0
+SPREAD: Final = (0.8, 1.2)  # of it: publishers that were opened together would wake all at once, again and again
 RETRY_S: Final = 0.1  # the socket took nothing: it says itself when it does, this is for the rest
 REFUSED_RETRY_S: Final = 10.0
 ASIDE_S: Final = 0.0002  # until it looks again whether publish() is over: on a GPU that takes half as long
@@ -309,7 +311,7 @@ class PublisherLink:
         kept_from = outbox.kept.first_seq if outbox.kept.count else outbox.kept_from
         row = RunHello(next_seq=outbox.next_seq, kept_from=kept_from, stoppable=self.is_stoppable)
         _send(socket, PublisherHello(runs={self.run.info.run: row}, echo_ns=time.monotonic_ns(), offset_ns=offset_ns))
-        self._next_hello_s = now + HELLO_S
+        self._next_hello_s = now + HELLO_S * random.uniform(*SPREAD)  # noqa: S311 no secret
         self._pulse.asked(now)
         self._is_echo_due = True
 

@@ -151,7 +151,7 @@ def of_pages(seen: list[Any], seconds: float) -> dict[str, Any]:
     times_ms = np.diff(np.concatenate([one["stamps"] for one in seen]), axis=1) / 1000
     return {
         "first_picture_s": round(max(float(one["first_s"]) for one in seen), 2),
-        "published_s": round(sum(int(one["published"]) for one in seen) / seconds, 1),
+        "published_s": round(sum(float(one["published_s"]) for one in seen), 1),
         "page_frames_s": round(len(times_ms) / seconds, 1),
         "publish_to_packet_ms": percentiles(list(times_ms.sum(axis=1))),
         "stages_ms": {name: percentiles(list(column)) for name, column in zip(NAMES, times_ms.T, strict=True)},
@@ -172,23 +172,28 @@ def watch(arguments: argparse.Namespace) -> None:
         say("warm")
         sys.stdin.readline()
         stamps, sizes, seqs = take(page, arguments.seconds)
-        published = sum(seen[-1] - seen[0] for seen in seqs.values())
-        np.savez(arguments.into, stamps=np.array(stamps), sizes=sizes, first_s=first_s, published=published)
+        np.savez(arguments.into, stamps=np.array(stamps), sizes=sizes, first_s=first_s, published_s=published_s(seqs))
         say("over")
         sys.stdin.read()
 
 
-def take(page: PageSocket, seconds: float) -> tuple[list[list[int]], list[int], dict[str, list[int]]]:
-    """The stamps (us) and bytes of every picture that comes within so long, and what each stream's frames are."""
+def take(page: PageSocket, seconds: float) -> tuple[list[list[int]], list[int], dict[str, list[tuple[int, int]]]]:
+    """The stamps (us) and bytes of every picture that comes within so long; each stream's (when sent in us, seq)."""
     stamps, sizes = [], []
-    seqs: defaultdict[str, list[int]] = defaultdict(list)
+    seqs: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
     until_s = time.monotonic() + seconds
     while time.monotonic() < until_s:
         header, payload = page.picture(60)
         stamps.append([header["stamps"][f"{name}_us"] for name in STAGES])
         sizes.append(len(payload))
-        seqs[header["stream"]].append(header["seq"])
+        seqs[header["stream"]].append((stamps[-1][0], header["seq"]))
     return stamps, sizes, seqs
+
+
+def published_s(seqs: dict[str, list[tuple[int, int]]]) -> float:
+    """Frames/s that were published, by the samplers' clocks: the first pictures may have waited for this page."""
+    spans = [(seen[-1][0] - seen[0][0], seen[-1][1] - seen[0][1]) for seen in seqs.values()]
+    return sum(frames * 1e6 / us for us, frames in spans if us)
 
 
 def answer(web: str, path: str) -> Any:
