@@ -88,7 +88,7 @@ def test_a_large_batch_is_recorded_as_one_picture(count: int) -> None:
     """One picture more than get a file each: all are in one, and the worker says so with its answer."""
     said: list[Any] = []
     config = load_config(sets=["recording.batch=each", "decoder.choice=linear"])
-    decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, said.append, lanes=EncodeThreads(2))
+    decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, said.append, lanes=EncodeThreads(2, 1))
     item = replace(JOB_ITEM, shape=(count, 4, 2, 2), renditions=("record",))
     payload = bytes(count * 4 * 2 * 2 * 2)
     run = JobRun(Job(job=1, latent_format="sd1", items=(item,), packets_to="tcp://127.0.0.1:9", payloads=(payload,)))

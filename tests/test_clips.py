@@ -68,7 +68,7 @@ class Decoded:
         self.said: list[Any] = []
         config = load_config(sets=[f"weights.folder={weights}", "decoder.choice=tiny", *sets])
         self._decoder = JobDecoder(
-            config, torch.device("cpu"), time.monotonic_ns, self.said.append, lanes=EncodeThreads(2)
+            config, torch.device("cpu"), time.monotonic_ns, self.said.append, lanes=EncodeThreads(2, 1)
         )
         self._decoder.start()
 

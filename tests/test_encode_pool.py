@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,23 +14,26 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import msgpack
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from taesd_stream.config import load_config
-from taesd_stream.decoding.host_copies import HostCopy
+from taesd_stream.decoding.host_copy import HostCopy
 from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import EncodedPicture, Planes
 from taesd_stream.messages import Job
+from taesd_stream_workers.worker import encoding_child
 from taesd_stream_workers.worker.chain_encoder import Order
 from taesd_stream_workers.worker.encode_pieces import pieces
 from taesd_stream_workers.worker.encode_pool import FILM_S, MANY_LIVE, MAX_WAITING, Chain, EncodePool, EncodeTask, Lanes
-from taesd_stream_workers.worker.encode_processes import MAX_DEATHS, EncodeProcesses
+from taesd_stream_workers.worker.encode_processes import MAX_DEATHS, EncodeProcesses, shares
 from taesd_stream_workers.worker.encode_threads import EncodeThreads
 from taesd_stream_workers.worker.job_decoder import JobDecoder
 from taesd_stream_workers.worker.job_run import JobRun
@@ -48,7 +52,7 @@ NewPool: TypeAlias = Callable[..., EncodePool]
 @pytest.fixture(params=LANES_OF_ALL_KINDS)
 def new_pool(request: pytest.FixtureRequest) -> NewPool:
     """Makes pools that encode in threads, or in processes."""
-    return lambda *clock: EncodePool(request.param(LANES), *clock)
+    return lambda *clock: EncodePool(request.param(LANES, 1), *clock)
 
 
 class Gate(HostCopy):
@@ -245,7 +249,9 @@ def test_of_many_live_streams_new_ones_are_made_quickly(new_pool: NewPool) -> No
     assert b"cabac=0" in last.payload  # x264 tells its options in the first packet; ultrafast leaves CABAC out
 
 
-def test_planes_that_are_no_picture_harm_only_themselves(new_pool: NewPool, caplog: pytest.LogCaptureFixture) -> None:
+def test_planes_that_are_no_picture_harm_only_themselves(
+    new_pool: NewPool, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A picture that cannot be encoded is answered with None; its run goes on with a keyframe, others just go on."""
     results, pool = Results(), new_pool()
     pool.start()
@@ -256,7 +262,7 @@ def test_planes_that_are_no_picture_harm_only_themselves(new_pool: NewPool, capl
     assert [picture is None for _, picture in results.by_run["a"]] == [False, True, False]
     assert results.keyframes("a") == [0, 180]
     assert results.keyframes("b") == [0]
-    assert "encode_failed run=a" in caplog.text
+    assert "encode_failed run=a" in caplog.text + capfd.readouterr().err  # a process says it itself
 
 
 @pytest.mark.parametrize("is_last_failed", [False, True])
@@ -289,7 +295,7 @@ def luma(picture: EncodedPicture) -> float:
 @in_processes
 def test_more_pictures_at_once_than_memory_holds_are_made(caplog: pytest.LogCaptureFixture) -> None:
     """Those that wait for room get what others give back; one that would never fit is refused."""
-    results, pool = Results(), EncodePool(EncodeProcesses(1, planes_bytes=4 << 10))
+    results, pool = Results(), EncodePool(EncodeProcesses(1, 1, planes_bytes=4 << 10))
     pool.start()
     pool.submit([results.task("a", pts) for pts in range(50)])
     pool.submit([results.task("b", 0, np.zeros((96, 64), np.uint8)), results.task("a", 50)])
@@ -302,7 +308,7 @@ def test_more_pictures_at_once_than_memory_holds_are_made(caplog: pytest.LogCapt
 @in_processes
 def test_films_that_fill_their_memory_hold_up_nobody() -> None:
     """Live pictures have memory of their own."""
-    results, pool = Results(), EncodePool(EncodeProcesses(1, planes_bytes=4 << 10))
+    results, pool = Results(), EncodePool(EncodeProcesses(1, 1, planes_bytes=4 << 10))
     pool.start()
     with held_up(pool, films=True):
         pool.submit([results.task("film", pts, rendition="film") for pts in range(20)])
@@ -315,7 +321,7 @@ def test_films_that_fill_their_memory_hold_up_nobody() -> None:
 @in_processes
 def test_chains_of_each_kind_are_spread_over_the_processes() -> None:
     """Of runs that are shown and recorded, no process has all the recordings, which take longest."""
-    results, lanes = Results(), EncodeProcesses(2)
+    results, lanes = Results(), EncodeProcesses(2, 1, threads=1)
     pool = EncodePool(lanes)
     pool.start()
     for run in "abcd":
@@ -325,9 +331,51 @@ def test_chains_of_each_kind_are_spread_over_the_processes() -> None:
     pool.close()
 
 
+@in_processes
+def test_a_long_picture_holds_up_no_other_of_its_process() -> None:
+    """Chains of one process are encoded beside each other."""
+    results, lanes = Results(), EncodeProcesses(2, 1)
+    pool, came = EncodePool(lanes), []
+
+    def note(run: str, _: EncodedPicture | None) -> None:
+        came.append(run)
+
+    pool.start()
+    assert len(lanes._live._children) == 1
+    large = np.full((12288, 8192), 128, np.uint8)
+    for task in (results.task("large", 0, large), results.task("small", 0)):
+        pool.submit([replace(task, on_done=partial(note, task.run))])
+    pool.close()
+    assert came == ["small", "large"]
+
+
+@in_processes
+def test_an_encoder_that_is_told_nonsense_ends(tmp_path: Path) -> None:
+    """It says why, and its worker starts another: none waits for a process that hears nothing any more."""
+    ours, theirs = socket.socketpair()
+    with (tmp_path / "planes").open("w+b") as planes, ours:
+        planes.truncate(4096)
+        words = [str(number) for number in (theirs.fileno(), planes.fileno(), 4096, 2, 1)]
+        fds = (theirs.fileno(), planes.fileno())
+        child = subprocess.Popen(
+            [sys.executable, "-m", encoding_child.__name__, *words], pass_fds=fds, stderr=subprocess.PIPE
+        )
+        theirs.close()
+        ours.sendall(msgpack.packb([1, 2, 3]))
+        _, said = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert b"encoder_failed" in said
+
+
+@pytest.mark.parametrize(("lanes", "each"), [(8, [4, 4]), (5, [2, 3]), (2, [2]), (1, [1])])
+def test_lanes_are_shared_out_evenly(lanes: int, each: list[int]) -> None:
+    """Over as few processes as may be."""
+    assert shares(lanes, 4) == each
+
+
 def two_processes() -> tuple[Results, EncodeProcesses, EncodePool]:
     """A pool of two, each with a run, `a` or `b`, whose first picture is made."""
-    results, lanes = Results(), EncodeProcesses(2)
+    results, lanes = Results(), EncodeProcesses(2, 1, threads=1)
     pool = EncodePool(lanes)
     pool.start()
     pool.submit([results.task(run, 0) for run in "ab"])
@@ -382,7 +430,7 @@ def test_where_no_encoder_can_live_the_pool_says_so(tmp_path: Path, monkeypatch:
     """Processes that die one after the other are an error that the worker ends with, not a storm of new ones."""
     (tmp_path / "av.py").write_text("raise SystemExit(7)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    results, pool = Results(), EncodePool(EncodeProcesses(1))
+    results, pool = Results(), EncodePool(EncodeProcesses(1, 1))
     pool.start()
 
     def is_answered() -> bool:
@@ -404,7 +452,7 @@ def test_encoders_end_when_their_worker_is_killed() -> None:
     words = """
 import sys
 from taesd_stream_workers.worker.encode_processes import EncodeProcesses
-lanes = EncodeProcesses(2)
+lanes = EncodeProcesses(2, 1, threads=1)
 lanes.start(lambda *_: None)
 print(*(child.process.pid for child in (*lanes._live._children, *lanes._films._children)), flush=True)
 sys.stdin.read()
@@ -443,7 +491,7 @@ GREY = np.zeros((8, 48, 32), np.uint8)
 )
 def test_planes_that_are_none_of_their_copy_are_refused(planes: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Never a picture of other bytes than those that were given; its neighbours come out."""
-    results, pool = Results(), EncodePool(EncodeProcesses(1))
+    results, pool = Results(), EncodePool(EncodeProcesses(1, 1))
     is_elsewhere = planes.shape == GREY[0].shape and planes.dtype == np.uint8
     copy = HostCopy(np.zeros_like(GREY) if is_elsewhere else GREY)
     pool.start()
@@ -490,9 +538,9 @@ def job_of(number: int, runs: int) -> Job:
 
 
 @pytest.mark.parametrize("lanes", LANES_OF_ALL_KINDS)
-def test_a_job_of_many_runs_lets_in_few_films(lanes: Callable[[int], Lanes]) -> None:
+def test_a_job_of_many_runs_lets_in_few_films(lanes: Callable[[int, int], Lanes]) -> None:
     """Sixteen tiles in one job: no more of their pictures go into films than may wait for the thread."""
-    decoder, jobs = Decoder(lanes(2)), itertools.count(1)
+    decoder, jobs = Decoder(lanes(2, 1)), itertools.count(1)
     decoder.start()
 
     def is_warm() -> bool:
@@ -512,7 +560,7 @@ def test_a_job_of_many_runs_lets_in_few_films(lanes: Callable[[int], Lanes]) -> 
 
 def test_while_another_job_waits_one_film_at_most_gets_a_picture() -> None:
     """A job that has one behind it lets a single picture into a film; viewers get all of both."""
-    decoder = Decoder(EncodeThreads(2))
+    decoder = Decoder(EncodeThreads(2, 1))
     decoder.submit(job_of(1, 16), job_of(2, 16))
     decoder.start()
     decoder.wait_for(2)

@@ -43,7 +43,7 @@ def test_one_slice_that_takes_long_says_that_it_goes_on(tmp_path: Path) -> None:
     save_weights(tmp_path)
     said: list[Any] = []
     config = load_config(sets=[f"weights.folder={tmp_path}", "decoder.choice=tiny"])
-    decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, said.append, lanes=EncodeThreads(2))
+    decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, said.append, lanes=EncodeThreads(2, 1))
     run = JobRun(job_of(SHAPE, "record"))
     decoder.start()
     wait_for(lambda: decoder.is_warm, 60, of="the decoder")
@@ -79,7 +79,7 @@ def test_each_slice_counts_as_busy_anew(tmp_path: Path) -> None:
             done.set()
 
     config = load_config(sets=[f"weights.folder={tmp_path}", "decoder.choice=linear"])
-    decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, take, lanes=EncodeThreads(2))
+    decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, take, lanes=EncodeThreads(2, 1))
     decoder.start()
     decoder.submit(JobRun(job_of((4, 8, 8), "live", "record")))
     assert done.wait(60)

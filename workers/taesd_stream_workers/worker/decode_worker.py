@@ -222,9 +222,11 @@ def encoders_at_once() -> int:
 
 def lanes_for(device: torch.device) -> Lanes:
     """Where a worker of this device encodes: beside a GPU in processes, where it is all that is done on the host."""
+    live = encoders_at_once()
+    films = max(1, live // 4)
     if device.type == "cuda" and EncodeProcesses.are_possible():
-        return EncodeProcesses(encoders_at_once())
-    return EncodeThreads(encoders_at_once())
+        return EncodeProcesses(live, films)
+    return EncodeThreads(live, films)
 
 
 def processors() -> int:

@@ -34,17 +34,18 @@ from taesd_stream_workers.worker.shared_planes import SharedPlanes
 logger = logging.getLogger(__name__)
 
 PLANES_BYTES: Final = 512 << 20  # at most; of 16384x16384, the largest that H.264 knows, there is room for one
+THREADS: Final = 4  # of a process: a chain stays in one, so the more in each, the fewer wait while others do nothing
 MAX_DEATHS: Final = 20  # one after the other, and no picture between: they cannot live here
 
 
 class EncodeProcesses:
     """See Lanes. Films have processes and memory of their own."""
 
-    def __init__(self, processes: int, planes_bytes: int = PLANES_BYTES) -> None:
-        """planes_bytes: of memory for planes, at most, and as much for films'."""
-        self.live, self.films = processes, max(1, processes // 4)
-        self._live = ProcessGroup(self.live, planes_bytes)
-        self._films = ProcessGroup(self.films, planes_bytes)
+    def __init__(self, live: int, films: int, planes_bytes: int = PLANES_BYTES, threads: int = THREADS) -> None:
+        """planes_bytes: of memory for planes, at most, and as much for films'. threads: of a process."""
+        self.live, self.films = live, films
+        self._live = ProcessGroup([(share, 0) for share in shares(live, threads)], planes_bytes)
+        self._films = ProcessGroup([(0, share) for share in shares(films, threads)], planes_bytes)
 
     @staticmethod
     def are_possible() -> bool:
@@ -124,9 +125,10 @@ class ProcessGroup:
     error: why it has stopped for good.
     """
 
-    def __init__(self, processes: int, planes_bytes: int) -> None:
+    def __init__(self, processes: list[tuple[int, int]], planes_bytes: int) -> None:
+        """processes: the threads of each, for live pictures and for films."""
         self.error: Exception | None = None
-        self._count, self._planes_bytes = processes, planes_bytes
+        self._processes, self._planes_bytes = processes, planes_bytes
         self._batches: queue.SimpleQueue[Batch | Chain | None] = queue.SimpleQueue()
         self._children: list[_Child] = []
         self._changes = threading.Lock()  # of children, places and pieces
@@ -141,7 +143,7 @@ class ProcessGroup:
         self._selector = selectors.DefaultSelector()
         self._wakes = WakePipe()
         self._selector.register(self._wakes.fileno(), selectors.EVENT_READ)
-        self._children = [self._new_child() for _ in range(self._count)]
+        self._children = [self._new_child(threads) for threads in self._processes]
         self._threads = [
             threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
             for work, name in ((self._ship, "to encoders"), (self._collect, "from encoders"))
@@ -230,7 +232,7 @@ class ProcessGroup:
                 row: Wanted | Ended = Ended(ticket, place.number)  # answered in its turn, and the next begins anew
                 if piece is not None:
                     where, (height, width) = piece.first + span.start - first, task.planes.shape
-                    what = (chain.rendition, chain.is_one_of_many, where, height, width, task.order)
+                    what = (chain.run, chain.rendition, chain.is_one_of_many, where, height, width, task.order)
                     row = Wanted(ticket, place.number, *what)
                 rows[place.child].append(msgpack.packb(row))
         for child, words in rows.items():
@@ -263,13 +265,13 @@ class ProcessGroup:
     def _replace(self, number: int) -> None:
         self._children[number].link.close()
         try:
-            self._children[number] = self._new_child()
+            self._children[number] = self._new_child(self._processes[number])
         except OSError:  # the others go on without it
             logger.exception("encoder_not_started")
 
-    def _new_child(self) -> _Child:
+    def _new_child(self, threads: tuple[int, int]) -> _Child:
         ours, theirs = socket.socketpair()
-        words = (str(theirs.fileno()), str(self._planes.fd), str(self._planes.nbytes))
+        words = map(str, (theirs.fileno(), self._planes.fd, self._planes.nbytes, *threads))
         try:
             process = subprocess.Popen(  # noqa: S603 a module of ours
                 [sys.executable, "-P", "-m", encoding_child.__name__, *words],
@@ -307,10 +309,8 @@ class ProcessGroup:
     def _made(self, child: _Child, made: Made) -> None:
         with self._changes:
             waiting = child.waiting.pop(made.ticket)
-        task, picture = waiting.task, None
-        if task is not None and made.error:
-            logger.error("encode_failed run=%s rendition=%s error=%s", task.run, task.rendition, made.error)
-        elif made.payload:
+        picture = None
+        if made.payload:
             self._deaths = 0
             size = {"width": made.width, "height": made.height}
             picture = EncodedPicture(payload=made.payload, is_keyframe=made.is_keyframe, **size)
@@ -343,6 +343,12 @@ class ProcessGroup:
             self._over(one, None)
         if self._deaths >= MAX_DEATHS:
             raise RuntimeError(f"{self._deaths} encoding processes have died one after the other: see the log")
+
+
+def shares(lanes: int, most: int) -> list[int]:
+    """So many lanes as evenly as may be, in shares of at most `most`."""
+    count = -(-lanes // most)
+    return [lanes * (place + 1) // count - lanes * place // count for place in range(count)]
 
 
 def _send(child: _Child, words: bytes) -> None:

@@ -27,10 +27,10 @@ class _Queue:
 
 
 class EncodeThreads:
-    """See Lanes. A few threads more are for films alone."""
+    """See Lanes. Films have threads of their own."""
 
-    def __init__(self, threads: int) -> None:
-        self.live, self.films = threads, max(1, threads // 4)
+    def __init__(self, live: int, films: int) -> None:
+        self.live, self.films = live, films
         self._due: queue.SimpleQueue[Chain | None] = queue.SimpleQueue()
         self._due_films: queue.SimpleQueue[Chain | None] = queue.SimpleQueue()
         self._changes = threading.Lock()  # of chains' queues

@@ -1,24 +1,36 @@
-"""A process that encodes for a decode worker, away from its GIL: `python -m …encoding_child SOCKET PLANES BYTES`.
+"""A process that encodes for a decode worker, away from its GIL: `… encoding_child SOCKET PLANES BYTES LIVE FILMS`.
 
-SOCKET and PLANES are file descriptors. Both ways go MessagePack arrays, one behind the other: what to encode, and what
-became of it. It ends when its worker does, for then the socket ends; it loads neither torch nor ZeroMQ's sockets.
+SOCKET and PLANES are file descriptors, LIVE and FILMS how many threads it has for each. Both ways go MessagePack
+arrays, one behind the other: what to encode, and what became of it. It ends when its worker does, for then the socket
+ends; it loads neither torch nor ZeroMQ's sockets.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
+import os
 import signal
 import socket
 import sys
-import traceback
+import threading
 from collections import deque
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import msgpack
 
+from taesd_stream.decoding.host_copy import HostCopy
 from taesd_stream.frames import Rendition
-from taesd_stream_workers.worker.chain_encoder import ChainEncoder, Order
-from taesd_stream_workers.worker.heap import Heap
+from taesd_stream.log import set_up_logging
+from taesd_stream.media.encoder import EncodedPicture
+from taesd_stream_workers.worker.chain_encoder import Order
+from taesd_stream_workers.worker.encode_pool import Chain, EncodeTask
+from taesd_stream_workers.worker.encode_threads import EncodeThreads
 from taesd_stream_workers.worker.shared_planes import shared_bytes
+
+logger = logging.getLogger(__name__)
 
 READ_BYTES: Final = 1 << 20
 
@@ -28,6 +40,7 @@ class Wanted(NamedTuple):
 
     ticket: int
     chain: int
+    run: str
     rendition: Rendition
     is_one_of_many: bool
     first: int
@@ -44,78 +57,121 @@ class Ended(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What became of it: the picture, as EncodedPicture has it, or what went wrong; neither of an Ended."""
+    """What became of it: the picture, as EncodedPicture has it; empty where it failed, and of an Ended."""
 
     ticket: int
     payload: bytes = b""
     is_keyframe: bool = False
     width: int = 0
     height: int = 0
-    error: str = ""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Chain(Chain):
+    """number: what the worker calls it. waiting: how much is not answered yet; ended: tickets of Ended, in order."""
+
+    number: int
+    waiting: int = 0
+    ended: deque[int] = field(default_factory=deque)
 
 
 class Child:
-    """Chains take turns, so that a long one holds up no other."""
+    """The main thread reads what is wanted, those of the lanes answer."""
 
-    def __init__(self, link: socket.socket, planes: Any) -> None:
+    def __init__(self, link: socket.socket, planes: Any, lanes: EncodeThreads) -> None:
         """planes: (n,) uint8, the shared memory."""
         self._link = link
         self._planes = planes
-        self._read = msgpack.Unpacker(use_list=False)
-        self._encoders: dict[int, ChainEncoder] = {}
-        self._waiting: dict[int, deque[Wanted | Ended]] = {}  # by chain, whose turn is next first
-        self._heap = Heap()
+        self._lanes = lanes
+        self._chains: dict[int, _Chain] = {}
+        self._changed = threading.Condition()  # of chains; and one answer at a time
 
     def run(self) -> None:
-        """Encode until the worker is gone."""
-        while self._take() or self._waiting:
-            if self._waiting:
-                self._link.sendall(msgpack.packb(self._next()))
+        """Encode until the worker is gone, or wants nothing more."""
+        self._lanes.start(self._answer)
+        read = msgpack.Unpacker(use_list=False)
+        while words := self._received():
+            read.feed(words)
+            for row in read:
+                with self._changed:
+                    if len(row) == len(Ended._fields):
+                        self._end(Ended(*row))
+                    else:
+                        self._encode(Wanted(*row))
+        with self._changed:
+            self._changed.wait_for(lambda: not any(chain.waiting for chain in self._chains.values()))
+        self._lanes.close()
 
-    def _take(self) -> bool:
-        """Read what has come, and wait where there is nothing to do. Returns whether the worker is there."""
+    def _received(self) -> bytes:
         try:
-            words = self._link.recv(READ_BYTES, socket.MSG_DONTWAIT if self._waiting else 0)
-        except BlockingIOError:
-            return True
-        self._read.feed(words)
-        for row in self._read:
-            one = Ended(*row) if len(row) == len(Ended._fields) else Wanted(*row)
-            self._waiting.setdefault(one.chain, deque()).append(one)
-        return bool(words)
+            return self._link.recv(READ_BYTES)
+        except ConnectionError:  # the worker was killed
+            return b""
 
-    def _next(self) -> Made:
-        chain = next(iter(self._waiting))
-        waiting = self._waiting.pop(chain)
-        one = waiting.popleft()
-        if waiting:
-            self._waiting[chain] = waiting  # behind the others
-        if isinstance(one, Ended):
-            encoder = self._encoders.pop(chain, None)
-            if encoder is not None:
-                encoder.close()
-                self._heap.give_back()
-            return Made(one.ticket)
-        if chain not in self._encoders:
-            self._encoders[chain] = ChainEncoder(one.rendition, is_one_of_many=one.is_one_of_many)
+    def _encode(self, one: Wanted) -> None:
         planes = self._planes[one.first : one.first + one.rows * one.width].reshape(one.rows, one.width)
-        try:
-            made = self._encoders[chain].encode(planes, Order(*one.order))
-        except Exception as error:  # noqa: BLE001 this picture is lost, the next may do
-            traceback.print_exc()  # to the worker's log
-            return Made(one.ticket, error=repr(error)[:500])
-        return Made(one.ticket, made.payload, made.is_keyframe, made.width, made.height)
+        if one.chain not in self._chains:
+            self._chains[one.chain] = _Chain(
+                run=one.run, rendition=one.rendition, is_one_of_many=one.is_one_of_many, number=one.chain
+            )
+        chain = self._chains[one.chain]
+        chain.waiting += 1
+        task = EncodeTask(
+            run=one.run,
+            rendition=one.rendition,
+            order=Order(*one.order),
+            planes=planes,
+            copy=HostCopy(planes),
+            on_done=functools.partial(self._say, one.ticket),
+        )
+        self._lanes.submit([(chain, task)])
+
+    def _end(self, one: Ended) -> None:
+        if one.chain not in self._chains:
+            self._say(one.ticket, None)
+            return
+        chain = self._chains[one.chain]
+        chain.waiting += 1
+        chain.ended.append(one.ticket)
+        self._lanes.end(chain)
+
+    def _answer(self, chain: Chain, task: EncodeTask | None, encoded: EncodedPicture | None) -> None:
+        assert isinstance(chain, _Chain)
+        with self._changed:
+            if task is not None:
+                task.on_done(encoded)
+            else:
+                self._say(chain.ended.popleft(), None)
+            chain.waiting -= 1
+            if task is None and not chain.waiting:
+                del self._chains[chain.number]
+            self._changed.notify_all()
+
+    def _say(self, ticket: int, encoded: EncodedPicture | None) -> None:
+        made = Made(ticket)
+        if encoded is not None:
+            made = Made(ticket, encoded.payload, encoded.is_keyframe, encoded.width, encoded.height)
+        with contextlib.suppress(ConnectionError):  # the worker was killed: the main thread sees it too
+            self._link.sendall(msgpack.packb(made))
 
 
 def main() -> None:
     """Encode for the worker that started this process."""
+    set_up_logging("worker", is_quiet=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # they mean the worker, which still needs its pictures
         signal.signal(number, signal.SIG_IGN)
-    link, planes, nbytes = (int(word) for word in sys.argv[1:])
+    threading.excepthook = lambda failed: give_up(failed.exc_value)
+    link, planes, nbytes, live, films = (int(word) for word in sys.argv[1:])
     try:
-        Child(socket.socket(fileno=link), shared_bytes(planes, nbytes)).run()
-    except ConnectionError:
-        return  # the worker was killed
+        Child(socket.socket(fileno=link), shared_bytes(planes, nbytes), EncodeThreads(live, films)).run()
+    except Exception as error:  # noqa: BLE001 the outermost loop
+        give_up(error)
+
+
+def give_up(error: BaseException | None) -> None:
+    """End at once, whatever the other threads do: the worker goes on with another process."""
+    logger.critical("encoder_failed", exc_info=error)
+    os._exit(1)
 
 
 if __name__ == "__main__":

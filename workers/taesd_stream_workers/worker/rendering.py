@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from taesd_stream.decoding.colour import fit_within, jpeg_planes, video_planes
-from taesd_stream.decoding.host_copies import HostCopies, HostCopy
+from taesd_stream.decoding.host_copies import HostCopies
+from taesd_stream.decoding.host_copy import HostCopy
 from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import VIDEO_RENDITIONS, Planes
 
