@@ -8,8 +8,9 @@ import pytest
 import torch
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
+from torch.nn import functional as F
 
-from taesd_stream.decoding.colour import count_nan, fit_within, jpeg_planes, pad_to_even, video_planes
+from taesd_stream.decoding.colour import count_nan, fit_within, jpeg_planes, pad_to_even, stretched_planes, video_planes
 
 # Patch -> Y, U, V. BT.709 limited: Y = 16 + 219 (0.2126 R + 0.7152 G + 0.0722 B), U = 128 + 224 (B - Y') / 1.8556,
 # V = 128 + 224 (R - Y') / 1.5748. BT.601 full: Y = 255 (0.299 R + 0.587 G + 0.114 B), U = 128 + 255 (B - Y') / 1.772,
@@ -97,8 +98,30 @@ def test_half_precision_is_converted_in_single() -> None:
 
 def test_only_pictures_are_converted() -> None:
     """A tensor that is no batch of RGB pictures is an error that names its shape."""
-    with pytest.raises(ValueError, match=r"expected \(N, 3, H, W\), got shape \(1, 4, 2, 2\)"):
-        video_planes(torch.zeros(1, 4, 2, 2))
+    for convert in (video_planes, lambda cells: stretched_planes(cells, 8)):
+        with pytest.raises(ValueError, match=r"expected \(N, 3, H, W\), got shape \(1, 4, 2, 2\)"):
+            convert(torch.zeros(1, 4, 2, 2))
+
+
+@pytest.mark.parametrize("factor", [4, 8, 12, 32])
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (5, 4)], ids=str)
+def test_stretched_cells_have_the_planes_of_the_stretched_picture(size: tuple[int, int], factor: int) -> None:
+    """Cells become what bilinear interpolation of their colours does, to one code; also NaN and values out of range."""
+    cells = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(factor))
+    picture = F.interpolate(cells, scale_factor=float(factor), mode="bilinear", align_corners=False)
+    off = stretched_planes(cells, factor).int() - video_planes(picture).int()
+    assert off.abs().max() <= 1
+    assert off.float().abs().mean() < 0.001  # a half is rounded either way
+    bad = torch.full((1, 3, *size), float("nan"))
+    assert samples(stretched_planes(bad, factor)) == ({125}, {128}, {128})
+    assert samples(stretched_planes(cells[:1] + 7, factor)) == ({235}, {128}, {128})
+
+
+@pytest.mark.parametrize("factor", [0, 2, 6, -4])
+def test_chroma_needs_a_factor_of_four(factor: int) -> None:
+    """With another factor a box of 2x2 pixels would lie on both sides of a cell's middle."""
+    with pytest.raises(ValueError, match=f"factor: expected a multiple of 4, got {factor}"):
+        stretched_planes(torch.zeros(1, 3, 2, 2), factor)
 
 
 @pytest.mark.parametrize(

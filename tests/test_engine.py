@@ -19,6 +19,7 @@ from taesd_stream.decoding.payloads import check_finite, latents_from_payload, r
 from taesd_stream.decoding.video_engine import LivePart, VideoEngine
 from taesd_stream.errors import WeightsError
 from taesd_stream.frames import WireDtype
+from taesd_stream.latent_formats import latent_format
 from taesd_stream.models import build_decoder
 
 SHARED = os.environ.get("TAESD_STREAM_SHARED")
@@ -146,6 +147,17 @@ def test_planes_are_those_of_the_pictures(weights: Path, frames_in_budget: float
     height, width = engine.picture_size(latents)
     assert planes.shape == (3, height * 3 // 2, width)
     assert torch.equal(planes, video_planes(decoded(engine, latents, budget_bytes)))
+
+
+@pytest.mark.parametrize("name", ["sd1", "wan2_2", "stable_cascade_prior", "flux2"])
+def test_planes_of_projections_are_those_of_their_pictures(name: str) -> None:
+    """To one code: rgb factors of whole and of broken sizes of a cell, and a fitted projection."""
+    engine = open_engine(name, weights_folder=None, choice="linear")
+    latents = 2 * torch.randn(2, latent_format(name).channels, 5, 7)
+    planes = torch.cat([planes for _, planes in engine.decode_planes(latents, budget_bytes=1 << 30)])
+    off = planes.int() - video_planes(decoded(engine, latents)).int()
+    assert off.abs().max() <= 1
+    assert off.float().abs().mean() < 0.001
 
 
 @pytest.mark.parametrize(("name", "channels"), [("flux2", 32), pytest.param("sd1", 4, marks=pytest.mark.slow)])

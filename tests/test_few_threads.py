@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from taesd_stream.decoding.choice import open_engine
-from taesd_stream.decoding.colour import video_planes
 from taesd_stream.decoding.few_threads import few_threads
 
 CPU = torch.device("cpu")
@@ -45,12 +44,12 @@ def test_a_gpu_is_none_of_its_business() -> None:
 
 
 def test_a_processor_decodes_what_its_caches_hold() -> None:
-    """Of 512x512 each slice has one picture, of 256x256 four; together they are what one slice of all would be."""
+    """Of 512x512 each slice has one picture, of 256x256 four; together they are what each alone would be."""
     engine = open_engine("sd1", weights_folder=None, choice="linear")
     for cells, expected in ((64, [1, 1, 1]), (32, [4, 1])):
         latents = torch.randn(sum(expected), 4, cells, cells)
         parts = list(engine.decode_planes(latents, budget_bytes=1 << 30))
         assert [len(planes) for _, planes in parts] == expected
-        whole = torch.cat([rgb for _, rgb in engine.decode(latents, budget_bytes=1 << 30)])
-        assert torch.equal(torch.cat([planes for _, planes in parts]), video_planes(whole))
+        alone = [next(engine.decode_planes(one[None], budget_bytes=1 << 30))[1] for one in latents]
+        assert torch.equal(torch.cat([planes for _, planes in parts]), torch.cat(alone))
     assert torch.get_num_threads() == 6

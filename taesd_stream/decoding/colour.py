@@ -6,6 +6,7 @@ range: BT.709 limited for video, BT.601 full for JPEG.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -59,32 +60,94 @@ def planes_420(rgb: Tensor, matrix: ColourMatrix) -> Tensor:
     Returns: (N, H*3//2, W) uint8, C order, H and W even now: H rows of Y, then U, then V at half size, without gaps:
     `av.VideoFrame.from_numpy_buffer(planes[i], "yuv420p")` wraps it.
     """
-    if rgb.ndim != 4 or rgb.shape[1] != 3:
-        raise ValueError(f"rgb: expected (N, 3, H, W), got shape {tuple(rgb.shape)}")
+    _check(rgb)
     with few_threads(rgb.device, len(rgb) * rgb.shape[-2] * rgb.shape[-1]):
-        rgb = pad_to_even(torch.nan_to_num(rgb.float(), nan=0.5, posinf=1.0, neginf=0.0).clamp_(0, 1))
+        rgb = pad_to_even(_clean(rgb))
         count, _, height, width = rgb.shape
-        # Straight into the codes, with few maps in between: on a processor their memory is most of the time.
-        planes = torch.empty(count, height * 3 // 2, width, dtype=torch.uint8, device=rgb.device)
-        quarter = height * width // 4
-        luma, blue, red = torch.split(planes.flatten(1), [4 * quarter, quarter, quarter], dim=1)
-        _write(luma, _luma(rgb, matrix), matrix.luma_span, matrix.luma_base)
+        planes, luma, blue, red = _empty_planes(count, height, width, rgb.device)
+        luma.copy_(_luma(rgb, matrix))
         small = F.avg_pool2d(rgb, 2)  # the matrix is linear: means of RGB have the means of chroma
-        grey = _luma(small, matrix)
-        _write(blue, small[:, 2] - grey, matrix.chroma_span / (2 * (1 - matrix.kb)), 128)
-        _write(red, small[:, 0] - grey, matrix.chroma_span / (2 * (1 - matrix.kr)), 128)
+        for plane, values in zip((blue, red), _chroma(small, matrix), strict=True):
+            plane.copy_(values)
     return planes
 
 
+def stretched_planes(cells: Tensor, factor: int) -> Tensor:
+    """As `video_planes` of a picture whose every cell became factor x factor pixels, bilinearly, without that picture.
+
+    The matrix is linear, and so is stretching: they may change places, and of the larger maps there are half as many
+    values. A box of 2x2 pixels never lies on both sides of a cell's middle, so its mean is that of cells stretched by
+    half the factor.
+    cells: (N, 3, h, w) float in [0, 1]; as for `planes_420`. factor: a multiple of 4. Raises: ValueError otherwise.
+    """
+    _check(cells)
+    if factor < 4 or factor % 4:
+        raise ValueError(f"factor: expected a multiple of 4, got {factor}")
+    count, _, height, width = cells.shape
+    height, width = height * factor, width * factor
+    with few_threads(cells.device, count * height * width):
+        cells = _clean(cells)
+        planes, luma, blue, red = _empty_planes(count, height, width, cells.device)
+        luma.copy_(_stretched(_luma(cells, BT709_LIMITED), factor))
+        for plane, values in zip((blue, red), _chroma(cells, BT709_LIMITED), strict=True):
+            plane.copy_(_stretched(values, factor // 2))
+    return planes
+
+
+def _check(rgb: Tensor) -> None:
+    if rgb.ndim != 4 or rgb.shape[1] != 3:
+        raise ValueError(f"rgb: expected (N, 3, H, W), got shape {tuple(rgb.shape)}")
+
+
+def _clean(rgb: Tensor) -> Tensor:
+    """Within [0, 1], in new memory."""
+    return torch.nan_to_num(rgb.float(), nan=0.5, posinf=1.0, neginf=0.0).clamp_(0, 1)
+
+
+def _empty_planes(count: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Planes to write to, and Y, (N, H, W), U and V, (N, H/2, W/2), within them."""
+    planes = torch.empty(count, height * 3 // 2, width, dtype=torch.uint8, device=device)
+    quarter, half = height * width // 4, (count, height // 2, width // 2)
+    luma, blue, red = torch.split(planes.flatten(1), [4 * quarter, quarter, quarter], dim=1)
+    return planes, luma.view(count, height, width), blue.view(half), red.view(half)
+
+
+# Straight to the codes, with few maps in between: on a processor their memory is most of the time.
+
+
 def _luma(rgb: Tensor, matrix: ColourMatrix) -> Tensor:
-    """(N, 3, H, W) -> (N, H, W), in [0, 1]; new memory."""
+    """(N, 3, H, W) -> codes of Y, (N, H, W), to be cut; new memory."""
+    return _grey(rgb, matrix).mul_(matrix.luma_span).add_(matrix.luma_base + _HALF)
+
+
+def _chroma(rgb: Tensor, matrix: ColourMatrix) -> Iterator[Tensor]:
+    """(N, 3, H, W) -> codes of U, then of V, (N, H, W) each, to be cut; new memory."""
+    grey = _grey(rgb, matrix)
+    for colour, weight in ((2, matrix.kb), (0, matrix.kr)):
+        yield (rgb[:, colour] - grey).mul_(matrix.chroma_span / (2 * (1 - weight))).add_(128 + _HALF)
+
+
+def _grey(rgb: Tensor, matrix: ColourMatrix) -> Tensor:
     red, green, blue = rgb.unbind(1)
     return (matrix.kr * red).add_(green, alpha=1 - matrix.kr - matrix.kb).add_(blue, alpha=matrix.kb)
 
 
-def _write(plane: Tensor, values: Tensor, span: float, base: float) -> None:
-    """Rounded codes, base + span * values, into (N, H*W) uint8; `values` are used up."""
-    plane.copy_(values.mul_(span).add_(base + _HALF).flatten(1))
+def _stretched(values: Tensor, factor: int) -> Tensor:
+    """(N, h, w) -> (N, h*factor, w*factor) bilinearly, as F.interpolate does, in a fifth of its time on a processor.
+
+    factor: even.
+    """
+    count, height, width = values.shape
+    wide = _stretched_rows(values.reshape(count * height, width, 1), factor)
+    return _stretched_rows(wide.reshape(count, height, width * factor), factor)
+
+
+def _stretched_rows(rows: Tensor, factor: int) -> Tensor:
+    """(N, n, m) -> (N, n*factor, m): from the middle of one row to that of the next; first and last are repeated."""
+    ends = torch.cat([rows[:, :1], rows, rows[:, -1:]], dim=1)
+    part = (torch.arange(factor, dtype=rows.dtype, device=rows.device) + 0.5) / factor
+    gaps = torch.lerp(ends[:, :-1, None], ends[:, 1:, None], part[:, None])
+    return gaps.flatten(1, 2)[:, factor // 2 : -(factor // 2)]
 
 
 def count_nan(rgb: Tensor) -> int:

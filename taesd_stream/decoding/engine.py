@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from taesd_stream.decoding.acceleration import accelerated
-from taesd_stream.decoding.colour import video_planes
+from taesd_stream.decoding.colour import stretched_planes, video_planes
 from taesd_stream.decoding.cpu_choice import cpu_choice
 from taesd_stream.decoding.few_threads import few_threads
 from taesd_stream.decoding.folding import fold_upsampling
@@ -168,7 +168,11 @@ class Engine:
         return rgb.float().clamp_(0, 1).contiguous()
 
     def _planes(self, latents: Tensor) -> Tensor:
-        return video_planes(self._network(latents)) if self._fast is None else self._fast.planes(latents)
+        if self._fast is not None:
+            return self._fast.planes(latents)
+        if isinstance(self._network, FactorProjection) and self._format.spatial_factor % 4 == 0:
+            return stretched_planes(self._network.cells(latents), int(self._format.spatial_factor))
+        return video_planes(self._network(latents))
 
     @torch.inference_mode()
     def _decode_tiled(

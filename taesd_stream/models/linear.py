@@ -25,7 +25,7 @@ _BIAS: Final = "rgb_bias"
 
 
 class FactorProjection(nn.Module):
-    """One colour a cell, by rgb factors: (N, C, h, w) -> (N, 3, H, W), in [0, 1] but not clamped; smooth, soft."""
+    """One colour a cell, by rgb factors, stretched: (N, C, h, w) -> (N, 3, H, W) in [0, 1]; smooth, soft."""
 
     def __init__(self, latent_format: LatentFormat) -> None:
         super().__init__()
@@ -40,9 +40,12 @@ class FactorProjection(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, 3, H, W)."""
-        cells = F.conv2d(latents, self.weight, self.bias)
-        size = self.format.picture_size(*cells.shape[-2:])
-        return F.interpolate(cells, size=size, mode="bilinear", align_corners=False)
+        size = self.format.picture_size(*latents.shape[-2:])
+        return F.interpolate(self.cells(latents), size=size, mode="bilinear", align_corners=False)
+
+    def cells(self, latents: Tensor) -> Tensor:
+        """The colour of each cell, (N, C, h, w) -> (N, 3, h, w) in [0, 1]."""
+        return F.conv2d(latents, self.weight, self.bias).clamp(0, 1)
 
 
 class ShuffleProjection(nn.Module):
