@@ -11,7 +11,9 @@ alone), short ones, for a machine's own speed drifts: four of 50 steps tell half
 time. `percent` is how much longer a step with publishing is, mean and 95 % interval (Student's t) over the pairs.
 `side_ms` is the processor time that the publisher's own threads take for each step. All pairs are one run: one that is
 alone has an open publisher, which says HELLO once a second, and publishing begins anew in each pair, without the rhythm
-that spares a sampler at work the wake (`publish_rhythm`) for its first five steps of twenty.
+that spares a sampler at work the wake (`publish_rhythm`) for its first five steps of twenty. What is published looks as
+x0 predictions do, one field with the spectrum of photographs melting into another: noise is four times the work for an
+encoder. The viewer is what a page is, a WebSocket that takes `live`.
 
 Uses `beside` and `beside_kept` tell what the machine itself loses when its other core works: the sampler publishes
 nothing, but in every second and third run of four a process on the daemon's core does, with a viewer, or kept. What
@@ -52,17 +54,17 @@ T_95: Final = ((5, 2.78), (10, 2.26), (20, 2.09), (40, 2.02))  # two-sided, by p
 
 USES: Final = ("idle", "watched", "kept", "beside", "beside_kept")
 
-# who watches: a process of its own, on the daemon's core
+# who watches as a page does: a process of its own, on the daemon's core
 VIEWER: Final = """
-import os, sys, time, urllib.request
+import os, sys
 os.sched_setaffinity(0, {1})
-while True:
-    try:
-        url = f"{sys.argv[1]}/streams/untouched/{sys.argv[2]}/live.mjpeg"
-        with urllib.request.urlopen(url, timeout=5) as pictures:
-            while pictures.read1(1 << 16): pass
-    except OSError:
-        time.sleep(0.2)
+from types import SimpleNamespace
+from tests.page_socket import PageSocket
+with PageSocket(SimpleNamespace(web=sys.argv[1])) as page:
+    page.watch({f"untouched/{sys.argv[2]}": "live"})
+    print(flush=True)
+    while True:
+        page.picture(600)
 """
 
 
@@ -70,18 +72,20 @@ while True:
 NEIGHBOUR: Final = """
 import os, select, sys
 os.sched_setaffinity(0, {1})
-import numpy as np
+import torch
 from taesd_stream import LatentPublisher
-latents, step = np.random.default_rng(7).standard_normal(SHAPE).astype(np.float32), 0
+from tests.benchmarks.sampler_untouched import natural
+torch.set_num_threads(1)
+first, last, step = natural(7), natural(8), 0
 name, record = sys.argv[2:]
 with LatentPublisher(sys.argv[1], stream=f"untouched/{name}", latent_format="sd1", record=record) as publisher:
     print(flush=True)
     while sys.stdin.readline():
         while not select.select([sys.stdin], [], [], STEP_S)[0]:
-            publisher.publish(latents, step=step, sigma=1.0)
+            publisher.publish(first.lerp(last, 1 - 0.8 ** (step % 10 + 1)), step=step, sigma=1.0)
             step += 1
         sys.stdin.readline()
-""".replace("SHAPE", str(SHAPE)).replace("STEP_S", str(STEP_S))
+""".replace("STEP_S", str(STEP_S))
 
 
 class Run(NamedTuple):
@@ -112,21 +116,29 @@ class Sampler:
         for _ in range(100):
             torch.mm(self._matrix, self._matrix)
         self._products = max(1, round(STEP_S * 100 / (time.perf_counter() - started_s)))
+        self._first, self._last = natural(7), natural(8)
 
     def run(self, steps: int, publisher: LatentPublisher | None = None) -> Run:
         """So many steps, with a publish each or none."""
-        torch.manual_seed(7)
-        latents = torch.randn(SHAPE)
+        latents = self._first.clone()
         started_s, side_s = time.perf_counter(), time.process_time() - time.thread_time()
         for step in range(steps):
             for _ in range(self._products):
                 torch.mm(self._matrix, self._matrix)
-            latents.mul_(0.99).add_(torch.randn(SHAPE), alpha=0.1)
+            latents.lerp_(self._last, 0.2)
             if publisher is not None:
                 publisher.publish(latents, step=step, sigma=1.0)
         step_s = (time.perf_counter() - started_s) / steps
         side_s = (time.process_time() - time.thread_time() - side_s) / steps
         return Run(step_s, side_s, hashlib.sha256(latents.numpy().tobytes()).hexdigest())
+
+
+def natural(seed: int) -> torch.Tensor:
+    """Latents, SHAPE, with the spectrum of photographs: amplitudes as 1 / frequency (Field 1987)."""
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+    radius = torch.hypot(torch.fft.fftfreq(SHAPE[1])[:, None], torch.fft.fftfreq(SHAPE[2])[None, :])
+    field: torch.Tensor = torch.fft.ifft2(torch.fft.fft2(noise) / radius.clamp_min(1 / SHAPE[1])).real
+    return field / field.std()
 
 
 def main() -> None:
