@@ -33,8 +33,7 @@ from taesd_stream.sockets import ClockOffset, WakePipe
 
 logger = logging.getLogger(__name__)
 
-HELLO_S: Final = 1.0
-SPREAD: Final = (0.8, 1.2)  # of it: publishers that were opened together would wake all at once, again and again
+HELLO_S: Final = (0.8, 1.2)  # each has its own: publishers that were opened together would wake together
 RETRY_S: Final = 0.1  # the socket took nothing: it says itself when it does, this is for the rest
 REFUSED_RETRY_S: Final = 10.0
 ASIDE_S: Final = 0.0002  # until it looks again whether publish() is over: on a GPU that takes half as long
@@ -71,6 +70,7 @@ class PublisherLink:
         self._pulse = Pulse()
         self._window = SendWindow(outbox.kept)
         self._pace = Pace()
+        self._hello_s = random.SystemRandom().uniform(*HELLO_S)  # the program's own random numbers stay as they are
         self._next_hello_s = 0.0
         self._clock = ClockOffset()
         self._is_echo_due = False
@@ -311,7 +311,7 @@ class PublisherLink:
         kept_from = outbox.kept.first_seq if outbox.kept.count else outbox.kept_from
         row = RunHello(next_seq=outbox.next_seq, kept_from=kept_from, stoppable=self.is_stoppable)
         _send(socket, PublisherHello(runs={self.run.info.run: row}, echo_ns=time.monotonic_ns(), offset_ns=offset_ns))
-        self._next_hello_s = now + HELLO_S * random.uniform(*SPREAD)  # noqa: S311 no secret
+        self._next_hello_s = now + self._hello_s
         self._pulse.asked(now)
         self._is_echo_due = True
 

@@ -106,7 +106,7 @@ def test_only_pictures_are_converted() -> None:
 @pytest.mark.parametrize("factor", [4, 8, 12, 32])
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (5, 4)], ids=str)
 def test_stretched_cells_have_the_planes_of_the_stretched_picture(size: tuple[int, int], factor: int) -> None:
-    """Cells become what bilinear interpolation of their colours does, to one code; also NaN and values out of range."""
+    """Cells become what bilinear interpolation of their colours does, to one code; NaN is grey, and all is clamped."""
     cells = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(factor))
     picture = F.interpolate(cells, scale_factor=float(factor), mode="bilinear", align_corners=False)
     off = stretched_planes(cells, factor).int() - video_planes(picture).int()

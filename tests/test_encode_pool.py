@@ -14,7 +14,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -331,40 +330,64 @@ def test_chains_of_each_kind_are_spread_over_the_processes() -> None:
     pool.close()
 
 
-@in_processes
-def test_a_long_picture_holds_up_no_other_of_its_process() -> None:
-    """Chains of one process are encoded beside each other."""
-    results, lanes = Results(), EncodeProcesses(2, 1)
-    pool, came = EncodePool(lanes), []
-
-    def note(run: str, _: EncodedPicture | None) -> None:
-        came.append(run)
-
+def test_a_chain_that_waits_holds_up_no_other() -> None:
+    """Chains are encoded beside each other, in a worker's threads and in those of a process of its own alike."""
+    results, pool = Results(), EncodePool(EncodeThreads(2, 1))
     pool.start()
-    assert len(lanes._live._children) == 1
-    large = np.full((12288, 8192), 128, np.uint8)
-    for task in (results.task("large", 0, large), results.task("small", 0)):
-        pool.submit([replace(task, on_done=partial(note, task.run))])
+    with held_up(pool, films=False) as copy:
+        pool.submit([replace(results.task("late", 0), copy=copy)])
+        pool.submit([results.task("early", 0)])
+        wait_for(lambda: results.by_run["early"], of="the picture that waits for nothing")
+        assert not results.by_run["late"]
     pool.close()
-    assert came == ["small", "large"]
+    assert [picture is None for run in ("late", "early") for _, picture in results.by_run[run]] == [False, False]
 
 
 @in_processes
-def test_an_encoder_that_is_told_nonsense_ends(tmp_path: Path) -> None:
-    """It says why, and its worker starts another: none waits for a process that hears nothing any more."""
+def test_processes_share_the_lanes() -> None:
+    """Six live pictures at once and one for films: two processes of three threads, and one of one."""
+    lanes = EncodeProcesses(6, 1)
+    lanes.start(lambda *_: None)
+    children = [*lanes._live._children, *lanes._films._children]
+    lanes.close()
+    assert [child.process.args[-2:] for child in children] == [["3", "0"], ["3", "0"], ["0", "1"]]  # type: ignore[index]
+
+
+@contextlib.contextmanager
+def lone_child(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
+    """An encoding process without a worker, two threads and grey planes of 32x32, and the socket that it hears."""
     ours, theirs = socket.socketpair()
-    with (tmp_path / "planes").open("w+b") as planes, ours:
-        planes.truncate(4096)
-        words = [str(number) for number in (theirs.fileno(), planes.fileno(), 4096, 2, 1)]
+    with (folder / "planes").open("w+b") as planes, ours:
+        planes.write(bytes([128]) * 4096)
+        planes.flush()
         fds = (theirs.fileno(), planes.fileno())
+        words = map(str, (*fds, 4096, 2, 1))
         child = subprocess.Popen(
             [sys.executable, "-m", encoding_child.__name__, *words], pass_fds=fds, stderr=subprocess.PIPE
         )
         theirs.close()
-        ours.sendall(msgpack.packb([1, 2, 3]))
+        with child:
+            yield child, ours
+
+
+@in_processes
+def test_an_encoder_that_is_told_nonsense_ends(tmp_path: Path) -> None:
+    """It says why: none waits for a process that hears nothing any more."""
+    with lone_child(tmp_path) as (child, link):
+        link.sendall(msgpack.packb([1, 2, 3]))
         _, said = child.communicate(timeout=60)
     assert child.returncode == 1
     assert b"encoder_failed" in said
+
+
+@in_processes
+def test_an_encoder_ends_with_the_first_picture_that_nobody_takes(tmp_path: Path) -> None:
+    """Its worker was killed: whatever else it was given, it makes no more of it."""
+    order = Order(attempt=0, keyframe=False, pts=0, width=32, height=32, track=0, tracks=1, is_clip=False)
+    with lone_child(tmp_path) as (child, link):
+        link.shutdown(socket.SHUT_RD)  # and not closed: its end would be reason enough to go
+        link.sendall(msgpack.packb(encoding_child.Wanted(1, 0, "a", "jpeg", False, 0, 48, 32, order)))
+        assert child.wait(60) == 0
 
 
 @pytest.mark.parametrize(("lanes", "each"), [(8, [4, 4]), (5, [2, 3]), (2, [2]), (1, [1])])

@@ -76,6 +76,7 @@ def test_what_travels_is_light(name: str, tmp_path: Path) -> None:
     [
         ("broker.broker", ("torch", "av", "fastapi", "uvicorn", "starlette")),
         ("streamer.streamer", ("torch",)),
+        ("worker.encoding_child", ("torch", "zmq")),
         ("supervisor", ("torch", "av", "fastapi", "uvicorn", "starlette")),
         ("commands.command_line", ("torch", "av", "fastapi", "uvicorn", "pydantic")),
         ("cli", ("torch", "av", "fastapi", "uvicorn", "pydantic", "typer")),

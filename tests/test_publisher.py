@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import random
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from taesd_stream import LatentPublisher, publisher_link
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.messages import PublisherHello, StopRun
 from taesd_stream.publish_rhythm import NEVER_NS
+from taesd_stream.publisher_link import HELLO_S
 from taesd_stream.pulse import MAX_UNHEARD_BYTES
 from tests.broker_peer import TIMEOUT_S, BrokerPeer
 from tests.daemon import wait_for
@@ -76,6 +78,27 @@ def test_hello_comes_at_once_and_each_second(peer: BrokerPeer, open_run: Any) ->
     assert peer.next(PublisherHello).runs[publisher.run].next_seq == 0
     publish(publisher, 3)
     peer.next(PublisherHello, lambda hello: hello.runs[publisher.run].next_seq == 3)
+
+
+def test_the_programs_random_numbers_stay_as_they_are(peer: BrokerPeer, open_run: Any) -> None:
+    """A sampler that seeds them has the same ones, whatever publishers say meanwhile, and when."""
+
+    def states() -> tuple[Any, ...]:
+        return random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()
+
+    before = states()
+    publisher = open_run(record="all")
+    publish(publisher, 3)
+    peer.next(PublisherHello, lambda hello: hello.runs[publisher.run].next_seq == 3)
+    assert states() == before
+
+
+def test_publishers_that_were_opened_together_say_hello_apart(open_run: Any) -> None:
+    """Each has a pace of its own, about a second."""
+    paces = {open_run(stream=f"studio/{number}")._link._hello_s for number in range(4)}
+    assert len(paces) == 4
+    assert min(paces) >= HELLO_S[0]
+    assert max(paces) <= HELLO_S[1]
 
 
 def test_the_echo_gives_the_offset(peer: BrokerPeer, open_run: Any) -> None:

@@ -65,9 +65,9 @@ def planes_420(rgb: Tensor, matrix: ColourMatrix) -> Tensor:
         rgb = pad_to_even(_clean(rgb))
         count, _, height, width = rgb.shape
         planes, luma, blue, red = _empty_planes(count, height, width, rgb.device)
-        luma.copy_(_luma(rgb, matrix))
+        luma.copy_(_luma_codes(rgb, matrix))
         small = F.avg_pool2d(rgb, 2)  # the matrix is linear: means of RGB have the means of chroma
-        for plane, values in zip((blue, red), _chroma(small, matrix), strict=True):
+        for plane, values in zip((blue, red), _chroma_codes(small, matrix), strict=True):
             plane.copy_(values)
     return planes
 
@@ -75,10 +75,12 @@ def planes_420(rgb: Tensor, matrix: ColourMatrix) -> Tensor:
 def stretched_planes(cells: Tensor, factor: int) -> Tensor:
     """As `video_planes` of a picture whose every cell became factor x factor pixels, bilinearly, without that picture.
 
+    For processors, where memory is most of the time: on a GPU its many small calls would be.
     The matrix is linear, and so is stretching: they may change places, and of the larger maps there are half as many
     values. A box of 2x2 pixels never lies on both sides of a cell's middle, so its mean is that of cells stretched by
     half the factor.
-    cells: (N, 3, h, w) float in [0, 1]; as for `planes_420`. factor: a multiple of 4. Raises: ValueError otherwise.
+    cells: (N, 3, h, w) float in [0, 1]; what lies outside is clamped, NaN becomes mid grey, before they are stretched.
+    factor: a multiple of 4. Raises: ValueError otherwise.
     """
     _check(cells)
     if factor < 4 or factor % 4:
@@ -88,8 +90,8 @@ def stretched_planes(cells: Tensor, factor: int) -> Tensor:
     with few_threads(cells.device, count * height * width):
         cells = _clean(cells)
         planes, luma, blue, red = _empty_planes(count, height, width, cells.device)
-        luma.copy_(_stretched(_luma(cells, BT709_LIMITED), factor))
-        for plane, values in zip((blue, red), _chroma(cells, BT709_LIMITED), strict=True):
+        luma.copy_(_stretched(_luma_codes(cells, BT709_LIMITED), factor))
+        for plane, values in zip((blue, red), _chroma_codes(cells, BT709_LIMITED), strict=True):
             plane.copy_(_stretched(values, factor // 2))
     return planes
 
@@ -112,16 +114,16 @@ def _empty_planes(count: int, height: int, width: int, device: torch.device) -> 
     return planes, luma.view(count, height, width), blue.view(half), red.view(half)
 
 
-# Straight to the codes, with few maps in between: on a processor their memory is most of the time.
+def _luma_codes(rgb: Tensor, matrix: ColourMatrix) -> Tensor:
+    """(N, 3, H, W) -> codes of Y, (N, H, W), to be cut to integers; new memory.
 
-
-def _luma(rgb: Tensor, matrix: ColourMatrix) -> Tensor:
-    """(N, 3, H, W) -> codes of Y, (N, H, W), to be cut; new memory."""
+    Few maps in between: on a processor their memory is most of the time.
+    """
     return _grey(rgb, matrix).mul_(matrix.luma_span).add_(matrix.luma_base + _HALF)
 
 
-def _chroma(rgb: Tensor, matrix: ColourMatrix) -> Iterator[Tensor]:
-    """(N, 3, H, W) -> codes of U, then of V, (N, H, W) each, to be cut; new memory."""
+def _chroma_codes(rgb: Tensor, matrix: ColourMatrix) -> Iterator[Tensor]:
+    """(N, 3, H, W) -> codes of U, then of V, (N, H, W) each, to be cut to integers; new memory."""
     grey = _grey(rgb, matrix)
     for colour, weight in ((2, matrix.kb), (0, matrix.kr)):
         yield (rgb[:, colour] - grey).mul_(matrix.chroma_span / (2 * (1 - weight))).add_(128 + _HALF)

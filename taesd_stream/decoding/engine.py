@@ -170,8 +170,9 @@ class Engine:
     def _planes(self, latents: Tensor) -> Tensor:
         if self._fast is not None:
             return self._fast.planes(latents)
-        if isinstance(self._network, FactorProjection) and self._format.spatial_factor % 4 == 0:
-            return stretched_planes(self._network.cells(latents), int(self._format.spatial_factor))
+        factor = self._format.spatial_factor
+        if self.device.type == "cpu" and isinstance(self._network, FactorProjection) and factor % 4 == 0:
+            return stretched_planes(self._network.cells(latents), int(factor))
         return video_planes(self._network(latents))
 
     @torch.inference_mode()

@@ -115,14 +115,14 @@ def measure(daemon: Daemon, arguments: argparse.Namespace, folder: Path) -> dict
         for page in pages:
             said(page, "warm")
         progress("pages warm")
-        before, busy, of_roles = [packets(web) for web in webs], cpu_seconds(), role_seconds()
-        started_s = time.monotonic()
+        busy, of_roles, started_s = cpu_seconds(), role_seconds(), time.monotonic()
+        before = [packets(web) for web in webs]
         for page in pages:
             tell(page, "go")
         for page in pages:
             said(page, "over")
-        seconds = time.monotonic() - started_s
         after = [packets(web) for web in webs]
+        seconds = time.monotonic() - started_s
         cores = round((cpu_seconds() - busy) / seconds, 1)
         cores_of = {role: round((now - of_roles[role]) / seconds, 2) for role, now in role_seconds().items()}
         progress("measured")

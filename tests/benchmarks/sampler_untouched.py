@@ -62,7 +62,7 @@ from types import SimpleNamespace
 from tests.page_socket import PageSocket
 with PageSocket(SimpleNamespace(web=sys.argv[1])) as page:
     page.watch({f"untouched/{sys.argv[2]}": "live"})
-    print(flush=True)
+    print(flush=True)  # it watches
     while True:
         page.picture(600)
 """
@@ -77,12 +77,12 @@ from taesd_stream import LatentPublisher
 from tests.benchmarks.sampler_untouched import natural
 torch.set_num_threads(1)
 first, last, step = natural(7), natural(8), 0
-name, record = sys.argv[2:]
+name, record, steps = sys.argv[2], sys.argv[3], int(sys.argv[4])
 with LatentPublisher(sys.argv[1], stream=f"untouched/{name}", latent_format="sd1", record=record) as publisher:
     print(flush=True)
     while sys.stdin.readline():
         while not select.select([sys.stdin], [], [], STEP_S)[0]:
-            publisher.publish(first.lerp(last, 1 - 0.8 ** (step % 10 + 1)), step=step, sigma=1.0)
+            publisher.publish(first.lerp(last, 1 - 0.8 ** (step % steps + 1)), step=step, sigma=1.0)
             step += 1
         sys.stdin.readline()
 """.replace("STEP_S", str(STEP_S))
@@ -187,12 +187,11 @@ def compare(daemon: Daemon, sampler: Sampler, plan: Plan) -> dict[str, Any]:
         beside, record = ("beside", "off") if is_watched else ("beside_kept", "all")
         streams = {plan.use, beside} if plan.is_against_beside else {plan.use}
         for stream in streams if is_watched else ():
-            stack.enter_context(process(VIEWER, daemon.web, stream))
+            await_line(stack.enter_context(process(VIEWER, daemon.web, stream)))
         neighbour: subprocess.Popen[bytes] | None = None
         if beside in streams:
-            neighbour = stack.enter_context(process(NEIGHBOUR, daemon.broker, beside, record))
-            assert neighbour.stdout is not None
-            neighbour.stdout.readline()  # it has begun
+            neighbour = stack.enter_context(process(NEIGHBOUR, daemon.broker, beside, record, str(plan.steps)))
+            await_line(neighbour)
         publisher = None if plan.use.startswith("beside") else stack.enter_context(open_publisher(daemon, plan))
         with_it, without = (neighbour, None) if publisher is None else (None, neighbour)
         for _ in range(plan.pairs):
@@ -246,6 +245,12 @@ def process(code: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
             yield started
         finally:
             started.kill()
+
+
+def await_line(started: subprocess.Popen[bytes]) -> None:
+    """Until a process has begun."""
+    assert started.stdout is not None
+    started.stdout.readline()
 
 
 def toggle(neighbour: subprocess.Popen[bytes]) -> None:

@@ -34,7 +34,9 @@ from taesd_stream_workers.worker.shared_planes import SharedPlanes
 logger = logging.getLogger(__name__)
 
 PLANES_BYTES: Final = 512 << 20  # at most; of 16384x16384, the largest that H.264 knows, there is room for one
-THREADS: Final = 4  # of a process: a chain stays in one, so the more in each, the fewer wait while others do nothing
+# Of a process. A chain stays in one, so the more in each, the fewer pictures wait while another has nothing to do; but
+# as many are lost with it, and all its chains begin anew.
+THREADS: Final = 4
 MAX_DEATHS: Final = 20  # one after the other, and no picture between: they cannot live here
 
 
@@ -103,10 +105,15 @@ class _Child:
 
     process: subprocess.Popen[bytes]
     link: socket.socket
+    threads: int
     read: Any = field(default_factory=lambda: msgpack.Unpacker(use_list=False, max_buffer_size=0))
     waiting: dict[int, _Waiting] = field(default_factory=dict)
     chains: Counter[Rendition] = field(default_factory=Counter)
     is_lost: bool = False
+
+    def load(self, rendition: Rendition) -> tuple[float, float]:
+        """Chains for each thread: of a rendition, then of all."""
+        return self.chains[rendition] / self.threads, self.chains.total() / self.threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +264,7 @@ class ProcessGroup:
             living = [child for child in self._children if not child.is_lost]
             if not living:
                 raise RuntimeError("no encoding process can be started: see the log")
-            least = min(living, key=lambda child: (child.chains[chain.rendition], child.chains.total()))
+            least = min(living, key=lambda child: child.load(chain.rendition))
             place = chain.place = _Place(least, next(self._numbers))
             least.chains[chain.rendition] += 1
         return place
@@ -286,7 +293,7 @@ class ProcessGroup:
             raise
         finally:
             theirs.close()
-        child = _Child(process, ours)
+        child = _Child(process, ours, sum(threads))
         self._selector.register(ours, selectors.EVENT_READ, child)
         return child
 

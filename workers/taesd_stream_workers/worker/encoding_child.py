@@ -7,7 +7,6 @@ ends; it loads neither torch nor ZeroMQ's sockets.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -151,13 +150,15 @@ class Child:
         made = Made(ticket)
         if encoded is not None:
             made = Made(ticket, encoded.payload, encoded.is_keyframe, encoded.width, encoded.height)
-        with contextlib.suppress(ConnectionError):  # the worker was killed: the main thread sees it too
+        try:
             self._link.sendall(msgpack.packb(made))
+        except ConnectionError:  # the worker was killed: what waits here is for nobody
+            os._exit(0)
 
 
 def main() -> None:
     """Encode for the worker that started this process."""
-    set_up_logging("worker", is_quiet=True)
+    set_up_logging(f"encoder of worker {os.getppid()}", is_quiet=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # they mean the worker, which still needs its pictures
         signal.signal(number, signal.SIG_IGN)
     threading.excepthook = lambda failed: give_up(failed.exc_value)
