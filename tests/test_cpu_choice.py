@@ -174,7 +174,7 @@ def test_a_daemon_shows_fast_and_records_exactly(tmp_path: Path) -> None:
 def test_threads_that_wait_soon_sleep(own: dict[str, str], spins: str, tmp_path: Path) -> None:
     """A worker sets how long torch's threads spin, before torch is loaded, unless the user has said it."""
     code = (
-        "import os, sys\nfrom taesd_stream_workers.commands import _role_main\n_role_main('worker')\n"
+        "import os, sys\nfrom taesd_stream_workers.commands.command_line import _role_main\n_role_main('worker')\n"
         "assert 'torch' in sys.modules\nprint(os.environ.get('GOMP_SPINCOUNT', '-'))"
     )
     environment = clean_environment(tmp_path) | own
