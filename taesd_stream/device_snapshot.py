@@ -8,13 +8,15 @@ from __future__ import annotations
 import functools
 import sys
 from collections import deque
-from collections.abc import Callable
-from ctypes import CDLL, c_size_t, c_uint64, c_void_p
-from typing import Any, cast
+from ctypes import CDLL, POINTER, byref, c_int, c_size_t, c_uint64, c_void_p
+from typing import Any, Final
 
 from taesd_stream.frames import WireDtype
 from taesd_stream.messages import Part
 from taesd_stream.tensor_snapshot import TensorSnapshot, number_of
+
+CAPTURED: Final = "latents: they have no values while a CUDA graph is captured; publish them after it was replayed"
+RELAXED: Final = 2  # of CUstreamCaptureMode: this thread's calls end no capture
 
 
 class DeviceTensor(TensorSnapshot):
@@ -27,10 +29,12 @@ class DeviceTensor(TensorSnapshot):
         self._staged = self._torch.float16 if dtype == "uint8" else getattr(self._torch, dtype)
         self.held_bytes = latents.numel() * self._staged.itemsize
         # of one device the current stream is known without asking torch.cuda in Python, which takes 0.03 ms
-        is_cuda = self._device.type == "cuda"
-        self._is_only = is_cuda and hasattr(self._torch, "Event") and self._torch.cuda.device_count() == 1
+        self._is_cuda = self._device.type == "cuda"
+        self._is_only = self._is_cuda and hasattr(self._torch, "Event") and self._torch.cuda.device_count() == 1
         is_plain = self._type in (self._torch.Tensor, self._torch.nn.Parameter) and self._source == self._staged
-        self._driver_copy = _driver_copy() if self._is_only and is_plain else None
+        self._driver: Any = _driver() if self._is_cuda else None
+        self._is_driver_enough = self._driver is not None and self._is_only and is_plain
+        self._is_relaxed = self._driver is None  # the side thread
         self._free: deque[Any] = deque(maxlen=2)  # (memory, event) that nothing is copied to any more, used again
         # Held until they are free: perhaps the copy is on another stream than the one that the memory was made on, to
         # which torch would give it back, for something else to be written there.
@@ -41,6 +45,8 @@ class DeviceTensor(TensorSnapshot):
     def take(self, latents: Any) -> Any:
         if not self._fits(latents):
             return None
+        if self._is_cuda and self._torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(CAPTURED)
         if latents.requires_grad:
             latents = latents.detach()  # or the memory would hold on to how they came about
         try:
@@ -58,17 +64,18 @@ class DeviceTensor(TensorSnapshot):
 
     def _copy_by_driver(self, staged: Any, latents: Any) -> bool:
         """Returns: whether it took the copy; a thread that has not used CUDA yet, for one, torch has to make ready."""
-        if self._driver_copy is None or not latents.is_contiguous() or latents.is_neg():
+        if not self._is_driver_enough or not latents.is_contiguous() or latents.is_neg():
             return False
         stream = self._torch._C._cuda_getCurrentRawStream(self._device.index)
-        return self._driver_copy(staged.data_ptr(), latents.data_ptr(), self.held_bytes, stream) == 0
+        copy = self._driver.cuMemcpyDtoDAsync_v2
+        return bool(copy(staged.data_ptr(), latents.data_ptr(), self.held_bytes, stream) == 0)
 
     def _new(self) -> tuple[Any, Any]:
         """Memory for a copy and, on CUDA, its event."""
         torch = self._torch
         with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
             staged = torch.empty(self.shape, dtype=self._staged, device=self._device)
-        if self._device.type != "cuda":
+        if not self._is_cuda:
             return staged, None
         return staged, torch.Event("cuda", enable_timing=False) if self._is_only else torch.cuda.Event()
 
@@ -76,12 +83,14 @@ class DeviceTensor(TensorSnapshot):
         self._dropped.append(taken)
 
     def is_ready(self, taken: Any) -> bool:
+        self._relax()
         try:
             return taken[1] is None or bool(taken[1].query())
         except RuntimeError:  # the device failed: to_bytes() says so
             return True
 
     def to_bytes(self, taken: Any) -> Part:
+        self._relax()
         staged, event = taken
         if event is None:
             host = self._quantised(staged).cpu()
@@ -98,6 +107,12 @@ class DeviceTensor(TensorSnapshot):
     def to_number(self, value: Any) -> float | None:
         with self._torch.cuda.stream(self._stream):  # the thread's own would wait for all that the sampler has queued
             return number_of(value)
+
+    def _relax(self) -> None:
+        """Leave a CUDA graph whole that the sampler captures meanwhile: else merely asking for an event ends it."""
+        if not self._is_relaxed:
+            self._driver.cuThreadExchangeStreamCaptureMode(byref(c_int(RELAXED)))
+            self._is_relaxed = True
 
     def _fetch(self, staged: Any) -> Any:
         torch = self._torch
@@ -117,17 +132,17 @@ class DeviceTensor(TensorSnapshot):
 
 
 @functools.cache
-def _driver_copy() -> Callable[[int, int, int, int], int] | None:
-    """cuMemcpyDtoDAsync(target, source, bytes, stream) of NVIDIA's driver, 0 on success; None where it is not.
-
-    copy_ comes to the same by a way through torch that costs the sampler's thread 0.04 ms more.
-    """
+def _driver() -> CDLL | None:
+    """NVIDIA's driver, where torch uses it and says which stream is current."""
     torch: Any = sys.modules["torch"]
     if torch.version.cuda is None or not hasattr(torch._C, "_cuda_getCurrentRawStream"):
         return None
     try:
-        copy = CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuMemcpyDtoDAsync_v2
+        driver = CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        # (target, source, bytes, stream), 0 on success; copy_ comes to the same by a way through torch that costs the
+        # sampler's thread 0.04 ms more
+        driver.cuMemcpyDtoDAsync_v2.argtypes = [c_uint64, c_uint64, c_size_t, c_void_p]
+        driver.cuThreadExchangeStreamCaptureMode.argtypes = [POINTER(c_int)]
     except (OSError, AttributeError):
         return None
-    copy.argtypes = [c_uint64, c_uint64, c_size_t, c_void_p]
-    return cast("Callable[[int, int, int, int], int]", copy)
+    return driver

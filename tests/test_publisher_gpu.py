@@ -195,3 +195,45 @@ def test_a_busy_device_does_not_silence_the_publisher(peer: BrokerPeer) -> None:
         assert publisher.wait_until_acked(20.0), publisher.error
     finally:
         publisher.close(0.0)
+
+
+def test_a_graph_that_is_captured_meanwhile_is_whole(peer: BrokerPeer) -> None:
+    """The side thread asks the device and fetches a frame while the sampler captures a CUDA graph: both have theirs."""
+    latents = values(torch.float16).cuda()
+    doubled, graph, stream = torch.zeros_like(latents), torch.cuda.CUDAGraph(), Stream()
+    publisher = LatentPublisher(peer.address, stream="a", latent_format="sd1", record="all")
+    try:
+        keep_busy(LONG_CYCLES // 4)
+        publisher.publish(latents, step=0)
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="global")
+            torch.mul(latents, 2, out=doubled)
+            frame = peer.frame(0)
+            graph.capture_end()
+        peer.ack(publisher.run, 0)
+        assert bytes(frame.payload) == latents.cpu().numpy().tobytes()
+        graph.replay()
+        assert torch.equal(doubled, latents * 2)
+    finally:
+        publisher.close(0.0)
+
+
+def test_what_is_captured_is_not_published(peer: BrokerPeer) -> None:
+    """Within a capture there is nothing to show yet: it says so, the graph is whole, and the next publish is shown."""
+    latents = values(torch.float16).cuda()
+    doubled, graph = torch.zeros_like(latents), torch.cuda.CUDAGraph()
+    publisher = LatentPublisher(peer.address, stream="a", latent_format="sd1", record="all")
+    try:
+        with torch.cuda.graph(graph):
+            torch.mul(latents, 2, out=doubled)
+            publisher.publish(doubled, step=0)
+        assert publisher.error is not None
+        assert "CUDA graph" in publisher.error
+        graph.replay()
+        publisher.publish(doubled, step=1)
+        frame = peer.frame(0)
+        peer.ack(publisher.run, 0)
+        assert (bytes(frame.payload), frame.step) == ((latents * 2).cpu().numpy().tobytes(), 1)
+        assert publisher.error is None
+    finally:
+        publisher.close(0.0)
