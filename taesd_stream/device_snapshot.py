@@ -45,7 +45,7 @@ class DeviceTensor(TensorSnapshot):
     def take(self, latents: Any) -> Any:
         if not self._fits(latents):
             return None
-        if self._is_cuda and self._torch.cuda.is_current_stream_capturing():
+        if self._is_cuda and self._is_captured():
             raise RuntimeError(CAPTURED)
         if latents.requires_grad:
             latents = latents.detach()  # or the memory would hold on to how they came about
@@ -61,6 +61,14 @@ class DeviceTensor(TensorSnapshot):
             # of the tensor's device, perhaps not the current one
             event.record(self._torch.cuda.current_stream(self._device))
         return taken
+
+    def _is_captured(self) -> bool:
+        """Whether what the latents' device is told now goes into a CUDA graph."""
+        cuda = self._torch.cuda
+        if self._is_only or cuda.current_device() == self._device.index:
+            return bool(cuda.is_current_stream_capturing())
+        with cuda.device(self._device):
+            return bool(cuda.is_current_stream_capturing())
 
     def _copy_by_driver(self, staged: Any, latents: Any) -> bool:
         """Returns: whether it took the copy; a thread that has not used CUDA yet, for one, torch has to make ready."""
@@ -111,8 +119,7 @@ class DeviceTensor(TensorSnapshot):
     def _relax(self) -> None:
         """Leave a CUDA graph whole that the sampler captures meanwhile: else merely asking for an event ends it."""
         if not self._is_relaxed:
-            self._driver.cuThreadExchangeStreamCaptureMode(byref(c_int(RELAXED)))
-            self._is_relaxed = True
+            self._is_relaxed = self._driver.cuThreadExchangeStreamCaptureMode(byref(c_int(RELAXED))) == 0
 
     def _fetch(self, staged: Any) -> Any:
         torch = self._torch

@@ -207,9 +207,11 @@ def test_a_graph_that_is_captured_meanwhile_is_whole(peer: BrokerPeer) -> None:
         publisher.publish(latents, step=0)
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="global")
-            torch.mul(latents, 2, out=doubled)
-            frame = peer.frame(0)
-            graph.capture_end()
+            try:
+                torch.mul(latents, 2, out=doubled)
+                frame = peer.frame(0)
+            finally:
+                graph.capture_end()
         peer.ack(publisher.run, 0)
         assert bytes(frame.payload) == latents.cpu().numpy().tobytes()
         graph.replay()
