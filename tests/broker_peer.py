@@ -55,6 +55,11 @@ class BrokerPeer:
             self.send(Echo(echo_ns=message.echo_ns, now_ns=time.monotonic_ns()))
         return message
 
+    def hear(self) -> None:
+        """All that has come by now, which may be nothing."""
+        while self._socket.poll(0):
+            self.receive()
+
     def next(self, cls: type[M], where: Callable[[M], bool] = lambda _: True) -> M:
         """The next message of a kind; what comes before it is only heard."""
         deadline_s = time.monotonic() + TIMEOUT_S

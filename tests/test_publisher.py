@@ -371,10 +371,15 @@ def test_the_side_thread_stands_aside_while_a_publish_is_under_way(
 
     monkeypatch.setattr(publisher_link, "MAX_ASIDE", 1_000_000)
     thread = publisher._link._thread
+
+    def is_aside() -> bool:
+        peer.hear()  # while its HELLO has no answer it stands aside for nobody
+        publisher._link.wakes.wake()
+        return stands_aside(thread)
+
     outbox.is_busy = True
     try:
-        publisher._link.wakes.wake()
-        wait_for(lambda: stands_aside(thread), of="a side thread that stands aside")
+        wait_for(is_aside, of="a side thread that stands aside")
     finally:
         outbox.is_busy = False
     wait_for(lambda: not stands_aside(thread), of="a side thread that goes on")
