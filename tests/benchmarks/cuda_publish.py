@@ -1,13 +1,13 @@
 """What publishing costs a sampler on an NVIDIA GPU: its thread, its steps, its memory.
 
-    python -m tests.benchmarks.cuda_publish            (about two minutes)
+    python -m tests.benchmarks.cuda_publish            (about three minutes)
     python -m tests.benchmarks.cuda_publish --daemon --weights FOLDER
 
-The sampler's step is a diffusion transformer's, about 20 ms of the GPU in float16: blocks of width 2048, 1024 tokens of
-two prompts, launched one operation after the other and waited for at the end as a sampler that reads its sigma does.
-`thread_us`: publish() on the sampler's thread; `bare_us`: the copy, an event and a wake, and
-nothing else. `lost_percent`: steps with publishing against steps without, pairs in the order ABBA, by wall clock.
-`memory_bytes`: how far the peak of torch's allocator is over that without. The broker is a process that only listens.
+The sampler's step is a diffusion transformer's in float16, about 20 ms by wall clock: blocks of width 2048, 1024 tokens
+of two prompts, launched one operation after the other and waited for at the end as a sampler that reads its sigma does.
+`thread_us`: publish() on the sampler's thread; `bare_us`: the copy, an event and a wake, and nothing else.
+`lost_percent`: steps with publishing against steps without, pairs in the order ABBA, by wall clock. `memory_bytes`: how
+far the peak of torch's allocator is over that without. The broker is a process that only listens.
 
 With `--daemon` a real one decodes, 512x512, and a page in a process of its own watches `live`: on the processor, on
 another GPU where there is one, on the sampler's. FOLDER holds taef2's weights; without it a GPU shows nano.
@@ -53,7 +53,7 @@ NEEDED: Final = ("av", "fastapi", "pydantic_settings", "typer", "uvicorn", "webs
 
 
 class Sampler:
-    """Steps of about STEP_S on the GPU, each some hundred launches."""
+    """Steps of about STEP_S, each some hundred launches."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
