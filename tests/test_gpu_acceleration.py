@@ -13,7 +13,7 @@ from taesd_stream.decoding.acceleration import AcceleratedDecoder, accelerated, 
 from taesd_stream.decoding.colour import video_planes
 from taesd_stream.decoding.cuda_graphs import MAX_GRAPHS
 from taesd_stream.decoding.engine import Engine
-from taesd_stream.decoding.kernels.cubins import kernel_cubin
+from taesd_stream.decoding.kernels.cubins import TINY_DECODER, kernel_cubin
 from taesd_stream.decoding.kernels.later import lacks_for_kernels
 from taesd_stream.latent_formats import latent_format
 from taesd_stream.models import build_decoder
@@ -84,7 +84,7 @@ def test_a_picture_stays_what_it_is() -> None:
 @torch.inference_mode()
 def test_broken_machine_code_is_refused_and_forgotten(tmp_path: Path) -> None:
     """With a broken cache the stock calls go on, the reason says what the driver answered, and the file is gone."""
-    kernel_cubin(tmp_path)
+    kernel_cubin(TINY_DECODER, tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_bytes(b"\x7fELF no kernel")
     network = decoder("taesd")

@@ -15,8 +15,14 @@ from taesd_stream.decoding.colour import video_planes
 from taesd_stream.decoding.cuda_graphs import MAX_BATCH, batches
 from taesd_stream.decoding.decoder_plan import UnsupportedNetworkError, decoder_plan
 from taesd_stream.decoding.float8 import blocks_in_float8
-from taesd_stream.decoding.kernels.cubins import KernelsUnavailableError, cubin_path, kernel_cubin, kernel_source
-from taesd_stream.decoding.kernels.later import _compile_behind, lacks_for_kernels
+from taesd_stream.decoding.kernels.cubins import (
+    OPTIONS,
+    TINY_DECODER,
+    KernelsUnavailableError,
+    cubin_path,
+    kernel_cubin,
+)
+from taesd_stream.decoding.kernels.later import compile_behind, lacks_for_kernels
 from taesd_stream.decoding.kernels.launching import KERNELS, choose_tile, shared_bytes
 from taesd_stream.decoding.kernels.packing import (
     LARGEST_8,
@@ -232,27 +238,28 @@ def test_a_block_fits_into_shared_memory() -> None:
 
 def test_every_kernel_is_in_the_source() -> None:
     """The names that are launched are those that the CUDA source defines."""
-    source = kernel_source()
+    source = TINY_DECODER.source
     for name, tile in KERNELS:
         assert f"CONVOLUTION({name}, {tile}," in source or f"KERNEL({name}_{tile})" in source
 
 
 def test_machine_code_is_kept_by_what_made_it(tmp_path: Path) -> None:
     """Another source or compiler is another file; the same is the same."""
-    source = kernel_source()
-    path = cubin_path(source, "13.0", tmp_path)
+    source, options = TINY_DECODER.source, TINY_DECODER.options
+    path = cubin_path(source, options, "13.0", tmp_path)
     assert path.parent == tmp_path
-    assert path == cubin_path(source, "13.0", tmp_path)
-    assert len({path, cubin_path(source + " ", "13.0", tmp_path), cubin_path(source, "13.1", tmp_path)}) == 3
+    assert path == cubin_path(source, options, "13.0", tmp_path)
+    others = [(source + " ", options, "13.0"), (source, OPTIONS, "13.0"), (source, options, "13.1")]
+    assert len({path, *(cubin_path(*other, tmp_path) for other in others)}) == 4
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cuda") is not None, reason="NVRTC may be here")
 def test_without_nvrtc_the_reason_says_so(tmp_path: Path) -> None:
     """Where torch brought no compiler, the kernels are unavailable, in words."""
     with pytest.raises(KernelsUnavailableError, match="NVRTC cannot be used: No module named 'cuda'"):
-        kernel_cubin(tmp_path)
+        kernel_cubin(TINY_DECODER, tmp_path)
     with pytest.raises(KernelsUnavailableError, match="NVRTC cannot be used"):
-        _compile_behind(tmp_path).result(20)  # the thread's failure reaches who waits for its kernels
+        compile_behind(TINY_DECODER, tmp_path).result(20)  # the thread's failure reaches who waits for its kernels
 
 
 def test_a_processor_runs_the_plain_network() -> None:

@@ -35,9 +35,9 @@ ROUNDING = 6e-4  # of a float16 result; with a residual it is rounded twice
 @pytest.fixture(scope="module")
 def cubin(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The kernels, compiled once."""
-    from taesd_stream.decoding.kernels.cubins import kernel_cubin
+    from taesd_stream.decoding.kernels.cubins import TINY_DECODER, kernel_cubin
 
-    return kernel_cubin(tmp_path_factory.mktemp("kernels"))
+    return kernel_cubin(TINY_DECODER, tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(params=TILES)

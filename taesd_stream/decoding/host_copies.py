@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,13 +47,21 @@ class HostCopies:
         """Bring bytes to the host. planes: uint8, contiguous; may be dropped at once."""
         if self._out is None:
             return HostCopy(planes.cpu().numpy())
-        here = torch.empty(planes.shape, dtype=torch.uint8, pin_memory=True)
+        return self.fill(planes.shape, lambda here: here.copy_(planes, non_blocking=True), reads=planes)
+
+    def fill(self, shape: Sequence[int], write: Callable[[Tensor], object], *, reads: Tensor) -> HostCopy:
+        """Have a GPU write bytes into the host's memory, beside what else it does.
+
+        write: launches that on the current stream; gets the memory, uint8, which it may write to itself before. reads:
+        what it reads on the device, as it is by now; may be dropped at once.
+        """
+        here = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         self._out.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._out):
-            here.copy_(planes, non_blocking=True)
+            write(here)
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # a waiter sleeps, not spins
             event.record(self._out)
-        planes.record_stream(self._out)
+        reads.record_stream(self._out)
         copy = HostCopy(here.numpy(), event)
         self._under_way.append((copy, time.monotonic()))
         return copy

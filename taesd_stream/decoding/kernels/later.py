@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from taesd_stream.decoding.kernels.cubins import KernelsUnavailableError, forget, kernel_cubin
+from taesd_stream.decoding.kernels.cubins import TINY_DECODER, KernelsUnavailableError, Program, forget, kernel_cubin
 from taesd_stream.decoding.kernels.launching import Kernels
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class KernelsLater:
         self._cubin: Future[bytes] | None = None
         lacks = lacks_for_kernels(torch.cuda.get_device_capability(device))
         if lacks is None:
-            self._cubin = _compile_behind(cache)
+            self._cubin = compile_behind(TINY_DECODER, cache)
             self.reason = f"{WITHOUT} until our own kernels are compiled"
         else:
             self.reason = f"{WITHOUT}: {lacks}"
@@ -60,18 +60,18 @@ class KernelsLater:
         try:
             return Kernels(cubin, self._device)
         except KernelsUnavailableError:
-            forget(self._cache)  # broken on disk, perhaps: the next start compiles anew
+            forget(TINY_DECODER, self._cache)  # broken on disk, perhaps: the next start compiles anew
             raise
 
 
-def _compile_behind(cache: Path | None) -> Future[bytes]:
+def compile_behind(program: Program, cache: Path | None) -> Future[bytes]:
     """Compile in a thread that a process which ends does not wait for: a compilation cannot be broken off."""
     future: Future[bytes] = Future()
 
     def compile_kernels() -> None:
         try:
             with _COMPILING:
-                cubin = kernel_cubin(cache)
+                cubin = kernel_cubin(program, cache)
         except Exception as error:  # noqa: BLE001 whatever it is: who waits must hear of it
             future.set_exception(error)
         else:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from taesd_stream.decoding.kernels.cubins import KernelsUnavailableError
+from taesd_stream.decoding.kernels.library import Library
 
 TILES: Final = (256, 128, 64)  # pixels of an image row that one tile covers
 # up writes more than it computes, and 64 is its best at every size; conv_last has no shared memory for 256.
@@ -67,14 +66,13 @@ class Kernels:
         Raises: KernelsUnavailableError if the driver refuses the machine code.
         """
         self._tile = tile
-        self._driver: Any = importlib.import_module("cuda.bindings.driver")
         self._device = device
         self._workers = torch.cuda.get_device_properties(device).multi_processor_count
+        self._library = Library(cubin, device)
+        self._driver = self._library.driver
         with torch.cuda.device(device):
-            torch.zeros(1, device=device)  # makes the device's context current for the driver
-            (self._library,) = self._do(self._driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
             self._functions = {(name, tile): self._function(name, tile) for name, tile in KERNELS}
-            self._functions["sum_last", 0] = self._kernel("sum_last")
+            self._functions["sum_last", 0] = self._library.kernel("sum_last")
 
     def conv(self, x: Tensor, weights: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
         """ReLU(conv3x3(x) + bias [+ residual]); bias: (64,) float32; residual in channels_last."""
@@ -158,7 +156,7 @@ class Kernels:
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         types = (*[None] * len(maps), *[ctypes.c_void_p] * len(pointers), *[ctypes.c_int] * 3)
         arguments = ((*maps, *pointers, count, height, width), types)
-        self._do(self._driver.cuLaunchKernelEx(config, function, arguments, 0))
+        self._library.do(self._driver.cuLaunchKernelEx(config, function, arguments, 0))
 
     def _config(self, grid: tuple[int, int, int], threads: int, shared: int) -> Any:
         driver = self._driver
@@ -172,7 +170,7 @@ class Kernels:
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared
-        config.hStream = driver.CUstream(torch.cuda.current_stream(self._device).cuda_stream)
+        config.hStream = self._library.stream()
         config.attrs, config.numAttrs = [early], 1
         return config
 
@@ -188,7 +186,7 @@ class Kernels:
         strides = [size * channels * x.element_size() for size in (1, width, width * height)]
         kind, swizzle = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
         is_8 = x.dtype == torch.uint8
-        (made,) = self._do(
+        (made,) = self._library.do(
             driver.cuTensorMapEncodeTiled(
                 kind.CU_TENSOR_MAP_DATA_TYPE_UINT8 if is_8 else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
                 4,
@@ -207,18 +205,10 @@ class Kernels:
 
     def _function(self, name: str, tile: int) -> Any:
         driver = self._driver
-        kernel = self._kernel(f"{name}_{tile}")
+        kernel = self._library.kernel(f"{name}_{tile}")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         device = driver.CUdevice(self._device.index or 0)
-        self._do(driver.cuKernelSetAttribute(attribute, shared_bytes(name, tile), driver.CUkernel(int(kernel)), device))
+        self._library.do(
+            driver.cuKernelSetAttribute(attribute, shared_bytes(name, tile), driver.CUkernel(int(kernel)), device)
+        )
         return kernel
-
-    def _kernel(self, name: str) -> Any:
-        (kernel,) = self._do(self._driver.cuLibraryGetKernel(self._library, name.encode()))
-        return self._driver.CUfunction(int(kernel))
-
-    def _do(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
-        status, *values = result
-        if status != self._driver.CUresult.CUDA_SUCCESS:
-            raise KernelsUnavailableError(f"the CUDA driver answers {status}")
-        return tuple(values)

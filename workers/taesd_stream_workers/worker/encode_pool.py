@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -107,6 +107,15 @@ class EncodePool:
             self._waiting += len(tasks)
             self._films_waiting += sum(chain.is_film for chain, _ in of_chains)
             self._lanes.submit(of_chains)
+
+    def takes_live(self, run: str, *, granted: Collection[str] = ()) -> bool:
+        """Whether `live` pictures of a run that a device could code are encoded here: as before, or few runs are.
+
+        granted: runs that were let in and are not submitted yet.
+        """
+        with self._room:
+            runs = {run for run, rendition in self._chains if rendition == "live"} | set(granted)
+        return run in runs or len(runs) < MANY_LIVE
 
     def takes_film(self, run: str, *, granted: int = 0, is_busy: bool = False) -> bool:
         """Whether a frame of a run may go into its film too; from the thread that submits. If so it counts as taken.

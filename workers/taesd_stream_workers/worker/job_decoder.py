@@ -14,6 +14,7 @@ from taesd_stream.config import Config
 from taesd_stream.decoding.choice import NoDecoderError
 from taesd_stream.decoding.host_copies import HostCopies
 from taesd_stream.messages import Progress
+from taesd_stream_workers.worker.device_coding import DeviceCoding
 from taesd_stream_workers.worker.encode_pool import EncodePool, Lanes
 from taesd_stream_workers.worker.engines import Engines
 from taesd_stream_workers.worker.job_run import JobRun
@@ -53,7 +54,8 @@ class JobDecoder:
         self.engines = Engines(config, device)
         self._device = device
         sizes = Sizes(config.streamer.live_max_px, config.streamer.thumb_max_px)
-        self._outlet = Outlet(sizes, HostCopies(device), EncodePool(lanes), now_ns, pass_on)
+        copies = HostCopies(device)
+        self._outlet = Outlet(sizes, copies, EncodePool(lanes), DeviceCoding(device, copies), now_ns, pass_on)
         self._slice_since_s = float("inf")
         self._at_hand: JobRun | None = None
         self._worked_s = 0.0  # of the processor, by its thread
@@ -97,6 +99,7 @@ class JobDecoder:
     def start(self) -> None:
         """Start the threads."""
         self._outlet.pool.start()
+        self._outlet.coding.start()
         self._thread.start()
 
     def submit(self, run: JobRun) -> None:
@@ -111,13 +114,14 @@ class JobDecoder:
 
     def encoders(self) -> tuple[str, ...]:
         """Runs whose encoders are open. Any thread."""
-        return tuple(self._outlet.pool.runs()[-MAX_ENCODERS:])
+        return tuple((*self._outlet.pool.runs(), *self._outlet.coding.runs())[-MAX_ENCODERS:])
 
     def close(self) -> None:
         """Finish the job at hand, or of a clip the slice, then join the threads; the rest is for another worker."""
         self._turns.close()
         self._thread.join()
         self._stager.close()
+        self._outlet.coding.close()
         self._outlet.pool.close()
 
     def _run(self) -> None:

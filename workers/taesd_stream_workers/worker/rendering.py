@@ -1,4 +1,4 @@
-"""Decoded pictures of a job -> planes in host memory, for each rendition that is wanted of them."""
+"""Decoded pictures of a job -> planes for each rendition that is wanted of them, and those on their way to the host."""
 
 from __future__ import annotations
 
@@ -36,6 +36,27 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """What a row of planes is. number: which of the pictures that were given."""
+
+    row: int
+    number: int
+    rendition: Rendition
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """Planes of pictures of one size, where they were decoded.
+
+    planes: (n, H'*3//2, W') uint8 I420; size: width and height as shown.
+    """
+
+    planes: Tensor
+    size: tuple[int, int]
+    members: Sequence[Member]
+
+
+@dataclass(frozen=True, slots=True)
 class Rendered:
     """Planes of one picture. number: which of those given; size: width and height as shown.
 
@@ -50,8 +71,8 @@ class Rendered:
 
 
 def render(
-    pictures: Sequence[Tensor], renditions: Sequence[tuple[Rendition, ...]], sizes: Sizes, copies: HostCopies
-) -> Iterator[Rendered]:
+    pictures: Sequence[Tensor], renditions: Sequence[tuple[Rendition, ...]], sizes: Sizes
+) -> Iterator[Converted]:
     """Planes of pictures for each of their renditions; those of one rendition and shape in the order of the pictures.
 
     pictures: (3,H,W) float in [0, 1] each. renditions: what is wanted of each.
@@ -68,7 +89,7 @@ def render(
         for first in range(0, len(members), step):
             part = members[first : first + step]
             batch = torch.stack([pictures[number] for number in part]) if len(part) > 1 else pictures[part[0]][None]
-            yield from _convert(batch, group, part, renditions, sizes, copies)
+            yield _convert(batch, group, part, renditions, sizes)
 
 
 def _group(picture: Tensor, rendition: Rendition, sizes: Sizes) -> _Group:
@@ -82,16 +103,26 @@ def _convert(
     numbers: Sequence[int],
     renditions: Sequence[tuple[Rendition, ...]],
     sizes: Sizes,
-    copies: HostCopies,
-) -> Iterator[Rendered]:
+) -> Converted:
     _, limit, is_video = group
     small = fit_within(batch, limit) if limit else batch
-    copy = copies.download((video_planes if is_video else jpeg_planes)(small))
-    size = int(small.shape[-1]), int(small.shape[-2])
-    for picture, planes, number in zip(batch, copy.array, numbers, strict=True):
-        for rendition in renditions[number]:
-            if _group(picture, rendition, sizes) == group:
-                yield Rendered(number, rendition, planes, size, copy)
+    members = [
+        Member(row, number, rendition)
+        for row, number in enumerate(numbers)
+        for rendition in renditions[number]
+        if _group(batch[row], rendition, sizes) == group
+    ]
+    planes = (video_planes if is_video else jpeg_planes)(small)
+    return Converted(planes, (int(small.shape[-1]), int(small.shape[-2])), members)
+
+
+def bring(converted: Converted, members: Sequence[Member], copies: HostCopies) -> Iterator[Rendered]:
+    """Some of what was converted, on its way to the host; no other row is copied."""
+    rows = sorted({member.row for member in members})
+    planes = converted.planes
+    copy = copies.download(planes if len(rows) == len(planes) else planes[rows])
+    for member in members:
+        yield Rendered(member.number, member.rendition, copy.array[rows.index(member.row)], converted.size, copy)
 
 
 def as_pictures(latents: Tensor) -> Tensor:

@@ -9,15 +9,17 @@ from functools import partial
 from typing import Any
 
 from taesd_stream.decoding.host_copies import HostCopies
+from taesd_stream.decoding.host_copy import HostCopy
 from taesd_stream.decoding.sheet import grid_columns
 from taesd_stream.frames import RENDITIONS, Packet, Rendition, Stamps
 from taesd_stream.media.encoder import EncodedPicture
 from taesd_stream.messages import JobItem
 from taesd_stream_workers.worker.chain_encoder import Order
+from taesd_stream_workers.worker.device_coding import CodingTask, DeviceCoding
 from taesd_stream_workers.worker.encode_pool import EncodePool, EncodeTask
 from taesd_stream_workers.worker.job_pictures import Picture, Shown
 from taesd_stream_workers.worker.job_run import JobRun
-from taesd_stream_workers.worker.rendering import Rendered, Sizes, render
+from taesd_stream_workers.worker.rendering import Converted, Member, Rendered, Sizes, bring, render
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class Outlet:
     sizes: Sizes
     copies: HostCopies
     pool: EncodePool
+    coding: DeviceCoding
     now_ns: Callable[[], int]
     pass_on: Callable[[Any], None]
     last: dict[tuple[str, Rendition], Last] = field(default_factory=dict)
@@ -53,6 +56,7 @@ class Outlet:
     def forget(self, run: str) -> None:
         """Close the encoders of a run, and drop what is kept for late viewers."""
         self.pool.forget(run)
+        self.coding.forget(run)
         for rendition in RENDITIONS:
             self.last.pop((run, rendition), None)
 
@@ -80,14 +84,57 @@ class Shower:
             for picture in shown.pictures
         ]
         if shown.planes is None:
-            rendered = list(render(shown.rgb, wanted, outlet.sizes, outlet.copies))
+            converted = render(shown.rgb, wanted, outlet.sizes)
         else:
-            copy = outlet.copies.download(shown.planes)
-            rendered = [
-                Rendered(number, rendition, copy.array[number], shown.size, copy)
-                for number, renditions in enumerate(wanted)
-                for rendition in renditions
-            ]
+            each = [Member(row, row, rendition) for row, renditions in enumerate(wanted) for rendition in renditions]
+            converted = iter([Converted(shown.planes, shown.size, each)])
+        for group in converted:
+            coded = self._coded_there(group, shown)
+            self._code(group, coded, shown)
+            self._encode(group, [member for member in group.members if member not in coded], shown)
+
+    def _coded_there(self, group: Converted, shown: Shown) -> list[Member]:
+        """Which pictures the device is to code: what is seen at each step, of more streams than encoders serve well."""
+        if not self._outlet.coding.takes(group.planes):
+            return []
+        coded: list[Member] = []
+        opened: set[str] = set()
+        for member in group.members:
+            item = self._items[shown.pictures[member.number].place][0]
+            if member.rendition != "live" or item.kind != "steps":
+                continue
+            if self._outlet.pool.takes_live(item.run, granted=opened):
+                opened.add(item.run)
+                self._outlet.coding.forget(item.run)
+            else:
+                coded.append(member)
+        return coded
+
+    def _code(self, group: Converted, members: Sequence[Member], shown: Shown) -> None:
+        if not members:
+            return
+        tasks = []
+        for member in members:
+            picture = shown.pictures[member.number]
+            item = self._items[picture.place][0]
+            order = self._order(item, member.rendition, group.size, picture)
+            task = CodingTask(
+                row=member.row,
+                run=item.run,
+                is_keyframe=order.keyframe,
+                size=group.size,
+                on_done=partial(self._send, item, member.rendition, picture),
+            )
+            tasks.append(task)
+        batch = self._outlet.coding.code(group.planes, tasks)
+        self._run.add(len(tasks))
+        self._outlet.coding.hand_on(batch, tasks)
+
+    def _encode(self, group: Converted, members: Sequence[Member], shown: Shown) -> None:
+        if not members:
+            return
+        outlet = self._outlet
+        rendered = list(bring(group, members, outlet.copies))
         for one in rendered:
             item, picture = self._items[shown.pictures[one.number].place][0], shown.pictures[one.number]
             if item.kind == "live" and picture.index == picture.count - 1:
@@ -106,31 +153,39 @@ class Shower:
         return EncodeTask(
             run=item.run,
             rendition=one.rendition,
-            order=Order(
-                attempt=_attempt(item, one.rendition),
-                keyframe=one.rendition == "live" and picture.index == 0 and (item.keyframe or item.kind == "clip"),
-                pts=picture.pts,
-                width=one.size[0],
-                height=one.size[1],
-                track=picture.index % picture.tracks,
-                tracks=picture.tracks,
-                is_clip=item.kind == "clip",
-            ),
+            order=self._order(item, one.rendition, one.size, picture),
             planes=one.planes,
             copy=one.copy,
-            on_done=partial(self._send, item, one, picture),
+            on_done=lambda encoded: self._send(item, one.rendition, picture, encoded, one.copy),
         )
 
-    def _send(self, item: JobItem, one: Rendered, picture: Picture, encoded: EncodedPicture | None) -> None:
+    def _order(self, item: JobItem, rendition: Rendition, size: tuple[int, int], picture: Picture) -> Order:
+        return Order(
+            attempt=_attempt(item, rendition),
+            keyframe=rendition == "live" and picture.index == 0 and (item.keyframe or item.kind == "clip"),
+            pts=picture.pts,
+            width=size[0],
+            height=size[1],
+            track=picture.index % picture.tracks,
+            tracks=picture.tracks,
+            is_clip=item.kind == "clip",
+        )
+
+    def _send(
+        self, item: JobItem, rendition: Rendition, picture: Picture, encoded: EncodedPicture | None, copy: HostCopy
+    ) -> None:
         """In a thread of the pool, perhaps the one that all runs share: it must not wait."""
         if encoded is not None:
-            self._outlet.pass_on((self._run.job.packets_to, self._packet(item, one, picture, encoded)))
-        elif one.rendition == "record":
+            packet = self._packet(item, rendition, picture, encoded, copy)
+            self._outlet.pass_on((self._run.job.packets_to, packet))
+        elif rendition == "record":
             self._run.fail("internal", RuntimeError("encoding failed"), retry=True)
-        if one.rendition != "film":
+        if rendition != "film":
             self._outlet.part_done(self._run)
 
-    def _packet(self, item: JobItem, one: Rendered, picture: Picture, encoded: EncodedPicture) -> Packet:
+    def _packet(
+        self, item: JobItem, rendition: Rendition, picture: Picture, encoded: EncodedPicture, copy: HostCopy
+    ) -> Packet:
         now_ns = self._outlet.now_ns()
         is_sheet = item.kind == "steps" and len(item.shape) == 4 and picture.tracks == 1
         parts = item.shape[0] if is_sheet else 1
@@ -140,8 +195,8 @@ class Shower:
             seq=item.seq,
             index=picture.index,
             count=picture.count,
-            rendition=one.rendition,
-            attempt=_attempt(item, one.rendition),
+            rendition=rendition,
+            attempt=_attempt(item, rendition),
             is_keyframe=encoded.is_keyframe,
             pts=picture.pts,
             width=encoded.width,
@@ -154,7 +209,7 @@ class Shower:
                 sent_ns=item.sent_ns,
                 received_ns=item.received_ns,
                 started_ns=self._started_ns,
-                decoded_ns=now_ns - (time.monotonic_ns() - one.copy.wait()),
+                decoded_ns=now_ns - (time.monotonic_ns() - copy.wait()),
                 encoded_ns=now_ns,
             ),
             kind=item.kind,

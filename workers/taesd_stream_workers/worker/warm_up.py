@@ -14,7 +14,7 @@ from taesd_stream.latent_formats import latent_format
 from taesd_stream.media.encoder import EncodedPicture
 from taesd_stream_workers.worker.chain_encoder import Order
 from taesd_stream_workers.worker.encode_pool import LOOK_S, EncodePool, EncodeTask
-from taesd_stream_workers.worker.rendering import render
+from taesd_stream_workers.worker.rendering import bring, render
 from taesd_stream_workers.worker.shower import Outlet
 
 FORMAT: Final = "sd1"  # any one with rgb factors
@@ -38,7 +38,8 @@ def warm_up(device: torch.device, outlet: Outlet, *, budget_bytes: int) -> None:
             on_done=made.put,
         )
         for _, rgb in engine.decode(latents, budget_bytes=budget_bytes)
-        for one in render([rgb[0]], [RENDITIONS], outlet.sizes, outlet.copies)
+        for group in render([rgb[0]], [RENDITIONS], outlet.sizes)
+        for one in bring(group, group.members, outlet.copies)
     ]
     outlet.pool.submit(tasks)
     outlet.pool.forget("")

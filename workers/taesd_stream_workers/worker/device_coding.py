@@ -1,0 +1,151 @@
+"""`live` pictures of many streams, coded on the GPU that has decoded them; where it cannot, the pool's encoders do."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+from taesd_stream.decoding.host_copies import HostCopies
+from taesd_stream.decoding.host_copy import HostCopy
+from taesd_stream.decoding.kernels.cubins import KernelsUnavailableError, Program, forget
+from taesd_stream.decoding.kernels.h264_coder import MOST_WIDTH, CodedBatch, H264Coder
+from taesd_stream.decoding.kernels.later import compile_behind
+from taesd_stream.media.encoder import EncodedPicture
+
+logger = logging.getLogger(__name__)
+
+CHECKED_SIDE: Final = 64  # pixels
+LEAST_PSNR: Final = 30.0  # dB, of the picture that is checked, which has 37
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodingTask:
+    """One picture. row: of its batch's planes; size: as shown. on_done: with None where it could not be made."""
+
+    row: int
+    run: str
+    is_keyframe: bool
+    size: tuple[int, int]
+    on_done: Callable[[EncodedPicture | None, HostCopy], None]
+
+
+class DeviceCoding:
+    """Kernels as soon as they are compiled and have been checked: until then, and where they cannot be, none is coded.
+
+    Used by the thread that owns the device, `runs` and `forget` by any. Pictures are handed on by a thread of its own.
+    """
+
+    def __init__(self, device: torch.device, copies: HostCopies, cache: Path | None = None) -> None:
+        """cache: of compiled kernels, None for the user's."""
+        self._device, self._copies, self._cache = device, copies, cache
+        self._coder: H264Coder | None = None
+        self._cubin: Future[bytes] | None = None
+        self._batches: queue.SimpleQueue[tuple[CodedBatch, Sequence[CodingTask]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="coded pictures")
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            self._program = Program("h264.cu", f"sm_{major}{minor}")
+            self._cubin = compile_behind(self._program, cache)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def takes(self, planes: Tensor) -> bool:
+        """Whether it can code pictures of such planes, (N, H*3//2, W), by now."""
+        self.take_over()
+        return self._coder is not None and planes.is_cuda and planes.shape[-1] <= MOST_WIDTH
+
+    def take_over(self) -> None:
+        """Use the kernels if they are compiled by now, having checked them."""
+        if self._cubin is None or not self._cubin.done():
+            return
+        cubin, self._cubin = self._cubin, None
+        try:
+            coder = self._loaded(cubin.result())
+            check(coder, self._device)
+        except Exception as error:  # noqa: BLE001 encoders can do without
+            logger.warning("device_coding_not_used reason=%s", error)
+        else:
+            self._coder = coder
+            logger.info("device_coding_used device=%s", torch.cuda.get_device_name(self._device))
+
+    def code(self, planes: Tensor, tasks: Sequence[CodingTask]) -> CodedBatch:
+        """Code rows of planes, of those that it takes. Raises: torch.OutOfMemoryError."""
+        assert self._coder is not None
+        rows = [task.row for task in tasks]
+        chosen = planes if rows == list(range(len(planes))) else planes[rows]
+        return self._coder.code(chosen, [task.run for task in tasks], [task.is_keyframe for task in tasks])
+
+    def hand_on(self, batch: CodedBatch, tasks: Sequence[CodingTask]) -> None:
+        """Have `on_done` called with what was coded, as soon as it is there."""
+        self._batches.put((batch, tasks))
+
+    def runs(self) -> list[str]:
+        """Those that it has coded pictures of."""
+        return self._coder.runs() if self._coder is not None else []
+
+    def forget(self, run: str) -> None:
+        """A run is over, or encoded elsewhere from now on."""
+        if self._coder is not None:
+            self._coder.forget(run)
+
+    def close(self) -> None:
+        """Hand on what is coded, then end the thread."""
+        self._batches.put(None)
+        self._thread.join()
+
+    def _loaded(self, cubin: bytes) -> H264Coder:
+        try:
+            return H264Coder(cubin, self._copies, self._device)
+        except KernelsUnavailableError:
+            forget(self._program, self._cache)  # broken on disk, perhaps: the next start compiles anew
+            raise
+
+    def _run(self) -> None:
+        while (coded := self._batches.get()) is not None:
+            batch, tasks = coded
+            for number, task in enumerate(tasks):
+                task.on_done(self._picture(batch, number, task), batch.copy)
+
+    def _picture(self, batch: CodedBatch, number: int, task: CodingTask) -> EncodedPicture | None:
+        try:
+            payload, is_keyframe = batch.picture(number)
+        except Exception:
+            logger.exception("coding_failed run=%s", task.run)
+            return None
+        width, height = task.size
+        return EncodedPicture(payload=payload, is_keyframe=is_keyframe, width=width, height=height)
+
+
+def check(coder: H264Coder, device: torch.device) -> None:
+    """See that a decoder shows what was coded: a keyframe, and a picture that changes half of it.
+
+    Raises: RuntimeError where it does not.
+    """
+    ramp = torch.arange(CHECKED_SIDE, dtype=torch.float32)
+    waves = 128 + 60 * torch.sin(ramp[:, None] / 9) * torch.cos(ramp / 7)
+    first = torch.cat((waves, torch.full((CHECKED_SIDE // 2, CHECKED_SIDE), 100.0))).to(torch.uint8)
+    second = first.clone()
+    second[:, : CHECKED_SIDE // 2] = 255 - second[:, : CHECKED_SIDE // 2]
+    decoder = av.CodecContext.create("h264", "r")
+    planes = torch.stack((first, second))
+    batch = coder.code(planes.to(device), ["", ""], [True, False])
+    coder.forget("")
+    for number, picture in enumerate(planes.numpy()):
+        (shown,) = decoder.decode(av.Packet(batch.picture(number)[0]))
+        error = np.mean((shown.to_ndarray()[:CHECKED_SIDE].astype(float) - picture[:CHECKED_SIDE]) ** 2)
+        psnr = 10 * np.log10(255**2 / max(error, 1e-9))
+        if psnr < LEAST_PSNR:
+            raise RuntimeError(f"a picture came back with {psnr:.1f} dB, under {LEAST_PSNR:.0f}")
