@@ -21,7 +21,7 @@ from taesd_stream.decoding.host_copy import HostCopy
 from taesd_stream.decoding.kernels.library import Library
 from taesd_stream.media.parameter_sets import MACROBLOCK, parameter_sets
 
-MOST_WIDTH: Final = 4096  # pixels, of planes: what a row needs of a block's shared memory stays under 48 KiB
+MOST_WIDTH: Final = 2048  # pixels, of planes: what a row needs of a block's shared memory stays under 48 KiB
 KEPT_BYTES: Final = 512 << 20  # of all streams' pictures as they were coded; others get keyframes alone
 MOST_PREDICTED: Final = 600  # pictures from one keyframe to the next
 FIRST_QP: Final = 32
@@ -35,7 +35,7 @@ PICTURE: Final = np.dtype(
 CODED: Final = np.dtype([("bytes", "i4"), ("detail", "i4")])
 HEAD_BYTES: Final = PICTURE.itemsize + CODED.itemsize
 REFRESH: Final = 64
-_MOST_MACROBLOCK, _LEAST_MACROBLOCK, _USUAL_MACROBLOCK = 1600, 4, 128  # bytes
+_MOST_MACROBLOCK, _LEAST_MACROBLOCK, _USUAL_MACROBLOCK = 1600, 4, 192  # bytes
 SHARED_BYTES: Final = 4608  # of a row, but for its bits
 ROW_THREADS: Final = 32
 JOIN_THREADS: Final = 256
@@ -43,7 +43,7 @@ JOIN_THREADS: Final = 256
 
 def row_bytes(columns: int) -> int:
     """Room for the bits of a row of so many macroblocks: of a whole number of words."""
-    wanted = columns * (_USUAL_MACROBLOCK + _LEAST_MACROBLOCK) + _MOST_MACROBLOCK + 64
+    wanted = columns * (_USUAL_MACROBLOCK + _LEAST_MACROBLOCK) + 2 * _MOST_MACROBLOCK + 64
     return -(-wanted // 4) * 4
 
 
@@ -113,7 +113,7 @@ class CodedBatch:
 
 
 class H264Coder:
-    """Used by the thread that owns the device, `runs` and `forget` by any. Other work of the device goes on beside it."""
+    """Used by the thread that owns the device, `runs` and `forget` by any. The device does other work beside it."""
 
     def __init__(self, cubin: bytes, copies: HostCopies, device: torch.device) -> None:
         """Raises: KernelsUnavailableError if the driver refuses the machine code."""

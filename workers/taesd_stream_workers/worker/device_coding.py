@@ -67,9 +67,9 @@ class DeviceCoding:
         self.take_over()
         return self._coder is not None and planes.is_cuda and planes.shape[-1] <= MOST_WIDTH
 
-    def take_over(self) -> None:
-        """Use the kernels if they are compiled by now, having checked them."""
-        if self._cubin is None or not self._cubin.done():
+    def take_over(self, *, wait: bool = False) -> None:
+        """Use the kernels if they are compiled by now, having checked them; wait: until they are, or are refused."""
+        if self._cubin is None or not (wait or self._cubin.done()):
             return
         cubin, self._cubin = self._cubin, None
         try:
