@@ -41,18 +41,35 @@ class HostCoder:
             str(source),
         ]
         subprocess.run(command, check=True)
+        self._pts = 0
         self._code = ctypes.CDLL(str(library)).code_picture
 
-    def code(self, stream: CodedStream, planes: Planes, *, is_keyframe: bool = False, qp: int | None = None) -> bytes:
-        """The next access unit of a stream, whose NAL units hold no start code. qp: None for the stream's own."""
+    def code(
+        self,
+        stream: CodedStream,
+        planes: Planes,
+        *,
+        pts: int | None = None,
+        is_keyframe: bool = False,
+        qp: int | None = None,
+    ) -> bytes:
+        """The next access unit of a stream, whose NAL units hold no start code.
+
+        pts: None for one more each time; qp: None for the stream's own.
+        """
         size = planes.shape[1], planes.shape[0] // 3 * 2
         if stream.size != size:
             stream.kept = torch.zeros(planes.shape, dtype=torch.uint8)
         assert stream.kept is not None
         if qp is not None:
             stream.qp = qp
+        self._pts = self._pts + 1 if pts is None else pts
         picture, coded = np.zeros(1, PICTURE), np.zeros(1, CODED)
-        picture[0] = (planes.ctypes.data, stream.kept.data_ptr(), *stream.next(size, is_keyframe=is_keyframe))
+        picture[0] = (
+            planes.ctypes.data,
+            stream.kept.data_ptr(),
+            *stream.next(size, self._pts, is_keyframe=is_keyframe),
+        )
         columns, rows = (-(-side // MACROBLOCK) for side in size)
         words = np.zeros(row_bytes(columns) // 4, np.uint32)
         out = np.full(rows * row_room(columns), 0xA5, np.uint8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,8 @@ def test_keyframes_come_when_they_are_asked_for(coder: HostCoder) -> None:
     shown(coder.code(stream, waves(64, 64)))
     unit = coder.code(stream, waves(64, 64, 1), is_keyframe=True)
     np.testing.assert_array_equal(shown(unit), Shown()(unit))
+    repeated = [coder.code(stream, waves(64, 64, 2), pts=1 << 20) for _ in range(2)]
+    assert [b"\x67" in unit[:5] for unit in repeated] == [False, True]  # for the first one may be lost
     unit = coder.code(stream, waves(96, 64))
     assert b"\x67" in unit[:5]
     assert Shown()(unit).shape == (96, 96)
@@ -191,9 +194,12 @@ def test_the_device_codes_what_the_host_does(gpu_coder: H264Coder, coder: HostCo
             planes = np.stack([waves(*size, phase=turn // 2 + place) for place in range(len(runs))])
             keyframes = [turn == 7 and place == 2 for place in range(len(runs))]
             qps = {run: stream.qp for run, stream in streams.items()}
-            batch = gpu_coder.code(torch.from_numpy(planes).cuda(), runs, keyframes)
+            times = [10 * turn + place for place in range(len(runs))]
+            batch = gpu_coder.code(torch.from_numpy(planes).cuda(), runs, times, keyframes)
             for place, run in enumerate(runs):
-                expected = coder.code(streams[run], planes[place], is_keyframe=keyframes[place], qp=qps[run])
+                expected = coder.code(
+                    streams[run], planes[place], pts=times[place], is_keyframe=keyframes[place], qp=qps[run]
+                )
                 assert batch.picture(place)[0] == expected
 
 
@@ -211,14 +217,16 @@ def test_coded_pictures_are_handed_on_in_order(tmp_path: Path) -> None:
         CodingTask(
             row=row,
             run=f"run {row}",
+            pts=0,
             is_keyframe=False,
             size=(63, 64),
             on_done=lambda picture, _, row=row: made.put((f"run {row}", picture)),  # type: ignore[misc]
         )
         for row in (1, 3)
     ]
-    for _ in range(3):
-        coding.hand_on(coding.code(planes, tasks), tasks)
+    for pts in range(3):
+        due = [replace(task, pts=pts) for task in tasks]
+        coding.hand_on(coding.code(planes, due), due)
     coding.close()
     came = [made.get_nowait() for _ in range(6)]
     assert [run for run, _ in came] == ["run 1", "run 3"] * 3

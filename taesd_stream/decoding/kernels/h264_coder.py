@@ -22,7 +22,7 @@ from taesd_stream.decoding.kernels.library import Library
 from taesd_stream.media.parameter_sets import MACROBLOCK, parameter_sets
 
 MOST_WIDTH: Final = 2048  # pixels, of planes: what a row needs of a block's shared memory stays under 48 KiB
-KEPT_BYTES: Final = 512 << 20  # of all streams' pictures as they were coded; others get keyframes alone
+KEPT_BYTES: Final = 128 << 20  # of all streams' pictures as they were coded; others get keyframes alone
 MOST_PREDICTED: Final = 600  # pictures from one keyframe to the next
 FIRST_QP: Final = 32
 LEAST_QP: Final = 20
@@ -70,13 +70,16 @@ class CodedStream:
         self.kept: Tensor | None = None
         self.qp = FIRST_QP
         self.size = (0, 0)
+        self._pts = -1
         self._pictures = 0
         self._since_first = 0
         self._is_odd = 0
 
-    def next(self, size: tuple[int, int], *, is_keyframe: bool) -> tuple[int, ...]:
-        """The numbers of the next PICTURE. size: of its planes, (width, height)."""
-        if is_keyframe or self.kept is None or size != self.size or self._since_first == MOST_PREDICTED - 1:
+    def next(self, size: tuple[int, int], pts: int, *, is_keyframe: bool) -> tuple[int, ...]:
+        """The numbers of the next PICTURE. size: of its planes, (width, height). pts: what goes back begins anew."""
+        is_next = self._pts < pts and size == self.size and self._since_first < MOST_PREDICTED - 1
+        self._pts = pts
+        if is_keyframe or not is_next or self.kept is None:
             self.size, self._since_first = size, 0
             self._is_odd ^= 1
         else:
@@ -123,10 +126,11 @@ class H264Coder:
         self._join_rows = self._library.kernel("join_rows")
         self._streams: dict[str, CodedStream] = {}
 
-    def code(self, planes: Tensor, runs: Sequence[str], keyframes: Sequence[bool]) -> CodedBatch:
+    def code(self, planes: Tensor, runs: Sequence[str], pts: Sequence[int], keyframes: Sequence[bool]) -> CodedBatch:
         """Code the next picture of each run; one that comes more than once goes on in this order.
 
-        planes: (N, H*3//2, W) uint8 I420, contiguous, W up to MOST_WIDTH. keyframes: which must be.
+        planes: (N, H*3//2, W) uint8 I420, contiguous, W up to MOST_WIDTH. pts: 1/90000 s; a picture that is not later
+        than the one before is a keyframe. keyframes: which others must be.
         Raises: torch.OutOfMemoryError.
         """
         count, rows, width = planes.shape
@@ -141,7 +145,7 @@ class H264Coder:
             for place, (number, stream) in enumerate(order):
                 self._keep(stream, planes[0], size)
                 kept = 0 if stream.kept is None else stream.kept.data_ptr()
-                state = stream.next(size, is_keyframe=keyframes[number])
+                state = stream.next(size, pts[number], is_keyframe=keyframes[number])
                 said[place] = (planes.data_ptr() + number * rows * width, kept, *state)
             made = torch.empty(count * room, dtype=torch.uint8, device=planes.device)
             coded = torch.empty(count * slices * CODED.itemsize, dtype=torch.uint8, device=planes.device)

@@ -31,10 +31,11 @@ LEAST_PSNR: Final = 30.0  # dB, of the picture that is checked, which has 37
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodingTask:
-    """One picture. row: of its batch's planes; size: as shown. on_done: with None where it could not be made."""
+    """One picture. row: of its batch's planes; pts: 1/90000 s; size: as shown. on_done: with None where it could not be made."""
 
     row: int
     run: str
+    pts: int
     is_keyframe: bool
     size: tuple[int, int]
     on_done: Callable[[EncodedPicture | None, HostCopy], None]
@@ -44,11 +45,13 @@ class DeviceCoding:
     """Kernels as soon as they are compiled and have been checked: until then, and where they cannot be, none is coded.
 
     Used by the thread that owns the device, `runs` and `forget` by any. Pictures are handed on by a thread of its own.
+    error: why that has stopped.
     """
 
     def __init__(self, device: torch.device, copies: HostCopies, cache: Path | None = None) -> None:
         """cache: of compiled kernels, None for the user's."""
         self._device, self._copies, self._cache = device, copies, cache
+        self.error: Exception | None = None
         self._coder: H264Coder | None = None
         self._cubin: Future[bytes] | None = None
         self._batches: queue.SimpleQueue[tuple[CodedBatch, Sequence[CodingTask]] | None] = queue.SimpleQueue()
@@ -86,7 +89,8 @@ class DeviceCoding:
         assert self._coder is not None
         rows = [task.row for task in tasks]
         chosen = planes if rows == list(range(len(planes))) else planes[rows]
-        return self._coder.code(chosen, [task.run for task in tasks], [task.is_keyframe for task in tasks])
+        of_runs = [(task.run, task.pts, task.is_keyframe) for task in tasks]
+        return self._coder.code(chosen, *zip(*of_runs, strict=True))
 
     def hand_on(self, batch: CodedBatch, tasks: Sequence[CodingTask]) -> None:
         """Have `on_done` called with what was coded, as soon as it is there."""
@@ -114,6 +118,13 @@ class DeviceCoding:
             raise
 
     def _run(self) -> None:
+        try:
+            self._hand_on_all()
+        except Exception as error:  # the thread's outermost loop: without it no picture is handed on any more
+            self.error = error
+            logger.exception("coded_pictures_failed")
+
+    def _hand_on_all(self) -> None:
         while (coded := self._batches.get()) is not None:
             batch, tasks = coded
             for number, task in enumerate(tasks):
@@ -124,6 +135,7 @@ class DeviceCoding:
             payload, is_keyframe = batch.picture(number)
         except Exception:
             logger.exception("coding_failed run=%s", task.run)
+            self.forget(task.run)  # a decoder must not miss a picture: the next one begins anew
             return None
         width, height = task.size
         return EncodedPicture(payload=payload, is_keyframe=is_keyframe, width=width, height=height)
@@ -141,7 +153,7 @@ def check(coder: H264Coder, device: torch.device) -> None:
     second[:, : CHECKED_SIDE // 2] = 255 - second[:, : CHECKED_SIDE // 2]
     decoder = av.CodecContext.create("h264", "r")
     planes = torch.stack((first, second))
-    batch = coder.code(planes.to(device), ["", ""], [True, False])
+    batch = coder.code(planes.to(device), ["", ""], [0, 1], [False, False])
     coder.forget("")
     for number, picture in enumerate(planes.numpy()):
         (shown,) = decoder.decode(av.Packet(batch.picture(number)[0]))

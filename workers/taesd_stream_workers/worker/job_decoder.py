@@ -70,7 +70,7 @@ class JobDecoder:
     @property
     def error(self) -> Exception | None:
         """Why it could not even begin, or nothing is encoded any more. Any thread."""
-        return self._error or self._outlet.pool.error
+        return self._error or self._outlet.pool.error or self._outlet.coding.error
 
     @property
     def busy_since_s(self) -> float:

@@ -121,6 +121,7 @@ class Shower:
             task = CodingTask(
                 row=member.row,
                 run=item.run,
+                pts=order.pts,
                 is_keyframe=order.keyframe,
                 size=group.size,
                 on_done=partial(self._send, item, member.rendition, picture),
