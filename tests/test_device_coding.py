@@ -18,12 +18,13 @@ from taesd_stream.decoding.kernels.h264_coder import (
     MOST_QP,
     REFRESH,
     CodedStream,
+    Due,
     H264Coder,
     quantiser,
     turns_of,
 )
 from taesd_stream.media.encoder import EncodedPicture
-from taesd_stream.media.parameter_sets import parameter_sets
+from taesd_stream.media.parameter_sets import has_level, parameter_sets
 from taesd_stream_workers.worker.device_coding import CodingTask, DeviceCoding, check
 from tests.host_coder import COMPILER, HostCoder, Planes, Shown, psnr
 
@@ -118,9 +119,11 @@ def test_what_changes_is_shown_at_once(coder: HostCoder) -> None:
 
 @needs_compiler
 def test_a_row_without_room_goes_on_without_its_residuals(coder: HostCoder) -> None:
-    """Noise takes more than there is room for: the picture is worse, but whole, and the next one is right."""
-    stream, shown = CodedStream(), Shown()
-    shown(coder.code(stream, noise(640, 64), qp=LEAST_QP))
+    """Noise takes more than there is room for: the picture is worse, but whole, and right as soon as there is room."""
+    stream, shown, planes = CodedStream(), Shown(), noise(640, 64)
+    worse = psnr(shown(coder.code(stream, planes, qp=LEAST_QP)), planes)
+    assert worse < 25
+    assert psnr(shown(coder.code(stream, planes, qp=34)), planes) > worse + 3
     planes = waves(640, 64)
     assert psnr(shown(coder.code(stream, planes, qp=24)), planes) > 36
 
@@ -147,7 +150,7 @@ def test_the_quantiser_follows_the_picture(coder: HostCoder) -> None:
     calm = stream.qp
     coder.code(stream, noise(64, 64))
     assert LEAST_QP <= calm < stream.qp <= MOST_QP
-    assert (quantiser(0, 16), quantiser(1 << 30, 1)) == (24, MOST_QP)
+    assert (quantiser(0, 16), quantiser(1 << 30, 1)) == (LEAST_QP, MOST_QP)
 
 
 @pytest.mark.parametrize("width", [2, 16, 640, 1920, 4096])
@@ -157,6 +160,15 @@ def test_parameter_sets_hold_no_start_code(width: int) -> None:
         _, sps, pps = parameter_sets(width, height).split(b"\0\0\0\1")
         for unit in (sps, pps):
             assert not any(unit[at : at + 2] == b"\0\0" and unit[at + 2] < 3 for at in range(len(unit) - 2))
+
+
+def test_levels_allow_what_is_coded() -> None:
+    """Table A-1 and A.3.1, at 60 pictures a second: 512x512 is of 3.1; a long strip needs more than its area."""
+    told = {size: parameter_sets(*size)[7] for size in [(16, 16), (512, 512), (1280, 720), (2048, 48), (2048, 2048)]}
+    assert told == {(16, 16): 10, (512, 512): 31, (1280, 720): 32, (2048, 48): 31, (2048, 2048): 51}
+    assert has_level(2048, 4096)
+    assert not has_level(2048, 8192)
+    assert not has_level(16, 8704)
 
 
 def test_pictures_of_one_run_are_coded_one_after_the_other() -> None:
@@ -187,15 +199,17 @@ def gpu_coder(tmp_path_factory: pytest.TempPathFactory) -> H264Coder:
 def test_the_device_codes_what_the_host_does(gpu_coder: H264Coder, coder: HostCoder) -> None:
     """Byte for byte: many runs side by side, one of them twice in a batch, keyframes between."""
     check(gpu_coder, torch.device("cuda", 0))
+    ids = itertools.count(1)  # one was the check's
     for size in [(512, 512), (98, 50), (1030, 18)]:
         runs = [f"{size} {number}" for number in (0, 1, 2, 1, 3)]
-        streams = {run: CodedStream() for run in runs}
+        streams = {run: CodedStream(ids) for run in runs}
         for turn in range(20):
             planes = np.stack([waves(*size, phase=turn // 2 + place) for place in range(len(runs))])
             keyframes = [turn == 7 and place == 2 for place in range(len(runs))]
             qps = {run: stream.qp for run, stream in streams.items()}
             times = [10 * turn + place for place in range(len(runs))]
-            batch = gpu_coder.code(torch.from_numpy(planes).cuda(), runs, times, keyframes)
+            due = [Due(*one) for one in zip(range(len(runs)), runs, times, keyframes, strict=True)]
+            batch = gpu_coder.code(torch.from_numpy(planes).cuda(), due)
             for place, run in enumerate(runs):
                 expected = coder.code(
                     streams[run], planes[place], pts=times[place], is_keyframe=keyframes[place], qp=qps[run]
@@ -215,18 +229,17 @@ def test_coded_pictures_are_handed_on_in_order(tmp_path: Path) -> None:
     made: queue.SimpleQueue[tuple[str, EncodedPicture | None]] = queue.SimpleQueue()
     tasks = [
         CodingTask(
-            row=row,
-            run=f"run {row}",
-            pts=0,
-            is_keyframe=False,
+            due=Due(row, f"run {row}", 0, is_keyframe=False),
             size=(63, 64),
             on_done=lambda picture, _, row=row: made.put((f"run {row}", picture)),  # type: ignore[misc]
         )
         for row in (1, 3)
     ]
     for pts in range(3):
-        due = [replace(task, pts=pts) for task in tasks]
-        coding.hand_on(coding.code(planes, due), due)
+        due = [replace(task, due=task.due._replace(pts=pts)) for task in tasks]
+        batch = coding.code(planes, due)
+        assert batch is not None
+        coding.hand_on(batch, due)
     coding.close()
     came = [made.get_nowait() for _ in range(6)]
     assert [run for run, _ in came] == ["run 1", "run 3"] * 3

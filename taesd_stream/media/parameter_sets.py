@@ -21,12 +21,17 @@ LEVELS: Final = (
 MOST_FPS: Final = 60  # what a level is chosen for
 
 
+def has_level(width: int, height: int) -> bool:
+    """Whether any level allows such pictures. width, height: pixels."""
+    return _allows(LEVELS[-1][1], -(-width // MACROBLOCK), -(-height // MACROBLOCK))
+
+
 @functools.lru_cache(maxsize=64)
 def parameter_sets(width: int, height: int) -> bytes:
     """Both, each behind a start code (Annex B). width, height: of the planes, even, pixels."""
     columns, rows = -(-width // MACROBLOCK), -(-height // MACROBLOCK)
     sps, pps = _Bits(), _Bits()
-    for value in (BASELINE, CONSTRAINED, _level(columns * rows)):
+    for value in (BASELINE, CONSTRAINED, _level(columns, rows)):
         sps.put(value, 8)
     # seq_parameter_set_id, log2_max_frame_num_minus4, pic_order_cnt_type (output in the order of decoding),
     # max_num_ref_frames
@@ -57,13 +62,17 @@ def parameter_sets(width: int, height: int) -> bytes:
     return b"\0\0\0\1\x67" + sps.rbsp() + b"\0\0\0\1\x68" + pps.rbsp()
 
 
-def _level(macroblocks: int) -> int:
+def _level(columns: int, rows: int) -> int:
     fits = (
         level
         for level, of_picture, of_second in LEVELS
-        if macroblocks <= of_picture and macroblocks * MOST_FPS <= of_second
+        if _allows(of_picture, columns, rows) and columns * rows * MOST_FPS <= of_second
     )
     return next(fits, LEVELS[-1][0])
+
+
+def _allows(most: int, columns: int, rows: int) -> bool:  # A.3.1: neither side alone may be too long
+    return columns * rows <= most and max(columns, rows) ** 2 <= 8 * most
 
 
 class _Bits:

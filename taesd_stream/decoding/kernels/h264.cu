@@ -399,8 +399,9 @@ DEVICE void append(u32* words, int first, const u32* piece, int count) {
 }
 
 // A row's bits as bytes, behind a start code and the NAL unit's header. Returns: how many.
-DEVICE int put_out(u8* out, const u32* words, int bytes, bool is_first) {
+DEVICE int put_out(u8* out, const u32* words, int bytes, bool is_first, int row) {
     int length = 0, zeros = 0;
+    if (row == 0) out[length++] = 0;  // zero_byte, of an access unit's first (B.1.2)
     out[length++] = 0, out[length++] = 0, out[length++] = 1;
     out[length++] = is_first ? 0x65 : 0x41;
     for (int byte = 0; byte < bytes; ++byte) {
@@ -527,6 +528,11 @@ DEVICE void code_row(Row& s, u32* words, const Picture& picture, const Shape& sh
                 UNROLLED for (int scan = 1; scan < 16; ++scan) s.levels[lane][scan] = 0;
             }
             if (lane < BLOCKS && is_full) s.dc_levels[lane] = 0;
+            if (lane < BLOCKS && is_full && picture.coded) {  // far from what it is, so that the next picture codes it
+                const Samples at = samples_of(shape, block_at(lane), column, row);
+                UNROLLED for (int place = 0; place < 16; ++place)
+                    picture.coded[at.first[place >> 2] + at.column[place & 3]] = s.samples[lane][place] ^ 0x80;
+            }
         END_LANES
         FOR_LANES  // 8.5.10, 8.5.11.2: what a decoder makes of the DC levels
             if (lane < LUMA) {
@@ -607,7 +613,7 @@ DEVICE void code_row(Row& s, u32* words, const Picture& picture, const Shape& sh
             put(tail, 1, 1);  // rbsp_stop_one_bit
             finish(tail);
             append(words, count, s.pieces[0], tail.count);
-            *coded = {put_out(out, words, (count + tail.count + 7) >> 3, picture.is_first), row_detail};
+            *coded = {put_out(out, words, (count + tail.count + 7) >> 3, picture.is_first, row), row_detail};
         }
     END_LANES
 }
@@ -619,7 +625,7 @@ DEVICE Shape shape_of(int width, int height, int row_bytes) {
 DEVICE int room_of(int row_bytes) { return row_bytes * 3 / 2 + 8; }  // with all that emulation prevention may add
 
 #ifdef __CUDACC__
-// Grid: (rows, pictures), 32 threads. rows: (pictures, rows, room_of) bytes; coded: (pictures, rows).
+// Grid: (rows, pictures), 32 threads. pictures: in the host's memory; rows: (pictures, rows, room_of) bytes; coded: (pictures, rows).
 KERNEL void code_rows(const Picture* pictures, u8* rows, Coded* coded, int width, int height, int row_bytes) {
     extern __shared__ u32 memory[];
     Row& s = *reinterpret_cast<Row*>(memory);
@@ -627,7 +633,8 @@ KERNEL void code_rows(const Picture* pictures, u8* rows, Coded* coded, int width
     const int row = blockIdx.x, place = blockIdx.y * shape.rows + row;
     u32* words = memory + (sizeof(Row) + 3) / 4;
     u8* out = rows + (long long)place * room_of(row_bytes);
-    code_row(s, words, pictures[blockIdx.y], shape, row, out, coded + place);
+    const Picture picture = pictures[blockIdx.y];  // once: they lie in the host's memory
+    code_row(s, words, picture, shape, row, out, coded + place);
 }
 
 // Grid: pictures, 256 threads. whole: (pictures,), and joined: (pictures, rows * room_of) bytes, in the host's memory.

@@ -6,10 +6,11 @@ What comes over are some KiB a picture instead of its planes, and no processor e
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from taesd_stream.decoding.kernels.library import Library
 from taesd_stream.media.parameter_sets import MACROBLOCK, parameter_sets
 
 MOST_WIDTH: Final = 2048  # pixels, of planes: what a row needs of a block's shared memory stays under 48 KiB
-KEPT_BYTES: Final = 128 << 20  # of all streams' pictures as they were coded; others get keyframes alone
+KEPT_BYTES: Final = 256 << 20  # of pictures as they were coded; those of streams that are coded seldom go first
 MOST_PREDICTED: Final = 600  # pictures from one keyframe to the next
 FIRST_QP: Final = 32
 LEAST_QP: Final = 20
@@ -35,6 +36,7 @@ PICTURE: Final = np.dtype(
 CODED: Final = np.dtype([("bytes", "i4"), ("detail", "i4")])
 HEAD_BYTES: Final = PICTURE.itemsize + CODED.itemsize
 REFRESH: Final = 64
+MOST_IDS: Final = 1 << 16
 _MOST_MACROBLOCK, _LEAST_MACROBLOCK, _USUAL_MACROBLOCK = 1600, 4, 192  # bytes
 SHARED_BYTES: Final = 4608  # of a row, but for its bits
 ROW_THREADS: Final = 32
@@ -57,7 +59,16 @@ def quantiser(detail: int, macroblocks: int) -> int:
 
     Fitted to what libx264 takes at crf 23 for previews, a clip, noise and dark pictures: within 2 of it.
     """
-    return min(MOST_QP, max(LEAST_QP, round(24 + math.log2(max(1.0, detail / macroblocks)))))
+    return min(MOST_QP, round(24 + math.log2(max(2.0 ** (LEAST_QP - 24), detail / macroblocks))))
+
+
+class Due(NamedTuple):
+    """A picture to be coded. row: of the planes; pts: 1/90000 s; where it does not go on, a keyframe."""
+
+    row: int
+    run: str
+    pts: int
+    is_keyframe: bool
 
 
 class CodedStream:
@@ -66,14 +77,16 @@ class CodedStream:
     kept: (H*3//2, W), each macroblock as it was when it was last coded; None: there is no room for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ids: Iterator[int] | None = None) -> None:
+        """ids: of keyframes: two that follow each other differ, also where a run has begun anew."""
+        self._ids = ids or itertools.count()
+        self._id = 0
         self.kept: Tensor | None = None
         self.qp = FIRST_QP
         self.size = (0, 0)
         self._pts = -1
         self._pictures = 0
         self._since_first = 0
-        self._is_odd = 0
 
     def next(self, size: tuple[int, int], pts: int, *, is_keyframe: bool) -> tuple[int, ...]:
         """The numbers of the next PICTURE. size: of its planes, (width, height). pts: what goes back begins anew."""
@@ -81,11 +94,11 @@ class CodedStream:
         self._pts = pts
         if is_keyframe or not is_next or self.kept is None:
             self.size, self._since_first = size, 0
-            self._is_odd ^= 1
+            self._id = next(self._ids) % MOST_IDS
         else:
             self._since_first += 1
         self._pictures += 1
-        return self.qp, self._since_first % 16, self._is_odd, int(not self._since_first), self._pictures % REFRESH, 0
+        return self.qp, self._since_first % 16, self._id, int(not self._since_first), self._pictures % REFRESH, 0
 
 
 class CodedBatch:
@@ -124,29 +137,32 @@ class H264Coder:
         self._copies = copies
         self._code_rows = self._library.kernel("code_rows")
         self._join_rows = self._library.kernel("join_rows")
-        self._streams: dict[str, CodedStream] = {}
+        self._streams: dict[str, CodedStream] = {}  # in the order in which they were last coded
+        self._ids = itertools.count()
 
-    def code(self, planes: Tensor, runs: Sequence[str], pts: Sequence[int], keyframes: Sequence[bool]) -> CodedBatch:
+    def code(self, planes: Tensor, due: Sequence[Due]) -> CodedBatch:
         """Code the next picture of each run; one that comes more than once goes on in this order.
 
-        planes: (N, H*3//2, W) uint8 I420, contiguous, W up to MOST_WIDTH. pts: 1/90000 s; a picture that is not later
-        than the one before is a keyframe. keyframes: which others must be.
-        Raises: torch.OutOfMemoryError.
+        planes: (N, H*3//2, W) uint8 I420, contiguous, W up to MOST_WIDTH.
+        Raises: torch.OutOfMemoryError; KernelsUnavailableError if the driver refuses.
         """
-        count, rows, width = planes.shape
+        _, rows, width = planes.shape
+        count = len(due)
         size = (width, rows // 3 * 2)
         columns, slices = (-(-side // MACROBLOCK) for side in size)
         room = slices * row_room(columns)
-        turns = turns_of(runs)
-        order = [(number, self._streams.setdefault(runs[number], CodedStream())) for turn in turns for number in turn]
+        turns = turns_of([one.run for one in due])
+        streams = {one.run: self._next_in(one.run) for one in due}
+        order = [(number, streams[due[number].run]) for turn in turns for number in turn]
 
         def write(here: Tensor) -> None:
             said, _ = _heads(here.numpy(), count)
             for place, (number, stream) in enumerate(order):
-                self._keep(stream, planes[0], size)
+                one = due[number]
+                self._keep(stream, planes[0], size, streams)
                 kept = 0 if stream.kept is None else stream.kept.data_ptr()
-                state = stream.next(size, pts[number], is_keyframe=keyframes[number])
-                said[place] = (planes.data_ptr() + number * rows * width, kept, *state)
+                state = stream.next(size, one.pts, is_keyframe=one.is_keyframe)
+                said[place] = (planes.data_ptr() + one.row * rows * width, kept, *state)
             made = torch.empty(count * room, dtype=torch.uint8, device=planes.device)
             coded = torch.empty(count * slices * CODED.itemsize, dtype=torch.uint8, device=planes.device)
             heads, shape, first = here.data_ptr(), (*size, row_bytes(columns)), 0
@@ -166,26 +182,43 @@ class H264Coder:
         try:
             copy = self._copies.fill((count * (HEAD_BYTES + room),), write, reads=planes)
         except Exception:
-            for run in runs:  # a decoder must not miss a picture: the next one begins anew
+            for run in streams:  # a decoder must not miss a picture: the next one begins anew
                 self.forget(run)
             raise
         return CodedBatch(copy, order, size)
 
     def runs(self) -> list[str]:
-        """Those that have been coded, the oldest first."""
+        """Those that have been coded, the last one last."""
         return list(self._streams)
+
+    def has(self, run: str) -> bool:
+        """Whether pictures of a run have been coded, and it is not forgotten."""
+        return run in self._streams
 
     def forget(self, run: str) -> None:
         """A run is over, or its next picture begins anew."""
         self._streams.pop(run, None)
 
-    def _keep(self, stream: CodedStream, planes: Tensor, size: tuple[int, int]) -> None:
-        """Have room for what is coded of a stream, whose next picture is like these planes."""
-        if stream.kept is None or stream.size != size:
-            stream.kept = None
-            kept = sum(one.kept.nbytes for one in list(self._streams.values()) if one.kept is not None)
-            if kept + planes.nbytes <= KEPT_BYTES:
-                stream.kept = torch.empty_like(planes)
+    def _next_in(self, run: str) -> CodedStream:
+        stream = self._streams.pop(run, None) or CodedStream(self._ids)
+        self._streams[run] = stream
+        return stream
+
+    def _keep(
+        self, stream: CodedStream, planes: Tensor, size: tuple[int, int], batch: Mapping[str, CodedStream]
+    ) -> None:
+        """Have room for what is coded of a stream, whose next picture is like these planes; those of its batch stay."""
+        if stream.kept is not None and stream.size == size:
+            return
+        stream.kept = None
+        streams = list(self._streams.items())
+        left = KEPT_BYTES - planes.nbytes - sum(one.kept.nbytes for _, one in streams if one.kept is not None)
+        for run, one in streams:
+            if left < 0 and run not in batch and one.kept is not None:
+                left += one.kept.nbytes
+                one.kept = None
+        if left >= 0:
+            stream.kept = torch.empty_like(planes)
 
     def _launch(
         self,

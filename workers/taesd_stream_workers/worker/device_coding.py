@@ -19,9 +19,10 @@ from torch import Tensor
 from taesd_stream.decoding.host_copies import HostCopies
 from taesd_stream.decoding.host_copy import HostCopy
 from taesd_stream.decoding.kernels.cubins import KernelsUnavailableError, Program, forget
-from taesd_stream.decoding.kernels.h264_coder import MOST_WIDTH, CodedBatch, H264Coder
+from taesd_stream.decoding.kernels.h264_coder import MOST_WIDTH, CodedBatch, Due, H264Coder
 from taesd_stream.decoding.kernels.later import compile_behind
 from taesd_stream.media.encoder import EncodedPicture
+from taesd_stream.media.parameter_sets import has_level
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +32,9 @@ LEAST_PSNR: Final = 30.0  # dB, of the picture that is checked, which has 37
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodingTask:
-    """One picture. row: of its batch's planes; pts: 1/90000 s; size: as shown. on_done: with None where it could not be made."""
+    """One picture. size: as shown. on_done: with None where it could not be made."""
 
-    row: int
-    run: str
-    pts: int
-    is_keyframe: bool
+    due: Due
     size: tuple[int, int]
     on_done: Callable[[EncodedPicture | None, HostCopy], None]
 
@@ -68,7 +66,13 @@ class DeviceCoding:
     def takes(self, planes: Tensor) -> bool:
         """Whether it can code pictures of such planes, (N, H*3//2, W), by now."""
         self.take_over()
-        return self._coder is not None and planes.is_cuda and planes.shape[-1] <= MOST_WIDTH
+        _, rows, width = planes.shape
+        fits = width <= MOST_WIDTH and has_level(width, rows // 3 * 2)
+        return self._coder is not None and planes.is_cuda and fits
+
+    def has(self, run: str) -> bool:
+        """Whether it codes a run's pictures already."""
+        return self._coder is not None and self._coder.has(run)
 
     def take_over(self, *, wait: bool = False) -> None:
         """Use the kernels if they are compiled by now, having checked them; wait: until they are, or are refused."""
@@ -78,19 +82,27 @@ class DeviceCoding:
         try:
             coder = self._loaded(cubin.result())
             check(coder, self._device)
+        except torch.OutOfMemoryError as error:
+            self._cubin = cubin  # tried again with the next picture
+            logger.debug("device_coding_waits reason=%s", error)
         except Exception as error:  # noqa: BLE001 encoders can do without
             logger.warning("device_coding_not_used reason=%s", error)
         else:
             self._coder = coder
             logger.info("device_coding_used device=%s", torch.cuda.get_device_name(self._device))
 
-    def code(self, planes: Tensor, tasks: Sequence[CodingTask]) -> CodedBatch:
-        """Code rows of planes, of those that it takes. Raises: torch.OutOfMemoryError."""
+    def code(self, planes: Tensor, tasks: Sequence[CodingTask]) -> CodedBatch | None:
+        """Code rows of planes, of those that it takes. Raises: torch.OutOfMemoryError.
+
+        Returns: None where the driver refused: then it takes none any more, and encoders can do without.
+        """
         assert self._coder is not None
-        rows = [task.row for task in tasks]
-        chosen = planes if rows == list(range(len(planes))) else planes[rows]
-        of_runs = [(task.run, task.pts, task.is_keyframe) for task in tasks]
-        return self._coder.code(chosen, *zip(*of_runs, strict=True))
+        try:
+            return self._coder.code(planes, [task.due for task in tasks])
+        except KernelsUnavailableError:
+            logger.exception("device_coding_given_up")
+            self._coder = None
+            return None
 
     def hand_on(self, batch: CodedBatch, tasks: Sequence[CodingTask]) -> None:
         """Have `on_done` called with what was coded, as soon as it is there."""
@@ -101,7 +113,7 @@ class DeviceCoding:
         return self._coder.runs() if self._coder is not None else []
 
     def forget(self, run: str) -> None:
-        """A run is over, or encoded elsewhere from now on."""
+        """A run is over."""
         if self._coder is not None:
             self._coder.forget(run)
 
@@ -134,8 +146,8 @@ class DeviceCoding:
         try:
             payload, is_keyframe = batch.picture(number)
         except Exception:
-            logger.exception("coding_failed run=%s", task.run)
-            self.forget(task.run)  # a decoder must not miss a picture: the next one begins anew
+            logger.exception("coding_failed run=%s", task.due.run)
+            self.forget(task.due.run)  # a decoder must not miss a picture: the next one begins anew
             return None
         width, height = task.size
         return EncodedPicture(payload=payload, is_keyframe=is_keyframe, width=width, height=height)
@@ -153,7 +165,7 @@ def check(coder: H264Coder, device: torch.device) -> None:
     second[:, : CHECKED_SIDE // 2] = 255 - second[:, : CHECKED_SIDE // 2]
     decoder = av.CodecContext.create("h264", "r")
     planes = torch.stack((first, second))
-    batch = coder.code(planes.to(device), ["", ""], [0, 1], [False, False])
+    batch = coder.code(planes.to(device), [Due(0, "", 0, is_keyframe=False), Due(1, "", 1, is_keyframe=False)])
     coder.forget("")
     for number, picture in enumerate(planes.numpy()):
         (shown,) = decoder.decode(av.Packet(batch.picture(number)[0]))

@@ -120,7 +120,8 @@ def bring(converted: Converted, members: Sequence[Member], copies: HostCopies) -
     """Some of what was converted, on its way to the host; no other row is copied."""
     rows = sorted({member.row for member in members})
     planes = converted.planes
-    copy = copies.download(planes if len(rows) == len(planes) else planes[rows])
+    # stacked: an index would be a tensor that goes to the device, and waits for what is launched there
+    copy = copies.download(planes if len(rows) == len(planes) else torch.stack([planes[row] for row in rows]))
     for member in members:
         yield Rendered(member.number, member.rendition, copy.array[rows.index(member.row)], converted.size, copy)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from taesd_stream.decoding.host_copies import HostCopies
 from taesd_stream.decoding.host_copy import HostCopy
+from taesd_stream.decoding.kernels.h264_coder import Due
 from taesd_stream.decoding.sheet import grid_columns
 from taesd_stream.frames import RENDITIONS, Packet, Rendition, Stamps
 from taesd_stream.media.encoder import EncodedPicture
@@ -90,7 +91,8 @@ class Shower:
             converted = iter([Converted(shown.planes, shown.size, each)])
         for group in converted:
             coded = self._coded_there(group, shown)
-            self._code(group, coded, shown)
+            if not self._code(group, coded, shown):
+                coded = []
             self._encode(group, [member for member in group.members if member not in coded], shown)
 
     def _coded_there(self, group: Converted, shown: Shown) -> list[Member]:
@@ -103,33 +105,34 @@ class Shower:
             item = self._items[shown.pictures[member.number].place][0]
             if member.rendition != "live" or item.kind != "steps":
                 continue
-            if self._outlet.pool.takes_live(item.run, granted=opened):
+            # as before: pictures of a run that came from both would not come in order
+            if not self._outlet.coding.has(item.run) and self._outlet.pool.takes_live(item.run, granted=opened):
                 opened.add(item.run)
-                self._outlet.coding.forget(item.run)
             else:
                 coded.append(member)
         return coded
 
-    def _code(self, group: Converted, members: Sequence[Member], shown: Shown) -> None:
+    def _code(self, group: Converted, members: Sequence[Member], shown: Shown) -> bool:
+        """Have the device code them. Returns: whether it does."""
         if not members:
-            return
+            return False
         tasks = []
         for member in members:
             picture = shown.pictures[member.number]
             item = self._items[picture.place][0]
             order = self._order(item, member.rendition, group.size, picture)
             task = CodingTask(
-                row=member.row,
-                run=item.run,
-                pts=order.pts,
-                is_keyframe=order.keyframe,
+                due=Due(member.row, item.run, order.pts, order.keyframe),
                 size=group.size,
                 on_done=partial(self._send, item, member.rendition, picture),
             )
             tasks.append(task)
         batch = self._outlet.coding.code(group.planes, tasks)
+        if batch is None:
+            return False
         self._run.add(len(tasks))
         self._outlet.coding.hand_on(batch, tasks)
+        return True
 
     def _encode(self, group: Converted, members: Sequence[Member], shown: Shown) -> None:
         if not members:
