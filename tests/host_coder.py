@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from taesd_stream.decoding.kernels.cubins import Program
 from taesd_stream.decoding.kernels.h264_coder import CODED, PICTURE, CodedStream, quantiser, row_bytes, row_room
-from taesd_stream.media.parameter_sets import MACROBLOCK, parameter_sets
+from taesd_stream.media.parameter_sets import macroblocks, parameter_sets
 
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 Planes = NDArray[np.uint8]
@@ -70,7 +70,7 @@ class HostCoder:
             stream.kept.data_ptr(),
             *stream.next(size, self._pts, is_keyframe=is_keyframe),
         )
-        columns, rows = (-(-side // MACROBLOCK) for side in size)
+        columns, rows = macroblocks(*size)
         words = np.zeros(row_bytes(columns) // 4, np.uint32)
         out = np.full(rows * row_room(columns), 0xA5, np.uint8)
         pointers = (ctypes.c_void_p(array.ctypes.data) for array in (picture, words, coded, out))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from taesd_stream.decoding.host_copies import HostCopies
-from taesd_stream.decoding.kernels.cubins import Program, kernel_cubin
+from taesd_stream.decoding.kernels.cubins import kernel_cubin
 from taesd_stream.decoding.kernels.h264_coder import (
     LEAST_QP,
     MOST_QP,
@@ -20,6 +20,7 @@ from taesd_stream.decoding.kernels.h264_coder import (
     CodedStream,
     Due,
     H264Coder,
+    coder_program,
     quantiser,
     turns_of,
 )
@@ -189,8 +190,7 @@ def test_a_processor_codes_none() -> None:
 def gpu_coder(tmp_path_factory: pytest.TempPathFactory) -> H264Coder:
     """On the first GPU, compiled once."""
     device = torch.device("cuda", 0)
-    major, minor = torch.cuda.get_device_capability(device)
-    cubin = kernel_cubin(Program("h264.cu", f"sm_{major}{minor}"), tmp_path_factory.mktemp("kernels"))
+    cubin = kernel_cubin(coder_program(device), tmp_path_factory.mktemp("kernels"))
     return H264Coder(cubin, HostCopies(device), device)
 
 

@@ -8,7 +8,7 @@ import torch
 from taesd_stream.decoding.colour import fit_within, jpeg_planes, video_planes
 from taesd_stream.decoding.host_copies import HostCopies
 from taesd_stream.frames import RENDITIONS, Rendition
-from taesd_stream_workers.worker.rendering import Rendered, Sizes, bring, render
+from taesd_stream_workers.worker.rendering import Rendered, Sizes, render
 
 SIZES = Sizes(live_max_px=64, thumb_max_px=32)
 COPIES = HostCopies(torch.device("cpu"))
@@ -26,7 +26,7 @@ def test_pictures_rendered_together_are_those_rendered_alone() -> None:
     torch.manual_seed(0)
     pictures = [torch.rand(3, *size) for size in [(24, 24), (48, 96), (24, 24), (30, 20), (48, 96)]]
     wishes: list[tuple[Rendition, ...]] = [("live",), RENDITIONS, ("live", "thumb"), ("record", "jpeg"), ("thumb",)]
-    rendered = [one for group in render(pictures, wishes, SIZES) for one in bring(group, group.members, COPIES)]
+    rendered = list(render(pictures, wishes, SIZES, COPIES))
     assert sorted((one.number, one.rendition) for one in rendered) == sorted(
         (number, rendition) for number, wish in enumerate(wishes) for rendition in wish
     )
@@ -42,9 +42,8 @@ def test_a_rendition_s_pictures_keep_their_order() -> None:
     """Pictures of one shape come in the order in which they were given, within each rendition: encoders are chains."""
     pictures = [torch.full((3, 16, 16), value / 8) for value in range(8)]
     came: dict[Rendition, list[Rendered]] = {}
-    for group in render(pictures, [("live", "record")] * 8, SIZES):
-        for one in bring(group, group.members, COPIES):
-            came.setdefault(one.rendition, []).append(one)
+    for one in render(pictures, [("live", "record")] * 8, SIZES, COPIES):
+        came.setdefault(one.rendition, []).append(one)
     assert {rendition: [one.number for one in ones] for rendition, ones in came.items()} == {
         "live": list(range(8)),
         "record": list(range(8)),

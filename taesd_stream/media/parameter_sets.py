@@ -21,15 +21,20 @@ LEVELS: Final = (
 MOST_FPS: Final = 60  # what a level is chosen for
 
 
+def macroblocks(width: int, height: int) -> tuple[int, int]:
+    """Columns and rows of a picture. width, height: pixels."""
+    return -(-width // MACROBLOCK), -(-height // MACROBLOCK)
+
+
 def has_level(width: int, height: int) -> bool:
     """Whether any level allows such pictures. width, height: pixels."""
-    return _allows(LEVELS[-1][1], -(-width // MACROBLOCK), -(-height // MACROBLOCK))
+    return _allows(LEVELS[-1][1], *macroblocks(width, height))
 
 
 @functools.lru_cache(maxsize=64)
 def parameter_sets(width: int, height: int) -> bytes:
     """Both, each behind a start code (Annex B). width, height: of the planes, even, pixels."""
-    columns, rows = -(-width // MACROBLOCK), -(-height // MACROBLOCK)
+    columns, rows = macroblocks(width, height)
     sps, pps = _Bits(), _Bits()
     for value in (BASELINE, CONSTRAINED, _level(columns, rows)):
         sps.put(value, 8)

@@ -48,7 +48,8 @@ constexpr int SKIP_ERROR = 2 * 384;     // of the squares of a macroblock's chan
 
 // ---- Tables: 9.2.1, 9.2.3, 8.5.6 ------------------------------------------------------------------------------------
 
-// Length and bits of coeff_token by [nC class][TotalCoeff][TrailingOnes]; class 3 is a fixed six bits, 4 chroma DC.
+// Length and bits of coeff_token by [nC's class][TotalCoeff][TrailingOnes]; the last class is chroma DC's. From an nC
+// of 8 on it takes a fixed six bits.
 TABLE u8 TOKEN_LENGTH[4][68] = {
     {1,0,0,0, 6,2,0,0, 8,6,3,0, 9,8,7,5, 10,9,8,6, 11,10,9,7, 13,11,10,8, 13,13,11,9, 13,13,13,10, 14,14,13,11,
      14,14,14,13, 15,15,14,14, 15,15,15,14, 16,15,15,15, 16,16,16,15, 16,16,16,16, 16,16,16,16},
@@ -332,6 +333,8 @@ struct Samples {  // where those of a block lie in planes; beyond the edge it go
     int column[4];
 };
 
+DEVICE int place_in(const Samples& at, int place) { return at.first[place >> 2] + at.column[place & 3]; }
+
 DEVICE Samples samples_of(const Shape& shape, const Block& block, int column, int row) {
     const Place place = place_of(shape, block.plane);
     const int side = block.plane ? 8 : 16;
@@ -443,10 +446,10 @@ DEVICE void code_row(Row& s, u32* words, const Picture& picture, const Shape& sh
                 int changes = 0, by_mean = 0, by_left = 0, detail = 0;
                 int samples[16];
                 UNROLLED for (int place = 0; place < 16; ++place)
-                    samples[place] = picture.planes[at.first[place >> 2] + at.column[place & 3]];
+                    samples[place] = picture.planes[place_in(at, place)];
                 if (!picture.is_first) {
                     UNROLLED for (int place = 0; place < 16; ++place) {
-                        const int change = samples[place] - picture.coded[at.first[place >> 2] + at.column[place & 3]];
+                        const int change = samples[place] - picture.coded[place_in(at, place)];
                         changes += change * change;
                     }
                 }
@@ -489,7 +492,7 @@ DEVICE void code_row(Row& s, u32* words, const Picture& picture, const Shape& sh
                 if (picture.coded) {
                     const Samples at = samples_of(shape, block, column, row);
                     UNROLLED for (int place = 0; place < 16; ++place)
-                        picture.coded[at.first[place >> 2] + at.column[place & 3]] = s.samples[lane][place];
+                        picture.coded[place_in(at, place)] = s.samples[lane][place];
                 }
                 transform(residual, coefficients);
                 s.dc[block.plane ? lane : 4 * block.y + block.x] = coefficients[0];
@@ -531,7 +534,7 @@ DEVICE void code_row(Row& s, u32* words, const Picture& picture, const Shape& sh
             if (lane < BLOCKS && is_full && picture.coded) {  // far from what it is, so that the next picture codes it
                 const Samples at = samples_of(shape, block_at(lane), column, row);
                 UNROLLED for (int place = 0; place < 16; ++place)
-                    picture.coded[at.first[place >> 2] + at.column[place & 3]] = s.samples[lane][place] ^ 0x80;
+                    picture.coded[place_in(at, place)] = s.samples[lane][place] ^ 0x80;
             }
         END_LANES
         FOR_LANES  // 8.5.10, 8.5.11.2: what a decoder makes of the DC levels
@@ -625,7 +628,7 @@ DEVICE Shape shape_of(int width, int height, int row_bytes) {
 DEVICE int room_of(int row_bytes) { return row_bytes * 3 / 2 + 8; }  // with all that emulation prevention may add
 
 #ifdef __CUDACC__
-// Grid: (rows, pictures), 32 threads. pictures: in the host's memory; rows: (pictures, rows, room_of) bytes; coded: (pictures, rows).
+// Grid: (rows, pictures), 32 threads. rows: (pictures, rows, room_of) bytes; coded: (pictures, rows).
 KERNEL void code_rows(const Picture* pictures, u8* rows, Coded* coded, int width, int height, int row_bytes) {
     extern __shared__ u32 memory[];
     Row& s = *reinterpret_cast<Row*>(memory);
@@ -633,7 +636,7 @@ KERNEL void code_rows(const Picture* pictures, u8* rows, Coded* coded, int width
     const int row = blockIdx.x, place = blockIdx.y * shape.rows + row;
     u32* words = memory + (sizeof(Row) + 3) / 4;
     u8* out = rows + (long long)place * room_of(row_bytes);
-    const Picture picture = pictures[blockIdx.y];  // once: they lie in the host's memory
+    const Picture picture = pictures[blockIdx.y];  // once: it lies in the host's memory
     code_row(s, words, picture, shape, row, out, coded + place);
 }
 

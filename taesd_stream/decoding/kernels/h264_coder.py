@@ -19,8 +19,9 @@ from torch import Tensor
 
 from taesd_stream.decoding.host_copies import HostCopies
 from taesd_stream.decoding.host_copy import HostCopy
+from taesd_stream.decoding.kernels.cubins import Program
 from taesd_stream.decoding.kernels.library import Library
-from taesd_stream.media.parameter_sets import MACROBLOCK, parameter_sets
+from taesd_stream.media.parameter_sets import macroblocks, parameter_sets
 
 MOST_WIDTH: Final = 2048  # pixels, of planes: what a row needs of a block's shared memory stays under 48 KiB
 KEPT_BYTES: Final = 256 << 20  # of pictures as they were coded; those of streams that are coded seldom go first
@@ -31,7 +32,8 @@ MOST_QP: Final = 40
 # As h264.cu has them.
 PICTURE: Final = np.dtype(
     [("planes", "u8"), ("coded", "u8")]
-    + [(name, "i4") for name in ("qp", "frame_num", "idr_pic_id", "is_first", "refreshed", "_")],
+    + [(name, "i4") for name in ("qp", "frame_num", "idr_pic_id", "is_first", "refreshed")],
+    align=True,
 )
 CODED: Final = np.dtype([("bytes", "i4"), ("detail", "i4")])
 HEAD_BYTES: Final = PICTURE.itemsize + CODED.itemsize
@@ -41,6 +43,12 @@ _MOST_MACROBLOCK, _LEAST_MACROBLOCK, _USUAL_MACROBLOCK = 1600, 4, 192  # bytes
 SHARED_BYTES: Final = 4608  # of a row, but for its bits
 ROW_THREADS: Final = 32
 JOIN_THREADS: Final = 256
+
+
+def coder_program(device: torch.device) -> Program:
+    """What an NVIDIA GPU codes with."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return Program("h264.cu", f"sm_{major}{minor}")
 
 
 def row_bytes(columns: int) -> int:
@@ -54,12 +62,12 @@ def row_room(columns: int) -> int:
     return row_bytes(columns) * 3 // 2 + 8
 
 
-def quantiser(detail: int, macroblocks: int) -> int:
-    """QP for a picture of such detail (see h264.cu).
+def quantiser(detail: int, count: int) -> int:
+    """QP for a picture of so many macroblocks and such detail (see h264.cu).
 
     Fitted to what libx264 takes at crf 23 for previews, a clip, noise and dark pictures: within 2 of it.
     """
-    return min(MOST_QP, round(24 + math.log2(max(2.0 ** (LEAST_QP - 24), detail / macroblocks))))
+    return min(MOST_QP, round(24 + math.log2(max(2.0 ** (LEAST_QP - 24), detail / count))))
 
 
 class Due(NamedTuple):
@@ -98,7 +106,7 @@ class CodedStream:
         else:
             self._since_first += 1
         self._pictures += 1
-        return self.qp, self._since_first % 16, self._id, int(not self._since_first), self._pictures % REFRESH, 0
+        return self.qp, self._since_first % 16, self._id, int(not self._since_first), self._pictures % REFRESH
 
 
 class CodedBatch:
@@ -111,7 +119,7 @@ class CodedBatch:
         self.copy = copy
         self._places = {number: (place, stream) for place, (number, stream) in enumerate(order)}
         self._size = size
-        self._macroblocks = math.prod(-(-side // MACROBLOCK) for side in size)
+        self._macroblocks = math.prod(macroblocks(*size))
         self._joined_at = len(order) * HEAD_BYTES
         self._room = (len(copy.array) - self._joined_at) // len(order)
 
@@ -149,7 +157,7 @@ class H264Coder:
         _, rows, width = planes.shape
         count = len(due)
         size = (width, rows // 3 * 2)
-        columns, slices = (-(-side // MACROBLOCK) for side in size)
+        columns, slices = macroblocks(*size)
         room = slices * row_room(columns)
         turns = turns_of([one.run for one in due])
         streams = {one.run: self._next_in(one.run) for one in due}

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 
@@ -15,6 +15,8 @@ from taesd_stream.decoding.kernels.cubins import TINY_DECODER, KernelsUnavailabl
 from taesd_stream.decoding.kernels.launching import Kernels
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 WITHOUT: Final = "cuDNN's fused calls"
 _COMPILING: Final = threading.Lock()  # the next decoder's finds on disk what this one's has kept
@@ -49,19 +51,13 @@ class KernelsLater:
         cubin, self._cubin = self._cubin, None
         try:
             with torch.inference_mode(), torch.cuda.device(self._device):
-                self.reason = self._use(self._load(cubin.result()))
+                kernels = loaded(cubin, TINY_DECODER, self._cache, lambda code: Kernels(code, self._device))
+                self.reason = self._use(kernels)
         except Exception as error:  # noqa: BLE001 pictures are worth more than kernels
             self.reason = f"{WITHOUT}: {error}"
             logger.warning("kernels_not_used reason=%s", error)
         else:
             logger.info("kernels_used device=%s", torch.cuda.get_device_name(self._device))
-
-    def _load(self, cubin: bytes) -> Kernels:
-        try:
-            return Kernels(cubin, self._device)
-        except KernelsUnavailableError:
-            forget(TINY_DECODER, self._cache)  # broken on disk, perhaps: the next start compiles anew
-            raise
 
 
 def compile_behind(program: Program, cache: Path | None) -> Future[bytes]:
@@ -79,6 +75,16 @@ def compile_behind(program: Program, cache: Path | None) -> Future[bytes]:
 
     threading.Thread(target=compile_kernels, name="kernels", daemon=True).start()
     return future
+
+
+def loaded(cubin: Future[bytes], program: Program, cache: Path | None, load: Callable[[bytes], T]) -> T:
+    """Wait for what `compile_behind` compiles, and load it. Raises: whatever was in its way, and what `load` does."""
+    code = cubin.result()
+    try:
+        return load(code)
+    except KernelsUnavailableError:
+        forget(program, cache)  # broken on disk, perhaps: the next start compiles anew
+        raise
 
 
 def lacks_for_kernels(capability: tuple[int, int]) -> str | None:

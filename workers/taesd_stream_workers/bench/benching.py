@@ -28,7 +28,7 @@ from taesd_stream_workers.bench.broker_load import BrokerLoad, running_broker
 from taesd_stream_workers.bench.worker_load import PICTURES, Case, melting_latents, worker_frame_s
 from taesd_stream_workers.worker.decode_worker import encoders_at_once, processors
 from taesd_stream_workers.worker.devices import choose_device
-from taesd_stream_workers.worker.rendering import Sizes, bring, render
+from taesd_stream_workers.worker.rendering import Sizes, render
 
 Row: TypeAlias = dict[str, Any]
 Step: TypeAlias = tuple[str, Callable[[], None]]  # what it measures, in words
@@ -235,10 +235,9 @@ class Bench:
         count = max(LEAST_RUNS, min(PICTURES, round(2 * self._seconds / frame_s)))  # no minute for a slow decoder's
         for latent in melting_latents(case.shape, count):
             for _, rgb in engine.decode(latent[None], budget_bytes=self._config.decoder.memory_bytes):
-                for group in render(list(rgb), [tuple(found)], self._sizes):
-                    for one in bring(group, group.members, copies):
-                        one.copy.wait()
-                        found[one.rendition].append(np.array(one.planes))
+                for one in render(list(rgb), [tuple(found)], self._sizes, copies):
+                    one.copy.wait()
+                    found[one.rendition].append(np.array(one.planes))
         return {rendition: planes + planes[-2:0:-1] for rendition, planes in found.items()}
 
     # --- a whole worker: what decoding and encoding do side by side, and Python between them ---

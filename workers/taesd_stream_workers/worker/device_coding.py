@@ -18,9 +18,9 @@ from torch import Tensor
 
 from taesd_stream.decoding.host_copies import HostCopies
 from taesd_stream.decoding.host_copy import HostCopy
-from taesd_stream.decoding.kernels.cubins import KernelsUnavailableError, Program, forget
-from taesd_stream.decoding.kernels.h264_coder import MOST_WIDTH, CodedBatch, Due, H264Coder
-from taesd_stream.decoding.kernels.later import compile_behind
+from taesd_stream.decoding.kernels.cubins import KernelsUnavailableError
+from taesd_stream.decoding.kernels.h264_coder import MOST_WIDTH, CodedBatch, Due, H264Coder, coder_program
+from taesd_stream.decoding.kernels.later import compile_behind, loaded
 from taesd_stream.media.encoder import EncodedPicture
 from taesd_stream.media.parameter_sets import has_level
 
@@ -55,8 +55,7 @@ class DeviceCoding:
         self._batches: queue.SimpleQueue[tuple[CodedBatch, Sequence[CodingTask]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="coded pictures")
         if device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(device)
-            self._program = Program("h264.cu", f"sm_{major}{minor}")
+            self._program = coder_program(device)
             self._cubin = compile_behind(self._program, cache)
 
     def start(self) -> None:
@@ -80,7 +79,7 @@ class DeviceCoding:
             return
         cubin, self._cubin = self._cubin, None
         try:
-            coder = self._loaded(cubin.result())
+            coder = loaded(cubin, self._program, self._cache, self._load)
             check(coder, self._device)
         except torch.OutOfMemoryError as error:
             self._cubin = cubin  # tried again with the next picture
@@ -122,12 +121,8 @@ class DeviceCoding:
         self._batches.put(None)
         self._thread.join()
 
-    def _loaded(self, cubin: bytes) -> H264Coder:
-        try:
-            return H264Coder(cubin, self._copies, self._device)
-        except KernelsUnavailableError:
-            forget(self._program, self._cache)  # broken on disk, perhaps: the next start compiles anew
-            raise
+    def _load(self, cubin: bytes) -> H264Coder:
+        return H264Coder(cubin, self._copies, self._device)
 
     def _run(self) -> None:
         try:

@@ -114,7 +114,7 @@ class EncodePool:
         granted: runs that were let in and are not submitted yet.
         """
         with self._room:
-            runs = {run for run, rendition in self._chains if rendition == "live"} | set(granted)
+            runs = self._live_runs() | set(granted)
         return run in runs or len(runs) < MANY_LIVE
 
     def takes_film(self, run: str, *, granted: int = 0, is_busy: bool = False) -> bool:
@@ -159,9 +159,12 @@ class EncodePool:
     def _chain(self, task: EncodeTask) -> Chain:
         key = (task.run, task.rendition)
         if key not in self._chains:
-            live = sum(rendition == "live" for _, rendition in self._chains)
-            self._chains[key] = Chain(run=task.run, rendition=task.rendition, is_one_of_many=live >= MANY_LIVE)
+            is_one_of_many = len(self._live_runs()) >= MANY_LIVE
+            self._chains[key] = Chain(run=task.run, rendition=task.rendition, is_one_of_many=is_one_of_many)
         return self._chains[key]
+
+    def _live_runs(self) -> set[str]:
+        return {run for run, rendition in self._chains if rendition == "live"}
 
     def _end(self, chain: Chain) -> None:
         self._waiting += 1

@@ -71,6 +71,14 @@ class Rendered:
 
 
 def render(
+    pictures: Sequence[Tensor], renditions: Sequence[tuple[Rendition, ...]], sizes: Sizes, copies: HostCopies
+) -> Iterator[Rendered]:
+    """`convert`, and all of it on its way to the host."""
+    for group in convert(pictures, renditions, sizes):
+        yield from bring(group, group.members, copies)
+
+
+def convert(
     pictures: Sequence[Tensor], renditions: Sequence[tuple[Rendition, ...]], sizes: Sizes
 ) -> Iterator[Converted]:
     """Planes of pictures for each of their renditions; those of one rendition and shape in the order of the pictures.
@@ -119,11 +127,12 @@ def _convert(
 def bring(converted: Converted, members: Sequence[Member], copies: HostCopies) -> Iterator[Rendered]:
     """Some of what was converted, on its way to the host; no other row is copied."""
     rows = sorted({member.row for member in members})
+    places = {row: place for place, row in enumerate(rows)}
     planes = converted.planes
     # stacked: an index would be a tensor that goes to the device, and waits for what is launched there
     copy = copies.download(planes if len(rows) == len(planes) else torch.stack([planes[row] for row in rows]))
     for member in members:
-        yield Rendered(member.number, member.rendition, copy.array[rows.index(member.row)], converted.size, copy)
+        yield Rendered(member.number, member.rendition, copy.array[places[member.row]], converted.size, copy)
 
 
 def as_pictures(latents: Tensor) -> Tensor:

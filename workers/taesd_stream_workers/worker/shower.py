@@ -20,7 +20,7 @@ from taesd_stream_workers.worker.device_coding import CodingTask, DeviceCoding
 from taesd_stream_workers.worker.encode_pool import EncodePool, EncodeTask
 from taesd_stream_workers.worker.job_pictures import Picture, Shown
 from taesd_stream_workers.worker.job_run import JobRun
-from taesd_stream_workers.worker.rendering import Converted, Member, Rendered, Sizes, bring, render
+from taesd_stream_workers.worker.rendering import Converted, Member, Rendered, Sizes, bring, convert
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,44 +85,47 @@ class Shower:
             for picture in shown.pictures
         ]
         if shown.planes is None:
-            converted = render(shown.rgb, wanted, outlet.sizes)
+            converted = convert(shown.rgb, wanted, outlet.sizes)
         else:
             each = [Member(row, row, rendition) for row, renditions in enumerate(wanted) for rendition in renditions]
             converted = iter([Converted(shown.planes, shown.size, each)])
         for group in converted:
-            coded = self._coded_there(group, shown)
-            if not self._code(group, coded, shown):
-                coded = []
-            self._encode(group, [member for member in group.members if member not in coded], shown)
+            coded, encoded = self._shared_out(group, shown)
+            if coded and not self._code(group, coded, shown):
+                encoded = group.members
+            if encoded:
+                self._encode(group, encoded, shown)
 
-    def _coded_there(self, group: Converted, shown: Shown) -> list[Member]:
-        """Which pictures the device is to code: what is seen at each step, of more streams than encoders serve well."""
+    def _shared_out(self, group: Converted, shown: Shown) -> tuple[list[Member], Sequence[Member]]:
+        """Which pictures the device is to code, and which the encoders.
+
+        The device: what is seen at each step, of more streams than encoders serve well.
+        """
         if not self._outlet.coding.takes(group.planes):
-            return []
+            return [], group.members
         coded: list[Member] = []
+        encoded: list[Member] = []
         opened: set[str] = set()
         for member in group.members:
             item = self._items[shown.pictures[member.number].place][0]
             if member.rendition != "live" or item.kind != "steps":
-                continue
+                encoded.append(member)
             # as before: pictures of a run that came from both would not come in order
-            if not self._outlet.coding.has(item.run) and self._outlet.pool.takes_live(item.run, granted=opened):
+            elif not self._outlet.coding.has(item.run) and self._outlet.pool.takes_live(item.run, granted=opened):
                 opened.add(item.run)
+                encoded.append(member)
             else:
                 coded.append(member)
-        return coded
+        return coded, encoded
 
     def _code(self, group: Converted, members: Sequence[Member], shown: Shown) -> bool:
         """Have the device code them. Returns: whether it does."""
-        if not members:
-            return False
         tasks = []
         for member in members:
             picture = shown.pictures[member.number]
             item = self._items[picture.place][0]
-            order = self._order(item, member.rendition, group.size, picture)
             task = CodingTask(
-                due=Due(member.row, item.run, order.pts, order.keyframe),
+                due=Due(member.row, item.run, picture.pts, _begins(item, member.rendition, picture)),
                 size=group.size,
                 on_done=partial(self._send, item, member.rendition, picture),
             )
@@ -135,8 +138,6 @@ class Shower:
         return True
 
     def _encode(self, group: Converted, members: Sequence[Member], shown: Shown) -> None:
-        if not members:
-            return
         outlet = self._outlet
         rendered = list(bring(group, members, outlet.copies))
         for one in rendered:
@@ -157,22 +158,19 @@ class Shower:
         return EncodeTask(
             run=item.run,
             rendition=one.rendition,
-            order=self._order(item, one.rendition, one.size, picture),
+            order=Order(
+                attempt=_attempt(item, one.rendition),
+                keyframe=_begins(item, one.rendition, picture),
+                pts=picture.pts,
+                width=one.size[0],
+                height=one.size[1],
+                track=picture.index % picture.tracks,
+                tracks=picture.tracks,
+                is_clip=item.kind == "clip",
+            ),
             planes=one.planes,
             copy=one.copy,
             on_done=lambda encoded: self._send(item, one.rendition, picture, encoded, one.copy),
-        )
-
-    def _order(self, item: JobItem, rendition: Rendition, size: tuple[int, int], picture: Picture) -> Order:
-        return Order(
-            attempt=_attempt(item, rendition),
-            keyframe=rendition == "live" and picture.index == 0 and (item.keyframe or item.kind == "clip"),
-            pts=picture.pts,
-            width=size[0],
-            height=size[1],
-            track=picture.index % picture.tracks,
-            tracks=picture.tracks,
-            is_clip=item.kind == "clip",
         )
 
     def _send(
@@ -223,6 +221,11 @@ class Shower:
             placed_ns=item.placed_ns,
             payload=encoded.payload,
         )
+
+
+def _begins(item: JobItem, rendition: Rendition, picture: Picture) -> bool:
+    """Whether a viewer must be able to begin with a picture."""
+    return rendition == "live" and picture.index == 0 and (item.keyframe or item.kind == "clip")
 
 
 def _attempt(item: JobItem, rendition: Rendition) -> int:

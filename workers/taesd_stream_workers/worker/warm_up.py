@@ -14,7 +14,7 @@ from taesd_stream.latent_formats import latent_format
 from taesd_stream.media.encoder import EncodedPicture
 from taesd_stream_workers.worker.chain_encoder import Order
 from taesd_stream_workers.worker.encode_pool import LOOK_S, EncodePool, EncodeTask
-from taesd_stream_workers.worker.rendering import bring, render
+from taesd_stream_workers.worker.rendering import render
 from taesd_stream_workers.worker.shower import Outlet
 
 FORMAT: Final = "sd1"  # any one with rgb factors
@@ -38,14 +38,14 @@ def warm_up(device: torch.device, outlet: Outlet, *, budget_bytes: int) -> None:
             on_done=made.put,
         )
         for _, rgb in engine.decode(latents, budget_bytes=budget_bytes)
-        for group in render([rgb[0]], [RENDITIONS], outlet.sizes)
-        for one in bring(group, group.members, outlet.copies)
+        for one in render([rgb[0]], [RENDITIONS], outlet.sizes, outlet.copies)
     ]
     outlet.pool.submit(tasks)
     outlet.pool.forget("")
     for _ in tasks:
         if _next(made, outlet.pool) is None:
             raise RuntimeError("a picture could not be encoded: see the log")
+    outlet.coding.take_over()  # and checked here, where its kernels are compiled: no picture waits for that
 
 
 def _next(made: queue.SimpleQueue[EncodedPicture | None], pool: EncodePool) -> EncodedPicture | None:
