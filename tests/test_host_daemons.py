@@ -18,7 +18,7 @@ import pytest
 from taesd_stream import LatentPublisher
 from taesd_stream.config import load_config
 from taesd_stream.folder_lock import FolderLock
-from taesd_stream_workers.host_daemons import configs_of
+from taesd_stream_workers.host_daemons import configs_of, share_of
 from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.page_socket import PageSocket
@@ -56,6 +56,17 @@ def test_fewer_devices_than_daemons_are_shared() -> None:
     config = load_config(values={"decoder": {"device": "cuda:0,cuda:1"}, "broker": {"bind": "tcp://127.0.0.1:0"}})
     assert [one.decoder.device for one in configs_of(config, 3)] == ["cuda:0", "cuda:1", "cuda:0"]
     assert configs_of(config, 1) == [config]
+
+
+def test_who_shares_a_gpu_is_told_of_mps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU that several workers have, until NVIDIA's service that lets them share it has opened its pipe."""
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    assert share_of(2, ["cuda:0", "cuda:1"]) == share_of(2, ["cpu", "cpu"])
+    said = share_of(3, ["cuda:0", "cuda:1", "cuda:0"])
+    assert "cuda:0 in turns" in said
+    assert "nvidia-cuda-mps-control -d" in said
+    (tmp_path / "control").touch()
+    assert share_of(3, ["cuda:0", "cuda:1", "cuda:0"]) == share_of(3, ["cpu", "cpu", "cpu"])
 
 
 @pytest.mark.slow

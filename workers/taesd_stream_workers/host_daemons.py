@@ -7,6 +7,7 @@ by the stream's name; the first one's page has the others as its peers.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -21,6 +22,7 @@ from taesd_stream_workers.start_checks import is_free
 from taesd_stream_workers.supervisor import Addresses, Supervisor
 
 MAX_PORT: Final = 65535
+MPS_COMMAND: Final = "nvidia-cuda-mps-control -d"
 TURN_S: Final = 0.2  # Windows tells Python of Ctrl-C between two waits only
 
 T = TypeVar("T")
@@ -102,6 +104,24 @@ def configs_of(config: Config, count: int) -> list[Config]:
         )
         for place, one in enumerate(all_of_them)
     ]
+
+
+def share_of(count: int, used: Sequence[str]) -> str:
+    """What `count` daemons have together, for people; and how they get more of a GPU that several have.
+
+    used: the devices of all their workers, one each.
+    """
+    text = f"the {count} daemons have {os.cpu_count()} processors together"
+    shared = [name for name, workers in Counter(used).items() if name.startswith("cuda") and workers > 1]
+    if not shared or is_mps_on():
+        return text
+    return f"{text}, and {', '.join(shared)} in turns; for side by side start NVIDIA's MPS before: {MPS_COMMAND}"
+
+
+def is_mps_on() -> bool:
+    """Whether programs that start now share a GPU by NVIDIA's Multi-Process Service: CUDA looks for this pipe, too."""
+    folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")  # noqa: S108 NVIDIA's own default
+    return (Path(folder) / "control").exists()
 
 
 def _another(config: Config, number: int, taken: set[int]) -> Config:

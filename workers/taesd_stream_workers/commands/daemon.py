@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -158,16 +157,18 @@ def _greet(
     """Who is ready, and last, where to look."""
     from rich.console import Console
 
+    from taesd_stream_workers.host_daemons import share_of
     from taesd_stream_workers.role.addresses import dialled
 
     brokers = [one.broker for one in addresses]
-    decoders = [f"{row['device']}: {row['reason']}" for roles in daemons.status() for row in roles if "device" in row]
+    workers = [row for roles in daemons.status() for row in roles if "device" in row]
+    decoders = [f"{row['device']}: {row['reason']}" for row in workers]
     several = f"export TAESD_STREAM_ADDRESS={','.join(map(dialled, brokers))}"
     lines = {
         "Broker": f"ready at {', '.join(brokers)}",
         "Streamer": f"ready, recordings in {', '.join(str(one.recording_folder) for one in configs)}",
         "Decoder": f"ready on {'; '.join(decoders)}",
-        "Share": f"the {len(configs)} daemons have {os.cpu_count()} processors together" if len(configs) > 1 else "",
+        "Share": share_of(len(configs), [row["device"] for row in workers]) if len(configs) > 1 else "",
         "Publish": "" if is_demo else several if len(brokers) > 1 else PUBLISH_LINE.format(brokers[0]),
         "Stop": "Ctrl-C; files are closed properly",
     }
