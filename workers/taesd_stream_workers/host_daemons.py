@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from taesd_stream.config import AUTO, Config, PeerDaemon
 from taesd_stream.errors import ConfigError
 from taesd_stream_workers.role.addresses import LOOPBACK
-from taesd_stream_workers.role.gpus import devices
+from taesd_stream_workers.role.gpus import devices, is_mps_on
 from taesd_stream_workers.start_checks import is_free
 from taesd_stream_workers.supervisor import Addresses, Supervisor
 
@@ -116,12 +116,6 @@ def share_of(count: int, used: Sequence[str]) -> str:
     if not shared or is_mps_on():
         return text
     return f"{text}, and {', '.join(shared)} in turns; for side by side start NVIDIA's MPS before: {MPS_COMMAND}"
-
-
-def is_mps_on() -> bool:
-    """Whether programs that start now share a GPU by NVIDIA's Multi-Process Service: CUDA looks for this pipe, too."""
-    folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")  # noqa: S108 NVIDIA's own default
-    return (Path(folder) / "control").exists()
 
 
 def _another(config: Config, number: int, taken: set[int]) -> Config:

@@ -122,6 +122,12 @@ def visible_gpus() -> list[Gpu]:
     return found
 
 
+def is_mps_on() -> bool:
+    """Whether programs that start now share a GPU by NVIDIA's Multi-Process Service: CUDA looks for this pipe, too."""
+    folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")  # noqa: S108 NVIDIA's own default
+    return (Path(folder) / "control").exists()
+
+
 def _free_bytes(bus_id: str) -> int | None:
     """By NVML, which needs no memory on the GPU itself."""
     try:

@@ -79,7 +79,7 @@ class DeviceCoding:
             return
         cubin, self._cubin = self._cubin, None
         try:
-            coder = loaded(cubin, self._program, self._cache, self._load)
+            coder = loaded(cubin, self._program, self._cache, lambda code: H264Coder(code, self._copies, self._device))
             check(coder, self._device)
         except torch.OutOfMemoryError as error:
             self._cubin = cubin  # tried again with the next picture
@@ -120,9 +120,6 @@ class DeviceCoding:
         """Hand on what is coded, then end the thread."""
         self._batches.put(None)
         self._thread.join()
-
-    def _load(self, cubin: bytes) -> H264Coder:
-        return H264Coder(cubin, self._copies, self._device)
 
     def _run(self) -> None:
         try:
