@@ -28,12 +28,10 @@ class DeviceTensor(TensorSnapshot):
         super().__init__(latents, dtype, magnitude)
         self._staged = self._torch.float16 if dtype == "uint8" else getattr(self._torch, dtype)
         self.held_bytes = latents.numel() * self._staged.itemsize
-        # of one device the current stream is known without asking torch.cuda in Python, which takes 0.03 ms
         self._is_cuda = self._device.type == "cuda"
-        self._is_only = self._is_cuda and hasattr(self._torch, "Event") and self._torch.cuda.device_count() == 1
         is_plain = self._type in (self._torch.Tensor, self._torch.nn.Parameter) and self._source == self._staged
         self._driver: Any = _driver() if self._is_cuda else None
-        self._is_driver_enough = self._driver is not None and self._is_only and is_plain
+        self._is_driver_enough = self._driver is not None and is_plain
         self._is_relaxed = self._driver is None  # the side thread
         self._free: deque[Any] = deque(maxlen=2)  # (memory, event) that nothing is copied to any more, used again
         # Held until they are free: perhaps the copy is on another stream than the one that the memory was made on, to
@@ -45,27 +43,24 @@ class DeviceTensor(TensorSnapshot):
     def take(self, latents: Any) -> Any:
         if not self._fits(latents):
             return None
-        if self._is_cuda and self._is_captured():
+        is_current = self._is_cuda and self._torch.cuda.current_device() == self._device.index
+        if self._is_cuda and self._is_captured(is_current=is_current):
             raise RuntimeError(CAPTURED)
         if latents.requires_grad:
             latents = latents.detach()  # or the memory would hold on to how they came about
-        try:
-            taken = staged, event = self._free.pop()
-        except IndexError:
-            taken = staged, event = self._new()
-        if not self._copy_by_driver(staged, latents):
+        taken = staged, event = self._room()
+        if not is_current or not self._copy_by_driver(staged, latents):
             staged.copy_(latents, non_blocking=True)
-        if self._is_only:
-            event.record()
+        if is_current:
+            event.record()  # to look the stream up in Python takes 0.03 ms
         elif event is not None:
-            # of the tensor's device, perhaps not the current one
             event.record(self._torch.cuda.current_stream(self._device))
         return taken
 
-    def _is_captured(self) -> bool:
+    def _is_captured(self, *, is_current: bool) -> bool:
         """Whether what the latents' device is told now goes into a CUDA graph."""
         cuda = self._torch.cuda
-        if self._is_only or cuda.current_device() == self._device.index:
+        if is_current:
             return bool(cuda.is_current_stream_capturing())
         with cuda.device(self._device):
             return bool(cuda.is_current_stream_capturing())
@@ -74,24 +69,52 @@ class DeviceTensor(TensorSnapshot):
         """Returns: whether it took the copy; a thread that has not used CUDA yet, for one, torch has to make ready."""
         if not self._is_driver_enough or not latents.is_contiguous() or latents.is_neg():
             return False
+        # Of a thread's device torch may only have taken note, and the default stream has the same handle on each.
+        at = c_int(-1)
+        if self._driver.cuCtxGetDevice(byref(at)) != 0 or at.value != self._device.index:
+            return False
         stream = self._torch._C._cuda_getCurrentRawStream(self._device.index)
         copy = self._driver.cuMemcpyDtoDAsync_v2
         return bool(copy(staged.data_ptr(), latents.data_ptr(), self.held_bytes, stream) == 0)
 
-    def _new(self) -> tuple[Any, Any]:
+    def _room(self) -> tuple[Any, Any]:
         """Memory for a copy and, on CUDA, its event."""
+        try:
+            room: tuple[Any, Any] = self._free.pop()
+        except IndexError:
+            return self._picked_up() or self._new()
+        return room
+
+    def _picked_up(self) -> tuple[Any, Any] | None:
+        """The oldest that was dropped, once nothing is copied to it any more. Both threads."""
+        try:
+            taken: tuple[Any, Any] = self._dropped.popleft()
+        except IndexError:
+            return None
+        if self._is_done(taken):
+            return taken
+        self._dropped.appendleft(taken)
+        return None
+
+    def _new(self) -> tuple[Any, Any]:
         torch = self._torch
         with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
             staged = torch.empty(self.shape, dtype=self._staged, device=self._device)
         if not self._is_cuda:
             return staged, None
-        return staged, torch.Event("cuda", enable_timing=False) if self._is_only else torch.cuda.Event()
+        if not hasattr(torch, "Event"):
+            return staged, torch.cuda.Event()  # which looks the current stream up in Python
+        return staged, torch.Event("cuda", enable_timing=False)
 
     def drop(self, taken: Any) -> None:
         self._dropped.append(taken)
 
     def is_ready(self, taken: Any) -> bool:
         self._relax()
+        return self._is_done(taken)
+
+    @staticmethod
+    def _is_done(taken: Any) -> bool:
         try:
             return taken[1] is None or bool(taken[1].query())
         except RuntimeError:  # the device failed: to_bytes() says so
@@ -106,8 +129,8 @@ class DeviceTensor(TensorSnapshot):
             event.synchronize()  # without the GIL; at once, but at a run's end, for is_ready() was asked before
             host = self._fetch(staged)
         self._free.append(taken)
-        while self._dropped and self.is_ready(self._dropped[0]):
-            self._free.append(self._dropped.popleft())
+        while (free := self._picked_up()) is not None:
+            self._free.append(free)
         words = host.view(self._torch.int16) if self.dtype == "bfloat16" else host
         data: bytes = words.numpy().tobytes()
         return data
@@ -149,6 +172,7 @@ def _driver() -> CDLL | None:
         # (target, source, bytes, stream), 0 on success; copy_ comes to the same by a way through torch that costs the
         # sampler's thread 0.04 ms more
         driver.cuMemcpyDtoDAsync_v2.argtypes = [c_uint64, c_uint64, c_size_t, c_void_p]
+        driver.cuCtxGetDevice.argtypes = [POINTER(c_int)]
         driver.cuThreadExchangeStreamCaptureMode.argtypes = [POINTER(c_int)]
     except (OSError, AttributeError):
         return None

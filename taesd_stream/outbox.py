@@ -22,7 +22,7 @@ from taesd_stream.kept_frames import KeptFrames
 from taesd_stream.latent_log import LogError
 from taesd_stream.latent_snapshot import Snapshot
 from taesd_stream.messages import End
-from taesd_stream.publish_rhythm import NEVER_NS, PublishRhythm
+from taesd_stream.publish_rhythm import NEVER_NS, SOON_NS, PublishRhythm
 
 logger = logging.getLogger(__name__)
 
@@ -90,17 +90,18 @@ class Outbox:
 
     The sampler's thread takes no lock: it tests `wanted` and appends to `said`, either what it offers or, where nobody
     wants that, only how many latents it would be in video time. The order there is the order of seq. For what it offers
-    it wakes the side thread, unless `look_ns` is soon: a promise, NEVER_NS from before each look at `said` until
-    the next one is made. `is_busy` is the sampler's, too. Everything else that is not the side thread's own is changed
-    under `changed`, which is never held over a disk write or a copy from a device: `said` at its other end, `pending`,
-    `mode`, `next_…`, `kept_from`, `error` and the other `is_…` flags.
+    it wakes the side thread if that is before `wake_before_ns`, or the last step's: a promise to look by itself in
+    time, NEVER_NS from before each look at `said` until the next one is made. `is_busy` is the sampler's, too.
+    Everything else that is not the side thread's own is changed under `changed`, which is never held over a disk write
+    or a copy from a device: `said` at its other end, `pending`, `mode`, `next_…`, `kept_from`, `error` and the other
+    `is_…` flags.
     """
 
     def __init__(self, info: StreamInfo, *, ring_bytes: int, log_folder: Path) -> None:
         self.wanted = True  # one test, before anything is built
         self.said: deque[Said | int] = deque()
         self.is_busy = False  # the sampler's thread is taking a snapshot
-        self.look_ns = NEVER_NS  # when the side thread looks at `said`, woken or not
+        self.wake_before_ns = NEVER_NS  # whoever publishes later need not wake the side thread
         self.changed = Condition(RLock())  # a signal's handler may publish, too
         self.is_closed = False  # nothing more is taken
         self.mode: RecordMode | None = info.record  # None: the broker has not said yet
@@ -155,16 +156,21 @@ class Outbox:
             self.is_closed = self.wanted = True  # so that publish() looks closer
             return self.next_seq - 1
 
-    def collect(self, *, is_last: bool = False) -> None:
+    def collect(self, rest_s: float = -math.inf, *, is_last: bool = False) -> None:
         """Bring what is off its device into the slot, the ring or the undecided; the side thread alone.
 
+        rest_s: monotonic; until then nothing is sent that nobody keeps, nor is it fetched: a newer one may come.
         is_last: bring all of it, and wait for devices.
         """
-        self.look_ns = NEVER_NS  # first: who publishes from here on may come too late for this look
+        self.wake_before_ns = NEVER_NS  # first: who publishes from here on may come too late for this look
         with self.changed:
             self.place()
             waiting = list(self.pending)
-        taken = set(map(id, waiting if is_last else self.looks.ready(waiting)))
+            is_early = self._is_early(rest_s, time.monotonic())
+        if is_last:
+            taken = set(map(id, waiting))
+        else:
+            taken = set(map(id, self.looks.ready([] if is_early else waiting)))
         with self.changed:
             # not what publish() has dropped since: its memory may be the next frame's by now
             ready = [one for one in self.pending if id(one) in taken]
@@ -185,11 +191,20 @@ class Outbox:
             self._is_collecting = False
             self.changed.notify_all()
 
-    def expect(self) -> int:
-        """Promise when the next look is: `look_ns`. The side thread alone, before it waits."""
+    def expect(self, rest_s: float = -math.inf) -> float:
+        """Promise when the next look is, for publishes from `wake_before_ns` on. The side thread alone, before it waits.
+
+        rest_s: as of collect(). Returns: monotonic seconds, far away where only a wake brings it.
+        """
+        now_ns = time.monotonic_ns()
         with self.changed:
-            self.look_ns = self._rhythm.look_ns(time.monotonic_ns())
-        return self.look_ns
+            look_ns = self._rhythm.look_ns(now_ns)
+            is_before_due = bool(self.pending) or look_ns / 1e9 < rest_s  # else nothing has to be looked at then
+            if is_before_due and self.wanted and self._is_early(rest_s, now_ns / 1e9):
+                self.wake_before_ns = 0
+                return rest_s
+            self.wake_before_ns = look_ns - SOON_NS
+        return look_ns / 1e9
 
     def settle(self, mode: RecordMode) -> bool:
         """The broker said what is kept; the side thread alone. Returns whether that is new.
@@ -275,6 +290,10 @@ class Outbox:
         if not is_end_sent:
             self.keep_last()
         return self.kept.close(info, end)
+
+    def _is_early(self, rest_s: float, now_s: float) -> bool:
+        """Whether all that waits may go on waiting; with `changed` held."""
+        return now_s < rest_s and self.mode in ("off", "last") and not any(map(is_final, self.pending))
 
     def _take(self, frame: LatentFrame) -> None:
         if self.mode == "all" and self.kept_from is not None and frame.seq < self.kept_from:

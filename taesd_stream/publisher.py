@@ -37,7 +37,6 @@ from taesd_stream.keys import KEYS_VARIABLE, Keys, load_keys
 from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
 from taesd_stream.latent_snapshot import Snapshot, is_on_device, snapshot_of
 from taesd_stream.outbox import Outbox, count_of
-from taesd_stream.publish_rhythm import SOON_NS
 from taesd_stream.publisher_exit import end_at_exit, reason_of
 from taesd_stream.publisher_link import PublisherLink
 
@@ -184,7 +183,7 @@ class LatentPublisher:
             said.append((step, total_steps, sigma, sent_ns, snapshot, taken))
             if len(said) > 1:
                 outbox.place()
-            if outbox.look_ns > sent_ns + SOON_NS:
+            if sent_ns < outbox.wake_before_ns or (total_steps is not None and step >= total_steps - 1):
                 self._signal()
             self._fault = None
         except Exception as error:  # noqa: BLE001 the run is worth more than its preview

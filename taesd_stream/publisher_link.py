@@ -162,7 +162,7 @@ class PublisherLink:
                 self._watch(line, poller)
             socket = line.socket
             end = self._end  # before collect(): what was published before close() is said before END
-            self._outbox.collect()
+            self._outbox.collect(self._rest_s)
             self._outbox.spill_if_full(self.run.first)
             self._send_all(socket, end)
             events = self._events()
@@ -174,6 +174,11 @@ class PublisherLink:
             if woken.get(socket, 0) & zmq.POLLIN or not events:  # else it costs 0.07 ms for nothing
                 self._receive_all(socket)
             self._rest()
+
+    @property
+    def _rest_s(self) -> float:
+        """Until when no frame goes that nobody keeps."""
+        return self._pace.next_s if self._end is None else -math.inf
 
     def _stand_aside(self) -> None:
         """Let a publish() that is under way have the GIL: each launch lets go of it, and waits to get it back."""
@@ -253,7 +258,7 @@ class PublisherLink:
         return not self._outbox.pending and not self._outbox.kept.count and self._outbox.kept_from is None
 
     def _timeout_ms(self, *, is_listening: bool) -> int:
-        until = self._outbox.expect() / 1e9
+        until = self._outbox.expect(self._rest_s)
         now = time.monotonic()
         until = min(until, self._next_hello_s, self._give_up_s, self._outbox.looks.next_s, self._gone_s())
         if self._pulse.blocked_since_s is None and not self._is_refused and not self._pulse.is_silent(now):

@@ -456,6 +456,41 @@ def test_the_newest_wins_while_a_device_is_busy(tmp_path: Path) -> None:
     assert devices[0].is_dropped
 
 
+@pytest.mark.parametrize("record", ["off", "last"])
+def test_what_cannot_be_sent_yet_stays_on_its_device(tmp_path: Path, record: RecordMode) -> None:
+    """Until the next frame is due nothing is fetched and nobody needs to be woken; then it is the newest alone."""
+
+    def read_in_vain() -> bytes:
+        raise AssertionError("a newer one was there when it was due")
+
+    box, due_s = outbox(tmp_path, record), time.monotonic() + 1000
+    devices = [*(Device(read_in_vain) for _ in range(4)), Device(lambda: payload_of(4))]
+    for device in devices:
+        box.said.append(device.said())
+        box.collect(due_s)
+        assert box.expect(due_s) == due_s
+        assert box.wake_before_ns == 0
+    assert (len(box.pending), len(box.slot)) == (2, 0)
+    box.collect(time.monotonic())
+    assert [one.seq for one in box.slot] == [4]
+    assert box.expect(time.monotonic()) > due_s
+    assert box.wake_before_ns > time.monotonic_ns()
+
+
+def test_the_last_step_and_what_is_kept_are_fetched_before_the_next_is_due(tmp_path: Path) -> None:
+    """No frame is due for long, but the last step's is sent all the same, and so is what is kept."""
+    due_s = time.monotonic() + 1000
+    for record, is_final in (("off", True), ("all", False)):
+        box = outbox(tmp_path, record)
+        device = Device(lambda: payload_of(0))
+        step, total_steps, *rest = device.said()
+        box.said.append((3 if is_final else step, 4 if is_final else total_steps, *rest))
+        box.collect(due_s)
+        assert len(box.slot) + box.kept.count == 1
+        if not is_final:
+            assert box.expect(due_s) > due_s
+
+
 def test_a_device_that_is_steps_behind_is_shown(tmp_path: Path) -> None:
     """Where each frame is done only after the next ones were published, pictures come all the same, and in order."""
     box = outbox(tmp_path, "off")

@@ -21,7 +21,6 @@ import torch
 from taesd_stream import LatentPublisher, publisher_link
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.messages import PublisherHello, StopRun
-from taesd_stream.publish_rhythm import NEVER_NS
 from taesd_stream.publisher_link import HELLO_S
 from taesd_stream.pulse import MAX_UNHEARD_BYTES
 from tests.broker_peer import TIMEOUT_S, BrokerPeer
@@ -316,7 +315,7 @@ def test_without_eventfd_frames_are_sent_at_once_too(
     publisher = open_run(record="off")
     peer.next(PublisherHello, lambda hello: hello.offset_ns != 0)
     for step in range(20):  # far more than there are seconds, in which HELLO would wake it
-        wait_for(lambda: publisher._outbox.look_ns == NEVER_NS, of="a side thread that waits to be woken")
+        wait_for(lambda: publisher._outbox.wake_before_ns > time.monotonic_ns(), of="a side thread that waits to be woken")
         publish(publisher, 1, first=step)
         peer.frame(step)
     assert sum(isinstance(message, PublisherHello) for message in peer.heard) < 20
@@ -347,6 +346,32 @@ def test_a_sampler_with_a_rhythm_need_not_wake_anybody(peer: BrokerPeer, open_ru
             break
     assert in_silence == 20
     assert hellos < 20  # which are once a second, and look too
+
+
+def test_until_the_next_frame_is_due_only_the_last_step_wakes(peer: BrokerPeer, open_run: Any) -> None:
+    """A sampler faster than what is asked for wakes nobody in vain; its last step is sent at once all the same."""
+    publisher = open_run(record="off")
+    publish(publisher, 1)
+    peer.frame(0)
+    peer.demand(publisher.run, "watched", max_fps=0.001)
+    wait_for(lambda: publisher._link._pace.next_s > time.monotonic(), of="a frame that is not due for long")
+    publish(publisher, 1, first=1)
+    wake, count = publisher._signal, 0
+
+    def counted_wake() -> None:
+        nonlocal count
+        count += 1
+        wake()
+
+    publisher._signal = counted_wake
+    for step in range(2, 6):
+        # HELLO goes out each second, and while it does the side thread promises nothing
+        wait_for(lambda: publisher._outbox.wake_before_ns == 0, of="a side thread that rests until then")
+        publisher.publish(LATENTS, step=step, total_steps=7)
+    assert count < 4
+    publisher.publish(LATENTS, step=6, total_steps=7)
+    assert peer.frame(6).step == 6
+    assert peer.seqs() == [0, 6]
 
 
 def test_the_side_thread_stands_aside_while_a_publish_is_under_way(
