@@ -42,7 +42,11 @@ class Step(Protocol):
 
 def is_final(frame: Step) -> bool:
     """Whether it is the last step's: it is sent whatever the demand."""
-    return frame.total_steps is not None and frame.step >= frame.total_steps - 1
+    return _is_last_step(frame.step, frame.total_steps)
+
+
+def _is_last_step(step: int, total_steps: int | None) -> bool:
+    return total_steps is not None and step >= total_steps - 1
 
 
 # One publish as the sampler's thread leaves it, a tuple, for that costs it least: step, total_steps, sigma (a number,
@@ -116,6 +120,7 @@ class Outbox:
         self._next_index = 0  # of `live`, in video time
         self._next_sent_ns = 0
         self._rhythm = PublishRhythm()
+        self._is_outrun = False  # the newest came before the next was due: else to look then would be in vain
         self._is_collecting = False
         self._newest: LatentFrame | None = None  # of those that nobody keeps, also when it was sent
         self._undecided: deque[LatentFrame] = deque()
@@ -135,6 +140,21 @@ class Outbox:
         """Whether there are frames that are kept, or would be if the run ended now; the side thread alone."""
         is_last_due = self.mode == "last" and self._newest is not None
         return is_last_due or bool(self.pending or self._undecided or self.kept.count)
+
+    def unsay(self) -> None:
+        """Take back what was said last, for a newer one that is said now; the sampler's thread, at `wake_before_ns` 0.
+
+        Nobody would see it, and giving it a place only to drop it there costs the sampler ten times as much.
+        """
+        try:
+            last = self.said.pop()
+        except IndexError:  # the side thread was faster
+            return
+        if isinstance(last, int) or _is_last_step(last[0], last[1]):
+            self.said.append(last)
+            return
+        self.said.append(count_of(last[4].shape) if self._is_live else 1)
+        last[4].drop(last[5])
 
     def place(self) -> None:
         """Give what was said its place in the run; any thread, or a side thread that is late would fill the memory."""
@@ -167,10 +187,10 @@ class Outbox:
             self.place()
             waiting = list(self.pending)
             is_early = self._is_early(rest_s, time.monotonic())
-        if is_last:
-            taken = set(map(id, waiting))
-        else:
-            taken = set(map(id, self.looks.ready([] if is_early else waiting)))
+            if waiting:
+                self._is_outrun = waiting[-1].sent_ns / 1e9 < rest_s
+        ready = waiting if is_last else self.looks.ready([] if is_early else waiting)
+        taken = set(map(id, ready))
         with self.changed:
             # not what publish() has dropped since: its memory may be the next frame's by now
             ready = [one for one in self.pending if id(one) in taken]
@@ -192,17 +212,16 @@ class Outbox:
             self.changed.notify_all()
 
     def expect(self, rest_s: float = -math.inf) -> float:
-        """Promise when the next look is, for publishes from `wake_before_ns` on. The side thread alone, before it waits.
+        """Promise the next look to who publishes from `wake_before_ns` on. The side thread alone, before it waits.
 
         rest_s: as of collect(). Returns: monotonic seconds, far away where only a wake brings it.
         """
         now_ns = time.monotonic_ns()
         with self.changed:
-            look_ns = self._rhythm.look_ns(now_ns)
-            is_before_due = bool(self.pending) or look_ns / 1e9 < rest_s  # else nothing has to be looked at then
-            if is_before_due and self.wanted and self._is_early(rest_s, now_ns / 1e9):
+            if self._is_outrun and self.wanted and self._is_early(rest_s, now_ns / 1e9):
                 self.wake_before_ns = 0
                 return rest_s
+            look_ns = self._rhythm.look_ns(now_ns)
             self.wake_before_ns = look_ns - SOON_NS
         return look_ns / 1e9
 
@@ -215,6 +234,7 @@ class Outbox:
             mode = "off"  # frames are missing already: a recording has no holes
         if mode == self.mode:
             return False
+        self.wake_before_ns = NEVER_NS  # nothing is taken back from here on
         waiting = [*self._undecided, *self.slot]
         self._undecided.clear()
         self._undecided_bytes = 0

@@ -43,6 +43,7 @@ from taesd_stream.publisher_link import PublisherLink
 logger = logging.getLogger(__name__)
 
 RING_BYTES: Final = 256 << 20
+MAX_SAID: Final = 4  # publishes that the side thread may have left untouched: what they hold is bounded there
 MAX_STEPS: Final = 1 << 31  # what the wire takes without a closer look
 CLOSE_S: Final = 5.0
 CLOSED: Final = "the publisher is closed"
@@ -180,8 +181,10 @@ class LatentPublisher:
             finally:
                 outbox.is_busy = False
             said = outbox.said
+            if said and not outbox.wake_before_ns:
+                outbox.unsay()
             said.append((step, total_steps, sigma, sent_ns, snapshot, taken))
-            if len(said) > 1:
+            if len(said) > MAX_SAID:
                 outbox.place()
             if sent_ns < outbox.wake_before_ns or (total_steps is not None and step >= total_steps - 1):
                 self._signal()

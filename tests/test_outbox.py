@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 )
 
 from taesd_stream.device_looks import MAX_PAUSE_S
-from taesd_stream.frames import LatentFrame, RecordMode, StreamInfo, WireDtype
+from taesd_stream.frames import Kind, LatentFrame, RecordMode, StreamInfo, WireDtype
 from taesd_stream.kept_frames import KeptFrames
 from taesd_stream.latent_log import LogError, read_messages
 from taesd_stream.latent_snapshot import snapshot_of
@@ -477,11 +477,37 @@ def test_what_cannot_be_sent_yet_stays_on_its_device(tmp_path: Path, record: Rec
     assert box.wake_before_ns > time.monotonic_ns()
 
 
+@pytest.mark.parametrize("kind", ["steps", "live"])
+def test_what_is_taken_back_is_counted(tmp_path: Path, kind: Kind) -> None:
+    """Of what is published while nothing may be sent the newest alone is offered; seq and index go on."""
+    box = Outbox(dataclasses.replace(info("off"), kind=kind, fps=16.0), ring_bytes=RING_BYTES, log_folder=tmp_path)
+    devices = [Device(lambda: payload_of(0)) for _ in range(4)]
+    for device in devices:
+        box.unsay()
+        box.said.append(device.said())
+    assert [device.is_dropped for device in devices] == [True, True, True, False]
+    box.collect()
+    assert [(one.seq, one.index) for one in box.slot] == [(3, 3)]
+    assert box.next_seq == 4
+
+
+def test_what_must_be_said_is_not_taken_back(tmp_path: Path) -> None:
+    """Neither the last step's frame nor a count of what nobody wanted; and where nothing is there, nothing is."""
+    box = outbox(tmp_path, "off")
+    box.unsay()
+    assert not box.said
+    _, _, *rest = Device(lambda: payload_of(0)).said()
+    for one in (1, (3, 4, *rest)):
+        box.said.append(one)
+        box.unsay()
+        assert box.said[-1] is one
+
+
 def test_the_last_step_and_what_is_kept_are_fetched_before_the_next_is_due(tmp_path: Path) -> None:
     """No frame is due for long, but the last step's is sent all the same, and so is what is kept."""
     due_s = time.monotonic() + 1000
-    for record, is_final in (("off", True), ("all", False)):
-        box = outbox(tmp_path, record)
+    for is_final in (True, False):
+        box = outbox(tmp_path, "off" if is_final else "all")
         device = Device(lambda: payload_of(0))
         step, total_steps, *rest = device.said()
         box.said.append((3 if is_final else step, 4 if is_final else total_steps, *rest))

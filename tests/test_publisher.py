@@ -315,7 +315,9 @@ def test_without_eventfd_frames_are_sent_at_once_too(
     publisher = open_run(record="off")
     peer.next(PublisherHello, lambda hello: hello.offset_ns != 0)
     for step in range(20):  # far more than there are seconds, in which HELLO would wake it
-        wait_for(lambda: publisher._outbox.wake_before_ns > time.monotonic_ns(), of="a side thread that waits to be woken")
+        wait_for(
+            lambda: publisher._outbox.wake_before_ns > time.monotonic_ns(), of="a side thread that waits to be woken"
+        )
         publish(publisher, 1, first=step)
         peer.frame(step)
     assert sum(isinstance(message, PublisherHello) for message in peer.heard) < 20

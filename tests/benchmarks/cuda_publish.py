@@ -49,6 +49,7 @@ PIECE: Final = 25  # steps in one of ABBA
 SHOWN: Final = (32, 64, 64)  # FLUX.2's latents of 512x512 pixels
 STREAM: Final = "cost"
 WARM_UP_S: Final = 5.0  # kernels are compiled and decoders measured by then
+WHERE: Final = {"the processor": "cpu", "another GPU": "cuda:1", "the sampler's GPU": "cuda:0"}
 NEEDED: Final = ("av", "fastapi", "pydantic_settings", "typer", "uvicorn", "websockets")  # of a daemon and its page
 
 
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20, help="of ABBA")
     parser.add_argument("--daemon", action="store_true", help="beside a daemon that decodes, and nothing else")
     parser.add_argument("--weights", help="folder of weights for --daemon")
+    parser.add_argument("--where", choices=WHERE, help="measure this alone of what --daemon does")
     parser.add_argument("--watch", metavar="URL", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.watch:
@@ -116,7 +118,8 @@ def main() -> None:
     sampler = Sampler()
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bars_us": BARS}
     if arguments.daemon:
-        results["beside_daemon"] = beside_daemons(sampler, arguments.weights, arguments.pairs)
+        places = [arguments.where] if arguments.where else list(WHERE)
+        results["beside_daemon"] = beside_daemons(sampler, arguments.weights, arguments.pairs, places)
         sys.stdout.write(json.dumps(results) + "\n")
         return
     with Listener() as listener:
@@ -221,18 +224,17 @@ def longer(sampler: Sampler, publisher: LatentPublisher, latents: list[torch.Ten
     return {"mean": round(mean, 3), **ends, "step_ms": round(float(np.median(alone_ms)), 2)}
 
 
-def beside_daemons(sampler: Sampler, weights: str | None, pairs: int) -> dict[str, Any]:
+def beside_daemons(sampler: Sampler, weights: str | None, pairs: int, places: list[str]) -> dict[str, Any]:
     """Where the worker decodes -> what the sampler's steps lose; or why it is not measured."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         sys.stderr.write(f"skipped: a daemon needs {', '.join(missing)}\n")
         return {"skipped": f"a daemon needs {', '.join(missing)}"}
-    devices = {"the processor": "cpu", "another GPU": "cuda:1", "the sampler's GPU": "cuda:0"}
-    if torch.cuda.device_count() < 2:
-        del devices["another GPU"]
     found = {}
-    for name, device in devices.items():
-        found[name] = beside_daemon(sampler, device, weights, pairs)
+    for name in places:
+        if name == "another GPU" and torch.cuda.device_count() < 2:
+            continue
+        found[name] = beside_daemon(sampler, WHERE[name], weights, pairs)
         sys.stdout.write(f"{name:<20} {found[name]}\n")
         sys.stdout.flush()
     return found
