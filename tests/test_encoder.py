@@ -99,6 +99,15 @@ def test_record_has_a_keyframe_every_30_pictures() -> None:
     assert [i for i, picture in enumerate(pictures) if picture.is_keyframe] == [0, 30, 60]
 
 
+def test_a_film_may_go_on_as_a_recording() -> None:
+    """In one file they have one header: the parameter sets of both are the same bytes."""
+    film, record = (
+        {unit[0] & 31: unit.rstrip(b"\0") for unit in encoder.encode(moving(0), 0).payload.split(b"\0\0\1")[1:]}
+        for encoder in (VideoEncoder("film"), VideoEncoder("record"))
+    )
+    assert (film[7], film[8]) == (record[7], record[8])
+
+
 def test_video_carries_its_colours() -> None:
     """White, black and six patches come back within 4 of 255 by the tags that the stream itself carries."""
     frame = decode([VideoEncoder("record").encode(to_planes(patches()), 0).payload])[0]
