@@ -4,11 +4,13 @@
     python -m tests.benchmarks.sampler_untouched --uses watched,beside --bound process
 
 A sampler of seeded torch work, about 50 ms a step on one thread, bound to core 0; a real daemon (linear decoder) bound
-to core 1: nobody watches, a viewer does, or every frame is kept. The publisher's own threads run on core 1, for a
-system puts them where something is idle; with `--bound process` on core 0, where they take from the sampler all that
-they need: that is a process which has one core for everything. Pairs in the order ABBA (alone, publishing, publishing,
-alone), short ones, for a machine's own speed drifts: four of 50 steps tell half as much as twenty of 10, in the same
-time. `percent` is how much longer a step with publishing is, mean and 95 % interval (Student's t) over the pairs.
+to core 1 from its start: nobody watches, a viewer does, or every frame is kept. The publisher's own threads run on
+core 1, for a system puts them where something is idle; with `--bound process` on core 0, where they take from the
+sampler all that they need: that is a process which has one core for everything. Pairs in the order ABBA (alone,
+publishing, publishing, alone), short ones, for a machine's own speed drifts: four of 50 steps tell half as much as
+twenty of 10, in the same time. Where memory lies is another matter of each process, and more than the interval of one:
+start it several times.
+`percent` is how much longer a step with publishing is, mean and 95 % interval (Student's t) over the pairs.
 `side_ms` is the processor time that the publisher's own threads take for each step. All pairs are one run: one that is
 alone has an open publisher, which says HELLO once a second, and publishing begins anew in each pair, without the rhythm
 that spares a sampler at work the wake (`publish_rhythm`) for its first five steps of twenty. What is published looks as
@@ -44,7 +46,6 @@ import torch
 from taesd_stream import LatentPublisher
 from taesd_stream.frames import RecordMode
 from tests.daemon import Daemon
-from tests.processes import children_of
 
 STEP_S: Final = 0.05
 SHAPE: Final = (4, 128, 128)  # 128 KiB as float16
@@ -161,8 +162,8 @@ def main() -> None:
     results: dict[str, Any] = {"bar_percent": BAR_PERCENT, "bound": arguments.bound}
     results |= {"pairs": arguments.pairs, "steps": arguments.steps, "against": arguments.against}
     others = {1} if arguments.bound == "thread" else {0}
+    os.sched_setaffinity(0, {1})  # before the daemon begins, as taskset does: it counts the cores that it may use
     with tempfile.TemporaryDirectory() as name, Daemon(Path(name)) as daemon:
-        bind(daemon)
         os.sched_setaffinity(0, {0})
         for use in arguments.uses.split(","):
             plan = Plan(use, arguments.against == "beside", arguments.pairs, arguments.steps, others)
@@ -170,13 +171,6 @@ def main() -> None:
             sys.stdout.write(f"{use:<8} {results[use]}\n")
             sys.stdout.flush()
     sys.stdout.write(json.dumps(results) + "\n")
-
-
-def bind(daemon: Daemon) -> None:
-    """The daemon and its roles, each with all its threads, to core 1."""
-    for pid in [daemon.process.pid, *children_of(daemon.process.pid)]:
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            os.sched_setaffinity(int(thread.name), {1})
 
 
 def compare(daemon: Daemon, sampler: Sampler, plan: Plan) -> dict[str, Any]:

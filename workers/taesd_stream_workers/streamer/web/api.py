@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gzip
 import hashlib
+import html
 import re
 from contextlib import AsyncExitStack
 from functools import partial
@@ -63,9 +64,12 @@ class RecordRequest(BaseModel):
 
 
 class Page:
-    """The page's files, read once; index.html knows their version, and the policy the hash of its one inline script."""
+    """The page's files, read once; index.html knows their version, and the policy the hash of its one inline script.
 
-    def __init__(self) -> None:
+    broker: where samplers reach the daemon's, as the page says it; "" where they look by themselves.
+    """
+
+    def __init__(self, broker: str) -> None:
         folder = resources.files("taesd_stream_workers.streamer.web") / "page"
         self.files = {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.is_file()}
         digest = hashlib.sha256()
@@ -73,7 +77,8 @@ class Page:
             digest.update(name.encode() + self.files[name])
         self.version = digest.hexdigest()[:12]
         self.packed = {name: gzip.compress(data, mtime=0) for name, data in self.files.items()}
-        self.index = self.files["index.html"].replace(b"__PAGE_VERSION__", self.version.encode())
+        index = self.files["index.html"].replace(b"__PAGE_VERSION__", self.version.encode())
+        self.index = index.replace(b"__BROKER__", html.escape(broker).encode())
         scripts = re.findall(rb"<script>(.*?)</script>", self.index, re.S)
         hashes = " ".join(
             f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'" for script in scripts
@@ -84,13 +89,16 @@ class Page:
         )
 
 
-def make_app(hub: Hub, recorder: Recorder, peers: Peers, copies: Copies) -> FastAPI:
-    """The application, its routes bound to one hub, one recorder, and the daemons beside them."""
+def make_app(hub: Hub, recorder: Recorder, peers: Peers, copies: Copies, *, broker: str) -> FastAPI:
+    """The application, its routes bound to one hub, one recorder, and the daemons beside them.
+
+    broker: as Page has it.
+    """
     app = FastAPI(
         title="taesd-stream", version=__version__, responses={**ERROR_RESPONSES}, docs_url=None, redoc_url=None
     )
     answer_errors(app, hub.latency.http_errors)
-    page = Page()
+    page = Page(broker)
     _add_page(app, page)
     _add_docs(app)
     _add_lists(app, peers)

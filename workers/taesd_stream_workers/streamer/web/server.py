@@ -6,12 +6,14 @@ import asyncio
 import socket
 import threading
 from typing import Final
+from urllib.parse import urlsplit
 
 import uvicorn
 
 from taesd_stream.config import Config
 from taesd_stream.errors import ConfigError
-from taesd_stream_workers.role.addresses import web_address
+from taesd_stream.wire import DEFAULT_ADDRESS
+from taesd_stream_workers.role.addresses import EVERY_INTERFACE, web_address
 from taesd_stream_workers.role.web_token import load_token
 from taesd_stream_workers.streamer.hub import Hub
 from taesd_stream_workers.streamer.recorder import Recorder
@@ -62,7 +64,9 @@ class WebServer:
         url = f"http://[{shown}]:{self.port}" if ":" in shown else f"http://{shown}:{self.port}"
         own_names = [socket.gethostname(), f"{socket.gethostname()}.local"] if token else []
         guarded = Guard(
-            make_app(self._hub, self._recorder, self._peers, self._copies),
+            make_app(
+                self._hub, self._recorder, self._peers, self._copies, broker=shown_broker(self._config.broker.bind)
+            ),
             port=self.port,
             hosts=[host, *own_names],
             proxies=self._config.web.hosts,
@@ -114,6 +118,16 @@ class WebServer:
         self._hub.attach(asyncio.get_running_loop())
         async with self._peers.following():
             await self._server.serve(sockets=[self._socket])
+
+
+def shown_broker(bind: str) -> str:
+    """Where samplers reach a broker that is bound there; "" where they look by themselves."""
+    if bind == DEFAULT_ADDRESS:
+        return ""
+    parts = urlsplit(bind)
+    if parts.scheme != "tcp" or parts.hostname not in EVERY_INTERFACE:
+        return bind
+    return f"tcp://{reachable_host(EVERY_INTERFACE[0])}:{parts.port}"
 
 
 def reachable_host(host: str) -> str:

@@ -7,7 +7,7 @@ import { $, $$, copyText, put, store, stored } from "./dom.js"
 import { fillEmpty } from "./empty.js"
 import { msText } from "./format.js"
 import { listenToKeys } from "./keys.js"
-import { listen, loopback, tell } from "./line.js"
+import { listen, tell } from "./line.js"
 import { Link } from "./link.js"
 import { Notices } from "./notices.js"
 import { RecordingList } from "./recordings.js"
@@ -387,7 +387,7 @@ async function begin() {
   }
 }
 
-fillEmpty({ host, loopback, say: (text) => notices.say(text) })
+fillEmpty({ host, say: (text) => notices.say(text) })
 route()
 listen(take)
 begin()

@@ -4,7 +4,7 @@ import { $, copyText, make, put } from "./dom.js"
 
 const COPIED_MS = 1500
 
-export async function fillEmpty({ host, loopback, say }) {
+export async function fillEmpty({ host, say }) {
   const root = $("#empty")
   const ways = await (await fetch(new URL("./connect.json", import.meta.url))).json()
   const chips = ways.map((way) => make("button", { text: way.title }))
@@ -23,6 +23,7 @@ export async function fillEmpty({ host, loopback, say }) {
     say(text)
     setTimeout(() => put(copy.lastElementChild, { text: "Copy" }), COPIED_MS)
   }
-  const elsewhere = loopback ? "" : " Where the sampler runs, set TAESD_STREAM_ADDRESS to the address of this daemon's broker."
+  const { broker } = root.dataset
+  const elsewhere = broker && ` Where the sampler runs, set TAESD_STREAM_ADDRESS=${broker}.`
   put($("[data-part=listening]", root), { text: `Listening on ${host}. Recordings you make are kept under Recordings.${elsewhere}` })
 }

@@ -23,7 +23,6 @@ async function open() {
   return (message) => here.take(message)
 }
 
-export { loopback }
 export const tell = await open()
 
 /** listener(message): of Pictures, from the first one on. */
