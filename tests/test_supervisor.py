@@ -429,6 +429,21 @@ def test_a_streamer_without_its_web_part_ends(tmp_path: Path) -> None:
     assert "ImportError: this one is broken" in done.stderr
 
 
+def test_what_a_role_is_made_of_is_not_collected_again() -> None:
+    """Once it is ready a full collection looks at what came since alone, not at every module's objects."""
+    code = """if True:
+        import gc
+        import torch
+        from taesd_stream_workers.role.lifecycle import Lifecycle
+        before = len(gc.get_objects())
+        Lifecycle("worker", is_supervised=True).ready()
+        print(before, len(gc.get_objects()))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    before, after = map(int, done.stdout.splitlines()[-1].split())
+    assert after < before / 10
+
+
 @pytest.mark.slow
 def test_a_worker_without_a_broker(tmp_path: Path) -> None:
     """It waits a while, then says where it looked, and exits with 69."""
