@@ -9,7 +9,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -323,25 +323,31 @@ def test_without_eventfd_frames_are_sent_at_once_too(
     assert sum(isinstance(message, PublisherHello) for message in peer.heard) < 20
 
 
+def counted_wakes(publisher: LatentPublisher) -> list[int]:
+    """Grows with each time that a publish wakes the side thread."""
+    wake: Callable[[], object] = publisher._signal
+    wakes: list[int] = []
+
+    def counted() -> None:
+        wakes.append(len(wakes))
+        wake()
+
+    publisher._signal = counted
+    return wakes
+
+
 def test_a_sampler_with_a_rhythm_need_not_wake_anybody(peer: BrokerPeer, open_run: Any) -> None:
     """Once its steps are as long as each other, the side thread looks by itself, and every frame is sent."""
     publisher = open_run(record="off")
-    wake, count = publisher._signal, 0
-
-    def counted_wake() -> None:
-        nonlocal count
-        count += 1
-        wake()
-
-    publisher._signal = counted_wake
+    wakes = counted_wakes(publisher)
     hellos = in_silence = 0
     for step in range(1000):
         time.sleep(0.02)  # its pace
         peer.heard.clear()
-        before = count
+        before = len(wakes)
         publish(publisher, 1, first=step)
         peer.frame(step)
-        if count == before:
+        if len(wakes) == before:
             in_silence += 1
             hellos += any(isinstance(message, PublisherHello) for message in peer.heard)
         if in_silence == 20:
@@ -358,19 +364,12 @@ def test_until_the_next_frame_is_due_only_the_last_step_wakes(peer: BrokerPeer, 
     peer.demand(publisher.run, "watched", max_fps=0.001)
     wait_for(lambda: publisher._link._pace.next_s > time.monotonic(), of="a frame that is not due for long")
     publish(publisher, 1, first=1)
-    wake, count = publisher._signal, 0
-
-    def counted_wake() -> None:
-        nonlocal count
-        count += 1
-        wake()
-
-    publisher._signal = counted_wake
+    wakes = counted_wakes(publisher)
     for step in range(2, 6):
         # HELLO goes out each second, and while it does the side thread promises nothing
         wait_for(lambda: publisher._outbox.wake_before_ns == 0, of="a side thread that rests until then")
         publisher.publish(LATENTS, step=step, total_steps=7)
-    assert count < 4
+    assert len(wakes) < 4
     publisher.publish(LATENTS, step=6, total_steps=7)
     assert peer.frame(6).step == 6
     assert peer.seqs() == [0, 6]
