@@ -36,7 +36,8 @@ C = TypeVar("C", bound=Copied)
 class DeviceLooks:
     """The side thread's alone. next_s: when to look again, infinite where nothing waits.
 
-    Besides, all that waits is looked at soon after something is published: then a step's latents are mostly done.
+    Besides, all that waits is looked at soon after something is published: then a step's latents are mostly done. Not
+    before a frame is due, though, see Outbox.collect().
     """
 
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:

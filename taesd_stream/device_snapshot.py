@@ -5,6 +5,7 @@ Memory is used again, for asking for it costs as much as a launch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections import deque
@@ -32,8 +33,10 @@ class DeviceTensor(TensorSnapshot):
         is_plain = self._type in (self._torch.Tensor, self._torch.nn.Parameter) and self._source == self._staged
         self._driver: Any = _driver() if self._is_cuda else None
         self._is_driver_enough = self._driver is not None and is_plain
+        # what tells the current stream by its handle
+        self._raw_stream: Any = getattr(self._torch._C, "_cuda_getCurrentRawStream", None) if self._is_cuda else None
         self._is_relaxed = self._driver is None  # the side thread
-        self._free: deque[Any] = deque(maxlen=2)  # (memory, event) that nothing is copied to any more, used again
+        self._free: deque[Any] = deque(maxlen=4)  # (memory, event) that nothing is copied to any more, used again
         # Held until they are free: perhaps the copy is on another stream than the one that the memory was made on, to
         # which torch would give it back, for something else to be written there.
         self._dropped: deque[Any] = deque()
@@ -48,14 +51,15 @@ class DeviceTensor(TensorSnapshot):
             raise RuntimeError(CAPTURED)
         if latents.requires_grad:
             latents = latents.detach()  # or the memory would hold on to how they came about
-        taken = staged, event = self._room()
-        if not is_current or not self._copy_by_driver(staged, latents):
+        stream = self._raw_stream(self._device.index) if self._raw_stream else None
+        staged, event = self._room(stream)
+        if not is_current or not self._copy_by_driver(staged, latents, stream):
             staged.copy_(latents, non_blocking=True)
         if is_current:
             event.record()  # to look the stream up in Python takes 0.03 ms
         elif event is not None:
             event.record(self._torch.cuda.current_stream(self._device))
-        return taken
+        return staged, event, stream
 
     def _is_captured(self, *, is_current: bool) -> bool:
         """Whether what the latents' device is told now goes into a CUDA graph."""
@@ -65,7 +69,7 @@ class DeviceTensor(TensorSnapshot):
         with cuda.device(self._device):
             return bool(cuda.is_current_stream_capturing())
 
-    def _copy_by_driver(self, staged: Any, latents: Any) -> bool:
+    def _copy_by_driver(self, staged: Any, latents: Any, stream: Any) -> bool:
         """Returns: whether it took the copy; a thread that has not used CUDA yet, for one, torch has to make ready."""
         if not self._is_driver_enough or not latents.is_contiguous() or latents.is_neg():
             return False
@@ -73,28 +77,20 @@ class DeviceTensor(TensorSnapshot):
         at = c_int(-1)
         if self._driver.cuCtxGetDevice(byref(at)) != 0 or at.value != self._device.index:
             return False
-        stream = self._torch._C._cuda_getCurrentRawStream(self._device.index)
         copy = self._driver.cuMemcpyDtoDAsync_v2
         return bool(copy(staged.data_ptr(), latents.data_ptr(), self.held_bytes, stream) == 0)
 
-    def _room(self) -> tuple[Any, Any]:
-        """Memory for a copy and, on CUDA, its event."""
-        try:
+    def _room(self, stream: Any) -> tuple[Any, Any]:
+        """Memory for a copy on that stream and, on CUDA, its event."""
+        with contextlib.suppress(IndexError):
             room: tuple[Any, Any] = self._free.pop()
-        except IndexError:
-            return self._picked_up() or self._new()
-        return room
-
-    def _picked_up(self) -> tuple[Any, Any] | None:
-        """The oldest that was dropped, once nothing is copied to it any more. Both threads."""
-        try:
-            taken: tuple[Any, Any] = self._dropped.popleft()
-        except IndexError:
-            return None
-        if self._is_done(taken):
-            return taken
-        self._dropped.appendleft(taken)
-        return None
+            return room
+        with contextlib.suppress(IndexError):
+            dropped = staged, event, used_by = self._dropped.pop()
+            if used_by == stream and stream is not None:  # whose order keeps the two copies apart; nothing is asked
+                return staged, event
+            self._dropped.append(dropped)
+        return self._new()
 
     def _new(self) -> tuple[Any, Any]:
         torch = self._torch
@@ -111,10 +107,6 @@ class DeviceTensor(TensorSnapshot):
 
     def is_ready(self, taken: Any) -> bool:
         self._relax()
-        return self._is_done(taken)
-
-    @staticmethod
-    def _is_done(taken: Any) -> bool:
         try:
             return taken[1] is None or bool(taken[1].query())
         except RuntimeError:  # the device failed: to_bytes() says so
@@ -122,15 +114,14 @@ class DeviceTensor(TensorSnapshot):
 
     def to_bytes(self, taken: Any) -> Part:
         self._relax()
-        staged, event = taken
+        staged, event, _ = taken
         if event is None:
             host = self._quantised(staged).cpu()
         else:
             event.synchronize()  # without the GIL; at once, but at a run's end, for is_ready() was asked before
             host = self._fetch(staged)
-        self._free.append(taken)
-        while (free := self._picked_up()) is not None:
-            self._free.append(free)
+        self._free.append((staged, event))
+        self._pick_up()
         words = host.view(self._torch.int16) if self.dtype == "bfloat16" else host
         data: bytes = words.numpy().tobytes()
         return data
@@ -138,6 +129,13 @@ class DeviceTensor(TensorSnapshot):
     def to_number(self, value: Any) -> float | None:
         with self._torch.cuda.stream(self._stream):  # the thread's own would wait for all that the sampler has queued
             return number_of(value)
+
+    def _pick_up(self) -> None:
+        """Use again what was dropped, as far as it is done; the sampler's thread may take some of it meanwhile."""
+        with contextlib.suppress(IndexError):
+            while self.is_ready(dropped := self._dropped.popleft()):
+                self._free.append(dropped[:2])
+            self._dropped.appendleft(dropped)
 
     def _relax(self) -> None:
         """Leave a CUDA graph whole that the sampler captures meanwhile: else merely asking for an event ends it."""

@@ -26,6 +26,7 @@ from taesd_stream.publish_rhythm import NEVER_NS, SOON_NS, PublishRhythm
 
 logger = logging.getLogger(__name__)
 
+RESTING_NS: Final = 0  # of `wake_before_ns`: nothing is sent before the next frame is due
 MAX_FINALS: Final = 8  # last steps' frames that wait for the socket: more only where no broker is
 
 NS_PER_TICK: Final = math.ceil(1e9 / CLOCK_HZ)
@@ -92,20 +93,20 @@ N = TypeVar("N", LatentFrame, Offered)
 class Outbox:
     """Shared by two threads: the sampler's thread says what it publishes, the side thread does all the rest.
 
-    The sampler's thread takes no lock: it tests `wanted` and appends to `said`, either what it offers or, where nobody
-    wants that, only how many latents it would be in video time. The order there is the order of seq. For what it offers
-    it wakes the side thread if that is before `wake_before_ns`, or the last step's: a promise to look by itself in
-    time, NEVER_NS from before each look at `said` until the next one is made. `is_busy` is the sampler's, too.
+    The sampler's thread waits for no lock: it tests `wanted` and appends to `said`, either what it offers or, where
+    nobody wants that, only how many latents it would be in video time. The order there is the order of seq. For what it
+    offers it wakes the side thread if that is before `wake_before_ns`, or the last step's: a promise to look by itself
+    in time, NEVER_NS from before each look at `said` until the next one is made. `is_busy` is the sampler's, too.
     Everything else that is not the side thread's own is changed under `changed`, which is never held over a disk write
-    or a copy from a device: `said` at its other end, `pending`, `mode`, `next_…`, `kept_from`, `error` and the other
-    `is_…` flags.
+    or a copy from a device: `said` but for what is appended, `pending`, `mode`, `next_…`, `kept_from`, `error` and the
+    other `is_…` flags.
     """
 
     def __init__(self, info: StreamInfo, *, ring_bytes: int, log_folder: Path) -> None:
         self.wanted = True  # one test, before anything is built
         self.said: deque[Said | int] = deque()
         self.is_busy = False  # the sampler's thread is taking a snapshot
-        self.wake_before_ns = NEVER_NS  # whoever publishes later need not wake the side thread
+        self.wake_before_ns = NEVER_NS  # whoever publishes later need not wake the side thread; RESTING_NS: nobody
         self.changed = Condition(RLock())  # a signal's handler may publish, too
         self.is_closed = False  # nothing more is taken
         self.mode: RecordMode | None = info.record  # None: the broker has not said yet
@@ -120,7 +121,7 @@ class Outbox:
         self._next_index = 0  # of `live`, in video time
         self._next_sent_ns = 0
         self._rhythm = PublishRhythm()
-        self._is_outrun = False  # the newest came before the next was due: else to look then would be in vain
+        self._is_outrun = False  # the newest came before a frame was due: of a slower sampler there is nothing then
         self._is_collecting = False
         self._newest: LatentFrame | None = None  # of those that nobody keeps, also when it was sent
         self._undecided: deque[LatentFrame] = deque()
@@ -142,19 +143,25 @@ class Outbox:
         return is_last_due or bool(self.pending or self._undecided or self.kept.count)
 
     def unsay(self) -> None:
-        """Take back what was said last, for a newer one that is said now; the sampler's thread, at `wake_before_ns` 0.
+        """Take back the last but one of what was said while the side thread rests; the sampler's, before another.
 
-        Nobody would see it, and giving it a place only to drop it there costs the sampler ten times as much.
+        Two stay: the newest may still be on its way when the next frame is due, the one before it hardly is. To give a
+        frame its place only to drop it there would cost the sampler ten times as much. Nothing is waited for: the side
+        thread may be at it.
         """
+        if not self.changed.acquire(blocking=False):
+            return
         try:
-            last = self.said.pop()
-        except IndexError:  # the side thread was faster
-            return
-        if isinstance(last, int) or _is_last_step(last[0], last[1]):
-            self.said.append(last)
-            return
-        self.said.append(count_of(last[4].shape) if self._is_live else 1)
-        last[4].drop(last[5])
+            at = len(self.said) - 2  # others may append meanwhile, but nobody else takes
+            if at < 0 or self.wake_before_ns != RESTING_NS:
+                return
+            one = self.said[at]
+            if isinstance(one, int) or _is_last_step(one[0], one[1]):
+                return
+            self.said[at] = count_of(one[4].shape) if self._is_live else 1
+            one[4].drop(one[5])
+        finally:
+            self.changed.release()
 
     def place(self) -> None:
         """Give what was said its place in the run; any thread, or a side thread that is late would fill the memory."""
@@ -176,19 +183,19 @@ class Outbox:
             self.is_closed = self.wanted = True  # so that publish() looks closer
             return self.next_seq - 1
 
-    def collect(self, rest_s: float = -math.inf, *, is_last: bool = False) -> None:
+    def collect(self, due_s: float = -math.inf, *, is_last: bool = False) -> None:
         """Bring what is off its device into the slot, the ring or the undecided; the side thread alone.
 
-        rest_s: monotonic; until then nothing is sent that nobody keeps, nor is it fetched: a newer one may come.
+        due_s: monotonic; until then nothing is sent that nobody keeps, nor is it fetched: a newer one may come.
         is_last: bring all of it, and wait for devices.
         """
         self.wake_before_ns = NEVER_NS  # first: who publishes from here on may come too late for this look
         with self.changed:
             self.place()
             waiting = list(self.pending)
-            is_early = self._is_early(rest_s, time.monotonic())
+            is_early = self._is_early(due_s, time.monotonic())
             if waiting:
-                self._is_outrun = waiting[-1].sent_ns / 1e9 < rest_s
+                self._is_outrun = waiting[-1].sent_ns / 1e9 < due_s
         ready = waiting if is_last else self.looks.ready([] if is_early else waiting)
         taken = set(map(id, ready))
         with self.changed:
@@ -211,16 +218,16 @@ class Outbox:
             self._is_collecting = False
             self.changed.notify_all()
 
-    def expect(self, rest_s: float = -math.inf) -> float:
+    def expect(self, due_s: float = -math.inf) -> float:
         """Promise the next look to who publishes from `wake_before_ns` on. The side thread alone, before it waits.
 
-        rest_s: as of collect(). Returns: monotonic seconds, far away where only a wake brings it.
+        due_s: as of collect(). Returns: monotonic seconds, far away where only a wake brings it.
         """
         now_ns = time.monotonic_ns()
         with self.changed:
-            if self._is_outrun and self.wanted and self._is_early(rest_s, now_ns / 1e9):
-                self.wake_before_ns = 0
-                return rest_s
+            if self._is_outrun and self.wanted and self._is_early(due_s, now_ns / 1e9):
+                self.wake_before_ns = RESTING_NS
+                return due_s
             look_ns = self._rhythm.look_ns(now_ns)
             self.wake_before_ns = look_ns - SOON_NS
         return look_ns / 1e9
@@ -311,9 +318,9 @@ class Outbox:
             self.keep_last()
         return self.kept.close(info, end)
 
-    def _is_early(self, rest_s: float, now_s: float) -> bool:
+    def _is_early(self, due_s: float, now_s: float) -> bool:
         """Whether all that waits may go on waiting; with `changed` held."""
-        return now_s < rest_s and self.mode in ("off", "last") and not any(map(is_final, self.pending))
+        return now_s < due_s and self.mode in ("off", "last") and not any(map(is_final, self.pending))
 
     def _take(self, frame: LatentFrame) -> None:
         if self.mode == "all" and self.kept_from is not None and frame.seq < self.kept_from:
@@ -352,8 +359,8 @@ class Outbox:
     def _drop_what_is_too_much(self) -> None:
         """Of what waits for a device: what nobody keeps, or no memory holds; with `changed` held.
 
-        Of what nobody keeps the oldest stays beside the newest: where the device is steps behind, that is done first,
-        and newer ones would replace each other until the end of the run.
+        Of what nobody keeps the oldest stays beside the newest two: where the device is steps behind, that is done
+        first, and newer ones would replace each other until the end of the run.
         """
         if len(self.pending) < 2:
             return
@@ -361,8 +368,8 @@ class Outbox:
         if self.mode == "all" and nbytes > self._ring_bytes:
             self._stop_keeping(f"{nbytes} bytes wait to be taken out of the sampler's way")
         before = list(self.pending)
-        if self.mode in ("off", "last"):
-            self.pending = deque([before[0], *_newest_of(before[1:])])
+        if self.mode in ("off", "last") and len(before) > 2:
+            self.pending = deque([before[0], *_newest_of(before[1:-1]), before[-1]])
         while self.mode is None and nbytes > self._ring_bytes and len(self.pending) > 1:
             nbytes -= self.pending.popleft().snapshot.held_bytes
         _drop(before, self.pending)

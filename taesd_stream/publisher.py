@@ -36,14 +36,14 @@ from taesd_stream.frames import (
 from taesd_stream.keys import KEYS_VARIABLE, Keys, load_keys
 from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
 from taesd_stream.latent_snapshot import Snapshot, is_on_device, snapshot_of
-from taesd_stream.outbox import Outbox, count_of
+from taesd_stream.outbox import RESTING_NS, Outbox, count_of
 from taesd_stream.publisher_exit import end_at_exit, reason_of
 from taesd_stream.publisher_link import PublisherLink
 
 logger = logging.getLogger(__name__)
 
 RING_BYTES: Final = 256 << 20
-MAX_SAID: Final = 4  # publishes that the side thread may have left untouched: what they hold is bounded there
+MAX_SAID: Final = 16  # publishes while the side thread rests, most of them taken back
 MAX_STEPS: Final = 1 << 31  # what the wire takes without a closer look
 CLOSE_S: Final = 5.0
 CLOSED: Final = "the publisher is closed"
@@ -153,7 +153,8 @@ class LatentPublisher:
 
         latents: numpy array or torch tensor (CPU or CUDA) of floats, z as the scheduler holds it, spatial:
             `steps` (C,h,w) or (N,C,h,w); `clip` (T,C,h,w); `live` (C,h,w) or (t,C,h,w).
-        step: 0-based. sigma: the noise level that the model saw at this step; a tensor on a GPU is read later.
+        step: 0-based. sigma: the noise level that the model saw at this step; a tensor on a GPU is read later, and
+            must not be written to again.
         """
         # Every line here is paid for by the sampler, in cold caches: what can wait is the side thread's.
         try:
@@ -181,10 +182,11 @@ class LatentPublisher:
             finally:
                 outbox.is_busy = False
             said = outbox.said
-            if said and not outbox.wake_before_ns:
+            is_resting = outbox.wake_before_ns == RESTING_NS and len(said) < MAX_SAID
+            if is_resting and len(said) > 1:
                 outbox.unsay()
             said.append((step, total_steps, sigma, sent_ns, snapshot, taken))
-            if len(said) > MAX_SAID:
+            if len(said) > 1 and not is_resting:
                 outbox.place()
             if sent_ns < outbox.wake_before_ns or (total_steps is not None and step >= total_steps - 1):
                 self._signal()

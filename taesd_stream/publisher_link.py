@@ -162,7 +162,7 @@ class PublisherLink:
                 self._watch(line, poller)
             socket = line.socket
             end = self._end  # before collect(): what was published before close() is said before END
-            self._outbox.collect(self._rest_s)
+            self._outbox.collect(self._due_s)
             self._outbox.spill_if_full(self.run.first)
             self._send_all(socket, end)
             events = self._events()
@@ -176,8 +176,8 @@ class PublisherLink:
             self._rest()
 
     @property
-    def _rest_s(self) -> float:
-        """Until when no frame goes that nobody keeps."""
+    def _due_s(self) -> float:
+        """When the next frame goes that nobody keeps; at once, where the run ends."""
         return self._pace.next_s if self._end is None else -math.inf
 
     def _stand_aside(self) -> None:
@@ -258,7 +258,7 @@ class PublisherLink:
         return not self._outbox.pending and not self._outbox.kept.count and self._outbox.kept_from is None
 
     def _timeout_ms(self, *, is_listening: bool) -> int:
-        until = self._outbox.expect(self._rest_s)
+        until = self._outbox.expect(self._due_s)
         now = time.monotonic()
         until = min(until, self._next_hello_s, self._give_up_s, self._outbox.looks.next_s, self._gone_s())
         if self._pulse.blocked_since_s is None and not self._is_refused and not self._pulse.is_silent(now):

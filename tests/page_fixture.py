@@ -35,7 +35,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 import taesd_stream_workers.streamer.web
 
-BROKER = "tcp://192.0.2.7:5999"  # what the page says of it
+SETTINGS = "TAESD_STREAM_ADDRESS=tcp://*:5999"  # of a sampler, as the page says them
 PAGE = Path(taesd_stream_workers.streamer.web.__file__).parent / "page"
 Json = dict[str, Any]
 Colour = tuple[int, int, int]
@@ -217,7 +217,7 @@ class PageHost:
                 viewer.keys_wanted.add(message["stream"])
 
     async def index(self, _request: Request) -> Response:
-        html = (PAGE / "index.html").read_text().replace("__PAGE_VERSION__", "1").replace("__BROKER__", BROKER)
+        html = (PAGE / "index.html").read_text().replace("__PAGE_VERSION__", "1").replace("__SETTINGS__", SETTINGS)
         inline = re.search(r"<script>(.*?)</script>", html, re.DOTALL)
         assert inline is not None
         digest = base64.b64encode(hashlib.sha256(inline.group(1).encode()).digest()).decode()

@@ -8,6 +8,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from taesd_stream.kept_frames import KeptFrames
 from taesd_stream.latent_log import LogError, read_messages
 from taesd_stream.latent_snapshot import snapshot_of
 from taesd_stream.messages import End
-from taesd_stream.outbox import MAX_FINALS, Outbox, Said
+from taesd_stream.outbox import MAX_FINALS, RESTING_NS, Outbox, Said
 from taesd_stream.send_window import ACK_PAUSE_S, MAX_UNACKED_BYTES, RESEND_S, SendWindow
 from tests.golden_messages import FRAME, OPEN, RUN
 
@@ -280,7 +281,7 @@ def test_the_newest_wins_before_and_behind_collect(tmp_path: Path, record: Recor
     """Of frames that nobody keeps one waits: the newest."""
     box = outbox(tmp_path, record)
     offer(box, 3)
-    assert len(box.pending) == 2  # and the oldest, for it may be done first
+    assert len(box.pending) == 3  # and two before it, for they may be done first
     box.collect()
     assert [one.seq for one in box.slot] == [2]
     offer(box, 2)
@@ -441,14 +442,14 @@ def test_frames_behind_a_busy_device_keep_their_order(tmp_path: Path) -> None:
 
 
 def test_the_newest_wins_while_a_device_is_busy(tmp_path: Path) -> None:
-    """Of frames that nobody keeps two lie on the device, however long it takes; those between it may forget."""
+    """Of frames that nobody keeps three lie on the device, however long it takes; those between it may forget."""
     box = outbox(tmp_path, "off")
     devices = [Device(lambda: payload_of(0), is_done=False) for _ in range(5)]
     for device in devices:
         box.said.append(device.said())
         box.collect()
-    assert [one.seq for one in box.pending] == [0, 4]
-    assert [device.is_dropped for device in devices] == [False, True, True, True, False]
+    assert [one.seq for one in box.pending] == [0, 3, 4]
+    assert [device.is_dropped for device in devices] == [False, True, True, False, False]
     for device in devices:
         device.is_done = True
     box.collect()
@@ -469,38 +470,85 @@ def test_what_cannot_be_sent_yet_stays_on_its_device(tmp_path: Path, record: Rec
         box.said.append(device.said())
         box.collect(due_s)
         assert box.expect(due_s) == due_s
-        assert box.wake_before_ns == 0
-    assert (len(box.pending), len(box.slot)) == (2, 0)
+        assert box.wake_before_ns == RESTING_NS
+    assert (len(box.pending), len(box.slot)) == (3, 0)
     box.collect(time.monotonic())
     assert [one.seq for one in box.slot] == [4]
     assert box.expect(time.monotonic()) > due_s
     assert box.wake_before_ns > time.monotonic_ns()
 
 
+def rest(box: Outbox) -> float:
+    """Have the outbox rest, its last frame having come before the next is due; returns when that is."""
+    due_s = time.monotonic() + 1000
+    box.said.append(Device(lambda: payload_of(0)).said())
+    box.collect(due_s)
+    assert box.expect(due_s) == due_s
+    return due_s
+
+
+def test_a_device_that_is_a_step_behind_is_shown_a_step_late(tmp_path: Path) -> None:
+    """When a frame is due and the newest is not done yet, the one before it goes, not the first since the last went."""
+    box = outbox(tmp_path, "off")
+    rest(box)
+    devices = [Device(lambda: payload_of(0), is_done=False) for _ in range(9)]
+    for number, device in enumerate(devices):
+        if number:
+            devices[number - 1].is_done = True
+        box.unsay()
+        box.said.append(device.said())
+    box.collect(time.monotonic())
+    assert [one.seq for one in box.slot] == [8]
+    assert [one.seq for one in box.pending] == [9]
+
+
 @pytest.mark.parametrize("kind", ["steps", "live"])
 def test_what_is_taken_back_is_counted(tmp_path: Path, kind: Kind) -> None:
-    """Of what is published while nothing may be sent the newest alone is offered; seq and index go on."""
+    """Of what is published while nothing may be sent the newest two are offered; seq and index go on."""
     box = Outbox(dataclasses.replace(info("off"), kind=kind, fps=16.0), ring_bytes=RING_BYTES, log_folder=tmp_path)
-    devices = [Device(lambda: payload_of(0)) for _ in range(4)]
+    due_s = rest(box)
+    devices = [Device(lambda: payload_of(0)) for _ in range(5)]
     for device in devices:
         box.unsay()
         box.said.append(device.said())
-    assert [device.is_dropped for device in devices] == [True, True, True, False]
-    box.collect()
-    assert [(one.seq, one.index) for one in box.slot] == [(3, 3)]
-    assert box.next_seq == 4
+    assert [device.is_dropped for device in devices] == [True, True, True, False, False]
+    box.collect(due_s)
+    assert [(one.seq, one.index) for one in box.pending] == [(0, 0), (4, 4), (5, 5)]
+    assert box.next_seq == 6
 
 
 def test_what_must_be_said_is_not_taken_back(tmp_path: Path) -> None:
-    """Neither the last step's frame nor a count of what nobody wanted; and where nothing is there, nothing is."""
+    """Neither the last step's frame nor a count of what nobody wanted; nor anything of a side thread that is awake."""
     box = outbox(tmp_path, "off")
-    box.unsay()
-    assert not box.said
-    _, _, *rest = Device(lambda: payload_of(0)).said()
-    for one in (1, (3, 4, *rest)):
-        box.said.append(one)
+    _, _, *more = Device(lambda: payload_of(0)).said()
+    newest = (0, 4, *more)
+    for one in ((0, 4, *more), 1, (3, 4, *more)):
+        box.said.extend([one, newest])
         box.unsay()
-        assert box.said[-1] is one
+        assert list(box.said) == [one, newest]
+        box.said.clear()
+        if isinstance(one, tuple) and one[0] == 0:
+            rest(box)
+    box.said.append(1)
+    box.unsay()
+    assert list(box.said) == [1]
+
+
+def test_nothing_is_taken_back_of_what_the_side_thread_has_in_hand(tmp_path: Path) -> None:
+    """While it gives frames their places publish() goes on without a wait, and what came since keeping began stays."""
+    box = outbox(tmp_path, "off")
+    rest(box)
+    frames = [Device(lambda: payload_of(0)).said() for _ in range(2)]
+    box.said.extend(frames)
+    with ThreadPoolExecutor(1) as sampler:
+        with box.changed:
+            sampler.submit(box.unsay).result(60)
+        assert list(box.said) == frames
+        box.said.clear()
+        box.settle("all")
+        box.said.extend(frames)
+        sampler.submit(box.unsay).result(60)
+    assert list(box.said) == frames
 
 
 def test_the_last_step_and_what_is_kept_are_fetched_before_the_next_is_due(tmp_path: Path) -> None:
@@ -602,7 +650,7 @@ def test_what_nobody_collects_is_bounded(tmp_path: Path) -> None:
     """A side thread that is stuck does not fill the memory: past the ring's bytes keeping ends, loudly."""
     box = outbox(tmp_path, "all")
     offer(box, 100)
-    assert len(box.pending) == 2
+    assert len(box.pending) == 3
     assert "wait to be taken" in (box.error or "")
 
 

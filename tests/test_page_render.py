@@ -19,7 +19,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect
 
 from tests.daemon import once_in_three
-from tests.page_fixture import BROKER, PAGE, Json, Open, PageHost, await_colour, opening, recording, serving, stream
+from tests.page_fixture import PAGE, Json, Open, PageHost, await_colour, opening, recording, serving, stream
 
 pytestmark = pytest.mark.browser
 
@@ -381,7 +381,7 @@ def test_empty_page_shows_the_lines_of_the_file(host: PageHost, opened: Open) ->
     expect(page.get_by_role("heading", name="No streams yet")).to_be_visible()
     assert page.locator("#empty code").inner_text().split("\n") == ways[0]["lines"]
     expect(page.locator("#empty .quiet")).to_contain_text(f"Listening on 127.0.0.1:{host.port}.")
-    expect(page.locator("#empty .quiet")).to_contain_text(f"set TAESD_STREAM_ADDRESS={BROKER}.")
+    expect(page.locator("#empty .quiet")).to_contain_text("set TAESD_STREAM_ADDRESS=tcp://127.0.0.1:5999.")
     host.streams = [stream("a"), stream("b")]
     host.push()
     expect(page.locator("#empty")).to_be_hidden()

@@ -31,7 +31,7 @@ TIME_BASE: Final = Fraction(1, CLOCK_HZ)
 _COMMON: Final = {"tune": "zerolatency", "forced-idr": "1", "x264-params": "scenecut=0"}
 # `live`: 2 ms at 512x512. `record`: crf 14, for chroma at half size alone leaves 36.5 dB of real previews, crf 18 32.8.
 # `film`, made for every picture that somebody watches: 0.6 of the time for 1.05 to 1.2 of the bytes. It may become a
-# recording and go on in the same file: that wants the same parameter sets, crf and keyframes' distance therefore.
+# recording and go on in the same file: that wants the same parameter sets, which hold crf, and as many keyframes.
 _RECORD: Final = {**_COMMON, "preset": "veryfast", "crf": "14", "g": "30"}
 _H264: Final[dict[VideoRendition, dict[str, str]]] = {
     "live": {**_COMMON, "preset": "superfast", "crf": "23", "g": "600"},

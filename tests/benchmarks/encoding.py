@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from taesd_stream.decoding.colour import video_planes
-from taesd_stream.media.encoder import VideoEncoder, VideoRendition
+from taesd_stream.media.encoder import VIDEO_RENDITIONS, VideoEncoder, VideoRendition
 from taesd_stream.models import build_decoder
 from tests.benchmarks.daemon_load import melting
 
@@ -37,6 +37,7 @@ OPTIONS: Final = {
     "many": QUICK,
     "predicted": QUICK,
     "record": ["-preset", "veryfast", "-crf", "14", "-g", "30"],
+    "film": ["-preset", "superfast", "-crf", "14", "-g", "30"],
 }
 COMMON: Final = ["-tune", "zerolatency", "-x264-params", "scenecut=0", "-threads", "1"]
 
@@ -63,7 +64,7 @@ def melting_frames(size: int, count: int) -> NDArray[np.uint8]:
 
 def ours(way: str, frames: NDArray[np.uint8]) -> tuple[float, float]:
     """Frames a second of our encoder, and KiB a frame."""
-    rendition: VideoRendition = "record" if way == "record" else "live"
+    rendition: VideoRendition = next((one for one in VIDEO_RENDITIONS if one == way), "live")
     encoder = VideoEncoder(rendition, is_one_of_many=OPTIONS[way] is QUICK, is_clip=way == "predicted")
     began_s, nbytes = time.perf_counter(), 0
     for number, planes in enumerate(frames):

@@ -66,10 +66,10 @@ class RecordRequest(BaseModel):
 class Page:
     """The page's files, read once; index.html knows their version, and the policy the hash of its one inline script.
 
-    broker: where samplers reach the daemon's, as the page says it; "" where they look by themselves.
+    settings: what a sampler's environment needs, as the page says it; "" for nothing.
     """
 
-    def __init__(self, broker: str) -> None:
+    def __init__(self, settings: str) -> None:
         folder = resources.files("taesd_stream_workers.streamer.web") / "page"
         self.files = {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.is_file()}
         digest = hashlib.sha256()
@@ -78,7 +78,7 @@ class Page:
         self.version = digest.hexdigest()[:12]
         self.packed = {name: gzip.compress(data, mtime=0) for name, data in self.files.items()}
         index = self.files["index.html"].replace(b"__PAGE_VERSION__", self.version.encode())
-        self.index = index.replace(b"__BROKER__", html.escape(broker).encode())
+        self.index = index.replace(b"__SETTINGS__", html.escape(settings).encode())
         scripts = re.findall(rb"<script>(.*?)</script>", self.index, re.S)
         hashes = " ".join(
             f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'" for script in scripts
@@ -89,16 +89,16 @@ class Page:
         )
 
 
-def make_app(hub: Hub, recorder: Recorder, peers: Peers, copies: Copies, *, broker: str) -> FastAPI:
+def make_app(hub: Hub, recorder: Recorder, peers: Peers, copies: Copies, *, settings: str) -> FastAPI:
     """The application, its routes bound to one hub, one recorder, and the daemons beside them.
 
-    broker: as Page has it.
+    settings: as Page has it.
     """
     app = FastAPI(
         title="taesd-stream", version=__version__, responses={**ERROR_RESPONSES}, docs_url=None, redoc_url=None
     )
     answer_errors(app, hub.latency.http_errors)
-    page = Page(broker)
+    page = Page(settings)
     _add_page(app, page)
     _add_docs(app)
     _add_lists(app, peers)

@@ -64,9 +64,7 @@ class WebServer:
         url = f"http://[{shown}]:{self.port}" if ":" in shown else f"http://{shown}:{self.port}"
         own_names = [socket.gethostname(), f"{socket.gethostname()}.local"] if token else []
         guarded = Guard(
-            make_app(
-                self._hub, self._recorder, self._peers, self._copies, broker=shown_broker(self._config.broker.bind)
-            ),
+            make_app(self._hub, self._recorder, self._peers, self._copies, settings=sampler_settings(self._config)),
             port=self.port,
             hosts=[host, *own_names],
             proxies=self._config.web.hosts,
@@ -120,14 +118,15 @@ class WebServer:
             await self._server.serve(sockets=[self._socket])
 
 
-def shown_broker(bind: str) -> str:
-    """Where samplers reach a broker that is bound there; "" where they look by themselves."""
-    if bind == DEFAULT_ADDRESS:
+def sampler_settings(config: Config) -> str:
+    """What a sampler's environment needs to find the broker, "" for nothing; * is a host's name that leads here."""
+    bind, keys = config.broker.bind, config.keys_folder
+    if bind == DEFAULT_ADDRESS and keys is None:
         return ""
     parts = urlsplit(bind)
-    if parts.scheme != "tcp" or parts.hostname not in EVERY_INTERFACE:
-        return bind
-    return f"tcp://{reachable_host(EVERY_INTERFACE[0])}:{parts.port}"
+    if parts.scheme == "tcp" and parts.hostname in EVERY_INTERFACE:
+        bind = f"tcp://*:{parts.port}"
+    return f"TAESD_STREAM_ADDRESS={bind}" + (" and TAESD_STREAM_KEYS_FOLDER" if keys is not None else "")
 
 
 def reachable_host(host: str) -> str:

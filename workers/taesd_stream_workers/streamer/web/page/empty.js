@@ -23,7 +23,7 @@ export async function fillEmpty({ host, say }) {
     say(text)
     setTimeout(() => put(copy.lastElementChild, { text: "Copy" }), COPIED_MS)
   }
-  const { broker } = root.dataset
-  const elsewhere = broker && ` Where the sampler runs, set TAESD_STREAM_ADDRESS=${broker}.`
-  put($("[data-part=listening]", root), { text: `Listening on ${host}. Recordings you make are kept under Recordings.${elsewhere}` })
+  const { set } = root.dataset
+  const there = set && ` Where the sampler runs, set ${set.replace("*", location.hostname)}.`
+  put($("[data-part=listening]", root), { text: `Listening on ${host}. Recordings you make are kept under Recordings.${there}` })
 }
