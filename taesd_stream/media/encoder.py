@@ -39,7 +39,7 @@ _H264: Final[dict[VideoRendition, dict[str, str]]] = {
     "record": _RECORD,
     # Made for every picture that somebody watches: half of the time for 1.03 to 1.19 of the bytes. It may become a
     # recording and go on in the same file: that wants the same parameter sets, which hold crf, and as many keyframes.
-    "film": {**_SHOWN, "crf": "14", "g": "30"},
+    "film": {**_RECORD, **_SHOWN},
 }
 # Of previews that change with every picture, 512x512: superfast 3.7 ms and 8.4 KiB, ultrafast 1.6 and 11.2, both 35 dB.
 # ipratio: keyframes as coarse as what is predicted, a late viewer's too: their sizes tell which way is cheaper.

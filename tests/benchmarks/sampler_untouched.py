@@ -4,13 +4,12 @@
     python -m tests.benchmarks.sampler_untouched --uses watched,beside --bound process
 
 A sampler of seeded torch work, about 50 ms a step on one thread, bound to core 0; a real daemon (linear decoder) bound
-to core 1 from its start: nobody watches, a viewer does, or every frame is kept. The publisher's own threads run on
-core 1, for a system puts them where something is idle; with `--bound process` on core 0, where they take from the
-sampler all that they need: that is a process which has one core for everything. Pairs in the order ABBA (alone,
-publishing, publishing, alone), short ones, for a machine's own speed drifts: four of 50 steps tell half as much as
-twenty of 10, in the same time. Where memory lies is another matter of each process, and more than the interval of one:
-start it several times.
-`percent` is how much longer a step with publishing is, mean and 95 % interval (Student's t) over the pairs.
+to core 1 from its start: nobody watches, a viewer does, or every frame is kept. The publisher's own threads run on core
+1, for a system puts them where something is idle; with `--bound process` on core 0, where they take from the sampler
+all that they need: that is a process which has one core for everything. Pairs in the order ABBA (alone, publishing,
+publishing, alone), short ones, for a machine's own speed drifts: four of 50 steps tell half as much as twenty of 10, in
+the same time. Where memory lies is another matter of each process, and more than the interval of one: start it several
+times. `percent` is how much longer a step with publishing is, mean and 95 % interval (Student's t) over the pairs.
 `side_ms` is the processor time that the publisher's own threads take for each step. All pairs are one run: one that is
 alone has an open publisher, which says HELLO once a second, and publishing begins anew in each pair, without the rhythm
 that spares a sampler at work the wake (`publish_rhythm`) for its first five steps of twenty. What is published looks as

@@ -107,11 +107,16 @@ def dialled(address: str, beside: str = "") -> str:
     One that is bound on every interface is reached on the host of `beside`, another socket of its daemon; without
     one, on this host.
     """
+    host = urlsplit(beside).hostname if beside.startswith("tcp://") else None
+    return on_host(address, LOOPBACK if host is None or host in EVERY_INTERFACE else _bracketed(host))
+
+
+def on_host(address: str, host: str) -> str:
+    """The address of a socket that is bound at `address`, by that host where it is bound on every interface."""
     parts = urlsplit(address)
     if parts.scheme != "tcp" or parts.hostname not in EVERY_INTERFACE:
         return address
-    host = urlsplit(beside).hostname if beside.startswith("tcp://") else None
-    return f"tcp://{LOOPBACK if host is None or host in EVERY_INTERFACE else _bracketed(host)}:{parts.port}"
+    return f"tcp://{host}:{parts.port}"
 
 
 def _bracketed(host: str) -> str:

@@ -6,14 +6,13 @@ import asyncio
 import socket
 import threading
 from typing import Final
-from urllib.parse import urlsplit
 
 import uvicorn
 
 from taesd_stream.config import Config
 from taesd_stream.errors import ConfigError
 from taesd_stream.wire import DEFAULT_ADDRESS
-from taesd_stream_workers.role.addresses import EVERY_INTERFACE, web_address
+from taesd_stream_workers.role.addresses import on_host, web_address
 from taesd_stream_workers.role.web_token import load_token
 from taesd_stream_workers.streamer.hub import Hub
 from taesd_stream_workers.streamer.recorder import Recorder
@@ -123,10 +122,7 @@ def sampler_settings(config: Config) -> str:
     bind, keys = config.broker.bind, config.keys_folder
     if bind == DEFAULT_ADDRESS and keys is None:
         return ""
-    parts = urlsplit(bind)
-    if parts.scheme == "tcp" and parts.hostname in EVERY_INTERFACE:
-        bind = f"tcp://*:{parts.port}"
-    return f"TAESD_STREAM_ADDRESS={bind}" + (" and TAESD_STREAM_KEYS_FOLDER" if keys is not None else "")
+    return f"TAESD_STREAM_ADDRESS={on_host(bind, '*')}" + (" and TAESD_STREAM_KEYS_FOLDER" if keys is not None else "")
 
 
 def reachable_host(host: str) -> str:
