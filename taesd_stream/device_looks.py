@@ -13,6 +13,7 @@ from taesd_stream.latent_snapshot import Snapshot
 # A step that is waited for is published before the next one is launched: until it is, the device has nothing to do.
 FIRST_S: Final = 0.001
 EARLY: Final = 0.9  # of the last one's time, where that was perhaps too long
+LATE_S: Final = 0.003  # a look may come so much later than it was meant to: the GIL, the system's clock
 MAX_TRUST_S: Final = 0.1  # who is done sooner than last time waits no longer
 MAX_PAUSE_S: Final = 0.01
 
@@ -34,7 +35,8 @@ C = TypeVar("C", bound=Copied)
 
 
 class DeviceLooks:
-    """The side thread's alone. next_s: when to look again, infinite where nothing waits.
+    """The side thread's alone. next_s: when to look again, infinite where nothing waits. patience_s: about how old a
+    frame gets until it is done.
 
     Besides, all that waits is looked at soon after something is published: then a step's latents are mostly done. Not
     before a frame is due, though, see Outbox.collect().
@@ -43,14 +45,16 @@ class DeviceLooks:
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._clock_s = clock_s
         self.next_s = math.inf
-        self._patience_s = 0.0
+        self.patience_s = 0.0
 
     def ready(self, waiting: list[C]) -> list[C]:
         """Those that can be fetched without waiting, up to the first that cannot."""
         now_s = self._clock_s()
         found = [*takewhile(lambda one: _is_ready(one, _age_s(one, now_s)), waiting)]
-        if found:  # looked at in vain, it took a little longer than that; found at the first look, perhaps much less
-            self._patience_s = found[-1].missed_s or EARLY * self._patience_s
+        if found and found[-1].missed_s:  # it took a little longer than that
+            self.patience_s = found[-1].missed_s
+        elif found and _age_s(found[-1], now_s) <= self.patience_s + LATE_S:  # perhaps much less
+            self.patience_s *= EARLY
         self.next_s = self._look_s(waiting[len(found)], now_s) if len(found) < len(waiting) else math.inf
         return found
 
@@ -59,7 +63,7 @@ class DeviceLooks:
         if age_s >= FIRST_S:
             late.missed_s = age_s
         pause_s = min(max(0.1 * age_s, FIRST_S), MAX_PAUSE_S)
-        return now_s + max(pause_s, min(self._patience_s, MAX_TRUST_S) - age_s)
+        return now_s + max(pause_s, min(self.patience_s, MAX_TRUST_S) - age_s)
 
 
 def _is_ready(one: Copied, age_s: float) -> bool:

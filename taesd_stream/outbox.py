@@ -22,7 +22,7 @@ from taesd_stream.kept_frames import KeptFrames
 from taesd_stream.latent_log import LogError
 from taesd_stream.latent_snapshot import Snapshot
 from taesd_stream.messages import End
-from taesd_stream.publish_rhythm import NEVER_NS, SOON_NS, PublishRhythm
+from taesd_stream.publish_rhythm import LATE_NS, NEVER_NS, SOON_NS, PublishRhythm
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,7 @@ class Outbox:
         self.said: deque[Said | int] = deque()
         self.is_busy = False  # the sampler's thread is taking a snapshot
         self.wake_before_ns = NEVER_NS  # whoever publishes later need not wake the side thread; RESTING_NS: nobody
+        self.outrun_before_ns = 0  # what is published before it a newer one replaces by the time that a frame is due
         self.changed = Condition(RLock())  # a signal's handler may publish, too
         self.is_closed = False  # nothing more is taken
         self.mode: RecordMode | None = info.record  # None: the broker has not said yet
@@ -227,6 +228,7 @@ class Outbox:
         with self.changed:
             if self._is_outrun and self.wanted and self._is_early(due_s, now_ns / 1e9):
                 self.wake_before_ns = RESTING_NS
+                self.outrun_before_ns = self._outrun_before_ns(due_s)
                 return due_s
             look_ns = self._rhythm.look_ns(now_ns)
             self.wake_before_ns = look_ns - SOON_NS
@@ -242,6 +244,7 @@ class Outbox:
         if mode == self.mode:
             return False
         self.wake_before_ns = NEVER_NS  # nothing is taken back from here on
+        self.outrun_before_ns = 0
         waiting = [*self._undecided, *self.slot]
         self._undecided.clear()
         self._undecided_bytes = 0
@@ -322,6 +325,14 @@ class Outbox:
         """Whether all that waits may go on waiting; with `changed` held."""
         return now_s < due_s and self.mode in ("off", "last") and not any(map(is_final, self.pending))
 
+    def _outrun_before_ns(self, due_s: float) -> int:
+        """Until when a publish need not be copied: the one after it will be there, and off its device, by due_s."""
+        interval_ns, late_ns = self._rhythm.interval_ns(), int(self.looks.patience_s * 1e9)
+        is_steady = late_ns < interval_ns < NEVER_NS
+        if not is_steady or self.mode != "off":  # "last" keeps the newest, wherever the run ends
+            return 0
+        return int(due_s * 1e9) - late_ns - interval_ns - LATE_NS
+
     def _take(self, frame: LatentFrame) -> None:
         if self.mode == "all" and self.kept_from is not None and frame.seq < self.kept_from:
             self.slot.append(frame)  # offered before keeping began, with publishes behind it that were only counted
@@ -341,7 +352,7 @@ class Outbox:
 
     def _offered(self, said: Said) -> Offered:
         step, total_steps, sigma, called_ns, snapshot, taken = said
-        self._rhythm.add(called_ns)
+        self._rhythm.add(self.next_seq, called_ns)
         # two frames never share a tick of the pictures' 90 kHz clock
         sent_ns = max(called_ns, self._next_sent_ns)
         self._next_sent_ns = sent_ns + NS_PER_TICK

@@ -19,20 +19,27 @@ class PublishRhythm:
     """The last publishes of a stream; all times are monotonic nanoseconds."""
 
     def __init__(self) -> None:
-        self._last_ns: int | None = None
+        self._last: tuple[int, int] | None = None  # its seq and time
         self._intervals: deque[int] = deque(maxlen=INTERVALS)
 
-    def add(self, sent_ns: int) -> None:
-        """A publish, in order."""
-        if self._last_ns is not None:
-            self._intervals.append(sent_ns - self._last_ns)
-        self._last_ns = sent_ns
+    def add(self, seq: int, sent_ns: int) -> None:
+        """A publish, in order; of those that were only counted no time is known."""
+        if self._last is not None:
+            last_seq, last_ns = self._last
+            self._intervals.append((sent_ns - last_ns) // (seq - last_seq))
+        self._last = seq, sent_ns
 
     def look_ns(self, now_ns: int) -> int:
         """When to look for the next publish; NEVER_NS where it was due already, or nobody can tell."""
-        if self._last_ns is None or len(self._intervals) < INTERVALS:
+        interval_ns = self.interval_ns()
+        if self._last is None or interval_ns == NEVER_NS:
+            return NEVER_NS
+        look_ns = self._last[1] + interval_ns + LATE_NS
+        return look_ns if look_ns > now_ns else NEVER_NS
+
+    def interval_ns(self) -> int:
+        """From one publish to the next, at most; NEVER_NS where nobody can tell."""
+        if len(self._intervals) < INTERVALS:
             return NEVER_NS
         longest = max(self._intervals)
-        look_ns = self._last_ns + longest + LATE_NS
-        is_steady = longest - min(self._intervals) <= MAX_SPREAD_NS
-        return look_ns if is_steady and look_ns > now_ns else NEVER_NS
+        return longest if longest - min(self._intervals) <= MAX_SPREAD_NS else NEVER_NS

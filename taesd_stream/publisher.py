@@ -173,6 +173,9 @@ class LatentPublisher:
             if not is_plain:
                 step, total_steps, sigma = _checked_numbers(step, total_steps, sigma)
             sent_ns = monotonic_ns()
+            if sent_ns < outbox.outrun_before_ns and total_steps is not None and step < total_steps - 1:
+                outbox.said.append(count_of(latents.shape) if self._kind == "live" else 1)
+                return
             outbox.is_busy = True
             try:
                 snapshot = self._snapshot

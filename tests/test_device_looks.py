@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from taesd_stream.device_looks import FIRST_S, MAX_PAUSE_S, MAX_TRUST_S, DeviceLooks
+from taesd_stream.device_looks import EARLY, FIRST_S, LATE_S, MAX_PAUSE_S, MAX_TRUST_S, DeviceLooks
 
 
 class Clock:
@@ -105,3 +105,21 @@ def test_those_behind_one_that_is_not_done_wait_too(clock: Clock) -> None:
     done = [Frame(old_ns, Held(clock, 0.0)) for _ in range(3)]
     late = Frame(old_ns, Held(clock, math.inf))
     assert DeviceLooks(clock).ready([*done[:2], late, done[2]]) == done[:2]
+
+
+def test_a_look_that_comes_late_tells_nothing_of_how_long_it_took(clock: Clock) -> None:
+    """Where a frame waited for its turn, being done by then is no news: what was learnt before stays."""
+    looks = DeviceLooks(clock)
+    found_after(looks, clock, 0.02)
+    patience_s = looks.patience_s
+    assert 0.01 < patience_s <= 0.02
+
+    def look_at_age(age_s: float) -> None:
+        frame = Frame(round(clock.now_s * 1e9), Held(clock, clock.now_s))
+        clock.now_s += age_s
+        assert looks.ready([frame]) == [frame]
+
+    look_at_age(patience_s + 2 * LATE_S)
+    assert looks.patience_s == patience_s
+    look_at_age(patience_s)
+    assert looks.patience_s == EARLY * patience_s

@@ -487,6 +487,46 @@ def rest(box: Outbox) -> float:
     return due_s
 
 
+def paced(box: Outbox, *, interval_s: float, due_s: float, looks_s: float = 0.0) -> int:
+    """Have a sampler publish with that rhythm, then rest until due_s; returns until when it need not copy."""
+    behind_ns = time.monotonic_ns() - round(5 * interval_s * 1e9)
+    for number in range(5):
+        step, total_steps, sigma, _, *more = Device(lambda: payload_of(0)).said()
+        box.said.append((step, total_steps, sigma, behind_ns + round(number * interval_s * 1e9), *more))
+    box.looks.patience_s = looks_s
+    box.collect(due_s)
+    assert box.expect(due_s) == due_s
+    return box.outrun_before_ns
+
+
+def test_what_a_newer_one_replaces_in_time_is_not_copied(tmp_path: Path) -> None:
+    """The last publish that is there, and off its device, when a frame is due is copied; those before it are not."""
+    due_s = time.monotonic() + 1000
+    box = outbox(tmp_path, "off")
+    before_ns = paced(box, interval_s=10, due_s=due_s, looks_s=3)
+    assert due_s - before_ns / 1e9 == pytest.approx(10 + 3, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("record", "interval_s", "looks_s"), [("last", 10, 0), ("off", 10, 11), ("off", 2000, 0)], ids=str
+)
+def test_where_a_newer_one_may_come_late_all_are_copied(
+    tmp_path: Path, record: RecordMode, interval_s: float, looks_s: float
+) -> None:
+    """Where the run's newest is kept, where a device is steps behind, and where steps are longer than the pause."""
+    due_s = time.monotonic() + 1000
+    box = outbox(tmp_path, record)
+    assert paced(box, interval_s=interval_s, due_s=due_s, looks_s=looks_s) < time.monotonic_ns()
+
+
+def test_once_keeping_begins_all_are_copied(tmp_path: Path) -> None:
+    """A press on record: from the next publish on nothing is let go."""
+    box = outbox(tmp_path, "off")
+    assert paced(box, interval_s=10, due_s=time.monotonic() + 1000) > time.monotonic_ns()
+    box.settle("all")
+    assert box.outrun_before_ns == 0
+
+
 def test_a_device_that_is_a_step_behind_is_shown_a_step_late(tmp_path: Path) -> None:
     """When a frame is due and the newest is not done yet, the one before it goes, not the first since the last went."""
     box = outbox(tmp_path, "off")

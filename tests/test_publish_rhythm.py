@@ -15,10 +15,10 @@ BEGIN_NS = 5_000 * MS
 def rhythm_of(*intervals_ms: float) -> tuple[PublishRhythm, int]:
     """One of publishes so far apart, and when the last was."""
     rhythm, at_ns = PublishRhythm(), BEGIN_NS
-    rhythm.add(at_ns)
-    for interval_ms in intervals_ms:
+    rhythm.add(0, at_ns)
+    for seq, interval_ms in enumerate(intervals_ms, 1):
         at_ns += round(interval_ms * MS)
-        rhythm.add(at_ns)
+        rhythm.add(seq, at_ns)
     return rhythm, at_ns
 
 
@@ -39,8 +39,18 @@ def test_a_sampler_that_varies_is_not_looked_for_until_it_is_steady_again() -> N
     """A pause, for a decode or a new prompt, is forgotten after as many steps as count."""
     rhythm, last_ns = rhythm_of(50, 50, 50, 50, 900, 50, 50, 50)
     assert rhythm.look_ns(last_ns) == NEVER_NS
-    rhythm.add(last_ns + 50 * MS)
+    rhythm.add(9, last_ns + 50 * MS)
     assert rhythm.look_ns(last_ns + 50 * MS) == last_ns + 100 * MS + LATE_NS
+
+
+def test_publishes_that_were_only_counted_are_part_of_the_rhythm() -> None:
+    """Of three steps of 10 ms whose middle one was let go the interval is 10 ms, not 20."""
+    rhythm = PublishRhythm()
+    for seq in (0, 1, 3, 4, 6):
+        rhythm.add(seq, BEGIN_NS + seq * 10 * MS)
+    assert rhythm.interval_ns() == 10 * MS
+    rhythm.add(8, BEGIN_NS + 120 * MS)
+    assert rhythm.interval_ns() == NEVER_NS
 
 
 def test_it_is_looked_for_once() -> None:

@@ -375,6 +375,30 @@ def test_until_the_next_frame_is_due_only_the_last_step_wakes(peer: BrokerPeer, 
     assert peer.seqs() == [0, 6]
 
 
+def test_what_a_newer_step_replaces_before_it_can_be_sent_is_only_counted(peer: BrokerPeer, open_run: Any) -> None:
+    """With a rhythm, and no frame due for long, latents are not even looked at, but for the last step's."""
+    publisher = open_run(record="off")
+    publish(publisher, 1)
+    peer.frame(0)
+    peer.demand(publisher.run, "watched", max_fps=0.001)
+    wait_for(lambda: publisher._link._pace.next_s > time.monotonic(), of="a frame that is not due for long")
+    steps = itertools.count(1)
+
+    def is_outrun() -> bool:
+        time.sleep(0.005)  # its pace
+        publish(publisher, 1, first=next(steps))
+        return bool(publisher._outbox.outrun_before_ns > time.monotonic_ns())
+
+    wait_for(is_outrun, of="a rhythm that outruns the pace")
+    last = next(steps) + 1
+    publisher.publish("no latents", step=last - 1, total_steps=last + 1)
+    assert publisher.error is None
+    publisher.publish(LATENTS, step=last, total_steps=last + 1)
+    assert peer.frame(last).step == last
+    publisher.publish("no latents", step=last + 1)
+    assert "str" in (publisher.error or "")  # that is perhaps the last one
+
+
 def test_the_side_thread_stands_aside_while_a_publish_is_under_way(
     peer: BrokerPeer, open_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,7 @@ DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16":
 BARS: Final = {"p50": 60.0, "p99": 250.0}  # us
 PIECE: Final = 25  # steps in one of ABBA
 SHOWN: Final = (32, 64, 64)  # FLUX.2's latents of 512x512 pixels
+STEPS: Final = 100_000  # of the run, which a sampler says with each step
 STREAM: Final = "cost"
 WARM_UP_S: Final = 5.0  # kernels are compiled and decoders measured by then
 WHERE: Final = {"the processor": "cpu", "another GPU": "cuda:1", "the sampler's GPU": "cuda:0"}
@@ -155,7 +156,7 @@ def thread_cost(
         for step in range(steps + 10):
             sampler.launch()
             started_ns = time.perf_counter_ns()
-            publisher.publish(latents, step=step, total_steps=100_000, sigma=1.0)
+            publisher.publish(latents, step=step, total_steps=STEPS, sigma=1.0)
             times_us.append((time.perf_counter_ns() - started_ns) / 1000)
             torch.cuda.synchronize()
         if publisher.error:
@@ -209,7 +210,7 @@ def longer(sampler: Sampler, publisher: LatentPublisher, latents: list[torch.Ten
         for step in range(PIECE):
             sampler.step()
             if is_published:
-                publisher.publish(latents[step % len(latents)], step=step, sigma=1.0)
+                publisher.publish(latents[step % len(latents)], step=step, total_steps=STEPS, sigma=1.0)
         return time.perf_counter() - started_s
 
     piece(is_published=True)
@@ -257,14 +258,14 @@ def beside_daemon(sampler: Sampler, device: str, weights: str | None, pairs: int
 
         def publish_until_shown() -> bool:
             sampler.step()
-            publisher.publish(latents[0], step=0, sigma=1.0)
+            publisher.publish(latents[0], step=0, total_steps=STEPS, sigma=1.0)
             return packets(daemon.web) > 0
 
         wait_for(publish_until_shown, 60, of="a picture")
         step, until_s = 0, time.monotonic() + WARM_UP_S
         while time.monotonic() < until_s:
             sampler.step()
-            publisher.publish(latents[step % len(latents)], step=step, sigma=1.0)
+            publisher.publish(latents[step % len(latents)], step=step, total_steps=STEPS, sigma=1.0)
             step += 1
         before, started_s = packets(daemon.web), time.monotonic()
         figures = longer(sampler, publisher, latents, pairs)
