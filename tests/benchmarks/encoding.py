@@ -31,8 +31,8 @@ from taesd_stream.models import build_decoder
 from tests.benchmarks.daemon_load import melting
 
 SIZES: Final = (256, 512, 1024)
-COMMON: Final = ["-tune", "zerolatency", "-threads", "1", "-x264-params", "scenecut=0"]
-SHOWN: Final = ["-preset", "superfast", "-x264-params", "scenecut=0:partitions=i8x8:subme=0"]
+COMMON: Final = ["-tune", "zerolatency", "-threads", "1", "-x264-params", "scenecut=0:weightp=0"]
+SHOWN: Final = ["-preset", "superfast", "-x264-params", "scenecut=0:weightp=0:partitions=i8x8:subme=0"]
 QUICK: Final = ["-preset", "ultrafast", "-crf", "23", "-g", "600"]
 OPTIONS: Final = {
     "live": [*SHOWN, "-crf", "23", "-g", "600"],
