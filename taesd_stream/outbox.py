@@ -27,6 +27,7 @@ from taesd_stream.publish_rhythm import LATE_NS, NEVER_NS, SOON_NS, PublishRhyth
 logger = logging.getLogger(__name__)
 
 RESTING_NS: Final = 0  # of `wake_before_ns`: nothing is sent before the next frame is due
+MAX_OUTRUN_S: Final = 0.1  # of a pause in which publishes are not copied: a run may end there without a last step
 MAX_FINALS: Final = 8  # last steps' frames that wait for the socket: more only where no broker is
 
 NS_PER_TICK: Final = math.ceil(1e9 / CLOCK_HZ)
@@ -191,6 +192,7 @@ class Outbox:
         is_last: bring all of it, and wait for devices.
         """
         self.wake_before_ns = NEVER_NS  # first: who publishes from here on may come too late for this look
+        self.outrun_before_ns = 0  # by now a frame may be due sooner than it was
         with self.changed:
             self.place()
             waiting = list(self.pending)
@@ -228,7 +230,8 @@ class Outbox:
         with self.changed:
             if self._is_outrun and self.wanted and self._is_early(due_s, now_ns / 1e9):
                 self.wake_before_ns = RESTING_NS
-                self.outrun_before_ns = self._outrun_before_ns(due_s)
+                if due_s - now_ns / 1e9 <= MAX_OUTRUN_S:
+                    self.outrun_before_ns = self._outrun_before_ns(due_s)
                 return due_s
             look_ns = self._rhythm.look_ns(now_ns)
             self.wake_before_ns = look_ns - SOON_NS

@@ -487,6 +487,12 @@ def rest(box: Outbox) -> float:
     return due_s
 
 
+@pytest.fixture
+def long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses of any length are slept through, so that no test depends on its own speed."""
+    monkeypatch.setattr("taesd_stream.outbox.MAX_OUTRUN_S", 10_000)
+
+
 def paced(box: Outbox, *, interval_s: float, due_s: float, looks_s: float = 0.0) -> int:
     """Have a sampler publish with that rhythm, then rest until due_s; returns until when it need not copy."""
     behind_ns = time.monotonic_ns() - round(5 * interval_s * 1e9)
@@ -499,6 +505,7 @@ def paced(box: Outbox, *, interval_s: float, due_s: float, looks_s: float = 0.0)
     return box.outrun_before_ns
 
 
+@pytest.mark.usefixtures("long_pauses")
 def test_what_a_newer_one_replaces_in_time_is_not_copied(tmp_path: Path) -> None:
     """The last publish that is there, and off its device, when a frame is due is copied; those before it are not."""
     due_s = time.monotonic() + 1000
@@ -507,6 +514,13 @@ def test_what_a_newer_one_replaces_in_time_is_not_copied(tmp_path: Path) -> None
     assert due_s - before_ns / 1e9 == pytest.approx(10 + 3, abs=0.01)
 
 
+def test_in_a_long_pause_all_are_copied(tmp_path: Path) -> None:
+    """A run that is stopped within it, before its last step, shows its newest frame."""
+    box = outbox(tmp_path, "off")
+    assert paced(box, interval_s=10, due_s=time.monotonic() + 1000) == 0
+
+
+@pytest.mark.usefixtures("long_pauses")
 @pytest.mark.parametrize(
     ("record", "interval_s", "looks_s"), [("last", 10, 0), ("off", 10, 11), ("off", 2000, 0)], ids=str
 )
@@ -519,6 +533,17 @@ def test_where_a_newer_one_may_come_late_all_are_copied(
     assert paced(box, interval_s=interval_s, due_s=due_s, looks_s=looks_s) < time.monotonic_ns()
 
 
+@pytest.mark.usefixtures("long_pauses")
+def test_a_frame_that_is_due_sooner_than_it_was_is_copied(tmp_path: Path) -> None:
+    """A viewer who wants more pictures a second than before need not wait for the moment of the old pace."""
+    box, now_s = outbox(tmp_path, "off"), time.monotonic()
+    assert paced(box, interval_s=10, due_s=now_s + 1000) > time.monotonic_ns()
+    box.collect(now_s)
+    box.expect(now_s)
+    assert box.outrun_before_ns == 0
+
+
+@pytest.mark.usefixtures("long_pauses")
 def test_once_keeping_begins_all_are_copied(tmp_path: Path) -> None:
     """A press on record: from the next publish on nothing is let go."""
     box = outbox(tmp_path, "off")

@@ -375,8 +375,11 @@ def test_until_the_next_frame_is_due_only_the_last_step_wakes(peer: BrokerPeer, 
     assert peer.seqs() == [0, 6]
 
 
-def test_what_a_newer_step_replaces_before_it_can_be_sent_is_only_counted(peer: BrokerPeer, open_run: Any) -> None:
+def test_what_a_newer_step_replaces_before_it_can_be_sent_is_only_counted(
+    peer: BrokerPeer, open_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a rhythm, and no frame due for long, latents are not even looked at, but for the last step's."""
+    monkeypatch.setattr("taesd_stream.outbox.MAX_OUTRUN_S", 10_000)
     publisher = open_run(record="off")
     publish(publisher, 1)
     peer.frame(0)
