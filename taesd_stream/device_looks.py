@@ -13,7 +13,6 @@ from taesd_stream.latent_snapshot import Snapshot
 # A step that is waited for is published before the next one is launched: until it is, the device has nothing to do.
 FIRST_S: Final = 0.001
 EARLY: Final = 0.9  # of the last one's time, where that was perhaps too long
-LATE_S: Final = 0.003  # a look may come so much later than it was meant to: the GIL, the system's clock
 MAX_TRUST_S: Final = 0.1  # who is done sooner than last time waits no longer
 MAX_PAUSE_S: Final = 0.01
 
@@ -51,9 +50,10 @@ class DeviceLooks:
         """Those that can be fetched without waiting, up to the first that cannot."""
         now_s = self._clock_s()
         found = [*takewhile(lambda one: _is_ready(one, _age_s(one, now_s)), waiting)]
+        is_planned = self.next_s < math.inf  # else it may have been done for long
         if found and found[-1].missed_s:  # it took a little longer than that
             self.patience_s = found[-1].missed_s
-        elif found and _age_s(found[-1], now_s) <= self.patience_s + LATE_S:  # perhaps much less
+        elif found and (is_planned or _age_s(found[-1], now_s) < self.patience_s):  # perhaps much less
             self.patience_s *= EARLY
         self.next_s = self._look_s(waiting[len(found)], now_s) if len(found) < len(waiting) else math.inf
         return found

@@ -94,10 +94,11 @@ N = TypeVar("N", LatentFrame, Offered)
 class Outbox:
     """Shared by two threads: the sampler's thread says what it publishes, the side thread does all the rest.
 
-    The sampler's thread waits for no lock: it tests `wanted` and appends to `said`, either what it offers or, where
-    nobody wants that, only how many latents it would be in video time. The order there is the order of seq. For what it
-    offers it wakes the side thread if that is before `wake_before_ns`, or the last step's: a promise to look by itself
-    in time, NEVER_NS from before each look at `said` until the next one is made. `is_busy` is the sampler's, too.
+    The sampler's thread waits for no lock: it tests `wanted` and `outrun_before_ns`, and appends to `said`, either what
+    it offers or, where nobody wants that or the next one replaces it before a frame is due, only how many latents it
+    would be in video time. The order there is the order of seq. For what it offers it wakes the side thread if that is
+    before `wake_before_ns`, or the last step's: a promise to look by itself in time, NEVER_NS from before each look at
+    `said` until the next one is made. `is_busy` is the sampler's, too.
     Everything else that is not the side thread's own is changed under `changed`, which is never held over a disk write
     or a copy from a device: `said` but for what is appended, `pending`, `mode`, `next_…`, `kept_from`, `error` and the
     other `is_…` flags.
@@ -124,7 +125,7 @@ class Outbox:
         self._next_sent_ns = 0
         self._rhythm = PublishRhythm()
         self._is_outrun = False  # the newest came before a frame was due: of a slower sampler there is nothing then
-        self._is_collecting = False
+        self._is_placing = self._is_collecting = False
         self._newest: LatentFrame | None = None  # of those that nobody keeps, also when it was sent
         self._undecided: deque[LatentFrame] = deque()
         self._undecided_bytes = 0
@@ -168,15 +169,15 @@ class Outbox:
     def place(self) -> None:
         """Give what was said its place in the run; any thread, or a side thread that is late would fill the memory."""
         with self.changed:
-            while self.said:
-                one = self.said.popleft()
-                if self.is_closed:
-                    continue
-                if not isinstance(one, int):
-                    self.pending.append(self._offered(one))
-                self.next_seq += 1
-                self._next_index += one if isinstance(one, int) else count_of(one[4].shape)
-            self._drop_what_is_too_much()
+            if self._is_placing:  # a signal's handler publishes amid this: that has its turn below
+                return
+            self._is_placing = True
+            try:
+                while self.said:
+                    self._place_one(self.said.popleft())
+                self._drop_what_is_too_much()
+            finally:
+                self._is_placing = False
 
     def close(self) -> int:
         """Take nothing that is published from now on. Returns the seq of the last publish, -1 when there was none."""
@@ -240,7 +241,8 @@ class Outbox:
     def settle(self, mode: RecordMode) -> bool:
         """The broker said what is kept; the side thread alone. Returns whether that is new.
 
-        What waits, and is the very last before what comes, is kept too: nothing is lost by pressing a button.
+        What waits, and is the very last before what comes, is kept too: by pressing a button nothing is lost but what
+        was only counted.
         """
         if mode == "all" and self.error is not None:
             mode = "off"  # frames are missing already: a recording has no holes
@@ -331,10 +333,18 @@ class Outbox:
     def _outrun_before_ns(self, due_s: float) -> int:
         """Until when a publish need not be copied: the one after it will be there, and off its device, by due_s."""
         interval_ns, late_ns = self._rhythm.interval_ns(), int(self.looks.patience_s * 1e9)
-        is_steady = late_ns < interval_ns < NEVER_NS
-        if not is_steady or self.mode != "off":  # "last" keeps the newest, wherever the run ends
+        is_known = 2 * late_ns < interval_ns < NEVER_NS  # of a device that is further behind too little is known
+        if not is_known or self._is_live or self.mode != "off":  # "last" keeps the newest, wherever the run ends
             return 0
         return int(due_s * 1e9) - late_ns - interval_ns - LATE_NS
+
+    def _place_one(self, one: Said | int) -> None:
+        if self.is_closed:
+            return
+        if not isinstance(one, int):
+            self.pending.append(self._offered(one))
+        self.next_seq += 1
+        self._next_index += one if isinstance(one, int) else count_of(one[4].shape)
 
     def _take(self, frame: LatentFrame) -> None:
         if self.mode == "all" and self.kept_from is not None and frame.seq < self.kept_from:

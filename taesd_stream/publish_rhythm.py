@@ -38,7 +38,7 @@ class PublishRhythm:
         return look_ns if look_ns > now_ns else NEVER_NS
 
     def interval_ns(self) -> int:
-        """From one publish to the next, at most; NEVER_NS where nobody can tell."""
+        """From one publish to the next, the longest of late; NEVER_NS where nobody can tell."""
         if len(self._intervals) < INTERVALS:
             return NEVER_NS
         longest = max(self._intervals)

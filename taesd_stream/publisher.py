@@ -153,8 +153,10 @@ class LatentPublisher:
 
         latents: numpy array or torch tensor (CPU or CUDA) of floats, z as the scheduler holds it, spatial:
             `steps` (C,h,w) or (N,C,h,w); `clip` (T,C,h,w); `live` (C,h,w) or (t,C,h,w).
-        step: 0-based. sigma: the noise level that the model saw at this step; a tensor on a GPU is read later, and
-            must not be written to again.
+        step: 0-based. total_steps: where it is told the last step is sent whatever the demand, and a step that the next
+            one will replace before a frame may go is only counted, for 0.1 s at most.
+        sigma: the noise level that the model saw at this step; a tensor on a GPU is read later, and must not be written
+            to again.
         """
         # Every line here is paid for by the sampler, in cold caches: what can wait is the side thread's.
         try:
@@ -174,7 +176,7 @@ class LatentPublisher:
                 step, total_steps, sigma = _checked_numbers(step, total_steps, sigma)
             sent_ns = monotonic_ns()
             if sent_ns < outbox.outrun_before_ns and total_steps is not None and step < total_steps - 1:
-                outbox.said.append(count_of(latents.shape) if self._kind == "live" else 1)
+                outbox.said.append(1)
                 return
             outbox.is_busy = True
             try:

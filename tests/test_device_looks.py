@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from taesd_stream.device_looks import EARLY, FIRST_S, LATE_S, MAX_PAUSE_S, MAX_TRUST_S, DeviceLooks
+from taesd_stream.device_looks import EARLY, FIRST_S, MAX_PAUSE_S, MAX_TRUST_S, DeviceLooks
 
 
 class Clock:
@@ -107,8 +107,8 @@ def test_those_behind_one_that_is_not_done_wait_too(clock: Clock) -> None:
     assert DeviceLooks(clock).ready([*done[:2], late, done[2]]) == done[:2]
 
 
-def test_a_look_that_comes_late_tells_nothing_of_how_long_it_took(clock: Clock) -> None:
-    """Where a frame waited for its turn, being done by then is no news: what was learnt before stays."""
+def test_a_frame_that_waited_for_its_turn_tells_nothing_of_how_long_it_took(clock: Clock) -> None:
+    """Being done by then is no news, and what was learnt before stays; but to be done sooner than that is."""
     looks = DeviceLooks(clock)
     found_after(looks, clock, 0.02)
     patience_s = looks.patience_s
@@ -119,7 +119,19 @@ def test_a_look_that_comes_late_tells_nothing_of_how_long_it_took(clock: Clock) 
         clock.now_s += age_s
         assert looks.ready([frame]) == [frame]
 
-    look_at_age(patience_s + 2 * LATE_S)
+    look_at_age(2 * patience_s)
     assert looks.patience_s == patience_s
-    look_at_age(patience_s)
+    look_at_age(0.9 * patience_s)
     assert looks.patience_s == EARLY * patience_s
+
+
+def test_a_planned_look_that_comes_late_is_planned_sooner_next_time(clock: Clock) -> None:
+    """One slow step must not hold back those after it, however late the system lets each look be."""
+    looks = DeviceLooks(clock)
+    found_after(looks, clock, 0.09)
+    for _ in range(40):
+        frame = Frame(round(clock.now_s * 1e9), Held(clock, clock.now_s + FIRST_S / 2))
+        assert not looks.ready([frame])
+        clock.now_s = looks.next_s + 0.01
+        assert looks.ready([frame])
+    assert looks.patience_s < 0.01

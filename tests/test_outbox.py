@@ -522,7 +522,7 @@ def test_in_a_long_pause_all_are_copied(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("long_pauses")
 @pytest.mark.parametrize(
-    ("record", "interval_s", "looks_s"), [("last", 10, 0), ("off", 10, 11), ("off", 2000, 0)], ids=str
+    ("record", "interval_s", "looks_s"), [("last", 10, 0), ("off", 10, 5.1), ("off", 2000, 0)], ids=str
 )
 def test_where_a_newer_one_may_come_late_all_are_copied(
     tmp_path: Path, record: RecordMode, interval_s: float, looks_s: float
@@ -531,6 +531,13 @@ def test_where_a_newer_one_may_come_late_all_are_copied(
     due_s = time.monotonic() + 1000
     box = outbox(tmp_path, record)
     assert paced(box, interval_s=interval_s, due_s=due_s, looks_s=looks_s) < time.monotonic_ns()
+
+
+@pytest.mark.usefixtures("long_pauses")
+def test_of_a_video_all_are_copied(tmp_path: Path) -> None:
+    """What is appended in video time is worth more than its newest."""
+    box = Outbox(dataclasses.replace(info("off"), kind="live", fps=16.0), ring_bytes=RING_BYTES, log_folder=tmp_path)
+    assert paced(box, interval_s=10, due_s=time.monotonic() + 1000) == 0
 
 
 @pytest.mark.usefixtures("long_pauses")
@@ -669,6 +676,25 @@ def test_what_is_dropped_meanwhile_is_not_fetched(tmp_path: Path) -> None:
     assert [one.seq for one in box.slot] == [0]
     box.collect()
     assert [one.seq for one in box.slot] == [3]
+
+
+def test_a_signals_handler_may_publish_while_a_frame_gets_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is said amid it comes behind what was said before, each with a seq of its own."""
+    box = outbox(tmp_path, "all")
+    add, coming = box._rhythm.add, [said(1), said(2)]
+
+    def interrupted(seq: int, sent_ns: int) -> None:
+        add(seq, sent_ns)
+        if coming:
+            box.said.append(coming.pop(0))
+            box.place()
+
+    monkeypatch.setattr(box._rhythm, "add", interrupted)
+    offer(box)
+    box.collect()
+    assert kept_seqs(box.kept) == [0, 1, 2]
 
 
 def test_stopping_waits_for_the_device(tmp_path: Path) -> None:

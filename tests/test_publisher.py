@@ -21,7 +21,8 @@ import torch
 from taesd_stream import LatentPublisher, publisher_link
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.messages import PublisherHello, StopRun
-from taesd_stream.outbox import RESTING_NS
+from taesd_stream.outbox import RESTING_NS, Outbox
+from taesd_stream.publish_rhythm import NEVER_NS
 from taesd_stream.publisher_link import HELLO_S
 from taesd_stream.pulse import MAX_UNHEARD_BYTES
 from tests.broker_peer import TIMEOUT_S, BrokerPeer
@@ -378,27 +379,33 @@ def test_until_the_next_frame_is_due_only_the_last_step_wakes(peer: BrokerPeer, 
 def test_what_a_newer_step_replaces_before_it_can_be_sent_is_only_counted(
     peer: BrokerPeer, open_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a rhythm, and no frame due for long, latents are not even looked at, but for the last step's."""
+    """While a newer one is sure to come in time latents are not even looked at, but for the last step's."""
     monkeypatch.setattr("taesd_stream.outbox.MAX_OUTRUN_S", 10_000)
+    monkeypatch.setattr(Outbox, "_outrun_before_ns", lambda *_: NEVER_NS)  # whatever its rhythm: test_outbox tells
     publisher = open_run(record="off")
     publish(publisher, 1)
     peer.frame(0)
     peer.demand(publisher.run, "watched", max_fps=0.001)
     wait_for(lambda: publisher._link._pace.next_s > time.monotonic(), of="a frame that is not due for long")
-    steps = itertools.count(1)
+    publish(publisher, 1, first=1)
+    steps = itertools.count(2)
 
-    def is_outrun() -> bool:
-        time.sleep(0.005)  # its pace
-        publish(publisher, 1, first=next(steps))
-        return bool(publisher._outbox.outrun_before_ns > time.monotonic_ns())
+    def is_counted() -> bool:  # HELLO may go out meanwhile: until it has, the side thread promises nothing
+        publisher._fault = None
+        publisher.publish("no latents", step=next(steps), total_steps=1000)
+        return publisher.error is None
 
-    wait_for(is_outrun, of="a rhythm that outruns the pace")
-    last = next(steps) + 1
-    publisher.publish("no latents", step=last - 1, total_steps=last + 1)
-    assert publisher.error is None
-    publisher.publish(LATENTS, step=last, total_steps=last + 1)
-    assert peer.frame(last).step == last
-    publisher.publish("no latents", step=last + 1)
+    wait_for(is_counted, of="a step that is only counted")
+    publisher.publish(LATENTS, step=999, total_steps=1000)
+    last = peer.next(LatentFrame, lambda frame: frame.step == 999)
+    assert (
+        last.seq
+        == peer.next(PublisherHello, lambda hello: hello.runs[publisher.run].next_seq > last.seq)
+        .runs[publisher.run]
+        .next_seq
+        - 1
+    )
+    publisher.publish("no latents", step=0)
     assert "str" in (publisher.error or "")  # that is perhaps the last one
 
 
