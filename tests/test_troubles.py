@@ -154,6 +154,19 @@ def test_a_kept_run_survives_a_pause_of_a_role(own_daemon: Daemon, role: str) ->
         run.finish()
 
 
+def test_a_run_is_not_lost_while_the_broker_stands_still(tmp_path: Path) -> None:
+    """A pause longer than `recording.lost_after_s`: nobody was silent but the broker, and the file goes on."""
+    with Daemon(tmp_path, "recording.lost_after_s=3") as daemon:
+        run = KeptRun(daemon)
+        try:
+            run.goes_on()
+            for _ in range(3):  # what comes first then, a HELLO or a look at who was silent, is chance
+                stop_for(daemon, "broker", 4.0)
+                run.goes_on()
+        finally:
+            run.finish()
+
+
 SAMPLER = """
 import sys, time
 from taesd_stream import LatentPublisher

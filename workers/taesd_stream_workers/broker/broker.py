@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 MAX_DRAIN: Final = 64  # messages of one socket before the other has its turn
 STATE_S: Final = 0.2
 TICK_S: Final = 0.5
+AWAY_S: Final = 2.0  # our own loop stood for so long (Ctrl-Z, a machine that was paused): nobody was silent meanwhile
 SWITCH_S: Final = 0.0005
 MAX_FAULTS_LOGGED: Final = 1000
 REVOKED: Final = RefusedPeer(code="key", text="this key was revoked: the daemon takes nothing from it")
@@ -124,8 +125,13 @@ class Broker:
         for waited in (self._links.front.socket, self._links.inner.socket, *self._gate.waited_for()):
             poller.register(waited, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
+        looked_s = time.monotonic()
         while not self._life.stop.is_set():
             due = dict(poller.poll(0 if self._dispatcher.is_behind else 100))
+            away_s, looked_s = time.monotonic() - looked_s, time.monotonic()
+            if away_s > AWAY_S:
+                self._registry.was_away(away_s)
+                self._dispatcher.was_away(away_s)
             if self._wake.fileno() in due:
                 self._wake.drain()
             self._gate.attend()

@@ -209,6 +209,13 @@ class Crew:
         self._gone.pop(peer, None)
         return is_here
 
+    def was_away(self, away_s: float) -> None:
+        """The broker itself stood still for so long: no worker was silent, no job is late for that."""
+        for worker in self.workers.values():
+            worker.heard_s += away_s
+            for held in worker.jobs.values():
+                held.deadline_s += away_s
+
     def gone(self) -> list[bytes]:
         """Workers that are silent, or whose job is over its deadline."""
         now_s = time.monotonic()

@@ -231,6 +231,11 @@ class Dispatcher:
         if run.worker is not None and not run.is_alive:
             self._links.to_inside(run.worker, Forget(run=run.info.run))
 
+    def was_away(self, away_s: float) -> None:
+        """The broker itself stood still for so long."""
+        self._crew.was_away(away_s)
+        self._streamer.heard_s += away_s
+
     def tick(self) -> None:
         """Twice a second: workers that are gone, recordings that stand still."""
         for peer in self._crew.gone():

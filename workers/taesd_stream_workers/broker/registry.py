@@ -187,6 +187,11 @@ class Registry:
                 del self.by_name[run.info.stream]
         return dropped
 
+    def was_away(self, away_s: float) -> None:
+        """The broker itself stood still for so long: what publishers said meanwhile is still to be read."""
+        for run in self.by_run.values():
+            run.heard_s += away_s
+
 
 def _known_again(log: RunLog) -> Run:
     """The run of a log that a former broker left."""
