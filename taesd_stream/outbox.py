@@ -231,8 +231,7 @@ class Outbox:
         with self.changed:
             if self._is_outrun and self.wanted and self._is_early(due_s, now_ns / 1e9):
                 self.wake_before_ns = RESTING_NS
-                if due_s - now_ns / 1e9 <= MAX_OUTRUN_S:
-                    self.outrun_before_ns = self._outrun_before_ns(due_s)
+                self.outrun_before_ns = self._outrun_before_ns(due_s, now_ns / 1e9)
                 return due_s
             look_ns = self._rhythm.look_ns(now_ns)
             self.wake_before_ns = look_ns - SOON_NS
@@ -330,21 +329,25 @@ class Outbox:
         """Whether all that waits may go on waiting; with `changed` held."""
         return now_s < due_s and self.mode in ("off", "last") and not any(map(is_final, self.pending))
 
-    def _outrun_before_ns(self, due_s: float) -> int:
+    def _outrun_before_ns(self, due_s: float, now_s: float) -> int:
         """Until when a publish need not be copied: the one after it will be there, and off its device, by due_s."""
         interval_ns, late_ns = self._rhythm.interval_ns(), int(self.looks.patience_s * 1e9)
         is_known = 2 * late_ns < interval_ns < NEVER_NS  # of a device that is further behind too little is known
-        if not is_known or self._is_live or self.mode != "off":  # "last" keeps the newest, wherever the run ends
+        is_long = due_s - now_s > MAX_OUTRUN_S
+        if not is_known or is_long or self._is_live or self.mode != "off":  # "last" keeps the newest, wherever it ends
             return 0
         return int(due_s * 1e9) - late_ns - interval_ns - LATE_NS
 
     def _place_one(self, one: Said | int) -> None:
         if self.is_closed:
             return
-        if not isinstance(one, int):
+        if isinstance(one, int):
+            count = one
+        else:
+            count = count_of(one[4].shape)
             self.pending.append(self._offered(one))
         self.next_seq += 1
-        self._next_index += one if isinstance(one, int) else count_of(one[4].shape)
+        self._next_index += count
 
     def _take(self, frame: LatentFrame) -> None:
         if self.mode == "all" and self.kept_from is not None and frame.seq < self.kept_from:

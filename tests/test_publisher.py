@@ -358,14 +358,20 @@ def test_a_sampler_with_a_rhythm_need_not_wake_anybody(peer: BrokerPeer, open_ru
     assert hellos < 20  # which are once a second, and look too
 
 
-def test_until_the_next_frame_is_due_only_the_last_step_wakes(peer: BrokerPeer, open_run: Any) -> None:
-    """A sampler faster than what is asked for wakes nobody in vain; its last step is sent at once all the same."""
+def early_one(peer: BrokerPeer, open_run: Any) -> Any:
+    """A publisher of two steps, whose first was sent; the second waits, for no frame is due for long."""
     publisher = open_run(record="off")
     publish(publisher, 1)
     peer.frame(0)
     peer.demand(publisher.run, "watched", max_fps=0.001)
     wait_for(lambda: publisher._link._pace.next_s > time.monotonic(), of="a frame that is not due for long")
     publish(publisher, 1, first=1)
+    return publisher
+
+
+def test_until_the_next_frame_is_due_only_the_last_step_wakes(peer: BrokerPeer, open_run: Any) -> None:
+    """A sampler faster than what is asked for wakes nobody in vain; its last step is sent at once all the same."""
+    publisher = early_one(peer, open_run)
     wakes = counted_wakes(publisher)
     for step in range(2, 6):
         wait_for(lambda: publisher._outbox.wake_before_ns == RESTING_NS, of="a side thread that rests until then")
@@ -380,14 +386,8 @@ def test_what_a_newer_step_replaces_before_it_can_be_sent_is_only_counted(
     peer: BrokerPeer, open_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a newer one is sure to come in time latents are not even looked at, but for the last step's."""
-    monkeypatch.setattr("taesd_stream.outbox.MAX_OUTRUN_S", 10_000)
     monkeypatch.setattr(Outbox, "_outrun_before_ns", lambda *_: NEVER_NS)  # whatever its rhythm: test_outbox tells
-    publisher = open_run(record="off")
-    publish(publisher, 1)
-    peer.frame(0)
-    peer.demand(publisher.run, "watched", max_fps=0.001)
-    wait_for(lambda: publisher._link._pace.next_s > time.monotonic(), of="a frame that is not due for long")
-    publish(publisher, 1, first=1)
+    publisher = early_one(peer, open_run)
     steps = itertools.count(2)
 
     def is_counted() -> bool:  # HELLO may go out meanwhile: until it has, the side thread promises nothing
@@ -398,13 +398,8 @@ def test_what_a_newer_step_replaces_before_it_can_be_sent_is_only_counted(
     wait_for(is_counted, of="a step that is only counted")
     publisher.publish(LATENTS, step=999, total_steps=1000)
     last = peer.next(LatentFrame, lambda frame: frame.step == 999)
-    assert (
-        last.seq
-        == peer.next(PublisherHello, lambda hello: hello.runs[publisher.run].next_seq > last.seq)
-        .runs[publisher.run]
-        .next_seq
-        - 1
-    )
+    hello = peer.next(PublisherHello, lambda hello: hello.runs[publisher.run].next_seq > last.seq)
+    assert last.seq == hello.runs[publisher.run].next_seq - 1
     publisher.publish("no latents", step=0)
     assert "str" in (publisher.error or "")  # that is perhaps the last one
 

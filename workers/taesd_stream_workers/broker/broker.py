@@ -128,7 +128,8 @@ class Broker:
         looked_s = time.monotonic()
         while not self._life.stop.is_set():
             due = dict(poller.poll(0 if self._dispatcher.is_behind else 100))
-            away_s, looked_s = time.monotonic() - looked_s, time.monotonic()
+            now_s = time.monotonic()
+            away_s, looked_s = now_s - looked_s, now_s
             if away_s > AWAY_S:
                 self._registry.was_away(away_s)
                 self._dispatcher.was_away(away_s)
