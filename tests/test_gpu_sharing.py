@@ -90,7 +90,10 @@ def test_a_full_gpu_is_left_to_its_sampler(tmp_path: Path) -> None:
     taken = torch.empty(free - (1 << 30), dtype=torch.uint8, device="cuda")
     left, _ = torch.cuda.mem_get_info()
     latents = np.zeros((4, 8, 8), np.float32)
-    with Daemon(tmp_path) as daemon, LatentPublisher(daemon.broker, stream="one", latent_format="sd1") as publisher:
+    with (
+        Daemon(tmp_path, environment={"CUDA_VISIBLE_DEVICES": "0"}) as daemon,
+        LatentPublisher(daemon.broker, stream="one", latent_format="sd1") as publisher,
+    ):
         publisher.publish(latents, step=0, total_steps=1)
         worker = next(row for row in daemon.facts["roles"] if row["role"] == "worker 0")
         assert worker["device"] == "cpu", json.dumps(worker)
