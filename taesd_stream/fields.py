@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,6 +13,9 @@ from taesd_stream.frames import is_run_id, is_stream_name
 
 MAX_DEPTH: Final = 8  # of what people say about a run; a page has no use for more
 MAX_NUMBER: Final = 1e30
+
+_QUOTES: Final = reprlib.Repr()
+_QUOTES.maxlevel, _QUOTES.maxstring, _QUOTES.maxother = 2, 120, 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,12 @@ class Check:
 
 def wrong(says: str, value: Any) -> WireError:
     """The error for a value that is not what it must be; of the value only the beginning is quoted."""
-    return WireError(f"expected {says}, got {value!r:.60}")
+    return WireError(f"expected {says}, got {quoted(value)}")
+
+
+def quoted(value: Any, limit: int = 60) -> str:
+    """The beginning of a value from outside, which may be nested deeper than repr() can follow."""
+    return _QUOTES.repr(value)[:limit]
 
 
 def _power(limit: int) -> str:

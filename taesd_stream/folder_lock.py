@@ -45,8 +45,12 @@ class FolderLock:
             raise ConfigError(
                 f"{self._said}: in use by another taesd-stream (process {holder}); stop it, or choose another folder"
             ) from error
-        os.ftruncate(fd, 0)
-        os.write(fd, f"{os.getpid()}\n".encode())
+        try:
+            os.ftruncate(fd, 0)
+            os.write(fd, f"{os.getpid()}\n".encode())
+        except OSError as error:
+            os.close(fd)
+            raise ConfigError(f"{self._said}: cannot be used: {error.strerror}; choose another folder") from error
         self._fd = fd
 
     def release(self) -> None:

@@ -95,6 +95,7 @@ def _nested(cls: type) -> Check:
 
 _META = mapping(text(64), PLAIN, 64)
 _SEQ = integer(0, 1 << 40)
+_FRAME_SEQ = integer(0, (1 << 32) - 2)  # a file has 32 bits for it and 1
 _SEQ_OR_NONE_YET = integer(-1, 1 << 40)
 _COUNT = integer(0, 1 << 31)
 _NS = integer(-(1 << 62), 1 << 62)
@@ -123,7 +124,7 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
     },
     LatentFrame: {
         "run": RUN,
-        "seq": _SEQ,
+        "seq": _FRAME_SEQ,
         "index": _SEQ,
         "step": _COUNT,
         "total_steps": _STEPS,

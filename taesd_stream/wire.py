@@ -15,6 +15,7 @@ from typing import Any, Final
 import msgpack
 
 from taesd_stream.errors import WireError
+from taesd_stream.fields import quoted
 from taesd_stream.frames import DTYPE_BYTES, LatentFrame, Packet, StreamInfo, WireDtype
 from taesd_stream.message_fields import FIELDS, build, type_name
 from taesd_stream.messages import (
@@ -116,7 +117,7 @@ def _header(head: Part) -> dict[str, Any]:
         raise WireError(f"header: expected a map, got {type(header).__name__}")
     version = header.get("v")
     if type(version) is not int or version != VERSION:
-        raise WireError(f"version: expected {VERSION}, got {version!r:.20}")
+        raise WireError(f"version: expected {VERSION}, got {quoted(version, 20)}")
     return header
 
 
@@ -145,7 +146,7 @@ def unpack(parts: Sequence[Part], allowed: Sequence[type]) -> Any:
     for cls in classes.get(word, ()) if isinstance(word, str) else ():
         if getattr(cls, "ROLE", None) in (None, role):
             return _unpack_as(cls, header, parts[1:])
-    raise WireError(f"type: expected one of {', '.join(type_name(cls) for cls in allowed)}, got {word!r:.40}")
+    raise WireError(f"type: expected one of {', '.join(type_name(cls) for cls in allowed)}, got {quoted(word, 40)}")
 
 
 @functools.cache

@@ -38,6 +38,9 @@ def damaged(**changes: object) -> list[bytes]:
     return [msgpack.packb(msgpack.unpackb(head) | changes), bytes(payload)]
 
 
+# a field that is a thousand lists in each other, which msgpack reads and repr() does not
+NESTED = b"\x83" + b"".join(map(msgpack.packb, ("v", wire.VERSION, "type", "FRAME", "run"))) + b"\x91" * 1010 + b"\x01"
+
 BROKEN: dict[str, list[bytes]] = {
     "no_msgpack": [b"\xc1garbage"],
     "empty": [b""],
@@ -47,7 +50,9 @@ BROKEN: dict[str, list[bytes]] = {
     "negative_shape": damaged(shape=[4, -8, 8]),
     "huge_shape": damaged(shape=[4, 1 << 19, 1 << 19]),
     "three_parts": [*damaged(), b"more"],
+    "thousands_of_parts": [*damaged(), *[b""] * 5000],
     "nan_sigma": damaged(sigma=float("nan")),
+    "nested_deeper_than_python_goes": [NESTED],
     "long_header": [b"\x81\xa1v" + b"\0" * (wire.MAX_HEADER_BYTES + 1)],
 }
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from taesd_stream.messages import Degraded, DemandUpdate, Job
+from taesd_stream.wire import MAX_FRAME_BYTES
+from taesd_stream_workers.broker.live_latents import MAX_HISTORY, history_before
 from tests.broker_role import BrokerRole, Peer, WorkerPeer, frame, new_run, values
 from tests.daemon import wait_for
 
@@ -278,3 +281,12 @@ def test_a_cold_start_is_said(broker: BrokerRole) -> None:
 
         wait_for(is_clear, of="clear pictures")
         streamer.watch("live/cold", viewers=0)
+
+
+def test_a_history_is_no_more_than_one_part_carries() -> None:
+    """Of latents of 8 MiB the newest eight: with a ninth the worker's socket would break off the connection."""
+    shape = (16, 512, 512)
+    payload = bytes(8 << 20)
+    frames = [replace(frame(new_run(), seq), shape=shape, payload=payload) for seq in range(11)]
+    history = history_before(frames[10], frames.__getitem__, MAX_HISTORY)
+    assert (history.count, len(history.payload)) == (8, MAX_FRAME_BYTES)

@@ -242,6 +242,8 @@ def test_a_socket_needs_the_cookie(public: Daemon, token: str) -> None:
     [
         ("preview.example.org", "https://preview.example.org", 200),
         ("127.0.0.1:{port}", "https://preview.example.org", 200),
+        ("127.0.0.1:{port}", "https://preview.example.org:8443", 403),
+        ("preview.example.org:8443", "https://preview.example.org:8443", 200),
         ("10.1.2.3:{port}", None, 200),
         (f"{socket.gethostname()}:{{port}}", f"http://{socket.gethostname()}:{{port}}", 200),
         (f"{socket.gethostname()}:{{port}}", f"http://{socket.gethostname()}:9", 403),

@@ -21,6 +21,7 @@ import pytest
 from taesd_stream import LatentPublisher
 from taesd_stream.folder_lock import FolderLock
 from taesd_stream_workers.supervisor import SILENT_S
+from taesd_stream_workers.worker.priority import NICE
 from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, free_port, wait_for
 from tests.page_socket import PageSocket
@@ -71,6 +72,19 @@ def test_up_reports_the_readiness_of_each_role(daemon: Daemon) -> None:
         ("worker 0", True),
     ]
     assert all(lives(row["pid"]) for row in daemon.facts["roles"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="priorities are other ones there")
+def test_a_worker_gives_way_to_the_sampler(daemon: Daemon) -> None:
+    """All its threads want less of a processor than any other program; the broker, which answers samplers, does not."""
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    worker = Path(f"/proc/{daemon.pid_of('worker 0')}/task")
+    threads = [int(entry.name) for entry in worker.iterdir()] if worker.exists() else [daemon.pid_of("worker 0")]
+    started_before = 3  # at most: the main thread's watchers, which do no work
+    priorities = sorted(os.getpriority(os.PRIO_PROCESS, thread) for thread in threads)
+    assert set(priorities[started_before:]) == {min(mine + NICE, 19)}
+    assert os.getpriority(os.PRIO_PROCESS, daemon.pid_of("worker 0")) == min(mine + NICE, 19)
+    assert os.getpriority(os.PRIO_PROCESS, daemon.pid_of("broker")) == mine
 
 
 @pytest.mark.faults

@@ -503,6 +503,26 @@ def test_a_worker_that_is_back_soon_alarms_nobody() -> None:
     assert asyncio.run(told()) == ([], [])
 
 
+def test_what_nobody_watches_any_more_is_said_again() -> None:
+    """For ten seconds, to a broker that was away when the last viewer left; one who is back counts at once."""
+    clock = Clock()
+    hub = Hub(Latency(), lambda _message: None, clock)
+
+    def told() -> dict[str, int]:
+        return {watch.stream: watch.viewers for watch in hub.watches()}
+
+    for name in ("gone", "back"):
+        with hub.watching(name, "thumb"):
+            assert told()[name] == 1
+    assert told() == {"gone": 0, "back": 0}
+    clock.now_s += 9.9
+    with hub.watching("back", "thumb"):
+        assert told() == {"gone": 0, "back": 1}
+        clock.now_s += 0.2
+        assert told() == {"back": 1}
+    assert told() == {"back": 0}
+
+
 def test_recordings_are_written_out_once_for_all_pages() -> None:
     """The JSON of the recordings is made anew when they changed, and only then."""
     hub = Hub(Latency(), lambda _message: None)

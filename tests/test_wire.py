@@ -185,7 +185,7 @@ def frames(draw: st.DrawFn) -> LatentFrame:
         size *= axis
     return LatentFrame(
         run=draw(st.from_regex(r"[0-9a-f]{16}", fullmatch=True)),
-        seq=draw(st.integers(0, 1 << 40)),
+        seq=draw(st.integers(0, (1 << 32) - 2)),
         index=draw(st.integers(0, 1 << 40)),
         step=draw(st.integers(0, 1 << 31)),
         total_steps=draw(st.none() | st.integers(1, 1 << 31)),

@@ -24,7 +24,7 @@ def check_template(template: str) -> str:
         unknown = [field for field in fields if field not in FIELDS]
         if unknown:
             raise ValueError(f"expected {{stream}}, {{run}} and {{started}} with formats, got {{{unknown[0]}}}")
-        name = file_name(template, stream="a/b/c/d", run="0123456789abcdef", started=0.0)
+        name = file_name(template, stream="a/b/c/d", run="0123456789abcdef", started=1e9)
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"no template of a file's name: {error}") from error
     if name.count("/") >= MAX_PARTS:

@@ -213,10 +213,12 @@ class Recording:
 
     def sync(self) -> None:
         """Force what is written to the disk; `synced` tells how far. Raises: RecordingError."""
-        with self._lock:
-            target, cuts = self.written if self._files else -1, self._cuts
-            copies = [os.dup(file.fd) for file in self._files]
+        copies: list[int] = []
         try:
+            with self._lock:
+                target, cuts = self.written if self._files else -1, self._cuts
+                for file in self._files:
+                    copies.append(os.dup(file.fd))  # noqa: PERF401 those that were made are closed below
             for fd in copies:
                 getattr(os, "fdatasync", os.fsync)(fd)
         except OSError as error:
@@ -344,7 +346,7 @@ class Recording:
         file = GrowingFile.create(self._folder, self._file_name(), head, init)
         try:
             self._put(file, packets)
-        except OSError:
+        except BaseException:  # whatever it was: each try would leave a file, and its descriptor
             file.remove()
             raise
         with self._lock:

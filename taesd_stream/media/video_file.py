@@ -35,10 +35,11 @@ class VideoFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._encoder.close()
-        self._container.close()
-        if kind is None and self._count:
-            self._part.replace(self._path)
-        else:
+        try:
+            self._container.close()
+            if kind is None and self._count:
+                self._part.replace(self._path)
+        finally:
             self._part.unlink(missing_ok=True)
 
     def add(self, planes: Planes) -> None:

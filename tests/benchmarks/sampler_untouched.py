@@ -2,19 +2,22 @@
 
     python -m tests.benchmarks.sampler_untouched            (about 80 minutes)
     python -m tests.benchmarks.sampler_untouched --uses watched,beside --bound process
+    python -m tests.benchmarks.sampler_untouched --uses watched,kept --bound nothing --pairs 40
 
 A sampler of seeded torch work, about 50 ms a step on one thread, bound to core 0; a real daemon (linear decoder) bound
 to core 1 from its start: nobody watches, a viewer does, or every frame is kept. The publisher's own threads run on core
 1, for a system puts them where something is idle; with `--bound process` on core 0, where they take from the sampler
-all that they need: that is a process which has one core for everything. Pairs in the order ABBA (alone, publishing,
-publishing, alone), short ones, for a machine's own speed drifts: four of 50 steps tell half as much as twenty of 10, in
-the same time. Where memory lies is another matter of each process, and more than the interval of one: start it several
-times. `percent` is how much longer a step with publishing is, mean and 95 % interval (Student's t) over the pairs.
-`side_ms` is the processor time that the publisher's own threads take for each step. All pairs are one run: one that is
-alone has an open publisher, which says HELLO once a second, and publishing begins anew in each pair, without the rhythm
-that spares a sampler at work the wake (`publish_rhythm`) for its first five steps of twenty. What is published looks as
-x0 predictions do, one field with the spectrum of photographs melting into another: noise is four times the work for an
-encoder. The viewer is what a page is, a WebSocket that takes `live`.
+all that they need: that is a process which has one core for everything. With `--bound nothing` the sampler computes on
+all cores, as one does that has no GPU, and daemon and viewer take from it what they are given. Pairs in the order ABBA
+(alone, publishing, publishing, alone), short ones, for a machine's own speed drifts: four of 50 steps tell half as much
+as twenty of 10, in the same time. Where memory lies is another matter of each process, and more than the interval of
+one: start it several times. `percent` is how much longer a step with publishing is, mean and 95 % interval (Student's
+t) over the pairs. `side_ms` is the processor time that the publisher's own threads take for each step, and the
+sampler's other ones where it has some. All pairs are one run: one that is alone has an open publisher, which says HELLO
+once a second, and publishing begins anew in each pair, without the rhythm that spares a sampler at work the wake
+(`publish_rhythm`) for its first five steps of twenty. What is published looks as x0 predictions do, one field with the
+spectrum of photographs melting into another: noise is four times the work for an encoder. The viewer is what a page is,
+a WebSocket that takes `live`.
 
 Uses `beside` and `beside_kept` tell what the machine itself loses when its other core works: the sampler publishes
 nothing, but in every second and third run of four a process on the daemon's core does, with a viewer, or kept. What
@@ -52,6 +55,7 @@ REST_S: Final = 0.2  # until what was published is through
 BAR_PERCENT: Final = 0.5
 T_95: Final = ((5, 2.78), (10, 2.26), (20, 2.09), (40, 2.02))  # two-sided, by pairs at the least
 
+BOUND: Final = ("thread", "process", "nothing")
 USES: Final = ("idle", "watched", "kept", "beside", "beside_kept")
 
 # who watches as a page does: a process of its own, on the daemon's core
@@ -97,20 +101,21 @@ class Run(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A use, and what it is compared with; `others`: the cores of the publisher's threads."""
+    """A use, and what it is compared with; `cores`: the sampler's, `others`: the publisher's threads'."""
 
     use: str
     is_against_beside: bool
     pairs: int
     steps: int
+    cores: set[int]
     others: set[int]
 
 
 class Sampler:
-    """Seeded steps of about STEP_S on one thread."""
+    """Seeded steps of about STEP_S, on a thread a core."""
 
-    def __init__(self) -> None:
-        torch.set_num_threads(1)
+    def __init__(self, cores: int) -> None:
+        torch.set_num_threads(cores)
         self._matrix = torch.randn(512, 512)
         started_s = time.perf_counter()
         for _ in range(100):
@@ -148,7 +153,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="of each of the four")
     parser.add_argument("--uses", default=",".join(USES), help="some of them, between commas")
     parser.add_argument("--against", choices=("alone", "beside"), default="alone", help="what uses are compared with")
-    parser.add_argument("--bound", choices=("thread", "process"), default="thread", help="what is bound to core 0")
+    parser.add_argument("--bound", choices=BOUND, default="thread", help="what is bound to core 0")
     arguments = parser.parse_args()
     unknown = [use for use in arguments.uses.split(",") if use not in USES]
     if unknown:
@@ -157,15 +162,19 @@ def main() -> None:
         parser.error("--against beside: it is the load of --uses watched or kept without their publisher")
     if arguments.pairs < 2:
         parser.error(f"--pairs {arguments.pairs}: an interval needs 2 at least")
-    sampler = Sampler()
+    everywhere = os.sched_getaffinity(0)
+    cores = everywhere if arguments.bound == "nothing" else {0}
+    others = {"thread": {1}, "process": {0}, "nothing": everywhere}[arguments.bound]
+    sampler = Sampler(len(cores))
     results: dict[str, Any] = {"bar_percent": BAR_PERCENT, "bound": arguments.bound}
     results |= {"pairs": arguments.pairs, "steps": arguments.steps, "against": arguments.against}
-    others = {1} if arguments.bound == "thread" else {0}
-    os.sched_setaffinity(0, {1})  # before the daemon begins, as taskset does: it counts the cores that it may use
+    os.sched_setaffinity(
+        0, everywhere if arguments.bound == "nothing" else {1}
+    )  # before the daemon begins, as taskset does: it counts the cores that it may use
     with tempfile.TemporaryDirectory() as name, Daemon(Path(name)) as daemon:
-        os.sched_setaffinity(0, {0})
+        os.sched_setaffinity(0, cores)
         for use in arguments.uses.split(","):
-            plan = Plan(use, arguments.against == "beside", arguments.pairs, arguments.steps, others)
+            plan = Plan(use, arguments.against == "beside", arguments.pairs, arguments.steps, cores, others)
             results[use] = compare(daemon, sampler, plan)
             sys.stdout.write(f"{use:<8} {results[use]}\n")
             sys.stdout.flush()
@@ -215,7 +224,7 @@ def open_publisher(daemon: Daemon, plan: Plan) -> LatentPublisher:
     record: RecordMode = "all" if plan.use == "kept" else "off"
     os.sched_setaffinity(0, plan.others)  # a thread begins on the cores of the one that starts it
     publisher = LatentPublisher(daemon.broker, stream=f"untouched/{plan.use}", latent_format="sd1", record=record)
-    os.sched_setaffinity(0, {0})
+    os.sched_setaffinity(0, plan.cores)
     return publisher
 
 

@@ -5,6 +5,7 @@ Whoever uses an address or a folder takes it again and may still be refused: ano
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,8 @@ def _try_to_bind(address: str) -> None:
     host = (parts.hostname or "").replace("*", "")  # ZeroMQ's word for every interface
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # elsewhere it lets two programs have one port
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, parts.port))
 
 

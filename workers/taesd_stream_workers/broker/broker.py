@@ -5,7 +5,7 @@ The samplers' side is intake.py and keeping.py, the workers' side dispatcher.py;
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import logging
 import os
 import sys
@@ -46,12 +46,11 @@ from taesd_stream_workers.broker.run_rows import recording_row, stream_row
 from taesd_stream_workers.role.addresses import bound_address, workers_address
 from taesd_stream_workers.role.gate import OWN_NAME, Door, Gate
 from taesd_stream_workers.role.lifecycle import Lifecycle
-
-if sys.platform != "win32":
-    import resource
+from taesd_stream_workers.role.open_files import allow_many
 
 logger = logging.getLogger(__name__)
 
+MAX_PARTS: Final = 3  # of a message to a broker, which has a header and one payload at most: one too many tells
 MAX_DRAIN: Final = 64  # messages of one socket before the other has its turn
 STATE_S: Final = 0.2
 TICK_S: Final = 0.5
@@ -158,9 +157,11 @@ class Broker:
                 return
             peer, client = head.bytes, door.client_of(head)
             parts: list[Any] = []
-            while part.more:
+            while part.more and len(parts) < MAX_PARTS:
                 part = socket.recv(copy=False)
                 parts.append(part.buffer if parts else part.bytes)
+            if part.more:
+                self._pass_over(socket)
             why = REVOKED if client is None else None
             speaker = client if door.has_keys else peer  # a host's samplers are not one another's keepers
             if speaker is not None and is_limited and not self._intake.limits.may_speak(speaker):
@@ -179,6 +180,15 @@ class Broker:
                 refuse(peer, message, why)
             elif client is not None:
                 take(peer, client, message)
+
+    def _pass_over(self, socket: zmq.Socket[bytes]) -> None:
+        """The rest of a message that is none of ours: ZeroMQ gives no other one before its end, however far that is."""
+        for number in itertools.count():
+            socket.recv()
+            if not socket.get(zmq.RCVMORE):
+                return
+            if number % MAX_DRAIN == 0:
+                self._life.tick()
 
     def _take_inside(self, peer: bytes, client: str, message: Any) -> None:
         is_workers = self._links.inner.has_keys and client != OWN_NAME
@@ -318,13 +328,5 @@ def run_broker(config: Config, lifecycle: Lifecycle) -> None:
     """Run the broker in this thread until it is told to stop. Raises: ConfigError for an address in use."""
     # The log's thread lets go of the GIL at each write and CRC; the loop, when busy, would hold it 5 ms each time.
     sys.setswitchinterval(SWITCH_S)
-    _allow_connections()
+    allow_many()
     Broker(config, lifecycle).run()
-
-
-def _allow_connections() -> None:
-    """As many open files as the system lets us have: each sampler is one, and a shell's 1024 are too few for them."""
-    if sys.platform != "win32":
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(ValueError, OSError):  # macOS says that there is no limit, and has one
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

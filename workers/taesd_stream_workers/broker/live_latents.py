@@ -9,6 +9,7 @@ from typing import Final
 
 from taesd_stream.frames import DTYPE_BYTES, LatentFrame
 from taesd_stream.messages import History
+from taesd_stream.wire import MAX_FRAME_BYTES
 
 MAX_HISTORY: Final = 10  # latents; no network needs more, and it counts until a worker says how many its own needs
 LATE_NS: Final = 1_000_000_000  # what waits for so long makes the rest late too: it goes, as one cut
@@ -20,10 +21,11 @@ def latents_in(frame: LatentFrame) -> int:
 
 
 def history_before(frame: LatentFrame, read: Callable[[int], LatentFrame | None], latents: int) -> History:
-    """The latents just before a frame, as many as are there without a hole, up to `latents`.
+    """The latents just before a frame, as many as are there without a hole, up to `latents` and what one part holds.
 
     read: the frame of a seq, None where it is not at hand.
     """
+    latents = min(latents, MAX_FRAME_BYTES // latent_bytes(frame))  # more would cost the worker its connection
     parts: list[bytes | memoryview] = []
     count, later = 0, frame
     while count < latents and later.index > 0:

@@ -254,5 +254,6 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, part, metadata=metadata)
         part.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise ConfigError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error

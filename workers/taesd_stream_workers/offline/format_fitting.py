@@ -9,6 +9,7 @@ from typing import Final, TypeAlias
 
 import av
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -94,8 +95,9 @@ class Fit:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, part, metadata=to_metadata(self.format, notes))
             part.replace(path)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            raise ConfigError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def find_pairs(folder: Path) -> list[Pair]:

@@ -65,8 +65,12 @@ def _make_if_absent(path: Path) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         return
-    with os.fdopen(fd, "w", encoding="utf-8") as file:
-        file.write(secrets.token_urlsafe(32) + "\n")
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.write(secrets.token_urlsafe(32) + "\n")
+    except OSError:
+        path.unlink()  # an empty one would be refused when the disk has room again
+        raise
 
 
 def _read(path: Path, key: str, way_out: str) -> str:

@@ -25,6 +25,7 @@ NO_WORKER_S: Final = 10.0  # one that is restarted is back sooner
 NO_WORKER: Final = "No decode worker."
 MAX_FOLLOWERS: Final = 64
 MAX_STOPS: Final = 1000
+LEFT_S: Final = 10.0  # how long it is said again that nobody watches: a broker is away for less, or forgets all
 
 
 class Rate:
@@ -96,13 +97,14 @@ class Hub:
         self.recordings: list[dict[str, Any]] = []
         self.films: dict[str, int] = {}  # by run: last seq
         self.clock_ns: Callable[[], int] = time.monotonic_ns
-        self._tell_broker = tell_broker
+        self._tell_broker, self._clock_s = tell_broker, clock_s
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox = Inbox(self.keyframe, lambda packet: latency.dropped.labels(packet.rendition).inc())
         self._pictures: dict[tuple[str, Rendition], list[Packet]] = {}  # of the newest frame, for late viewers
         self._newest: dict[str, Packet] = {}  # newest packet of any rendition, by run
         self._latency_ms: dict[str, float] = {}
         self._counts: defaultdict[tuple[str, Rendition], int] = defaultdict(int)
+        self._left_s: dict[tuple[str, Rendition], float] = {}  # what nobody watches any more, and since when
         self._wishes = RecordWishes(tell_broker)
         self._stops: dict[str, str] = {}  # by stream: the run that a person wants stopped
         self.rate = Rate(clock_s)
@@ -321,15 +323,23 @@ class Hub:
     def _change(self, stream: str, rendition: Rendition, by: int) -> None:
         self._counts[stream, rendition] += by
         viewers = self._counts[stream, rendition]
-        if not viewers:
+        if viewers:
+            self._left_s.pop((stream, rendition), None)
+        else:
             del self._counts[stream, rendition]
+            self._left_s[stream, rendition] = self._clock_s()
         self._tell_broker(Watch(stream=stream, rendition=rendition, viewers=viewers))
 
     def watches(self) -> list[Watch]:
-        """All that is watched now: said again to a broker that was restarted. Any thread."""
+        """All that is watched now, or was of late: said again to a broker that was away. The streamer's thread."""
+        over_s = self._clock_s() - LEFT_S
+        for key, left_s in list(self._left_s.items()):
+            if left_s < over_s:
+                self._left_s.pop(key, None)
+        watched = {**dict.fromkeys(list(self._left_s), 0), **dict(list(self._counts.items()))}
         return [
             Watch(stream=stream, rendition=rendition, viewers=viewers)
-            for (stream, rendition), viewers in list(self._counts.items())
+            for (stream, rendition), viewers in watched.items()
         ]
 
     def keyframe(self, stream: str) -> None:

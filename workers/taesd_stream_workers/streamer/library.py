@@ -55,7 +55,14 @@ class Library:
 
     def last_seq(self, run: str) -> int:
         """The last frame of this run in finished files, -1 for none."""
-        return max((int(row["last_seq"]) for row in self.rows() if row["run"] == run), default=-1)
+        return self.last_seqs().get(run, -1)
+
+    def last_seqs(self) -> dict[str, int]:
+        """Runs in finished files, and the last frame of each; it takes a look at every file of the folder."""
+        found: dict[str, int] = {}
+        for row in (known.row for known in self._look().values() if known.row):
+            found[row["run"]] = max(found.get(row["run"], -1), int(row["last_seq"]))
+        return found
 
     def path_of(self, recording_id: str) -> Path | None:
         """The finished file of an id that `rows` gave; ids from outside are only looked up, never made into paths."""

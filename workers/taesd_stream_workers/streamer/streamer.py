@@ -21,6 +21,7 @@ from taesd_stream_workers.role.addresses import bound_address, dialled, packets_
 from taesd_stream_workers.role.gate import Door, Gate
 from taesd_stream_workers.role.lifecycle import Lifecycle
 from taesd_stream_workers.role.line import RoleLine
+from taesd_stream_workers.role.open_files import allow_many
 from taesd_stream_workers.streamer.hub import Hub
 from taesd_stream_workers.streamer.latency import Latency
 from taesd_stream_workers.streamer.push import Pushes
@@ -127,7 +128,7 @@ class Streamer:
     def _hello(self) -> None:
         hello = StreamerHello(endpoint=self._endpoint, cursors=self._recorder.cursors(), echo_ns=time.monotonic_ns())
         if self._send(hello):
-            for watch in self._hub.watches():  # a broker that was restarted knows none of them
+            for watch in self._hub.watches():  # one that was restarted knows none of them
                 self._send(watch)
 
     def _receive_packets(self) -> None:
@@ -211,4 +212,5 @@ def _bind_pull(gate: Gate, context: zmq.Context[zmq.Socket[bytes]], address: str
 
 def run_streamer(config: Config, lifecycle: Lifecycle) -> None:
     """Run the streamer in this thread until it is told to stop. Raises: ConfigError for an address in use."""
+    allow_many()
     Streamer(config, lifecycle).run()

@@ -148,7 +148,7 @@ def _add_docs(app: FastAPI) -> None:
 
 
 def _known(hub: Hub, name: str) -> dict[str, Any]:
-    row = next((row for row in hub.streams() if row["name"] == name), None)
+    row = next((row for row in (hub.state.streams if hub.state else ()) if row["name"] == name), None)
     if row is None:
         raise ApiError(404, "no_stream", f"There is no stream {name}.")
     return row
@@ -298,7 +298,9 @@ def _add_recordings(app: FastAPI, recorder: Recorder, copies: Copies) -> None:
             picture = await asyncio.to_thread(lambda: thumbnail(path_of(recording_id), THUMB_PX))
         except (OSError, av.FFmpegError, AssertionError) as error:
             raise ApiError(404, "no_picture", f"{recording_id}: {error}") from error
-        return Response(picture, media_type="image/jpeg", headers={"cache-control": "max-age=3600"})
+        is_growing = recorder.files.is_growing(recording_id)  # then its last picture is soon another one
+        headers = {"cache-control": "no-store" if is_growing else "max-age=3600"}
+        return Response(picture, media_type="image/jpeg", headers=headers)
 
     @app.delete("/api/v1/recordings/{recording_id:path}", responses=says(schema.Done))
     async def delete(recording_id: str) -> dict[str, Any]:

@@ -118,11 +118,13 @@ class Guard:
     def _is_our_origin(self, origin: str, host: str) -> bool:
         """The address of the request itself; or a proxy's name, where the proxy put another Host in its place.
 
-        Not any address of this host: on another port may be another user's page, which browsers count as the same site.
+        Not any address of this host, nor of the proxy's: on another port may be another user's page, which browsers
+        count as the same site. A proxy on a port of its own must pass Host on.
         """
         try:
             parts = urlsplit(origin)
-            return parts.netloc.lower() == host.lower() or parts.hostname in self._proxies
+            is_proxy = parts.hostname in self._proxies and parts.port in (None, 80, 443)
+            return parts.netloc.lower() == host.lower() or is_proxy
         except ValueError:
             return False
 
