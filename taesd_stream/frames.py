@@ -27,7 +27,8 @@ DTYPE_BYTES: Final[dict[WireDtype, int]] = {"float32": 4, "float16": 2, "bfloat1
 
 CLOCK_HZ: Final = 90_000  # MPEG's clock: PTS of every rendition, ISO/IEC 13818-1 2.4.2
 
-_NAME_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+MAX_PART_CHARS: Final = 64
+_NAME_PART = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_PART_CHARS - 1}}}"
 _NAME = re.compile(rf"{_NAME_PART}(?:/{_NAME_PART}){{0,3}}(?:~[0-9]{{1,4}})?")
 _RUN = re.compile(r"[0-9a-f]{16}")
 
@@ -35,6 +36,15 @@ _RUN = re.compile(r"[0-9a-f]{16}")
 def is_stream_name(text: str) -> bool:
     """Whether `text` can name a stream: up to 4 parts joined by '/', then perhaps the broker's own '~N'."""
     return _NAME.fullmatch(text) is not None
+
+
+def name_of_one(stream: str, place: int) -> str:
+    """The stream of one video of a batch: a part behind its name, or where that has 4 parts the end of the last."""
+    name, end = f"{stream}/{place}", f".{place}"
+    if is_stream_name(name):
+        return name
+    batch, _, last = stream.rpartition("/")
+    return f"{batch}/{last[: MAX_PART_CHARS - len(end)]}{end}"
 
 
 def is_run_id(text: str) -> bool:

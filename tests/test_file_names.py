@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from taesd_stream import LatentPublisher
 from taesd_stream.config import load_config
 from taesd_stream.errors import ConfigError
-from taesd_stream.frames import is_stream_name
+from taesd_stream.frames import is_stream_name, name_of_one
 from taesd_stream.media.file_names import DEFAULT_NAME, check_template, file_name
 from tests.daemon import Daemon
 from tests.pictures import decode_file, sd1_latents_of
@@ -40,6 +40,15 @@ def test_the_default_name() -> None:
     assert folder == "clip/main"
     assert last.startswith("2023111")
     assert last.endswith("-012345")
+
+
+@given(STREAMS, st.integers(0, 63))
+@example("a/b/c/" + "d" * 64, 63)
+def test_each_video_of_a_batch_has_a_stream(batch: str, place: int) -> None:
+    """Whatever the batch is called, its videos have names that a daemon takes, each its own."""
+    name = name_of_one(batch, place)
+    assert is_stream_name(name)
+    assert name != name_of_one(batch, place + 1)
 
 
 @given(STREAMS, st.sampled_from(TEMPLATES))

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from taesd_stream.frames import name_of_one
 from taesd_stream.integrations.comfyui.formats import format_of, published
 from taesd_stream.integrations.comfyui.graph import Graph, fps_of, told
 from taesd_stream.integrations.comfyui.nodes import Options
@@ -107,7 +108,7 @@ def open_run(
     publishers = [
         LatentPublisher(
             options.address,
-            stream=f"{stream}/{place}" if count > 1 else stream,
+            stream=name_of_one(stream, place) if count > 1 else stream,
             latent_format=known.name,
             kind="clip" if is_video else "steps",
             fps=(fps_of(graph) or usual_fps(known.name)) if is_video else None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from taesd_stream.frames import EndReason, Kind, RecordMode, WireDtype, is_stream_name
+from taesd_stream.frames import EndReason, Kind, RecordMode, WireDtype, is_stream_name, name_of_one
 from taesd_stream.integrations.diffusers.calls import told, variables_of_call
 from taesd_stream.integrations.diffusers.formats import format_of
 from taesd_stream.integrations.diffusers.geometry import Geometry
@@ -122,7 +122,7 @@ class Preview:
         geometry = Geometry(self._pipe, self._format, variables, sample)
         is_video = self._format.temporal_factor is not None
         count = geometry.spatial(sample.detach()).shape[0] if is_video else 1
-        names = [f"{self._stream}/{place}" for place in range(count)] if count > 1 else [self._stream]
+        names = [name_of_one(self._stream, place) for place in range(count)] if count > 1 else [self._stream]
         fps = self._fps
         if is_video and fps is None:
             fps = variables.get("frame_rate") or usual_fps(self._format.name)
