@@ -36,7 +36,7 @@ class FolderLock:
             self.folder.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
         except OSError as error:
-            raise ConfigError(f"{self._said}: cannot be used: {error.strerror}; choose another folder") from error
+            raise self._unusable(error) from error
         try:
             _lock(fd)
         except OSError as error:
@@ -50,8 +50,11 @@ class FolderLock:
             os.write(fd, f"{os.getpid()}\n".encode())
         except OSError as error:
             os.close(fd)
-            raise ConfigError(f"{self._said}: cannot be used: {error.strerror}; choose another folder") from error
+            raise self._unusable(error) from error
         self._fd = fd
+
+    def _unusable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"{self._said}: cannot be used: {error.strerror}; choose another folder")
 
     def release(self) -> None:
         """Give the lock back; without it, nothing happens."""

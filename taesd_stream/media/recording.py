@@ -217,8 +217,7 @@ class Recording:
         try:
             with self._lock:
                 target, cuts = self.written if self._files else -1, self._cuts
-                for file in self._files:
-                    copies.append(os.dup(file.fd))  # noqa: PERF401 those that were made are closed below
+                copies.extend(os.dup(file.fd) for file in self._files)  # what was made before one fails is closed below
             for fd in copies:
                 getattr(os, "fdatasync", os.fsync)(fd)
         except OSError as error:

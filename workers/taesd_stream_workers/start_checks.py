@@ -5,8 +5,6 @@ Whoever uses an address or a folder takes it again and may still be refused: ano
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -16,7 +14,7 @@ from taesd_stream.config import Config
 from taesd_stream.errors import ConfigError
 from taesd_stream.folder_lock import FolderLock
 from taesd_stream.keys import load_keys
-from taesd_stream_workers.role.addresses import check_inner_addresses, require_guarded, web_address
+from taesd_stream_workers.role.addresses import check_inner_addresses, require_guarded, tcp_socket, web_address
 from taesd_stream_workers.role.key_files import AllowList
 from taesd_stream_workers.role.web_token import load_token, peer_tokens
 from taesd_stream_workers.streamer.push import format_of
@@ -70,10 +68,7 @@ def _try_to_bind(address: str) -> None:
     if parts.scheme == "ipc" or not parts.port:
         return
     host = (parts.hostname or "").replace("*", "")  # ZeroMQ's word for every interface
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        if os.name == "posix":  # elsewhere it lets two programs have one port
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with tcp_socket(host) as probe:
         probe.bind((host, parts.port))
 
 

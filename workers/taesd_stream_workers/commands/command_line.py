@@ -134,9 +134,6 @@ def _role_main(role: str) -> Callable[..., None]:
     if role == "worker":
         if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
             os.environ["GOMP_SPINCOUNT"] = str(SPINS)  # read when torch is imported
-        from taesd_stream_workers.worker.priority import give_way
-
-        give_way()
         from taesd_stream_workers.worker.decode_worker import run_worker
 
         return run_worker

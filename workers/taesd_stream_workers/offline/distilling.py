@@ -11,7 +11,6 @@ from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from taesd_stream.errors import ConfigError
@@ -27,6 +26,7 @@ from taesd_stream.training.pictures import PicturePool
 from taesd_stream.training.quality import psnr_db, sharpness, ssim
 from taesd_stream.user_formats import to_metadata
 from taesd_stream_workers.offline.format_fitting import find_pairs, read_picture
+from taesd_stream_workers.offline.tensor_file import write_tensors
 
 PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp")
 SIZES: Final = {128: 0.08, 192: 0.12, 256: 0.35, 384: 0.2, 512: 0.17, 768: 0.08}
@@ -144,10 +144,10 @@ def distil(
     while not training.is_over and not is_stopped():
         squared = training.step()
         if training.done % CHECKPOINT_STEPS == 0:
-            _write(checkpoint, training.checkpoint(), {_SETTINGS_KEY: facts})
+            write_tensors(checkpoint, training.checkpoint(), {_SETTINGS_KEY: facts})
         if training.done % 10 == 0 or training.is_over:
             on_step(training.done, float(squared))
-    _write(checkpoint, training.checkpoint(), {_SETTINGS_KEY: facts})
+    write_tensors(checkpoint, training.checkpoint(), {_SETTINGS_KEY: facts})
     return training
 
 
@@ -185,7 +185,7 @@ def save(path: Path, training: Distillation, material: Material, report: Report)
         rgb_bias=(float(bias[0]), float(bias[1]), float(bias[2])),
     )
     notes: dict[str, Any] = {"pictures": material.count, "steps": training.done, "report": report.text()}
-    _write(path, training.weights(), to_metadata(known, notes))
+    write_tensors(path, training.weights(), to_metadata(known, notes))
 
 
 def _folder(folder: Path) -> Path:
@@ -245,15 +245,3 @@ def _read_checkpoint(path: Path, facts: str) -> dict[str, Tensor]:
     if said != facts:
         raise ConfigError(f"{path}: is of another training (settings or pictures) or version; delete it to begin anew")
     return tensors
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Whole, or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata=metadata)
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        raise ConfigError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error

@@ -9,8 +9,6 @@ from typing import Final, TypeAlias
 
 import av
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from taesd_stream.errors import ConfigError
@@ -18,6 +16,7 @@ from taesd_stream.latent_formats import LatentFormat
 from taesd_stream.models.linear import FactorProjection, FactorSquares, LeastSquares
 from taesd_stream.user_formats import MAX_CHANNELS, MAX_FACTOR, to_metadata
 from taesd_stream_workers.offline.latent_files import load_tensor
+from taesd_stream_workers.offline.tensor_file import write_tensors
 
 LATENTS: Final = (".safetensors", ".npy", ".pth", ".pt")
 PICTURES: Final = (".png", ".jpg", ".jpeg")
@@ -90,14 +89,7 @@ class Fit:
         notes = {"pairs": self.pairs, "held_out": self.held_out, "psnr_db": self.psnr_db}
         state = {} if self.projection is None else self.projection.state_dict()
         tensors = {key: value.half().contiguous() for key, value in state.items()}
-        part = path.with_name(path.name + ".part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, part, metadata=to_metadata(self.format, notes))
-            part.replace(path)
-        except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
-            raise ConfigError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        write_tensors(path, tensors, to_metadata(self.format, notes))
 
 
 def find_pairs(folder: Path) -> list[Pair]:

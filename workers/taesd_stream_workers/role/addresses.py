@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import os
+import socket
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -134,8 +135,16 @@ def _host_and_port(key: str, address: str, example: str) -> tuple[str, int]:
     return host, port
 
 
-def bound_address(socket: zmq.Socket[bytes]) -> str:
+def tcp_socket(host: str) -> socket.socket:
+    """A socket that can be bound at a host, also just after another one was."""
+    new = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    if os.name == "posix":  # elsewhere it lets two programs have one port
+        new.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return new
+
+
+def bound_address(bound: zmq.Socket[bytes]) -> str:
     """The address that a bound socket has, its port resolved."""
-    endpoint = socket.getsockopt(zmq.LAST_ENDPOINT)
+    endpoint = bound.getsockopt(zmq.LAST_ENDPOINT)
     assert isinstance(endpoint, bytes)
     return endpoint.rstrip(b"\0").decode()

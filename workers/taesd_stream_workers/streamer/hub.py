@@ -222,6 +222,11 @@ class Hub:
         fresh = self.state is not None and time.monotonic() - self.state_at_s < SIGNAL_AGE_S + 1
         return fresh and self.state is not None and bool(self.state.workers)
 
+    def row_of(self, stream: str) -> dict[str, Any] | None:
+        """What the broker says of a stream, None where it knows none of that name."""
+        rows = self.state.streams if self.state else []
+        return next((row for row in rows if row["name"] == stream), None)
+
     def streams(self) -> list[dict[str, Any]]:
         """The rows of GET /api/v1/streams."""
         rows = []
@@ -336,7 +341,7 @@ class Hub:
         for key, left_s in list(self._left_s.items()):
             if left_s < over_s:
                 self._left_s.pop(key, None)
-        watched = {**dict.fromkeys(list(self._left_s), 0), **dict(list(self._counts.items()))}
+        watched = dict.fromkeys(self._left_s, 0) | dict(self._counts)
         return [
             Watch(stream=stream, rendition=rendition, viewers=viewers)
             for (stream, rendition), viewers in watched.items()
@@ -352,9 +357,9 @@ class Hub:
 
     def stop(self, stream: str) -> None:
         """Ask a sampler to stop; said again until the broker says that it is asked."""
-        for row in self.state.streams if self.state else []:
-            if row["name"] == stream:
-                self._stops[stream] = row["run"]
+        row = self.row_of(stream)
+        if row is not None:
+            self._stops[stream] = row["run"]
         while len(self._stops) > MAX_STOPS:
             del self._stops[next(iter(self._stops))]
         self._tell_broker(StopStream(stream=stream))

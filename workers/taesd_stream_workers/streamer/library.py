@@ -49,14 +49,6 @@ class Library:
         rows = [known.row for known in self._look().values() if known.row]
         return sorted(rows, key=lambda row: (-float(row["started"]), row["first_seq"], row["part"] or 0))
 
-    def holds(self, run: str, last_seq: int) -> bool:
-        """Whether a finished file has this run up to `last_seq`."""
-        return self.last_seq(run) >= last_seq
-
-    def last_seq(self, run: str) -> int:
-        """The last frame of this run in finished files, -1 for none."""
-        return self.last_seqs().get(run, -1)
-
     def last_seqs(self) -> dict[str, int]:
         """Runs in finished files, and the last frame of each; it takes a look at every file of the folder."""
         found: dict[str, int] = {}

@@ -279,9 +279,12 @@ class Recorder:
             if attempt <= self._finished.get(run, -1):
                 return None  # late, of a file that is finished
             row = self._runs.get(run)
-            if row is None or row["meta"] is None or (row["ended"] and self.library.holds(run, row["last_seq"])):
-                return None  # a run that the broker no longer keeps, or has not told all of; or its file is finished
-            if (last := self.library.last_seq(run)) >= seq:
+            if row is None or row["meta"] is None:
+                return None  # a run that the broker no longer keeps, or has not told all of
+            last = self.library.last_seqs().get(run, -1)
+            if row["ended"] and last >= row["last_seq"]:
+                return None  # its file is finished
+            if last >= seq:
                 # it comes again, for its ACK was lost with the broker: the rest of the run goes to another file
                 self._tell_broker(Cursor(run=run, attempt=attempt, written=last, synced=last))
                 return None

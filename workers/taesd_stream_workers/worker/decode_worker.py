@@ -30,6 +30,7 @@ from taesd_stream_workers.worker.encode_threads import EncodeThreads
 from taesd_stream_workers.worker.job_decoder import JobDecoder
 from taesd_stream_workers.worker.job_run import JobRun
 from taesd_stream_workers.worker.outgoing import Outgoing
+from taesd_stream_workers.worker.priority import give_way
 
 logger = logging.getLogger(__name__)
 
@@ -236,4 +237,5 @@ def processors() -> int:
 
 def run_worker(config: Config, lifecycle: Lifecycle) -> None:
     """Run one decode worker in this thread until it is told to stop."""
+    give_way()
     DecodeWorker(config, lifecycle).run()

@@ -148,7 +148,7 @@ def _add_docs(app: FastAPI) -> None:
 
 
 def _known(hub: Hub, name: str) -> dict[str, Any]:
-    row = next((row for row in (hub.state.streams if hub.state else ()) if row["name"] == name), None)
+    row = hub.row_of(name)
     if row is None:
         raise ApiError(404, "no_stream", f"There is no stream {name}.")
     return row
@@ -235,7 +235,7 @@ def _add_players(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
 
         Of a stream that is over and out of memory, the last one of its film or recording.
         """
-        row = next((row for row in hub.streams() if row["name"] == name), None)
+        row = hub.row_of(name)
         if row is not None and (row["seq"] is not None or row["ended"] is None):
             picture = bytes((await _latest(hub, name, rendition)).payload)
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import threading
 from typing import Final
@@ -13,7 +12,7 @@ import uvicorn
 from taesd_stream.config import Config
 from taesd_stream.errors import ConfigError
 from taesd_stream.wire import DEFAULT_ADDRESS
-from taesd_stream_workers.role.addresses import on_host, web_address
+from taesd_stream_workers.role.addresses import on_host, tcp_socket, web_address
 from taesd_stream_workers.role.web_token import load_token
 from taesd_stream_workers.streamer.hub import Hub
 from taesd_stream_workers.streamer.recorder import Recorder
@@ -48,10 +47,7 @@ class WebServer:
         Raises: ConfigError when it is in use, or when its token's file cannot be used.
         """
         host, token = self._host, load_token(self._config)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
-        if os.name == "posix":  # elsewhere it lets two programs have one port
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket = tcp_socket(host)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         try:
             self._socket.bind((host, self._asked_port))
