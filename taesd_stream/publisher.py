@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 RING_BYTES: Final = 256 << 20
 MAX_SAID: Final = 16  # publishes while the side thread rests, most of them taken back
+MAX_LOGGED: Final = 8  # faults of publish(); each is said once
 MAX_STEPS: Final = 1 << 31  # what the wire takes without a closer look
 CLOSE_S: Final = 5.0
 CLOSED: Final = "the publisher is closed"
@@ -103,8 +104,10 @@ class LatentPublisher:
         self._kind = kind
         self._pid = os.getpid()
         self._snapshot: Snapshot | None = None  # of the latents that came last: the next are mostly like them
-        self._faults = 0
         self._fault: str | None = None  # the last publish's
+        self._logged: set[str] = set()
+        self._holes = 0  # publishes that were to be kept and failed
+        self._first_hole = ""
         self._is_closed = False
         self._outbox = Outbox(info, ring_bytes=RING_BYTES, log_folder=own_log_folder())
         self._link = PublisherLink(Daemons(addresses, stream, monotonic()), info, self._outbox, keys)
@@ -143,8 +146,11 @@ class LatentPublisher:
 
     @property
     def error(self) -> str | None:
-        """Why nothing is shown or kept: the broker's or the last publish's complaint; None while all is well."""
-        return self._link.error or self._outbox.error or self._fault
+        """Why something is not shown or kept; None while all is well.
+
+        The broker's complaint, or a publish's: of one that was to be kept until the end, else until the next good one.
+        """
+        return self._link.error or self._outbox.error or self._hole or self._fault
 
     def publish(
         self, latents: Any, *, step: int, total_steps: int | None = None, sigma: SupportsFloat | None = None
@@ -202,9 +208,10 @@ class LatentPublisher:
     def wait_until_acked(self, timeout_s: float) -> bool:
         """Wait until the daemon's log has every kept frame, so that this program may exit.
 
-        Returns: True when it has (at once when nothing is kept), False on time out or refusal (`error` has the text).
+        Returns: True when it has (at once when nothing is kept); False on time out, refusal, or where a publish that
+            was to be kept failed (`error` has the text).
         """
-        return self._pid == os.getpid() and self._link.wait_until_acked(timeout_s)
+        return self._pid == os.getpid() and self._link.wait_until_acked(timeout_s) and self._hole is None
 
     def close(self, timeout_s: float = CLOSE_S, *, reason: EndReason = "done", text: str = "") -> None:
         """End the run: send what is kept, then END. What is not acked by then goes to a log file, and it says where."""
@@ -244,10 +251,20 @@ class LatentPublisher:
         if not nbytes:
             raise ValueError(f"latents: expected values, got none, shape {shape}")
 
+    @property
+    def _hole(self) -> str | None:
+        """What is not in the recording, and why."""
+        if not self._holes or self._outbox.mode != "all":
+            return None
+        return self._first_hole if self._holes == 1 else f"{self._first_hole} (and {self._holes - 1} more not kept)"
+
     def _complain(self, error: Exception) -> None:
-        self._faults += 1
-        self._fault = f"publish: {error}"
-        if self._faults == 1:
+        self._fault = text = f"publish: {error}"
+        if self._outbox.mode in (None, "all"):
+            self._holes += 1
+            self._first_hole = self._first_hole or text
+        if text not in self._logged and len(self._logged) < MAX_LOGGED:
+            self._logged.add(text)
             logger.warning("publish_failed stream=%s error=%s (said once; the run goes on)", self.stream, error)
 
 

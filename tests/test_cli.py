@@ -272,6 +272,29 @@ def test_record_of_a_name_that_has_ended_means_its_next_run(daemon: Daemon, tmp_
     assert len(decode_file(output)) == 5
 
 
+def test_record_of_a_run_that_was_recorded_before(daemon: Daemon, tmp_path: Path) -> None:
+    """A run whose first recording was ended is recorded anew: what comes is the second file, not the first."""
+    output = tmp_path / "out.mp4"
+    latents = moving_latents(6)
+    with LatentPublisher(daemon.broker, stream="cli/twice", latent_format="sd1", record="all") as publisher:
+        for step in range(2):
+            publisher.publish(latents[step], step=step)
+        assert publisher.wait_until_acked(30), publisher.error
+        run("record", "cli/twice", "--mode", "off", "--connect", daemon.web, folder=tmp_path)
+        assert daemon.recording(publisher.run)["frames"] == 2
+        with started("record", "cli/twice", "-o", str(output), "--connect", daemon.web, folder=tmp_path) as process:
+            assert process.stderr is not None
+            assert process.stderr.readline() == "waiting for cli/twice\n"
+            wait_for(lambda: daemon.streams()["cli/twice"]["record"] == "all", of="the word")
+            for step in range(2, 6):
+                publisher.publish(latents[step], step=step)
+            assert publisher.wait_until_acked(30), publisher.error
+            publisher.close()
+            _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert len(decode_file(output)) == 4
+
+
 def publish_run(daemon: Daemon, stream: str, frames: int) -> None:
     """A whole run, kept, and its recording finished."""
     with LatentPublisher(daemon.broker, stream=stream, latent_format="sd1", record="all") as publisher:

@@ -110,14 +110,26 @@ def test_lossless_is_without_loss(recorded: Path, tmp_path: Path) -> None:
     assert all(np.array_equal(one, other) for one, other in zip(kept, made, strict=True))
 
 
-def test_evenly_spaced(recorded: Path, tmp_path: Path) -> None:
-    """`--fps` gives each picture its place instead of its time."""
-    output = tmp_path / "out.mp4"
+@pytest.mark.parametrize("name", ["out.mp4", "out.mkv", "out.webm"])
+def test_evenly_spaced(name: str, recorded: Path, tmp_path: Path) -> None:
+    """`--fps` gives each picture its place instead of its time, and the file says that rate of itself."""
+    output = tmp_path / name
     assert run("export", recorded, "-o", output, "--fps", "10", folder=tmp_path).returncode == 0
     with av.open(output) as container:
+        assert container.streams.video[0].average_rate == 10
         assert [frame.time for frame in container.decode(video=0)] == pytest.approx(
             [0, 0.1, 0.2, 0.3, 0.4, 0.5], abs=1e-4
         )
+
+
+def test_a_file_says_the_rate_that_its_pictures_came_at(recorded: Path, tmp_path: Path) -> None:
+    """Without `--fps` a Matroska file says the mean rate, not some rate of ours."""
+    output = tmp_path / "out.mkv"
+    assert run("export", recorded, "-o", output, folder=tmp_path).returncode == 0
+    with av.open(output) as container:
+        rate = container.streams.video[0].average_rate
+        assert rate is not None
+        assert float(rate) == pytest.approx(5 / (TIMES_S[-1] - TIMES_S[0]), rel=0.01)
 
 
 def test_info_tells_what_a_file_was_painted_from(recorded: Path, tmp_path: Path) -> None:

@@ -361,15 +361,17 @@ def test_the_oldest_films_go(tmp_path: Path) -> None:
 # --- through a daemon ---
 
 
-def watched_run(daemon: Daemon, stream: str, colours: list[Any], record: Any = "off") -> str:
-    """A run of one step a colour, each seen by a page before the next. Returns the run."""
+def watched_run(
+    daemon: Daemon, stream: str, colours: list[Any], record: Any = "off", shape: tuple[int, int] = (8, 8)
+) -> str:
+    """A run of one step a colour, each seen by a page before the next. shape: of latents. Returns the run."""
     with (
         PageSocket(daemon) as page,
         LatentPublisher(daemon.broker, stream=stream, latent_format="sd1", record=record) as publisher,
     ):
         page.watch({stream: "thumb"})
         for step, colour in enumerate(colours):
-            publisher.publish(sd1_latents_of(colour), step=step, total_steps=len(colours), sigma=9.0 - step)
+            publisher.publish(sd1_latents_of(colour, *shape), step=step, total_steps=len(colours), sigma=9.0 - step)
             while page.picture()[0]["seq"] != step:
                 pass
         return str(publisher.run)

@@ -60,6 +60,7 @@ def test_steps_are_walked_through_by_keys_and_drag(daemon: Daemon, opened: Open,
     await_colour(page, STAGE, PATCHES["white"])
     scrub = page.get_by_role("slider", name="Step")
     expect(scrub).to_be_visible()  # the film has come, too
+    expect(page.locator("#view-stage .here span")).to_have_text("Step 4")  # and not "Live": the run is over
     page.keyboard.press("Home")
     await_colour(page, STAGE, PATCHES["red"])
     page.keyboard.press("ArrowRight")
@@ -110,6 +111,61 @@ def test_the_sampler_that_goes_on_does_not_move_the_playhead(daemon: Daemon, ope
         assert max(abs(a - b) for a, b in zip(middle_of(page, STAGE), PATCHES["red"], strict=True)) <= 12
         page.keyboard.press("l")
         await_colour(page, STAGE, PATCHES["blue"])
+
+
+def test_a_step_that_is_looked_at_stays_beside_what_is_its_own(daemon: Daemon, opened: Open) -> None:
+    """The next run begins while a step is looked at: picture, prompt and address stay, and no button means the new."""
+
+    def paint(publisher: LatentPublisher, step: int, name: str) -> None:
+        publisher.publish(sd1_latents_of(PATCHES[name]), step=step, total_steps=3)
+        wait_for(lambda: len(steps(daemon, str(publisher.run))) == step + 1, of=f"step {step} in the film")
+
+    run_of = partial(LatentPublisher, daemon.broker, stream="steps/next", latent_format="sd1", record="off")
+    record, prompt = "#view-stage .actions [data-act=record]", "#view-stage .prose"
+    with PageSocket(daemon) as viewer:
+        viewer.watch({"steps/next": "thumb"})
+        with run_of(meta={"prompt": "the first"}) as first:
+            paint(first, 0, "red")
+            paint(first, 1, "green")
+            page = opened("#/s/steps/next")
+            await_colour(page, STAGE, PATCHES["green"])
+            expect(page.locator("#view-stage .here span")).to_have_text("Live, step 2")
+            page.keyboard.press("Home")
+            await_colour(page, STAGE, PATCHES["red"])
+            expect(page.locator(record)).to_be_visible()
+        with run_of(meta={"prompt": "the second"}) as second:
+            paint(second, 0, "blue")
+            expect(page.locator("#toast")).to_contain_text("steps/next began its next run.")
+            await_colour(page, STAGE, PATCHES["red"])
+            expect(page.locator(prompt)).to_have_text("the first")
+            expect(page.locator(record)).to_be_hidden()
+            assert page.url.endswith(f"#/s/{first.run}/0")
+            page.get_by_role("button", name="Watch it").click()
+            await_colour(page, STAGE, PATCHES["blue"])
+            expect(page.locator(prompt)).to_have_text("the second")
+            expect(page.locator(record)).to_be_visible()
+
+
+@pytest.mark.parametrize("name", ["0123456789abcdef", "0123456789abcdef/3"])
+def test_a_stream_may_be_called_like_a_run(daemon: Daemon, opened: Open, name: str) -> None:
+    """A name of 16 hexadecimal digits, with a number behind it or not, is a name where a stream bears it."""
+    with LatentPublisher(daemon.broker, stream=name, latent_format="sd1", record="off") as publisher:
+        publisher.publish(sd1_latents_of(PATCHES["red"]), step=0, total_steps=2)
+        page = opened(f"#/s/{name}")
+        await_colour(page, STAGE, PATCHES["red"])
+        expect(page.get_by_role("heading", name=name, exact=True)).to_be_visible()
+
+
+def test_an_address_that_means_nothing_is_said_and_asked_for_once(daemon: Daemon, opened: Open) -> None:
+    """A run that is not kept is asked for once, not for ever; a stream's name that is none is no error."""
+    page = opened("#/s/50%")
+    expect(page.locator("#view-stage .stage-note")).to_contain_text("No stream is called 50% now.")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if "/film" in request.url else None)
+    page.goto(f"{daemon.web}/#/s/fedcba9876543210")
+    expect(page.locator("#view-stage .stage-note")).to_have_text("This run is no longer kept.")
+    page.evaluate("new Promise((done) => setTimeout(done, 2000))")  # it looks four times a second
+    assert len([url for url in asked if "fedcba9876543210" in url]) == 1
 
 
 def test_a_film_is_kept_from_the_page(daemon: Daemon, opened: Open) -> None:
@@ -344,6 +400,43 @@ def test_the_wipe_parts_the_pictures_where_it_stands(daemon: Daemon, opened: Ope
             colour = seen[height * 3 // 4, width * place // 100].astype(int)  # below the labels
             expected = PATCHES["red" if place < at else "blue"]
             assert np.abs(colour - expected).max() <= 12, f"wipe at {at} %, at {place} %: {colour}"
+
+
+def test_each_half_of_the_wipe_has_its_own_run_alone(daemon: Daemon, opened: Open) -> None:
+    """Where the shapes differ nothing of a wide first picture is seen beside a tall second one, nor the other way."""
+    runs = []
+    for name, colour, shape in (("wide", "red", (8, 32)), ("tall", "blue", (32, 8))):
+        run = watched_run(daemon, f"shapes/{name}", [PATCHES[colour]], shape=shape)
+        wait_for(lambda: len(steps(daemon, run)) == 1, of="the film")  # noqa: B023
+        runs.append(run)
+    for order in (runs, runs[::-1]):
+        page = opened(f"#/compare/{'/'.join(order)}/0/wipe")
+        for canvas, run in zip(("#compare-a", "#compare-b"), order, strict=True):
+            await_colour(page, canvas, PATCHES["red" if run == runs[0] else "blue"])
+        box = page.locator(".pair").bounding_box()
+        assert box is not None
+        seen = np.asarray(Image.open(io.BytesIO(page.screenshot(clip=box))).convert("RGB")).astype(int)
+        height, width, _ = seen.shape
+        sides = {"left": seen[height // 2, width // 4], "right": seen[height // 2, width * 3 // 4]}
+        wide = "left" if order is runs else "right"
+        for side, colour in sides.items():
+            is_red = np.abs(colour - PATCHES["red"]).max() <= 12
+            assert is_red == (side == wide), f"{side}: {colour}"
+
+
+@pytest.mark.parametrize("way", ["Dismiss", "Cancel"])
+def test_a_comparison_that_is_called_off_is_none(daemon: Daemon, opened: Open, way: str) -> None:
+    """Whichever button closes the word that waits for the second run: the next tile that is pressed is just opened."""
+    runs = [filmed(daemon, f"off/{way}-{one}", ["red"]) for one in "ab"]
+    page = opened("#/")
+    page.locator(f"[data-name='off/{way}-a'] .name").focus()
+    page.keyboard.press("c")
+    expect(page.locator("#toast")).to_contain_text("press the other one")
+    page.locator("#toast").get_by_role("button", name=way).click()
+    expect(page.locator("#toast")).to_be_hidden()
+    page.locator(f"[data-name='off/{way}-b'] .name").click()
+    expect(page.get_by_role("heading", name=f"off/{way}-b")).to_be_visible()
+    assert runs[0] not in page.url
 
 
 def test_two_live_runs_are_locked_to_one_step(daemon: Daemon, opened: Open) -> None:

@@ -701,6 +701,24 @@ def test_waiting_ends_with_the_ack(peer: BrokerPeer, open_run: Any, beside: Thre
     assert waiting.result(20)
 
 
+def test_a_publish_that_was_to_be_kept_and_failed_is_told_to_the_end(
+    peer: BrokerPeer, open_run: Any, beside: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What publish() itself refuses of a kept run is no frame of it: the wait says False, `error` why; each once."""
+    publisher = open_run(record="all")
+    publish(publisher, 1)
+    for latents in (np.zeros((16, 8, 8), np.float16), np.zeros((16, 8, 8), np.float16), np.zeros((4, 8, 8), np.int64)):
+        publisher.publish(latents, step=1)
+    publish(publisher, 1, first=1)
+    waiting = beside.submit(publisher.wait_until_acked, 20)
+    peer.frame(1)
+    peer.ack(publisher.run, 1)
+    assert not waiting.result(20)
+    text = "publish: sd1: expected 4 channels, got 16 (shape (16, 8, 8)) (and 2 more not kept)"
+    assert publisher.error == text
+    assert [record.getMessage().count("said once") for record in caplog.records] == [1, 1]
+
+
 def test_waiting_without_an_ack_is_false(open_run: Any) -> None:
     """wait_until_acked() is False on time out; it never takes a frame for acked that is only on its way."""
     publisher = open_run(record="all")

@@ -90,8 +90,14 @@ def codec_for(path: Path, name: str | None) -> Codec:
 class ExportFile:
     """A `with` block that writes `path`; when it raises, or no picture came, nothing is left."""
 
-    def __init__(self, path: Path, codec: Codec, summary: Mapping[str, Any], quality: int | None = None) -> None:
-        """summary: as `tags_of` takes it. quality: of the codec's own scale. Raises: ExportError where it has none."""
+    def __init__(
+        self, path: Path, codec: Codec, summary: Mapping[str, Any], quality: int | None = None, fps: float | None = None
+    ) -> None:
+        """summary: as `tags_of` takes it. quality: of the codec's own scale. Raises: ExportError where it has none.
+
+        fps: pictures a second, on average: what the file says of itself (Matroska keeps it as a default duration), and
+        rate control plans with; None: nobody knows. The times of the pictures are what `add` is told.
+        """
         if quality is not None and codec.quality is None:
             raise ExportError(f"{path}: {codec.encoder} has no quality to choose")
         self._path, self._codec = path, codec
@@ -100,6 +106,7 @@ class ExportFile:
         self._options = dict(codec.options)
         if codec.quality is not None:
             self._options[codec.quality[0]] = str(codec.quality[1] if quality is None else quality)
+        self._rate = Fraction(fps).limit_denominator(1001) if fps else Fraction(CLOCK_HZ, PROVISIONAL_TICKS)
         self._size: tuple[int, int] | None = None
         self._last = -1
         self._palette: Graph | None = None
@@ -143,8 +150,7 @@ class ExportFile:
         width, height = self._size = frame.width, frame.height
         codec = self._codec
         try:
-            rate = Fraction(CLOCK_HZ, PROVISIONAL_TICKS)  # a guess for rate control; the times are what counts
-            stream = self._container.add_stream(codec.encoder, rate=rate, options=self._options)
+            stream = self._container.add_stream(codec.encoder, rate=self._rate, options=self._options)
             assert isinstance(stream, VideoStream)
             stream.width, stream.height, stream.pix_fmt = width, height, codec.pix_fmt
             stream.time_base = stream.codec_context.time_base = codec.time_base

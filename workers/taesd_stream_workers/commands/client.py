@@ -120,8 +120,8 @@ def record(
     if output is None:
         raise ConfigError("-o FILE: expected the MP4 to write")
     check_output(output)
-    # What is over already is an earlier run's: asked for is the one that lives, else the next.
-    old = {row["run"] for row in client.recordings() if row["stream"] == name and row["state"] in OVER}
+    # What is over already is an earlier recording's: asked for is the one that grows, else the next, of this run or not.
+    old = {row["id" if row["state"] == "finished" else "run"] for row in client.recordings() if row["state"] in OVER}
     client.record(name, mode)
     try:
         say(f"waiting for {name}")
@@ -144,7 +144,7 @@ def _wait_for_recordings(client: DaemonClient, name: str, old: set[str], frames:
     told: str | None = None
     with Console(stderr=True).status("Ctrl-C leaves it; the daemon goes on") as status:
         while True:
-            rows = [row for row in client.recordings() if row["stream"] == name and row["run"] not in old]
+            rows = [row for row in client.recordings() if row["stream"] == name and not {row["id"], row["run"]} & old]
             first = min(rows, key=lambda row: float(row["started"]), default=None)
             if first is not None:
                 rows = [row for row in rows if row["run"] == first["run"]]

@@ -132,7 +132,7 @@ def export(
         raise ConfigError(f"--part {part}: {file} has {parts}")
     try:
         chosen = codec_for(output, codec)
-        with ExportFile(output, chosen, facts, quality) as target:
+        with ExportFile(output, chosen, facts, quality, fps or _mean_fps(facts)) as target:
             count = 0
             for frame, pts in _with_progress(_pictures(file, facts, config, part, is_rgb=chosen.is_rgb), facts):
                 target.add(frame, pts if fps is None else round(count * CLOCK_HZ / fps))
@@ -142,6 +142,12 @@ def export(
     except (OSError, av.FFmpegError) as error:
         raise ConfigError(f"{output}: {error.strerror or error}") from error
     say(f"{output}: {count} pictures, {chosen.encoder}")
+
+
+def _mean_fps(facts: dict[str, Any]) -> float | None:
+    """Of the times that the pictures came at; None for one picture, and a latent log, which is not read for them."""
+    count, duration_s = facts.get("pictures", 0), facts.get("duration_s", 0.0)
+    return (count - 1) / duration_s if count > 1 and duration_s > 0 else None
 
 
 def _pictures(

@@ -24,7 +24,8 @@ const streams = new Streams()
 const notices = new Notices()
 const actions = new Actions(notices, () => changed())
 const link = new Link(notices, () => tell({ do: "retry" }))
-const view = { kind: "wall", name: null, id: null, run: null, seq: null, scroll: 0, depth: 0 }
+const nowhere = { name: null, id: null, run: null, seq: null }
+const view = { kind: "wall", ...nowhere, scroll: 0, depth: 0 }
 let daemon = { recordings: [], alerts: [], stats: null }
 let paused = false
 let asleep = false
@@ -52,6 +53,10 @@ function act(kind, subject, how) {
   if (kind === "keep") actions.keep(subject.data?.run ?? subject.run, subject.name)
   if (kind === "compare") pick(subject.data?.run ?? subject.run, subject.name)
   if (kind === "toast") notices.toast(subject)
+  if (kind === "next") {
+    notices.toast(`${subject} began its next run.`, { action: { label: "Watch it", run: () => (location.hash = `#/s/${subject}`) }, last_ms: 60000 })
+    watch()
+  }
   if (kind === "say") notices.say(spokenState(subject))
   if (kind === "link") copyText(location.href).then((done) => notices.toast(done ? "Link copied" : `Copy this address: ${location.href}`))
   if (kind !== "delete") return
@@ -62,11 +67,12 @@ function act(kind, subject, how) {
 /** The first of two waits for the second. */
 function pick(run, name) {
   const first = picked
-  picked = first ? null : run
+  notices.clear("pick")
   if (first && first !== run) location.hash = `#/compare/${first}/${run}`
-  if (!picked) return
+  if (first) return
+  picked = run
   if (view.kind !== "wall") location.hash = "#/"
-  notices.toast(`Compare ${name} with: press the other one, or C on it.`, { action: { label: "Cancel", run: () => (picked = null) }, last_ms: 60000 })
+  notices.toast(`Compare ${name} with: press the other one, or C on it.`, { key: "pick", action: { label: "Cancel" }, last_ms: 60000, gone: () => (picked = null) })
 }
 
 $("#wall").addEventListener("click", (event) => {
@@ -74,7 +80,6 @@ $("#wall").addEventListener("click", (event) => {
   if (!picked || !link) return
   event.preventDefault()
   const { item } = wall.tiles.get(link.closest("li").dataset.name)
-  notices.clear("note")
   pick(item.data.run, item.name)
 })
 
@@ -197,7 +202,7 @@ function setPaused(on) {
 function route() {
   const from = { ...view }
   if (from.kind === "wall") view.scroll = scrollY
-  Object.assign(view, { run: null, seq: null }, parse(location.hash))
+  Object.assign(view, nowhere, parse(location.hash))
   const opened = view.kind === "stage" || view.kind === "playing"
   const kept = view.kind === "recordings" || view.kind === "playing"
   document.body.dataset.view = opened || view.kind === "compare" ? "stage" : view.kind
@@ -214,20 +219,20 @@ function route() {
   if (view.kind === "stage") openStream()
   if (view.kind === "playing") openRecording()
   if (view.kind !== "wall") setKiosk(false)
-  document.title = [stage.item?.name ?? view.name ?? stage.recording?.stream ?? (kept && "Recordings"), "taesd-stream"].filter(Boolean).join(" · ")
+  document.title = [stage.item?.name ?? view.run ?? view.name ?? stage.recording?.stream ?? (kept && "Recordings"), "taesd-stream"].filter(Boolean).join(" · ")
   if (["kind", "name", "run", "id"].some((key) => from[key] !== view[key])) placeFocus(from)
   watch()
 }
 
 function placeFocus(from) {
   scrollTo(0, view.kind === "wall" ? view.scroll : 0)
-  if (view.kind === "wall") wall.tiles.get(from.name ?? streams.ofRun(from.run)?.name)?.link.focus({ preventScroll: true })
+  if (view.kind === "wall") wall.tiles.get(found(from)?.name)?.link.focus({ preventScroll: true })
   else if (view.kind === "recordings") (list.rows.get(from.id)?.querySelector(".rec-open") ?? $("#view-recordings h1")).focus()
   else $(view.kind === "compare" ? "#view-compare h1" : "#view-stage h1").focus()
 }
 
-/** The stream that the address means, by its name or by a run of it. */
-const found = () => (view.run ? streams.ofRun(view.run) : streams.get(view.name))
+/** The stream that an address means, by its name or by a run of it. */
+const found = ({ name, run } = view) => streams.get(name) ?? streams.ofRun(run)
 
 function openStream() {
   const item = found()

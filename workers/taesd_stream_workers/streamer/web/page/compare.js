@@ -34,6 +34,7 @@ export class Compare {
         strip: (index, canvas) => on.tell({ do: "strip", screen: SCREENS[index], canvas }),
         cells: (index, cells) => on.tell({ do: "cells", screen: SCREENS[index], ...cells }),
         show: (rows, released) => this.show(rows, released),
+        live: () => this.live,
       },
       2,
     )
@@ -76,7 +77,9 @@ export class Compare {
   async update(ofRun) {
     const { scrubber } = this
     if (!this.runs) return
-    const has_news = (film) => !film.rows.length || (ofRun(film.run)?.data.film ?? -1) > film.last.seq
+    this.live = this.runs.some((run) => ofRun(run)?.ended === false)
+    scrubber.tell()
+    const has_news = ({ run, rows, last, absent }) => (rows.length ? (ofRun(run)?.data.film ?? -1) > last.seq : !absent || ofRun(run))
     if (!scrubber.films.some(has_news)) return
     const { films } = scrubber
     await scrubber.refresh()

@@ -1,12 +1,21 @@
-// Parts of the inspector beside the stage: facts, big numbers, the prompt, latency by stage.
+// Parts of the inspector beside the stage: facts, big numbers, the prompt; and latency by stage, over the pictures of
+// the last five seconds.
 
 import { copyText, icon, make, put } from "./dom.js"
 import { msText } from "./format.js"
-import { STAGES } from "./latency.js"
 
 const FACT_NAMES = { latent_format: "Latents", cfg: "Guidance", guidance_scale: "Guidance", cfg_scale: "Guidance", negative_prompt: "Negative" }
 const TOLD_APART = ["prompt", "kind", "sampler", "scheduler", "pid", "host"]
 const FACTS_MAX = 24
+const WINDOW_MS = 5000
+const SPANS = [
+  ["Receive", "sent_us", "received_us"],
+  ["Wait for a batch", "received_us", "started_us"],
+  ["Decode", "started_us", "decoded_us"],
+  ["Encode", "decoded_us", "encoded_us"],
+  ["Send and draw", "encoded_us", "shown_us"],
+]
+const STAGES = SPANS.map(([name]) => name)
 
 /** name, value pairs of the meta that a person may want to read; daemon: the page of another one that has the run. */
 export function factsOf(meta, daemon = null) {
@@ -42,6 +51,39 @@ export function promptSection(prompt) {
   copy.onclick = () => copyText(prompt)
   part.firstElementChild.append(copy)
   return part
+}
+
+// --- latency ---
+
+const at = (sorted, share) => sorted[Math.min(sorted.length - 1, Math.floor(sorted.length * share))]
+
+export class Latency {
+  pictures = [] // {at_ms, stamps}
+  last = null
+
+  take({ run, seq, stamps }, shown_us) {
+    // The first picture, and one sent again for a late viewer, waited for a viewer and not for us.
+    const counts = this.last !== null && this.last !== `${run} ${seq}` && shown_us !== null && stamps
+    this.last = `${run} ${seq}`
+    if (counts) this.pictures.push({ at_ms: performance.now(), stamps: { ...stamps, shown_us } })
+  }
+
+  /** {stages_ms: [median or null, as STAGES], total_ms, p95_ms, differ: clocks of two hosts}, null: nothing measured. */
+  summary() {
+    const since_ms = performance.now() - WINDOW_MS
+    this.pictures = this.pictures.filter(({ at_ms }) => at_ms > since_ms)
+    if (!this.pictures.length) return null
+    const sorted = (from, to) =>
+      this.pictures
+        .filter(({ stamps }) => stamps[from] && stamps[to])
+        .map(({ stamps }) => (stamps[to] - stamps[from]) / 1000)
+        .sort((a, b) => a - b)
+    const stages = SPANS.map(([, from, to]) => at(sorted(from, to), 0.5) ?? null)
+    const totals = sorted("sent_us", "shown_us")
+    const differ = totals[0] < 0 || stages.some((ms) => ms < -1)
+    const stages_ms = stages.map((ms) => (ms === null || ms < -1 ? null : Math.max(0, ms)))
+    return { stages_ms, total_ms: at(totals, 0.5) ?? null, p95_ms: at(totals, 0.95) ?? null, differ }
+  }
 }
 
 /** The table of stages, and one bar of them: {root, tell(summary)}. */

@@ -23,8 +23,10 @@ export class Notices {
     }, 250)
   }
 
-  toast(text, { key = "note", action = null, last_ms = 5000 } = {}) {
-    Object.assign(this, { key, action, left_ms: last_ms })
+  /** gone(): it is closed, or another one stands there. */
+  toast(text, { key = "note", action = null, last_ms = 5000, gone = null } = {}) {
+    this.gone?.()
+    Object.assign(this, { key, action, gone, left_ms: last_ms })
     put(this.box, { hidden: false })
     put(this.box.firstElementChild, { text })
     put(this.act, { hidden: !action, text: action?.label ?? "" })
@@ -35,12 +37,13 @@ export class Notices {
   run() {
     const { action } = this
     this.clear(this.key)
-    action?.run()
+    action?.run?.()
   }
 
   clear(key) {
     if (this.key !== key) return
-    this.key = null
+    this.gone?.()
+    this.key = this.gone = null
     put(this.box, { hidden: true })
   }
 

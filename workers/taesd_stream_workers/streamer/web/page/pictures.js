@@ -1,10 +1,9 @@
 // Everything that happens to a picture between the socket and the screen. It runs in a worker that owns the canvases;
 // where canvases cannot be given away (no OffscreenCanvas), the same class runs on the page's own thread.
 
-import { DaemonClock } from "./clock.js"
 import { ClipLoop } from "./playback.js"
 import { Screen, Sink, Strip } from "./screen.js"
-import { Socket } from "./socket.js"
+import { DaemonClock, Socket } from "./socket.js"
 
 const BATCH_MS = 100 // how long changes of what is watched, and news of what was drawn, are gathered
 const SHOWN_MS = 250

@@ -58,7 +58,6 @@ export class Screen extends Sink {
 
   // --- live ---
 
-  /** A picture of `live`, as it came. */
   feed(header, bytes) {
     if (this.replaying) return
     const picture = { header, bytes }

@@ -20,6 +20,7 @@ export class Steps {
     this.busy = true
     try {
       const answer = await fetch(`/api/v1/runs/${this.run}/film?after=${this.last?.seq ?? -1}`)
+      this.absent = answer.status === 404
       if (!answer.ok) return false
       this.head = await answer.json()
       for (const [seq, step, of, sigma, ms] of this.head.steps) this.rows.push({ at: this.rows.length, seq, step, of, sigma, ms })
@@ -45,7 +46,6 @@ export class Steps {
     return this.total ? row.step : row.at
   }
 
-  /** As people count. */
   number(row) {
     return (row.step < 0 ? row.seq : row.step) + 1
   }
@@ -71,7 +71,7 @@ export class Scrubber {
 
   /**
    * on: {strip(index, canvas), cells(index, {run, cells, width, height}), show(rows or null, released)}: rows of all
-   * films, in their order; null: follow what is live.
+   * films, in their order; null: follow what is live; live(): whether more steps may come.
    */
   constructor(root, on, count = 1) {
     const part = (selector) => $(selector, root)
@@ -114,7 +114,6 @@ export class Scrubber {
     put(this.root, { hidden: true })
   }
 
-  /** Look for new steps. */
   async refresh() {
     const { films } = this
     const news = await Promise.all(films.map((film) => film.load()))
@@ -174,7 +173,7 @@ export class Scrubber {
   stop() {
     clearInterval(this.timer)
     this.timer = 0
-    if (this.ready) this.tell()
+    this.tell()
   }
 
   // --- what is seen ---
@@ -184,6 +183,7 @@ export class Scrubber {
   }
 
   tell() {
+    if (!this.ready) return
     const { lead, span, end } = this
     const row = this.row ?? end
     const word = lead.total ? "Step" : "Frame"
@@ -195,7 +195,7 @@ export class Scrubber {
     this.here.style.left = left(row)
     this.here.firstElementChild.style.translate = `-${left(row)}`
     this.live.style.left = left(end)
-    put(this.here.firstElementChild, { text: this.row ? text : `Live, ${text.toLowerCase()}` })
+    put(this.here.firstElementChild, { text: this.row || !this.on.live() ? text : `Live, ${text.toLowerCase()}` })
     put(this.buttons.play, { "aria-pressed": this.timer !== 0 })
     put(this.buttons.play.lastElementChild, { text: this.timer ? "Pause" : "Play steps" })
   }

@@ -1,7 +1,8 @@
-// One WebSocket that comes back by itself, and knows a silent line from a quiet one by its pings.
+// One WebSocket that comes back by itself. By its pings a silent line is known from a quiet one, and the daemon's clock.
 
 const WAITS_MS = [500, 1000, 2000, 4000, 8000, 15000]
 const PING_MS = 2000
+const TRIPS = 16 // that are remembered
 const SILENT_MS = 7000 // four pings unanswered: the line is dead, though no close came
 
 export class Socket {
@@ -56,5 +57,32 @@ export class Socket {
     if (this.live?.readyState !== WebSocket.OPEN) return false
     this.live.send(JSON.stringify(message))
     return true
+  }
+}
+
+/** The daemon's clock, as this page estimates it: the round trip with the least delay tells the offset best. */
+export class DaemonClock {
+  constructor() {
+    this.trips = [] // {rtt_us, offset_us}, newest last
+  }
+
+  /** Take one answered ping: when it left (this page's ms), and what the daemon's clock said. */
+  take(sent_ms, daemon_us) {
+    const now_ms = performance.now()
+    const rtt_us = (now_ms - sent_ms) * 1000
+    this.trips.push({ rtt_us, offset_us: daemon_us - (sent_ms + now_ms) * 500 })
+    if (this.trips.length > TRIPS) this.trips.shift()
+  }
+
+  /** The daemon's clock now, in microseconds, or null before the first answer. */
+  now_us() {
+    if (!this.trips.length) return null
+    const best = this.trips.reduce((a, b) => (b.rtt_us < a.rtt_us ? b : a))
+    return performance.now() * 1000 + best.offset_us
+  }
+
+  /** A daemon that restarted, or a network that changed, has other delays. */
+  forget() {
+    this.trips.length = 0
   }
 }

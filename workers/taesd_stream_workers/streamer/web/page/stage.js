@@ -2,8 +2,7 @@
 
 import { $, icon, make, put, stamp } from "./dom.js"
 import { bytesText, clockText, fpsText, plural, sigmaText, spanText, whenText } from "./format.js"
-import { factsOf, figures, latencySection, notice, pairs, promptSection, section } from "./inspector.js"
-import { Latency } from "./latency.js"
+import { factsOf, figures, Latency, latencySection, notice, pairs, promptSection, section } from "./inspector.js"
 import { fileOf } from "./recordings.js"
 import { Scrubber } from "./scrubber.js"
 import { putBadge, putBar, putButtons, putSay, stateOf, stepText } from "./states.js"
@@ -47,6 +46,7 @@ export class Stage {
       strip: (_, canvas) => on.tell({ do: "strip", screen, canvas }),
       cells: (_, cells) => on.tell({ do: "cells", screen, ...cells }),
       show: (rows, released) => this.replay(rows?.[0] ?? null, released),
+      live: () => this.item?.ended === false,
     })
     this.parts.pill.lastElementChild.onclick = () => this.scrubber.follow()
     this.parts.grid.onclick = ({ target }) => target.matches("button") && this.choosePart([...this.parts.grid.children].indexOf(target))
@@ -122,18 +122,29 @@ export class Stage {
 
   // --- steps ---
 
-  /** Look for steps that the daemon has and we have not. */
   async refreshSteps() {
     const { scrubber, item } = this
     const lead = scrubber.lead
     if (!lead) return
-    if (item && this.row === null && lead.run !== item.data.run) return scrubber.open([item.data.run])
-    if (lead.rows.length && (!item || lead.run !== item.data.run || (item.data.film ?? -1) <= lead.last.seq)) return
-    if (!lead.rows.length && item && item.data.film == null) return
+    if (item && lead.run !== item.data.run) return this.turn(lead.run, scrubber.row)
+    if (lead.rows.length ? !item || (item.data.film ?? -1) <= lead.last.seq : item ? item.data.film == null : lead.absent) return
     await scrubber.refresh()
     if (lead !== scrubber.lead) return
     if (this.run && !lead.busy) this.tellRun(lead)
     if (scrubber.ready && this.sought !== null) this.seek()
+  }
+
+  /** The next run has begun: it is followed, but where a step of the one before is looked at, with all that is its. */
+  turn(before, row) {
+    const { name, data } = this.item
+    if (row) {
+      this.openRun(before, row.seq)
+      this.on.moved(before, row.seq)
+      return this.on.act("next", name)
+    }
+    this.sought = null
+    this.scrubber.open([data.run])
+    if (this.row) this.show(null)
   }
 
   /** Go to the step that the address asks for, or the nearest one that is there. */
@@ -164,7 +175,6 @@ export class Stage {
     this.tellParts()
   }
 
-  /** The worker has drawn a step. */
   stepped({ seq }) {
     put(this.canvas, { hidden: false })
     Object.assign(this.canvas.dataset, { rendition: "film", seq, pictures: Number(this.canvas.dataset.pictures ?? 0) + 1 })
@@ -237,7 +247,6 @@ export class Stage {
 
   // --- a run that is no stream's ---
 
-  /** A run without a stream: what its film says of it. */
   tellRun(lead) {
     const { head } = lead
     if (!head) return this.note("This run is no longer kept.")
@@ -287,8 +296,9 @@ export class Stage {
   }
 
   update() {
-    const { item, parts, acts } = this
     this.refreshSteps()
+    this.scrubber.tell()
+    const { item, parts, acts } = this
     if (!item) return
     const state = stateOf(item)
     const fine = state.look === "live" && !state.level

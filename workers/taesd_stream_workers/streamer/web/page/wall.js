@@ -131,7 +131,6 @@ export class Wall {
     this.tellFocus()
   }
 
-  /** A picture that the worker drew on a tile. */
   drawn(header, pictures) {
     const tile = this.tiles.get(header.stream)
     if (!tile) return
