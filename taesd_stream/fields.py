@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from taesd_stream.errors import WireError
-from taesd_stream.frames import is_run_id, is_stream_name
+from taesd_stream.frames import NAME_RULE, is_run_id, is_stream_name
 
 MAX_DEPTH: Final = 8  # of what people say about a run; a page has no use for more
 MAX_NUMBER: Final = 1e30
@@ -101,7 +101,7 @@ def _boolean(value: Any) -> bool:
 
 def _stream(value: Any) -> str:
     if not isinstance(value, str) or not is_stream_name(value):
-        raise wrong(STREAM.says, value)
+        raise wrong(f"{STREAM.says} ({NAME_RULE})", value)
     return value
 
 

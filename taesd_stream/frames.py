@@ -28,6 +28,10 @@ DTYPE_BYTES: Final[dict[WireDtype, int]] = {"float32": 4, "float16": 2, "bfloat1
 CLOCK_HZ: Final = 90_000  # MPEG's clock: PTS of every rendition, ISO/IEC 13818-1 2.4.2
 
 MAX_PART_CHARS: Final = 64
+NAME_RULE: Final = (
+    f"up to 4 parts joined by '/', each of at most {MAX_PART_CHARS} letters, digits, '.', '_', '-', "
+    "the first of them a letter or digit"
+)
 _NAME_PART = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_PART_CHARS - 1}}}"
 _NAME = re.compile(rf"{_NAME_PART}(?:/{_NAME_PART}){{0,3}}(?:~[0-9]{{1,4}})?")
 _RUN = re.compile(r"[0-9a-f]{16}")

@@ -19,11 +19,12 @@ from taesd_stream import message_fields, wire
 from taesd_stream.current_run import continued
 from taesd_stream.daemons import Addresses, Daemons, addresses_of
 from taesd_stream.errors import ConfigError, WireError
-from taesd_stream.fields import MAX_NUMBER
+from taesd_stream.fields import MAX_NUMBER, quoted
 from taesd_stream.frames import (
     DTYPE_BYTES,
     END_REASONS,
     KINDS,
+    NAME_RULE,
     RECORD_MODES,
     EndReason,
     Kind,
@@ -68,7 +69,8 @@ class LatentPublisher:
     address: the broker's, else $TAESD_STREAM_ADDRESS, else tcp://127.0.0.1:5760. No daemon there is no error. Several,
         as a sequence or between commas: a hash of the stream's name chooses one. When that is gone for 5 s the stream
         goes on at the next, as a new run with everything unacked, whose meta says `continues`: the former run's id.
-    stream: up to 4 parts joined by "/", each of letters, digits, ".", "_", "-".
+    stream: up to 4 parts joined by "/", each of at most 64 letters, digits, ".", "_", "-", the first of them a letter
+        or digit.
     latent_format: a key of taesd_stream.latent_formats.LATENT_FORMATS, or a name that the daemon was taught.
     kind: "steps" (a picture a publish), "clip" (a whole video a publish), "live" (appended in video time).
     fps: pictures a second of "clip" and "live".
@@ -93,11 +95,9 @@ class LatentPublisher:
         keys_folder: str | os.PathLike[str] | None = None,
     ) -> None:
         addresses = addresses_of(address)
-        info = _checked_info(stream, latent_format, kind, fps, record, dict(meta or {}))
+        info = checked_info(stream, latent_format, kind, fps, record, meta, wire_dtype)
         if len(addresses) > 1:
             _check_travels(continued(info, info.run, info.opened_ns))  # its meta says more
-        if wire_dtype is not None and wire_dtype not in DTYPE_BYTES:
-            raise ValueError(f"wire_dtype: expected one of {', '.join(DTYPE_BYTES)}, got {wire_dtype!r}")
         keys = _checked_keys(keys_folder)
         self._wire_dtype = wire_dtype
         self._format = LATENT_FORMATS.get(latent_format)
@@ -281,19 +281,24 @@ def _checked_keys(folder: str | os.PathLike[str] | None) -> Keys | None:
         raise ValueError(f"keys_folder: {error}") from error
 
 
-def _checked_info(
-    stream: str, latent_format: str, kind: Kind, fps: float | None, record: RecordMode | None, meta: dict[str, Any]
+def checked_info(
+    stream: str,
+    latent_format: str,
+    kind: Kind,
+    fps: float | None,
+    record: RecordMode | None,
+    meta: Mapping[str, Any] | None,
+    wire_dtype: WireDtype | None = None,
 ) -> StreamInfo:
+    """A new run with these options, as LatentPublisher takes them. Raises: ValueError for one that cannot be."""
     if not isinstance(stream, str) or not is_stream_name(stream) or "~" in stream:
-        raise ValueError(
-            f"stream: expected up to 4 parts of letters, digits, '.', '_', '-' (each at most 64) joined by '/', "
-            f"got {stream!r}"
-        )
+        raise ValueError(f"stream: expected {NAME_RULE}, got {quoted(stream)}")
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     if record is not None and record not in RECORD_MODES:
         raise ValueError(f"record: expected one of {', '.join(RECORD_MODES)} or None, got {record!r}")
-    meta.setdefault("from", f"pid {os.getpid()} on {socket.gethostname()}")
+    if wire_dtype is not None and wire_dtype not in DTYPE_BYTES:
+        raise ValueError(f"wire_dtype: expected one of {', '.join(DTYPE_BYTES)}, got {wire_dtype!r}")
     info = StreamInfo(
         stream=stream,
         run=secrets.token_hex(8),
@@ -301,7 +306,7 @@ def _checked_info(
         latent_format=latent_format,
         fps=fps,
         record=record,
-        meta=_plain(meta),
+        meta=_plain({"from": f"pid {os.getpid()} on {socket.gethostname()}", **(meta or {})}),
         opened_ns=monotonic_ns(),
     )
     _check_travels(info)

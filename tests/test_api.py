@@ -103,11 +103,16 @@ def test_a_picture_that_comes_meanwhile_is_the_answer(daemon: Daemon) -> None:
 
 
 def test_a_bad_request_says_what_is_wrong(daemon: Daemon) -> None:
-    """The text of a 422 names the field, and what it may be."""
+    """The text of a 422 names the field, what it may be and what came; of a bad name, however long, its beginning."""
     _, answer = daemon.get("/api/v1/streams/a/record", method="POST", body={"mode": "some"})
     text = json.loads(answer)["text"]
     assert "mode" in text
     assert "'all'" in text
+    assert text.endswith("got 'some'")
+    _, answer = daemon.get(f"/api/v1/streams/-{'a' * 2000}/record", method="POST", body={"mode": "all"})
+    text = json.loads(answer)["text"]
+    assert "the first of them a letter or digit" in text
+    assert len(text) < 300
 
 
 def test_the_description_of_the_interface_tells_the_errors(daemon: Daemon) -> None:

@@ -342,6 +342,24 @@ def test_decode_equals_the_direct_decode(suffix: str, tmp_path: Path) -> None:
     assert times == pytest.approx([0, 0.1, 0.2, 0.3, 0.4], abs=1e-3)
 
 
+@pytest.mark.parametrize(("decoder", "ticks"), [("linear", 4), ("taew2_1", 1)])
+def test_decode_of_a_video_goes_at_its_pace_whatever_decodes(decoder: str, ticks: int, tmp_path: Path) -> None:
+    """Latents of a video give all its frames where its decoder is; else one a latent, which stands as long as they."""
+    path, output, weights = tmp_path / "video.npy", tmp_path / "video.mp4", tmp_path / "weights"
+    np.save(path, np.random.default_rng(0).standard_normal((3, 16, 4, 6)).astype(np.float32))
+    weights.mkdir()
+    if decoder == "taew2_1":
+        save_file(build_decoder(decoder).state_dict(), weights / f"{decoder}.safetensors")
+    words = ["--latent-format", "wan2_1", "-o", str(output), "--set", f"weights.folder={weights}"]
+    done = run("decode", str(path), *words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    count = 8 // ticks + 1
+    assert f"{output}: {count} pictures, decoder {decoder}\n" in done.stderr
+    with av.open(output) as container:
+        times = [float(frame.time or 0) for frame in container.decode(video=0)]
+    assert times == pytest.approx([place * ticks / 16 for place in range(count)], abs=1e-3)
+
+
 def test_decode_with_the_real_weights(shared: Path, tmp_path: Path) -> None:
     """--set weights.folder gives the full decoder."""
     path, output = tmp_path / "clip.npy", tmp_path / "clip.mp4"
@@ -360,7 +378,10 @@ def test_decode_with_the_real_weights(shared: Path, tmp_path: Path) -> None:
         (["publish", "{}/good.npy"], "say what its latents are, as in --latent-format flux2"),
         (["publish", "{}/good.npy", "--latent-format", "sdx"], "unknown latent format 'sdx'; nearest: sdxl"),
         (["publish", "{}/good.npy", "--latent-format", "flux1"], "flux1 has 16 channels, the file has (3, 4, 8, 8)"),
-        (["publish", "{}/good.npy", "--latent-format", "sd1", "--stream", "a b"], "--stream a b: cannot name a stream"),
+        (
+            ["publish", "{}/good.npy", "--latent-format", "sd1", "--stream", "a b"],
+            "--stream 'a b': expected up to 4 parts",
+        ),
         (["publish", "{}/good.npy", "--latent-format", "sd1", "--connect", "nowhere"], "nowhere"),
         (["publish", "{}/nan.npy", "--latent-format", "sd1"], "1 of 3 frames hold NaN or infinity, the first is 1"),
         (["publish", "{}/good.txt", "--latent-format", "sd1"], "expected a name that ends in .safetensors"),
@@ -374,7 +395,7 @@ def test_decode_with_the_real_weights(shared: Path, tmp_path: Path) -> None:
             ["decode", "{}/good.npy", "--latent-format", "sd1", "-o", "{}/out.mp4", "--set", "weights.folder={}/no"],
             "weights.folder = {}/no: there is no such folder",
         ),
-        (["record", "a b", "-o", "{}/out.mp4"], "a b: cannot name a stream"),
+        (["record", "a b", "-o", "{}/out.mp4"], "NAME 'a b': expected up to 4 parts"),
         (["record", "a", "-o", "{}"], "{}: is a folder"),
         (["streams", "--connect", "ftp://here"], "--connect ftp://here: expected the web address"),
         (["health", "--role", "king"], "--role king: expected broker, worker, streamer or all"),

@@ -399,6 +399,15 @@ def test_the_format_can_be_said() -> None:
         preview(case.pipe, stream="no spaces")
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("record", "some"), ("fps", -1.0), ("wire_dtype", "int4"), ("meta", {"x": "y" * 20_000})]
+)
+def test_a_bad_option_is_said_where_it_is_given(option: str, value: Any) -> None:
+    """What no stream can have raises at once, not in a log line at the first step."""
+    with pytest.raises(ValueError, match=option):
+        preview(sd1().pipe, **{option: value})
+
+
 # without a video decoder's weights a clip has a picture a latent, for as long as its frames would last
 @pytest.mark.parametrize(("make", "count"), [(sdxl, STEPS), (wan, STEPS * 3)], ids=["pictures", "clips"])
 def test_saved_without_a_daemon(make: Callable[[], Case], count: int, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal, cast
 
-from taesd_stream.frames import RECORD_MODES, RecordMode, is_stream_name
+from taesd_stream.fields import quoted
+from taesd_stream.frames import NAME_RULE, RECORD_MODES, RecordMode, is_stream_name
 
 OPTIONS_KEY: Final = "taesd_stream"  # of a ModelPatcher's model_options: they follow the model's clones
 FOLLOW: Final = "as the daemon says"
@@ -40,7 +41,7 @@ class PreviewStream:
             "model": ("MODEL",),
             "name": (
                 "STRING",
-                {"default": "", "tooltip": "Up to 4 parts of letters, digits, '.', '_', '-' joined by '/'."},
+                {"default": "", "tooltip": f"{NAME_RULE[0].upper()}{NAME_RULE[1:]}."},
             ),
             "record": ([FOLLOW, *RECORD_MODES], {"tooltip": "Which steps become a film: off, last (one), all."}),
         },
@@ -64,7 +65,7 @@ class PreviewStream:
         text = (name or "").strip()  # None: another node says it, later
         if not text or (is_stream_name(text) and "~" not in text):
             return True
-        return f"name: expected up to 4 parts of letters, digits, '.', '_', '-' joined by '/', got {text!r}"
+        return f"name: expected {NAME_RULE}, got {quoted(text)}"
 
     def name_stream(self, model: Any, name: str, record: str, address: str = "", prompt: bool = True) -> tuple[Any]:
         """A clone of the model (no weights are copied) that knows the options."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from taesd_stream.frames import EndReason, Kind, RecordMode, WireDtype, is_stream_name, name_of_one
+from taesd_stream.frames import EndReason, Kind, RecordMode, WireDtype, name_of_one
 from taesd_stream.integrations.diffusers.calls import told, variables_of_call
 from taesd_stream.integrations.diffusers.formats import format_of
 from taesd_stream.integrations.diffusers.geometry import Geometry
@@ -48,9 +48,8 @@ class Preview:
         self._pipe = pipe
         self._address = address
         self._stream = stream or type(pipe).__name__
-        if not is_stream_name(self._stream):
-            raise ValueError(f"stream: expected up to 4 names joined by '/', got {self._stream!r}")
         self._format = format_named(latent_format or format_of(pipe))
+        _check_options(self._stream, self._format.name, fps, record, meta, wire_dtype)
         self._save = None if save is None else _checked_path(Path(save))
         self._files: list[Sink] = []  # of every call
         self._is_published = save is None or address is not None
@@ -194,6 +193,14 @@ class PreviewCallback:
         if self.preview.is_complete:
             self._end()
         return callback_kwargs
+
+
+def _check_options(stream: str, *options: Any) -> None:
+    """Here, where somebody reads what is raised: at the first step it would only be logged."""
+    from taesd_stream.publisher import checked_info
+
+    latent_format, *others = options
+    checked_info(stream, latent_format, "steps", *others)
 
 
 def _checked_path(path: Path) -> Path:

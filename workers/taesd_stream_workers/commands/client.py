@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from taesd_stream.errors import ConfigError, UnreachableError
-from taesd_stream.frames import is_stream_name
 from taesd_stream.media.file_names import MAKING_SUFFIX
 from taesd_stream_workers.commands.files import RecordWord
 from taesd_stream_workers.commands.options import (
     DEFAULT_WEB,
     INTERRUPTED,
-    NAME_RULE,
     ConfigOption,
     SetOption,
     WebOption,
     check_output,
+    check_stream_name,
     say,
 )
 from taesd_stream_workers.daemon_client import DaemonClient, DaemonError
@@ -104,13 +103,13 @@ def record(
 ) -> None:
     """Record a stream: wait for it, keep every frame until its end, download the file.
 
+    Of a run that goes on already, what somebody watched before is in the file, too, though not every frame.
     Where it becomes several (recording.batch "each", or another size of picture), they are FILE.1, FILE.2 and so on.
     With --mode off it is recorded no more, what was kept is finished, and nothing is downloaded.
 
     Example: taesd-stream record my-run -o my-run.mp4
     """
-    if not is_stream_name(name):
-        raise ConfigError(f"{name}: {NAME_RULE}")
+    check_stream_name(name)
     client = DaemonClient(connect)
     if mode == "off":
         if output is not None or frames is not None:
@@ -120,7 +119,7 @@ def record(
     if output is None:
         raise ConfigError("-o FILE: expected the MP4 to write")
     check_output(output)
-    # What is over already is an earlier recording's: asked for is the one that grows, else the next, of this run or not.
+    # What is over already is an earlier recording's: asked for is the one that grows, else the next, of any run.
     old = {row["id" if row["state"] == "finished" else "run"] for row in client.recordings() if row["state"] in OVER}
     client.record(name, mode)
     try:
@@ -199,8 +198,7 @@ def push(
 
     from taesd_stream_workers.streamer.push import Push, source_of
 
-    if not is_stream_name(name):
-        raise ConfigError(f"{name}: {NAME_RULE}")
+    check_stream_name(name)
     client = DaemonClient(connect)
     one = Push(source_of(client.address, name), url, token=client.token, say=say)
     if name not in {row["name"] for row in client.streams()}:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -190,8 +191,12 @@ def _answers(config: Config) -> bool:
 def _folders(config: Config) -> Iterator[Finding]:
     for key, folder in (("recording.folder", config.recording_folder), ("broker.log_folder", config.log_folder)):
         there = _nearest(folder)
-        if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
-            yield Finding(key, "fault", f"{folder}: cannot be written", f"--set {key}=… names another one")
+        try:
+            with tempfile.TemporaryFile(dir=there):  # permissions do not tell of all that may be in the way
+                pass
+        except OSError as error:
+            text = f"{folder}: {there} cannot be written: {error.strerror}"
+            yield Finding(key, "fault", text, f"--set {key}=… names another one")
             continue
         free_bytes = shutil.disk_usage(there).free
         text = f"{folder}: {free_bytes / (1 << 30):.1f} GiB free"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import typer
 
 from taesd_stream.errors import ConfigError, UnreachableError
-from taesd_stream_workers.commands.options import NAME_RULE, KeysOption, SetOption, check_output, say
+from taesd_stream_workers.commands.options import KeysOption, SetOption, check_output, check_stream_name, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,6 @@ def publish(
     Example: taesd-stream publish latents.safetensors --latent-format flux2 --record all --fps 8
     """
     from taesd_stream.daemons import addresses_of
-    from taesd_stream.frames import is_stream_name
     from taesd_stream.publisher import LatentPublisher, keys_in
     from taesd_stream_workers.commands.broker_probe import greet_any_broker
     from taesd_stream_workers.offline.latent_files import info_of_log
@@ -73,8 +72,8 @@ def publish(
         record = "last" if info.record == "last" else "all"  # they are in a log because they were to be kept
     word: Kind = kind or (info.kind if info else "steps")
     rows = _rows(file, name, word, info, is_batch=batch)
-    if stream is not None and not is_stream_name(stream):
-        raise ConfigError(f"--stream {stream}: {NAME_RULE}")
+    if stream is not None:
+        check_stream_name(stream, "--stream")
     own_keys = keys_in(keys)
     try:
         greet_any_broker(addresses_of(connect), own_keys)
@@ -173,20 +172,25 @@ def decode(
 ) -> None:
     """Decode latents straight to a video, without a daemon.
 
+    Latents of a video format are one video; without its decoder a picture stands for all frames of its latent.
+
     Example: taesd-stream decode latents.pth --latent-format flux2 -o out.mp4 --set weights.folder=~/vae_approx
     """
     from taesd_stream.config import load_config
     from taesd_stream.decoding.slicing import decode_budget
-    from taesd_stream_workers.offline.latent_files import format_of, load_latents
+    from taesd_stream_workers.offline.latent_files import format_of, info_of_log, load_latents
 
     if output.suffix != ".mp4":
         raise ConfigError(f"{output}: expected a name that ends in .mp4")
     check_output(output)
     config = load_config(sets=sets)
     latents = load_latents(file, format_of(latent_format, config.weights_folder))
+    info = info_of_log(file)
+    is_video = info is None or info.kind != "steps"
     try:
         engine = open_best_engine(latent_format, config)
-        count = _decode_to_file(latents, engine, output, fps, decode_budget(config.decoder, engine.device))
+        budget_bytes = decode_budget(config.decoder, engine.device)
+        count = _decode_to_file(latents, engine, output, fps, budget_bytes, is_video=is_video)
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from error
     say(f"{output}: {count} pictures, decoder {engine.decoder}")
@@ -209,20 +213,28 @@ def open_best_engine(latent_format: str, config: Config) -> Engine:
         raise ConfigError(str(error)) from error
 
 
-def _decode_to_file(latents: Tensor, engine: Engine, output: Path, fps: float, budget_bytes: int) -> int:
+def _decode_to_file(
+    latents: Tensor, engine: Engine, output: Path, fps: float, budget_bytes: int, *, is_video: bool
+) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
     from taesd_stream.decoding.colour import video_planes
+    from taesd_stream.decoding.video_engine import VideoEngine
     from taesd_stream.media.video_file import VideoFile
 
+    if is_video and isinstance(engine, VideoEngine):
+        pieces = engine.decode_clip(latents, budget_bytes=budget_bytes)
+    else:
+        rows = (latents[place : place + 1] for place in range(len(latents)))
+        pieces = (piece for row in rows for piece in engine.decode(row, budget_bytes=budget_bytes))
+        fps /= engine.temporal_factor or 1 if is_video else 1
     count = 0
     with Progress(transient=True, console=Console(stderr=True)) as progress, VideoFile(output, fps) as video:
         task = progress.add_task(f"decode with {engine.decoder}", total=len(latents))
-        for row in (latents[place : place + 1] for place in range(len(latents))):
-            for _, rgb in engine.decode(row, budget_bytes=budget_bytes):
-                for planes in video_planes(rgb).cpu().numpy():
-                    video.add(planes)
-                    count += 1
-            progress.advance(task)
+        for place, rgb in pieces:
+            for planes in video_planes(rgb).cpu().numpy():
+                video.add(planes)
+                count += 1
+            progress.advance(task, place.stop - place.start)
     return count

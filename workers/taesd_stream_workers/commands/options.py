@@ -8,9 +8,10 @@ from typing import Annotated, Final
 import typer
 
 from taesd_stream.errors import ConfigError
+from taesd_stream.fields import quoted
+from taesd_stream.frames import NAME_RULE, is_stream_name
 
 DEFAULT_WEB: Final = "http://127.0.0.1:8765"
-NAME_RULE: Final = "cannot name a stream: up to 4 parts of letters, digits, '.', '_', '-' joined by '/'"
 INTERRUPTED: Final = 130  # as a shell says it
 
 ConfigOption = Annotated[
@@ -36,6 +37,12 @@ WebOption = Annotated[
         "--connect", metavar="URL", envvar="TAESD_STREAM_CONNECT", help="The daemon's web address, or link with token."
     ),
 ]
+
+
+def check_stream_name(text: str, what: str = "NAME") -> None:
+    """Raises: ConfigError for what cannot name a stream. what: which word of the command it is."""
+    if not is_stream_name(text):
+        raise ConfigError(f"{what} {quoted(text)}: expected {NAME_RULE}")
 
 
 def said_insecure(sets: list[str], insecure: bool) -> list[str]:

@@ -22,7 +22,8 @@ from starlette.routing import WebSocketRoute
 
 from taesd_stream import __version__
 from taesd_stream.errors import TaesdStreamError
-from taesd_stream.frames import Packet, is_stream_name
+from taesd_stream.fields import quoted
+from taesd_stream.frames import NAME_RULE, Packet, is_stream_name
 from taesd_stream_workers.streamer.hub import Hub
 from taesd_stream_workers.streamer.library import thumbnail
 from taesd_stream_workers.streamer.recorder import Recorder
@@ -133,8 +134,7 @@ def _add_page(app: FastAPI, page: Page) -> None:
     @app.get("/streams/{name:path}/embed", include_in_schema=False)
     async def embed(name: str) -> Response:
         """A bare player, for an iframe, a notebook or OBS: it alone may be framed by other sites."""
-        if not is_stream_name(name):
-            raise ApiError(400, "bad_name", f"{name} cannot name a stream.")
+        _check_name(name)
         policy = page.policy.replace("frame-ancestors 'none'", "frame-ancestors *")
         headers = {"content-security-policy": policy, "cache-control": "no-cache"}
         return Response(page.files["embed.html"], media_type="text/html; charset=utf-8", headers=headers)
@@ -177,14 +177,21 @@ def _add_lists(app: FastAPI, peers: Peers) -> None:
         return {"run": run, "name": name, "stream": row, "recordings": recordings}
 
 
+def _check_name(name: str) -> None:
+    if not is_stream_name(name):
+        raise ApiError(400, "bad_name", f"{quoted(name)} cannot name a stream: expected {NAME_RULE}.")
+
+
 def _add_streams(app: FastAPI, hub: Hub) -> None:
     known = partial(_known, hub)
 
     @app.post("/api/v1/streams/{name:path}/record", responses=says(schema.Done))
     async def record(name: str, request: RecordRequest) -> dict[str, Any]:
-        """Keep all of a stream from now on, or only its last frame, or no more. An unknown name means its next run."""
-        if not is_stream_name(name):
-            raise ApiError(400, "bad_name", f"{name} cannot name a stream.")
+        """Keep all of a stream from now on, or only its last frame, or no more. An unknown name means its next run.
+
+        What somebody watched of the run before is in the file too, as its film has it: not every frame.
+        """
+        _check_name(name)
         hub.record(name, request.mode)
         return {}
 

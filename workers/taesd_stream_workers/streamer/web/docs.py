@@ -10,7 +10,8 @@ _STYLE: Final = """
 :root{color-scheme:light dark} body{font:15px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}
 h2{font:600 1rem ui-monospace,monospace;margin:2rem 0 0} code,pre{font:13px ui-monospace,monospace}
 pre{overflow-x:auto;padding:.5rem;border:1px solid #8884;border-radius:6px} table{border-collapse:collapse}
-td,th{text-align:left;vertical-align:top;padding:.1rem 1rem .1rem 0} h2 b{display:inline-block;min-width:4.5rem}
+td,th{text-align:left;vertical-align:top;padding:.1rem 1rem .1rem 0;overflow-wrap:anywhere} h2{overflow-wrap:anywhere}
+td:first-child{overflow-wrap:normal} h2 b{display:inline-block;min-width:4.5rem}
 """
 
 

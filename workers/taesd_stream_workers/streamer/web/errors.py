@@ -13,6 +13,8 @@ from prometheus_client import Counter
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from taesd_stream.fields import quoted
+
 
 class ApiError(Exception):
     """An answer {"code", "text"} with an HTTP status."""
@@ -33,6 +35,12 @@ _REFUSED: Final[dict[str, Any]] = {"model": ErrorAnswer, "description": "Refused
 ERROR_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {"4XX": _REFUSED, "5XX": _REFUSED}  # for /openapi.json
 
 
+def _fault(error: Mapping[str, Any]) -> str:
+    """One of Pydantic's errors: where, what was expected, what came."""
+    came = "" if error["type"] == "missing" else f", got {quoted(error['input'])}"
+    return f"{'.'.join(map(str, error['loc']))}: {error['msg']}{came}"
+
+
 def answer_errors(app: FastAPI, count: Counter) -> None:
     """Make the application answer so. count: of such answers, by status and code."""
 
@@ -51,8 +59,7 @@ def answer_errors(app: FastAPI, count: Counter) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def bad_request(_request: Request, error: RequestValidationError) -> Response:
-        faults = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
-        return answer(422, "bad_request", "; ".join(faults))
+        return answer(422, "bad_request", "; ".join(map(_fault, error.errors())))
 
     @app.exception_handler(Exception)
     async def broken(_request: Request, error: Exception) -> Response:

@@ -91,7 +91,7 @@ class RecordingRow(_Answer):
     first_seq: int | None
     last_seq: int
     gaps: list[int]
-    """seqs that will never come."""
+    """seqs that were to be kept and will never come; what was only watched before that has others, untold."""
     part: int | None
     """Of a batch that is recorded in files of their own: which picture of it, from 1; None: all, or it grows still."""
     parts: int
