@@ -17,6 +17,11 @@ from tests.daemon import Daemon
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several of these share the cores: threads would wait for each other
+    import torch
+
+    torch.set_num_threads(1)
+
 settings.register_profile("any-machine", deadline=None)  # an example that a busy machine held up is no fault
 settings.load_profile("any-machine")
 

@@ -62,6 +62,27 @@ def test_the_full_decoder_is_taken_where_its_weights_are(weights: Path) -> None:
     torch.testing.assert_close(rgb, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "choice", "decoder"),
+    [
+        ("sd1", "auto", "taesd"),
+        ("sd1", "linear", "linear"),
+        ("flux2", "auto", "taef2"),
+        ("flux2", "nano", "nano"),
+        ("wan2_1", "auto", "taew2_1"),
+    ],
+)
+def test_no_random_number_of_the_process_is_drawn(weights: Path, name: str, choice: Choice, decoder: str) -> None:
+    """Opening a decoder and decoding leave torch's generator alone: a sampler's noise may come from it meanwhile."""
+    torch.save(build_decoder("taew2_1").state_dict(), weights / "taew2_1.pth")
+    latents = torch.randn(1, latent_format(name).channels, 4, 4)
+    before = torch.get_rng_state()
+    engine = open_engine(name, weights_folder=weights, choice=choice, is_fast=True)
+    decoded(engine, latents)
+    assert engine.decoder == decoder
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_without_weights_the_projection_says_how_to_get_them() -> None:
     """No weights: the linear projection, and a reason that names the file and the setting."""
     engine = open_engine("sd1", weights_folder=None)

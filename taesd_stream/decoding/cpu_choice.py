@@ -23,6 +23,7 @@ import platformdirs
 import torch
 
 from taesd_stream.models import build_decoder
+from taesd_stream.models.strict_loading import without_weights
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +103,11 @@ def measure() -> dict[CpuChoice, float]:
     On one thread, in the time that this thread really had: on a busy machine (the sampler's, maybe) the clock on the
     wall says more about the others than about the arithmetic.
     """
-    with torch.random.fork_rng(devices=[]):  # a worker's measurement must not move anybody's random numbers
-        network = build_decoder("taesd").eval().requires_grad_(False)
-        latents = torch.randn(1, 4, _CELLS, _CELLS)
+    own = torch.Generator().manual_seed(0)  # torch's one generator is the sampler's, if this is its process
+    network = without_weights(partial(build_decoder, "taesd")).eval().requires_grad_(False)
+    for weights in network.parameters():
+        weights.normal_(std=0.05, generator=own)
+    latents = torch.randn(1, 4, _CELLS, _CELLS, generator=own)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, Literal, TypeAlias
 
 import torch
@@ -12,7 +13,7 @@ from taesd_stream.latent_formats import latent_format as format_named
 from taesd_stream.models.linear import linear_decoder
 from taesd_stream.models.nano import nano_decoder, nano_from_weights
 from taesd_stream.models.networks import TINY_FAMILIES, tiny_decoder, tiny_encoder
-from taesd_stream.models.strict_loading import StateDict, first_difference, load_strictly
+from taesd_stream.models.strict_loading import StateDict, first_difference, load_strictly, without_weights
 from taesd_stream.models.tiny_rgba import RGBA_FAMILY, rgba_decoder, rgba_encoder
 from taesd_stream.models.tiny_video import VideoDecoder, VideoEncoder
 from taesd_stream.models.video_families import VIDEO_FAMILIES
@@ -47,15 +48,16 @@ def build_decoder(
     if latent_format is not None:
         raise ValueError(f"latent_format belongs to the families {' and '.join(FORMAT_FAMILIES)}, not to {family!r}")
     if family in VIDEO_FAMILIES:
-        network = VideoDecoder(
+        video = partial(
+            VideoDecoder,
             VIDEO_FAMILIES[family],
             decoder_time_upscale=decoder_time_upscale,
             decoder_space_upscale=decoder_space_upscale,
         )
-        return _loaded("decoder", family, network, state_dict)
+        return _loaded("decoder", family, video, state_dict)
     if decoder_time_upscale is not None or decoder_space_upscale is not None:
         raise ValueError(f"decoder_time_upscale and decoder_space_upscale belong to video families, not to {family!r}")
-    return _loaded("decoder", family, _bare("decoder", family), state_dict)
+    return _loaded("decoder", family, partial(_bare, "decoder", family), state_dict)
 
 
 def build_encoder(family: str, state_dict: StateDict | None = None) -> nn.Module:
@@ -63,7 +65,7 @@ def build_encoder(family: str, state_dict: StateDict | None = None) -> nn.Module
 
     Raises: ValueError for an unknown family; WeightsError for weights that do not fit.
     """
-    return _loaded("encoder", family, _bare("encoder", family), state_dict)
+    return _loaded("encoder", family, partial(_bare, "encoder", family), state_dict)
 
 
 def _build_for_format(family: str, state_dict: StateDict | None, latent_format: str | None) -> nn.Module:
@@ -92,12 +94,14 @@ def _bare(part: Part, family: str) -> nn.Module:
     return tiny_decoder(tiny) if part == "decoder" else tiny_encoder(tiny)
 
 
-def _loaded(part: Part, family: str, network: nn.Module, state_dict: StateDict | None) -> nn.Module:
-    if state_dict is not None:
-        weights = _of_part(part, state_dict) if family in VIDEO_FAMILIES else state_dict
-        if isinstance(network, VideoDecoder):
-            weights = network.cut_growth(weights)
-        load_strictly(network, weights, name=f"{family} {part}", hint=lambda: _fit_hint(state_dict))
+def _loaded(part: Part, family: str, build: Callable[[], nn.Module], state_dict: StateDict | None) -> nn.Module:
+    if state_dict is None:
+        return build()
+    network = without_weights(build)
+    weights = _of_part(part, state_dict) if family in VIDEO_FAMILIES else state_dict
+    if isinstance(network, VideoDecoder):
+        weights = network.cut_growth(weights)
+    load_strictly(network, weights, name=f"{family} {part}", hint=lambda: _fit_hint(state_dict))
     return network
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from taesd_stream.errors import WeightsError
 from taesd_stream.latent_formats import LatentFormat
 from taesd_stream.models.networks import Clamp
-from taesd_stream.models.strict_loading import StateDict, load_strictly
+from taesd_stream.models.strict_loading import StateDict, load_strictly, without_weights
 
 _KERNEL: Final = 5
 _LINEAR_PX: Final = 8  # pixels on a side that the linear path makes of a latent cell, at most; it is stretched beyond
@@ -276,7 +276,8 @@ def _count(state: StateDict, pattern: str) -> int:
 def nano_from_weights(state: StateDict, name: str) -> NanoDecoder:
     """The decoder that weights are of. Raises: WeightsError if they are none."""
     state = with_current_names(state)
-    network = NanoDecoder(layout_of(state))
+    layout = layout_of(state)
+    network = without_weights(lambda: NanoDecoder(layout))
     load_strictly(network, state, name=name)
     return network.eval()
 

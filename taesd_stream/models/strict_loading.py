@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from taesd_stream.errors import WeightsError
 
 StateDict: TypeAlias = Mapping[str, Tensor]
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def without_weights(build: Callable[[], Network]) -> Network:
+    """A network for `load_strictly`, its weights not even random.
+
+    torch draws those from the process's one generator: `preview(save=…)` opens its decoder in a thread of the
+    sampler's process, whose noise comes from there, too.
+    """
+    with torch.device("meta"):
+        network = build()
+    return network.to_empty(device="cpu")
 
 
 def load_strictly(network: nn.Module, state_dict: StateDict, *, name: str, hint: Callable[[], str] = str) -> None:
