@@ -82,6 +82,7 @@ class Viewer:
     watch: dict[str, str] = field(default_factory=dict)
     credits: set[tuple[str, str]] = field(default_factory=set)
     keys_wanted: set[str] = field(default_factory=set)
+    finished: str = ""  # recordings, as they were told last
 
 
 @dataclass
@@ -130,8 +131,8 @@ class PageHost:
     def push(self) -> None:
         """Send the state as it is now to every page."""
         assert self.loop is not None
-        text = json.dumps(self.state_message())
         for viewer in list(self.viewers):
+            text = json.dumps(self.state_message(viewer))
             asyncio.run_coroutine_threadsafe(viewer.socket.send_text(text), self.loop)
 
     def draw(self, name: str) -> None:
@@ -148,9 +149,13 @@ class PageHost:
 
     # --- the server's side ---
 
-    def state_message(self) -> Json:
-        keys = ("streams", "recordings", "stats", "alerts")
-        return {"type": "state"} | {key: getattr(self, key) for key in keys}
+    def state_message(self, viewer: Viewer) -> Json:
+        """As a daemon tells it: finished recordings where they have changed since this page was told."""
+        message = {"type": "state"} | {key: getattr(self, key) for key in ("streams", "stats", "alerts")}
+        finished = [row for row in self.recordings if row["state"] == "finished"]
+        message["growing"] = [row for row in self.recordings if row["state"] != "finished"]
+        before, viewer.finished = viewer.finished, json.dumps(finished)
+        return message if viewer.finished == before else message | {"recordings": finished}
 
     async def offer(self, viewer: Viewer, name: str) -> None:
         rendition = viewer.watch.get(name)
@@ -187,7 +192,7 @@ class PageHost:
         self.viewers.append(viewer)  # from here on nothing that is pushed passes it by
         try:
             await websocket.send_json(hello)
-            await websocket.send_json(self.state_message())
+            await websocket.send_json(self.state_message(viewer))
             while True:
                 await self.take(viewer, await websocket.receive_json())
         except (WebSocketDisconnect, RuntimeError, KeyError):

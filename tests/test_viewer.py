@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 from websockets.sync.client import ClientConnection, connect
 
-from taesd_stream import wire
+from taesd_stream import LatentPublisher, wire
 from taesd_stream.frames import Packet, Stamps
 from taesd_stream.messages import Echo, Keyframe, Record, State, StopStream, StreamerHello, Watch
 from taesd_stream.sockets import bind, prepare
@@ -31,6 +32,7 @@ from taesd_stream_workers.streamer.viewer import Viewer, to_message, unpack_pict
 from taesd_stream_workers.streamer.web.peers import Peers
 from tests.daemon import Daemon, wait_for
 from tests.golden_messages import OTHER_RUN, PACKET, RUN
+from tests.page_socket import PageSocket
 
 M = TypeVar("M")
 
@@ -523,17 +525,36 @@ def test_what_nobody_watches_any_more_is_said_again() -> None:
     assert told() == {"back": 0}
 
 
-def test_recordings_are_written_out_once_for_all_pages() -> None:
-    """The JSON of the recordings is made anew when they changed, and only then."""
+def test_finished_recordings_are_written_out_once_for_all_pages() -> None:
+    """The JSON of those that are finished is made anew when one came or went, not for one that grows."""
     hub = Hub(Latency(), lambda _message: None)
     peers = Peers(hub)
-    assert json.loads(peers.recordings_json()) == []
-    hub.recordings = [{"id": "a"}]
-    text = peers.recordings_json()
+    assert json.loads(peers.finished_json()) == []
+    a, b = ({"id": one, "state": "finished"} for one in "ab")
+    hub.recordings = [a]
+    text = peers.finished_json()
     assert [row["id"] for row in json.loads(text)] == ["a"]
-    assert peers.recordings_json() is text
-    hub.recordings = [{"id": "b"}]
-    assert [row["id"] for row in json.loads(peers.recordings_json())] == ["b"]
+    for frames in range(2):
+        hub.recordings = [{"id": "c", "state": "recording", "frames": frames}, dict(a)]
+        assert peers.finished_json() is text
+        assert [row["frames"] for row in peers.growing()] == [frames]
+    hub.recordings = [b]
+    assert [row["id"] for row in json.loads(peers.finished_json())] == ["b"]
+
+
+def test_a_page_is_told_finished_recordings_when_they_change(daemon: Daemon) -> None:
+    """The first state has them, later ones only where one came; what grows is in each."""
+    with PageSocket(daemon) as page:
+        before = {row["id"] for row in page.next_state()["recordings"]}
+        with LatentPublisher(daemon.broker, stream="told/once", latent_format="sd1", record="all") as publisher:
+            publisher.publish(np.zeros((4, 8, 8), np.float32), step=0)
+            assert publisher.wait_until_acked(20), publisher.error
+            while not [row for row in page.next_state()["growing"] if row["run"] == publisher.run]:
+                assert "recordings" not in page.state
+        while "recordings" not in page.next_state():
+            pass
+        (new,) = (row for row in page.state["recordings"] if row["id"] not in before)
+        assert (new["run"], new["state"], new["daemon"]) == (publisher.run, "finished", None)
 
 
 def test_stamps_never_go_back() -> None:

@@ -89,7 +89,8 @@ class _Told(BaseModel):
     """The part of a state that is used."""
 
     streams: list[_Stream]
-    recordings: list[_Recording]
+    growing: list[_Recording] = []
+    recordings: list[_Recording] | None = None
     alerts: list[_Alert]
     stats: _Stats
 
@@ -125,12 +126,18 @@ class Peer:
         self.name = urlsplit(url).netloc
         self.bearer = {"authorization": f"Bearer {token}"} if token else {}
         self.streams: list[Row] = []
-        self.recordings: list[Row] = []
+        self._growing: list[Row] = []
+        self._finished: list[Row] = []
         self.alerts: list[dict[str, str]] = []
         self.stats: dict[str, Any] = {}
         self.error: str | None = None
         self.is_here = False
         self._clock = ClockOffset()
+
+    @property
+    def recordings(self) -> list[Row]:
+        """Growing ones first."""
+        return self._growing + self._finished
 
     @property
     def offset_us(self) -> int:
@@ -209,14 +216,17 @@ class Peer:
             for row in state["streams"]
             if is_stream_name(row["name"])
         ]
-        self.recordings = [
-            {**_NO_RECORDING, **row, "daemon": self.url, "id": self.our_id(row["id"])} for row in state["recordings"]
-        ]
+        self._growing = self._recordings_of(state.get("growing"))
+        if state.get("recordings") is not None:  # else they are as it told before
+            self._finished = self._recordings_of(state["recordings"])
         self.alerts = [{"code": one["code"], "text": f"{self.name}: {one['text']}"} for one in state["alerts"]]
         self.stats = state["stats"]
         if not self.is_here:
             logger.info("peer_here url=%s", self.url)
         self.is_here, self.error = True, None
+
+    def _recordings_of(self, rows: list[Row] | None) -> list[Row]:
+        return [{**_NO_RECORDING, **row, "daemon": self.url, "id": self.our_id(row["id"])} for row in rows or ()]
 
     def films_in(self, answer: bytes) -> list[Row]:
         """The rows of its GET /api/v1/films. Raises: ValueError, RecursionError for what is none."""
@@ -230,7 +240,7 @@ class Peer:
             logger.warning("peer_away url=%s reason=%s", self.url, text)
         self.is_here, self.error = False, text
         self.streams = [_lost(row) for row in self.streams]
-        self.recordings, self.alerts, self.stats = [], [], {}
+        self._growing, self._finished, self.alerts, self.stats = [], [], [], {}
 
     def _explained(self, error: Exception) -> str:
         if isinstance(error, InvalidStatus) and error.response.status_code in (401, 403):

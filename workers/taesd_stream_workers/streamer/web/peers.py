@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import operator
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -47,7 +46,7 @@ class Peers:
         self._hub = hub
         self._peers = peers
         self._viewers: set[Viewer] = set()
-        self._recordings_json: tuple[list[list[Row]], str] = ([], "")  # the lists that it was made of, and the text
+        self._finished: tuple[list[Row], str] = ([], "[]")  # the rows that it was made of, and the text
         self.own = Peers(hub) if peers else self
 
     @asynccontextmanager
@@ -118,23 +117,32 @@ class Peers:
     def streams(self) -> list[Row]:
         """A row for each name."""
         owners = self.owners()
-        ours = [_ours(row) for row in self._hub.streams() if row["name"] not in owners]
+        ours = [{"daemon": None, **row} for row in self._hub.streams() if row["name"] not in owners]
         return ours + [row for peer in self._peers for row in peer.streams if owners.get(row["name"]) is peer]
 
     def recordings(self) -> list[Row]:
         """All of all daemons: growing ones first, then the newest."""
-        ours = [_ours(row) for row in self._hub.recordings]
-        theirs = [row for peer in self._peers for row in peer.recordings]
-        return sorted(ours + theirs, key=lambda row: (row["state"] == "finished", -row["started"])) if theirs else ours
+        return self._told(self._recordings())
 
-    def recordings_json(self) -> str:
-        """`recordings` as JSON: there may be thousands, so it is made once for all pages until a list is replaced."""
-        lists = [self._hub.recordings, *(peer.recordings for peer in self._peers)]
-        made_of, text = self._recordings_json
-        if not made_of or not all(map(operator.is_, lists, made_of)):
-            text = json.dumps(self.recordings())
-            self._recordings_json = lists, text
-        return text
+    def growing(self) -> list[Row]:
+        """Those that are not finished."""
+        return self._told(row for row in self._recordings() if row["state"] != "finished")
+
+    def finished_json(self) -> str:
+        """Those that are, as JSON: the same object until one comes or goes, for there may be thousands."""
+        rows = [row for row in self._recordings() if row["state"] == "finished"]
+        if rows != self._finished[0]:
+            self._finished = rows, json.dumps(self._told(rows))
+        return self._finished[1]
+
+    def _recordings(self) -> Iterator[Row]:
+        yield from self._hub.recordings
+        for peer in self._peers:
+            yield from peer.recordings
+
+    def _told(self, recordings: Iterable[Row]) -> list[Row]:
+        rows = [{"daemon": None, **row} for row in recordings]
+        return sorted(rows, key=lambda row: (row["state"] == "finished", -row["started"])) if self._peers else rows
 
     def alerts(self) -> list[dict[str, str]]:
         """What everybody must know now."""
@@ -198,10 +206,6 @@ class Peers:
         if not {"", ".", ".."}.isdisjoint(own_id.split("/")):  # it becomes part of an address there, as a path is read
             return None
         return next(((peer, own_id) for peer in self._peers if peer.name == name), None)
-
-
-def _ours(row: Row) -> Row:
-    return {**row, "daemon": None}
 
 
 def _rank(row: Row) -> tuple[bool, float]:

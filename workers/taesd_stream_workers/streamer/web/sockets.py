@@ -69,13 +69,13 @@ async def _send(
     viewer: Viewer,
     links: PageLinks,
     reader: asyncio.Task[None],
-    state: Callable[[], str] | None,
+    state: Callable[[str], tuple[str, str]] | None,
 ) -> None:
     """serve: Packet -> viewer; when full, `live` drops to its next keyframe, whole pictures to the newest.
 
-    state: makes what is told of streams and recordings; None for who wants pictures alone.
+    state: as `_state`; None for who wants pictures alone.
     """
-    next_state_s = 0.0
+    next_state_s, finished = 0.0, ""
     while not reader.done():
         now = time.monotonic()
         if viewer.is_state_dirty and now >= next_state_s:
@@ -83,7 +83,8 @@ async def _send(
             next_state_s = now + STATE_S
             await links.spread()
             if state is not None:
-                await _in_time(socket.send_text(state()))
+                text, finished = state(finished)
+                await _in_time(socket.send_text(text))
         for packet, streamed_ns in viewer.take():
             await _in_time(socket.send_bytes(to_message(packet, streamed_ns)))
         for starved in viewer.starved():
@@ -97,9 +98,11 @@ async def _in_time(sending: Awaitable[None]) -> None:
         await sending
 
 
-def _state(peers: Peers) -> str:
+def _state(peers: Peers, known: str) -> tuple[str, str]:
+    """The message, and `Peers.finished_json`, which it tells as `recordings` unless it is `known` from the last one."""
     told = {"type": "state", "streams": peers.streams(), "stats": peers.stats(), "alerts": peers.alerts()}
-    return f'{json.dumps(told)[:-1]}, "recordings": {peers.recordings_json()}}}'
+    text, finished = json.dumps(told | {"growing": peers.growing()}), peers.finished_json()
+    return text if finished is known else f'{text[:-1]}, "recordings": {finished}}}', finished
 
 
 async def _read(socket: WebSocket, hub: Hub, viewer: Viewer, links: PageLinks) -> None:

@@ -1,4 +1,4 @@
-// The page: what it shows (the address says which), and the line to the daemon. The keys are in keys.js.
+// The page: what it shows (the address says which), and the line to the daemon.
 
 import { Actions } from "./actions.js"
 import { parse } from "./address.js"
@@ -26,7 +26,7 @@ const actions = new Actions(notices, () => changed())
 const link = new Link(notices, () => tell({ do: "retry" }))
 const nowhere = { name: null, id: null, run: null, seq: null }
 const view = { kind: "wall", ...nowhere, scroll: 0, depth: 0 }
-let daemon = { recordings: [], alerts: [], stats: null }
+let daemon = { growing: [], recordings: [], alerts: [], stats: null }
 let paused = false
 let asleep = false
 let rendition = "VideoDecoder" in self ? "live" : "jpeg"
@@ -43,7 +43,7 @@ const compare = new Compare({ tell, moved: (hash) => history.replaceState(null, 
 let picked = null // the run that waits for another to be compared with
 const list = new RecordingList((id) => actions.remove(recordings().find((recording) => recording.id === id)))
 
-const recordings = () => daemon.recordings.filter(({ id }) => !actions.removed.has(id))
+const recordings = () => [...daemon.growing, ...daemon.recordings].filter(({ id }) => !actions.removed.has(id))
 
 /** how: what to record; whether to stop at once. */
 function act(kind, subject, how) {
@@ -109,7 +109,7 @@ function takeState(state) {
   const news = streams.take(state.streams)
   const { first } = link
   link.first = false
-  daemon = state
+  daemon = { ...daemon, ...state } // what is not told has not changed
   if (first && !location.hash && streams.size === 1) history.replaceState(null, "", `#/s/${streams.keys().next().value}`)
   if (!first) notices.announce(news)
   if (before !== streams.size || news.started.length || news.ended.length) wall.update()
