@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from taesd_stream.decoding.engine import Engine
     from taesd_stream.frames import Kind, StreamInfo
     from taesd_stream.publisher import LatentPublisher
-    from taesd_stream_workers.offline.latent_files import Row
+    from taesd_stream_workers.offline.latent_files import LogRows, Row
 
 KindWord = Literal["steps", "clip", "live"]
 RecordWord = Literal["off", "last", "all"]
@@ -89,24 +89,16 @@ def publish(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    pause_s = 0.0 if fps is None else (len(rows[0].latents) if word == "clip" else 1) / fps
+    pause_s = 0.0 if fps is None else (len(next(iter(rows)).latents) if word == "clip" else 1) / fps
     _publish_rows(publisher, rows, word, pause_s, is_loop=loop)
 
 
-def _rows(file: Path, name: str, kind: Kind, info: StreamInfo | None, *, is_batch: bool) -> list[Row]:
-    from taesd_stream_workers.offline.latent_files import format_of, load_latents, rows_of, rows_of_log
+def _rows(file: Path, name: str, kind: Kind, info: StreamInfo | None, *, is_batch: bool) -> list[Row] | LogRows:
+    from taesd_stream_workers.offline.latent_files import LogRows, format_of, load_latents, rows_of
 
-    if info is None:
-        return rows_of(load_latents(file, format_of(name)), kind, is_batch=is_batch)
-    rows = list(rows_of_log(file))
-    if not rows:
-        raise ConfigError(f"{file}: no whole frame is in it")
-    for row in rows:
-        try:
-            format_of(name).check_shape(kind, tuple(row.latents.shape))
-        except ValueError as error:
-            raise ConfigError(f"{file}: {error}") from error
-    return rows
+    if info is not None:
+        return LogRows(file, format_of(name), kind)
+    return rows_of(load_latents(file, format_of(name)), kind, is_batch=is_batch)
 
 
 def _name_from(file: Path) -> str:
@@ -117,7 +109,9 @@ def _name_from(file: Path) -> str:
     return kept.lstrip("._-")[:64] or "latents"
 
 
-def _publish_rows(publisher: LatentPublisher, rows: list[Row], kind: Kind, pause_s: float, *, is_loop: bool) -> None:
+def _publish_rows(
+    publisher: LatentPublisher, rows: list[Row] | LogRows, kind: Kind, pause_s: float, *, is_loop: bool
+) -> None:
     began_s = time.monotonic()
     reason: Literal["done", "stopped"] = "done"
     count = 0
@@ -144,7 +138,7 @@ def _publish_rows(publisher: LatentPublisher, rows: list[Row], kind: Kind, pause
     say(f"{publisher.stream}: {count} frames published")
 
 
-def _looped(rows: list[Row]) -> Iterator[Row]:
+def _looped(rows: list[Row] | LogRows) -> Iterator[Row]:
     """The rows again and again, their steps counted on."""
     from taesd_stream_workers.offline.latent_files import Row
 

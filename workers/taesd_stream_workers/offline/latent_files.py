@@ -88,6 +88,28 @@ def info_of_log(path: Path) -> StreamInfo | None:
     return info
 
 
+class LogRows:
+    """The frames of a .latents file as they were published, read one at a time: a log may be larger than memory."""
+
+    def __init__(self, path: Path, known: LatentFormat, kind: Kind) -> None:
+        """Look at each once. Raises: ConfigError for a file without any, or with one that is none of the format."""
+        self._path, self._count = path, 0
+        try:
+            for row in self:
+                known.check_shape(kind, tuple(row.latents.shape))
+                self._count += 1
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        if not self._count:
+            raise ConfigError(f"{path}: no whole frame is in it")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Row]:
+        return rows_of_log(self._path)
+
+
 def rows_of_log(path: Path) -> Iterator[Row]:
     """The frames of a .latents file as they were published, one read at a time."""
     from taesd_stream.decoding.payloads import latents_from_payload
@@ -112,7 +134,7 @@ def _read(path: Path) -> Tensor:
         with path.open("rb") as file:
             return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
     if path.suffix == LOG_SUFFIX:
-        return _stacked(list(rows_of_log(path)))
+        return _stacked(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -141,12 +163,13 @@ def _pick(loaded: Any) -> Tensor:
     return candidates[0]
 
 
-def _stacked(rows: list[Row]) -> Tensor:
+def _stacked(log: Path) -> Tensor:
     import torch
 
+    rows = [row.latents for row in rows_of_log(log)]
     if not rows:
         raise ValueError("no whole frame is in it")
-    frames = [row.latents if row.latents.ndim == 4 else row.latents.unsqueeze(0) for row in rows]
+    frames = [latents if latents.ndim == 4 else latents.unsqueeze(0) for latents in rows]
     if len({frame.shape[1:] for frame in frames}) > 1:
         raise ValueError("its frames have several sizes")
     return torch.cat(frames)
