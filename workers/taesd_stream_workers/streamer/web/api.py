@@ -24,6 +24,7 @@ from taesd_stream import __version__
 from taesd_stream.errors import TaesdStreamError
 from taesd_stream.fields import quoted
 from taesd_stream.frames import NAME_RULE, Packet, is_stream_name
+from taesd_stream.media.growing_file import PART_SUFFIX
 from taesd_stream_workers.streamer.hub import Hub
 from taesd_stream_workers.streamer.library import thumbnail
 from taesd_stream_workers.streamer.recorder import Recorder
@@ -284,7 +285,7 @@ def _add_recordings(app: FastAPI, recorder: Recorder, copies: Copies) -> None:
         path = await asyncio.to_thread(path_of, recording_id)
         kind: Literal["inline", "attachment"] = "inline" if inline else "attachment"
         name = path.relative_to(recorder.folder).as_posix().replace("/", "-").removesuffix(".part")
-        is_growing = recorder.files.is_growing(recording_id)
+        is_growing = path.name.endswith(PART_SUFFIX)  # as it was found: it may be finished by now
         if frames is None and not is_growing:
             return FileResponse(path, media_type="video/mp4", filename=name, content_disposition_type=kind)
         if is_growing and part is not None:
