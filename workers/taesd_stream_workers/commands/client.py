@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -120,7 +121,10 @@ def record(
         raise ConfigError("-o FILE: expected the MP4 to write")
     check_output(output)
     # What is over already is an earlier recording's: asked for is the one that grows, else the next, of any run.
-    old = {row["id" if row["state"] == "finished" else "run"] for row in client.recordings() if row["state"] in OVER}
+    old: dict[str, int] = {}
+    for row in client.recordings():
+        if row["state"] in OVER:
+            old[row["run"]] = max(row["last_seq"], old.get(row["run"], -1))
     client.record(name, mode)
     try:
         say(f"waiting for {name}")
@@ -136,14 +140,23 @@ def _stop_recording(client: DaemonClient, name: str) -> None:
     say(f"{name} is recorded no more" if is_there else f"{name}: there is no stream of this name; none is waited for")
 
 
-def _wait_for_recordings(client: DaemonClient, name: str, old: set[str], frames: int | None) -> list[dict[str, Any]]:
-    """The files of the stream's first run that has what is wanted, one a row; progress on the terminal."""
+def _wait_for_recordings(
+    client: DaemonClient, name: str, old: Mapping[str, int], frames: int | None
+) -> list[dict[str, Any]]:
+    """The files of the stream's first run that has what is wanted, one a row; progress on the terminal.
+
+    old: of runs that were recorded before, the last frame there.
+    """
+
+    def is_new(row: Mapping[str, Any]) -> bool:
+        return row["first_seq"] is None or row["first_seq"] > old.get(row["run"], -1)
+
     from rich.console import Console
 
     told: str | None = None
     with Console(stderr=True).status("Ctrl-C leaves it; the daemon goes on") as status:
         while True:
-            rows = [row for row in client.recordings() if row["stream"] == name and not {row["id"], row["run"]} & old]
+            rows = [row for row in client.recordings() if row["stream"] == name and is_new(row)]
             first = min(rows, key=lambda row: float(row["started"]), default=None)
             if first is not None:
                 rows = [row for row in rows if row["run"] == first["run"]]

@@ -222,7 +222,8 @@ def _decode_to_file(
     else:
         rows = (latents[place : place + 1] for place in range(len(latents)))
         pieces = (piece for row in rows for piece in engine.decode(row, budget_bytes=budget_bytes))
-        fps /= engine.temporal_factor or 1 if is_video else 1
+        if is_video and engine.temporal_factor is not None:
+            fps /= engine.temporal_factor
     count = 0
     with Progress(transient=True, console=Console(stderr=True)) as progress, VideoFile(output, fps) as video:
         task = progress.add_task(f"decode with {engine.decoder}", total=len(latents))
