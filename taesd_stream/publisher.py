@@ -107,6 +107,7 @@ class LatentPublisher:
         self._fault: str | None = None  # the last publish's
         self._logged: set[str] = set()
         self._holes = 0  # publishes that were to be kept and failed
+        self._early_holes = 0  # that failed before the broker said whether they are kept
         self._first_hole = ""
         self._is_closed = False
         self._outbox = Outbox(info, ring_bytes=RING_BYTES, log_folder=own_log_folder())
@@ -254,14 +255,17 @@ class LatentPublisher:
     @property
     def _hole(self) -> str | None:
         """What is not in the recording, and why."""
-        if not self._holes or self._outbox.mode != "all":
-            return None
-        return self._first_hole if self._holes == 1 else f"{self._first_hole} (and {self._holes - 1} more not kept)"
+        count = self._holes + (self._early_holes if self._outbox.kept_from == 0 else 0)
+        if count < 2:
+            return self._first_hole if count else None
+        return f"{self._first_hole} (and {count - 1} more not kept)"
 
     def _complain(self, error: Exception) -> None:
         self._fault = text = f"publish: {error}"
-        if self._outbox.mode in (None, "all"):
-            self._holes += 1
+        mode = self._outbox.mode
+        if mode in (None, "all") and not self._outbox.is_closed:
+            self._holes += mode == "all"
+            self._early_holes += mode is None
             self._first_hole = self._first_hole or text
         if text not in self._logged and len(self._logged) < MAX_LOGGED:
             self._logged.add(text)
@@ -306,7 +310,7 @@ def checked_info(
         latent_format=latent_format,
         fps=fps,
         record=record,
-        meta=_plain({"from": f"pid {os.getpid()} on {socket.gethostname()}", **(meta or {})}),
+        meta=_plain({"from": f"pid {os.getpid()} on {socket.gethostname()}", **dict(meta or {})}),
         opened_ns=monotonic_ns(),
     )
     _check_travels(info)

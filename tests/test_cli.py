@@ -360,6 +360,18 @@ def test_decode_of_a_video_goes_at_its_pace_whatever_decodes(decoder: str, ticks
     assert times == pytest.approx([place * ticks / 16 for place in range(count)], abs=1e-3)
 
 
+def test_decode_of_a_log_of_clips_begins_each_anew(tmp_path: Path) -> None:
+    """A log of two clips is two videos: each has as many frames as alone."""
+    weights, output = tmp_path / "weights", tmp_path / "clips.mp4"
+    weights.mkdir()
+    save_file(build_decoder("taew2_1").state_dict(), weights / "taew2_1.safetensors")
+    path = write_log(tmp_path, list(torch.randn(2, 3, 16, 4, 6)), kind="clip")
+    words = ["--latent-format", "wan2_1", "-o", str(output), "--set", f"weights.folder={weights}"]
+    done = run("decode", str(path), *words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{output}: 18 pictures, decoder taew2_1\n" in done.stderr
+
+
 def test_decode_with_the_real_weights(shared: Path, tmp_path: Path) -> None:
     """--set weights.folder gives the full decoder."""
     path, output = tmp_path / "clip.npy", tmp_path / "clip.mp4"

@@ -122,6 +122,17 @@ def test_evenly_spaced(name: str, recorded: Path, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("words", [["out.mkv", "--codec", "av1"], ["out.webm"], ["out.mp4", "--codec", "av1"]])
+def test_any_rate_can_be_asked_for(words: list[str], recorded: Path, tmp_path: Path) -> None:
+    """A rate that an encoder knows nothing of is no reason to refuse: the times are what counts."""
+    output = tmp_path / words[0]
+    done = run("export", recorded, "-o", output, *words[1:], "--fps", "500", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with av.open(output) as container:
+        times = [frame.time for frame in container.decode(video=0)]
+    assert times == pytest.approx([place / 500 for place in range(6)], abs=1e-4)
+
+
 def test_a_file_says_the_rate_that_its_pictures_came_at(recorded: Path, tmp_path: Path) -> None:
     """Without `--fps` a Matroska file says the mean rate, not some rate of ours."""
     output = tmp_path / "out.mkv"

@@ -767,6 +767,18 @@ def assert_no_long_task(work: Callable[[], Page]) -> None:
     once_in_three(longest_ms, lambda longest: longest < 100)
 
 
+@pytest.mark.parametrize("name", ["a/my run", "Müller", "50%", "a%2Fb", "c#d?e"])
+def test_a_recording_of_any_name_is_opened(host: PageHost, opened: Open, name: str) -> None:
+    """Files may be called otherwise than ours, or renamed: whatever the id is, its row opens it, and a reload too."""
+    host.streams = [stream("a"), stream("b")]
+    host.recordings = [recording("shown", id=name)]
+    page = opened("#/recordings")
+    page.locator(".rec-open").click()
+    for _ in range(2):
+        expect(page.locator("#view-stage h1")).to_have_text("shown")
+        page.reload()
+
+
 def test_thousands_of_recordings_cost_a_page_little(host: PageHost, opened: Open) -> None:
     """Of 3,000 recordings those in the list are written, once; no task takes 0.1 s; all can be reached."""
 

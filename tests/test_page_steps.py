@@ -149,11 +149,18 @@ def test_a_step_that_is_looked_at_stays_beside_what_is_its_own(daemon: Daemon, o
 @pytest.mark.parametrize("name", ["0123456789abcdef", "0123456789abcdef/3"])
 def test_a_stream_may_be_called_like_a_run(daemon: Daemon, opened: Open, name: str) -> None:
     """A name of 16 hexadecimal digits, with a number behind it or not, is a name where a stream bears it."""
-    with LatentPublisher(daemon.broker, stream=name, latent_format="sd1", record="off") as publisher:
-        publisher.publish(sd1_latents_of(PATCHES["red"]), step=0, total_steps=2)
+    with (
+        PageSocket(daemon) as viewer,
+        LatentPublisher(daemon.broker, stream=name, latent_format="sd1", record="off") as publisher,
+    ):
+        viewer.watch({name: "thumb"})
+        for step, colour in enumerate(("blue", "red")):
+            publisher.publish(sd1_latents_of(PATCHES[colour]), step=step, total_steps=3)
+            wait_for(lambda: len(steps(daemon, str(publisher.run))) == step + 1, of="the film")  # noqa: B023
         page = opened(f"#/s/{name}")
         await_colour(page, STAGE, PATCHES["red"])
         expect(page.get_by_role("heading", name=name, exact=True)).to_be_visible()
+        expect(page.locator("#view-stage .here span")).to_have_text("Live, step 2")  # the number is none of a step
 
 
 def test_an_address_that_means_nothing_is_said_and_asked_for_once(daemon: Daemon, opened: Open) -> None:

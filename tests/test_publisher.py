@@ -719,6 +719,20 @@ def test_a_publish_that_was_to_be_kept_and_failed_is_told_to_the_end(
     assert [record.getMessage().count("said once") for record in caplog.records] == [1, 1]
 
 
+@pytest.mark.parametrize("word", ["off", "all"])
+def test_an_early_failure_counts_where_the_daemon_keeps_all(peer: BrokerPeer, open_run: Any, word: Any) -> None:
+    """What failed before the broker's first word is a hole if that is "all", not where somebody records later."""
+    publisher = open_run(record=None)
+    peer.opened()
+    publisher.publish(np.zeros((16, 8, 8), np.float16), step=0)
+    for step, record in enumerate((word, "all"), start=1):
+        peer.demand(publisher.run, "every", record=record)
+        wait_for(lambda: publisher._outbox.mode == record, of=f"the word {record}")  # noqa: B023
+        publish(publisher, 1, first=step)
+        peer.frame(step - 1)
+    assert bool(publisher.error) == (word == "all")
+
+
 def test_waiting_without_an_ack_is_false(open_run: Any) -> None:
     """wait_until_acked() is False on time out; it never takes a frame for acked that is only on its way."""
     publisher = open_run(record="all")

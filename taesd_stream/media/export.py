@@ -44,6 +44,7 @@ class Codec:
     tag: str | None = None
     is_rgb: bool = False
     time_base: Fraction = TIME_BASE
+    max_rate: int = 1000  # pictures a second that its encoder is told of at the most
 
 
 CODECS: Final[Mapping[str, Codec]] = {
@@ -53,7 +54,7 @@ CODECS: Final[Mapping[str, Codec]] = {
         "libx265", "yuv420p", (".mp4", ".mkv", ".mov"), ("crf", 20),
         {"preset": "medium", "x265-params": "log-level=error"}, "hvc1",
     ),
-    "av1": Codec("libsvtav1", "yuv420p", (".mp4", ".mkv", ".webm"), ("crf", 28), {"preset": "8"}),
+    "av1": Codec("libsvtav1", "yuv420p", (".mp4", ".mkv", ".webm"), ("crf", 28), {"preset": "8"}, max_rate=240),
     "vp9": Codec("libvpx-vp9", "yuv420p", (".webm", ".mkv"), ("crf", 24), {"b": "0", "row-mt": "1"}),
     "lossless": Codec("ffv1", "bgr0", (".mkv",), None, {"level": "3", "slicecrc": "1"}, is_rgb=True),
     # from RGB: WebP's own YUV is BT.601
@@ -66,6 +67,7 @@ DEFAULTS: Final[Mapping[str, str]] = {
     ".mp4": "h264", ".mov": "h264", ".mkv": "lossless", ".webm": "vp9", ".webp": "webp", ".gif": "gif",
 }  # fmt: skip
 _FORMATS: Final = {".mkv": "matroska"}
+_MIN_RATE: Final = 0.01
 _OPTIONS: Final = {
     ".mp4": {"movflags": "faststart+use_metadata_tags", "video_track_timescale": str(CLOCK_HZ)},
     ".mov": {"movflags": "faststart+use_metadata_tags", "video_track_timescale": str(CLOCK_HZ)},
@@ -95,8 +97,8 @@ class ExportFile:
     ) -> None:
         """summary: as `tags_of` takes it. quality: of the codec's own scale. Raises: ExportError where it has none.
 
-        fps: pictures a second, on average: what the file says of itself (Matroska keeps it as a default duration), and
-        rate control plans with; None: nobody knows. The times of the pictures are what `add` is told.
+        fps: pictures a second, on average: what Matroska and WebM say of themselves (a default duration), and how long
+        the last picture stands; None: nobody knows. The times of the pictures are what `add` is told.
         """
         if quality is not None and codec.quality is None:
             raise ExportError(f"{path}: {codec.encoder} has no quality to choose")
@@ -106,7 +108,9 @@ class ExportFile:
         self._options = dict(codec.options)
         if codec.quality is not None:
             self._options[codec.quality[0]] = str(codec.quality[1] if quality is None else quality)
-        self._rate = Fraction(fps).limit_denominator(1001) if fps else Fraction(CLOCK_HZ, PROVISIONAL_TICKS)
+        self._rate = Fraction(CLOCK_HZ, PROVISIONAL_TICKS)  # a guess for rate control
+        if fps is not None:
+            self._rate = Fraction(min(max(fps, _MIN_RATE), codec.max_rate)).limit_denominator(1001)
         self._size: tuple[int, int] | None = None
         self._last = -1
         self._palette: Graph | None = None

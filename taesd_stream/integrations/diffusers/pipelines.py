@@ -49,7 +49,14 @@ class Preview:
         self._address = address
         self._stream = stream or type(pipe).__name__
         self._format = format_named(latent_format or format_of(pipe))
-        _check_options(self._stream, self._format.name, fps, record, meta, wire_dtype)
+        _check_options(
+            stream=self._stream,
+            latent_format=self._format.name,
+            fps=fps,
+            record=record,
+            meta=meta,
+            wire_dtype=wire_dtype,
+        )
         self._save = None if save is None else _checked_path(Path(save))
         self._files: list[Sink] = []  # of every call
         self._is_published = save is None or address is not None
@@ -195,12 +202,11 @@ class PreviewCallback:
         return callback_kwargs
 
 
-def _check_options(stream: str, *options: Any) -> None:
-    """Here, where somebody reads what is raised: at the first step it would only be logged."""
+def _check_options(**options: Any) -> None:
+    """Where somebody reads what is raised: at the first step it would only be logged."""
     from taesd_stream.publisher import checked_info
 
-    latent_format, *others = options
-    checked_info(stream, latent_format, "steps", *others)
+    checked_info(kind="steps", **options)
 
 
 def _checked_path(path: Path) -> Path:

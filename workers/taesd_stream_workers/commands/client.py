@@ -122,8 +122,9 @@ def record(
     check_output(output)
     # What is over already is an earlier recording's: asked for is the one that grows, else the next, of any run.
     old: dict[str, int] = {}
+    is_off = any(row["name"] == name and row["record"] == "off" for row in client.streams())
     for row in client.recordings():
-        if row["state"] in OVER:
+        if row["state"] in OVER or (is_off and row["stream"] == name):  # what was just switched off is over soon
             old[row["run"]] = max(row["last_seq"], old.get(row["run"], -1))
     client.record(name, mode)
     try:

@@ -192,8 +192,8 @@ def _folders(config: Config) -> Iterator[Finding]:
     for key, folder in (("recording.folder", config.recording_folder), ("broker.log_folder", config.log_folder)):
         there = _nearest(folder)
         try:
-            with tempfile.TemporaryFile(dir=there):  # permissions do not tell of all that may be in the way
-                pass
+            with tempfile.TemporaryFile(dir=there) as file:  # permissions do not tell of all that may be in the way
+                file.write(b"0")
         except OSError as error:
             text = f"{folder}: {there} cannot be written: {error.strerror}"
             yield Finding(key, "fault", text, f"--set {key}=… names another one")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
@@ -170,9 +170,11 @@ def decode(
 
     Example: taesd-stream decode latents.pth --latent-format flux2 -o out.mp4 --set weights.folder=~/vae_approx
     """
+    import torch
+
     from taesd_stream.config import load_config
     from taesd_stream.decoding.slicing import decode_budget
-    from taesd_stream_workers.offline.latent_files import format_of, info_of_log, load_latents
+    from taesd_stream_workers.offline.latent_files import format_of, info_of_log, load_latents, rows_of_log
 
     if output.suffix != ".mp4":
         raise ConfigError(f"{output}: expected a name that ends in .mp4")
@@ -180,11 +182,15 @@ def decode(
     config = load_config(sets=sets)
     latents = load_latents(file, format_of(latent_format, config.weights_folder))
     info = info_of_log(file)
-    is_video = info is None or info.kind != "steps"
+    videos: Sequence[Tensor] = ()
+    if info is None or info.kind == "live":
+        videos = [latents]
+    elif info.kind == "clip":
+        videos = torch.split(latents, [len(row.latents) for row in rows_of_log(file)])
     try:
         engine = open_best_engine(latent_format, config)
         budget_bytes = decode_budget(config.decoder, engine.device)
-        count = _decode_to_file(latents, engine, output, fps, budget_bytes, is_video=is_video)
+        count = _decode_to_file(latents, videos, engine, output, fps, budget_bytes)
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from error
     say(f"{output}: {count} pictures, decoder {engine.decoder}")
@@ -208,8 +214,9 @@ def open_best_engine(latent_format: str, config: Config) -> Engine:
 
 
 def _decode_to_file(
-    latents: Tensor, engine: Engine, output: Path, fps: float, budget_bytes: int, *, is_video: bool
+    latents: Tensor, videos: Sequence[Tensor], engine: Engine, output: Path, fps: float, budget_bytes: int
 ) -> int:
+    """videos: which of the latents are a video each, if the format is one's; none: pictures. Returns: how many."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -217,12 +224,12 @@ def _decode_to_file(
     from taesd_stream.decoding.video_engine import VideoEngine
     from taesd_stream.media.video_file import VideoFile
 
-    if is_video and isinstance(engine, VideoEngine):
-        pieces = engine.decode_clip(latents, budget_bytes=budget_bytes)
+    if videos and isinstance(engine, VideoEngine):
+        pieces = (piece for video in videos for piece in engine.decode_clip(video, budget_bytes=budget_bytes))
     else:
         rows = (latents[place : place + 1] for place in range(len(latents)))
         pieces = (piece for row in rows for piece in engine.decode(row, budget_bytes=budget_bytes))
-        if is_video and engine.temporal_factor is not None:
+        if videos and engine.temporal_factor is not None:
             fps /= engine.temporal_factor
     count = 0
     with Progress(transient=True, console=Console(stderr=True)) as progress, VideoFile(output, fps) as video:

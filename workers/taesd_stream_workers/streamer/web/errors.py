@@ -37,7 +37,7 @@ ERROR_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {"4XX": _REFUSED, "5XX
 
 def _fault(error: Mapping[str, Any]) -> str:
     """One of Pydantic's errors: where, what was expected, what came."""
-    came = "" if error["type"] == "missing" else f", got {quoted(error['input'])}"
+    came = "" if error["type"] in ("missing", "json_invalid") else f", got {quoted(error['input'])}"
     return f"{'.'.join(map(str, error['loc']))}: {error['msg']}{came}"
 
 

@@ -126,18 +126,13 @@ class Peer:
         self.name = urlsplit(url).netloc
         self.bearer = {"authorization": f"Bearer {token}"} if token else {}
         self.streams: list[Row] = []
-        self._growing: list[Row] = []
-        self._finished: list[Row] = []
+        self.recordings: list[Row] = []
+        self._finished: list[Row] = []  # of them, as they were told last
         self.alerts: list[dict[str, str]] = []
         self.stats: dict[str, Any] = {}
         self.error: str | None = None
         self.is_here = False
         self._clock = ClockOffset()
-
-    @property
-    def recordings(self) -> list[Row]:
-        """Growing ones first."""
-        return self._growing + self._finished
 
     @property
     def offset_us(self) -> int:
@@ -216,9 +211,9 @@ class Peer:
             for row in state["streams"]
             if is_stream_name(row["name"])
         ]
-        self._growing = self._recordings_of(state.get("growing"))
-        if state.get("recordings") is not None:  # else they are as it told before
+        if state.get("recordings") is not None:  # else they are as before
             self._finished = self._recordings_of(state["recordings"])
+        self.recordings = self._recordings_of(state.get("growing")) + self._finished
         self.alerts = [{"code": one["code"], "text": f"{self.name}: {one['text']}"} for one in state["alerts"]]
         self.stats = state["stats"]
         if not self.is_here:
@@ -240,7 +235,7 @@ class Peer:
             logger.warning("peer_away url=%s reason=%s", self.url, text)
         self.is_here, self.error = False, text
         self.streams = [_lost(row) for row in self.streams]
-        self._growing, self._finished, self.alerts, self.stats = [], [], [], {}
+        self.recordings, self._finished, self.alerts, self.stats = [], [], [], {}
 
     def _explained(self, error: Exception) -> str:
         if isinstance(error, InvalidStatus) and error.response.status_code in (401, 403):

@@ -117,32 +117,29 @@ class Peers:
     def streams(self) -> list[Row]:
         """A row for each name."""
         owners = self.owners()
-        ours = [{"daemon": None, **row} for row in self._hub.streams() if row["name"] not in owners]
+        ours = _told(row for row in self._hub.streams() if row["name"] not in owners)
         return ours + [row for peer in self._peers for row in peer.streams if owners.get(row["name"]) is peer]
 
     def recordings(self) -> list[Row]:
         """All of all daemons: growing ones first, then the newest."""
-        return self._told(self._recordings())
+        rows = _told(self._recordings())
+        return sorted(rows, key=lambda row: (row["state"] == "finished", -row["started"])) if self._peers else rows
 
     def growing(self) -> list[Row]:
         """Those that are not finished."""
-        return self._told(row for row in self._recordings() if row["state"] != "finished")
+        return _told(row for row in self._recordings() if row["state"] != "finished")
 
     def finished_json(self) -> str:
         """Those that are, as JSON: the same object until one comes or goes, for there may be thousands."""
         rows = [row for row in self._recordings() if row["state"] == "finished"]
         if rows != self._finished[0]:
-            self._finished = rows, json.dumps(self._told(rows))
+            self._finished = rows, json.dumps(_told(rows))
         return self._finished[1]
 
     def _recordings(self) -> Iterator[Row]:
         yield from self._hub.recordings
         for peer in self._peers:
             yield from peer.recordings
-
-    def _told(self, recordings: Iterable[Row]) -> list[Row]:
-        rows = [{"daemon": None, **row} for row in recordings]
-        return sorted(rows, key=lambda row: (row["state"] == "finished", -row["started"])) if self._peers else rows
 
     def alerts(self) -> list[dict[str, str]]:
         """What everybody must know now."""
@@ -206,6 +203,11 @@ class Peers:
         if not {"", ".", ".."}.isdisjoint(own_id.split("/")):  # it becomes part of an address there, as a path is read
             return None
         return next(((peer, own_id) for peer in self._peers if peer.name == name), None)
+
+
+def _told(rows: Iterable[Row]) -> list[Row]:
+    """Rows with the daemon that each is of: a peer's says it, ours is none."""
+    return [{"daemon": None, **row} for row in rows]
 
 
 def _rank(row: Row) -> tuple[bool, float]:

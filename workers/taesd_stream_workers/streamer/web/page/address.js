@@ -2,7 +2,10 @@
 
 /** What it says of {kind, name, id, run, seq, runs, mode}; what may be a run may be a stream's name, too. */
 export function parse(hash) {
-  const path = hash.replace(/^#\/?/, "").replaceAll("%2F", "/")
+  let path = hash.replace(/^#\/?/, "")
+  try {
+    path = decodeURIComponent(path)
+  } catch {} // "50%" is itself
   const [, one, other, place, mode] = path.match(/^compare\/([0-9a-f]{16})\/([0-9a-f]{16})(?:\/(\d+|live)\/(wipe|side))?$/) ?? []
   if (one) return { kind: "compare", id: `${one} ${other}`, runs: [one, other], seq: /\d/.test(place) ? Number(place) : null, mode }
   const [, run = null, seq] = path.match(/^s\/([0-9a-f]{16})(?:\/(\d+))?$/) ?? []

@@ -54,8 +54,8 @@ function act(kind, subject, how) {
   if (kind === "compare") pick(subject.data?.run ?? subject.run, subject.name)
   if (kind === "toast") notices.toast(subject)
   if (kind === "next") {
-    notices.toast(`${subject} began its next run.`, { action: { label: "Watch it", run: () => (location.hash = `#/s/${subject}`) }, last_ms: 60000 })
     watch()
+    notices.key ?? notices.toast(`${subject} began its next run.`, { key: "next", action: { label: "Watch it", run: () => (location.hash = `#/s/${subject}`) }, last_ms: 60000 })
   }
   if (kind === "say") notices.say(spokenState(subject))
   if (kind === "link") copyText(location.href).then((done) => notices.toast(done ? "Link copied" : `Copy this address: ${location.href}`))
@@ -212,6 +212,7 @@ function route() {
   put($("#view-compare"), { hidden: view.kind !== "compare" })
   put($("#tab-live"), { "aria-current": kept ? null : "page" })
   put($("#tab-recordings"), { "aria-current": kept ? "page" : null })
+  notices.clear("next")
   if (!opened) stage.close()
   if (view.kind === "recordings") list.open(recordings())
   if (view.kind !== "compare") compare.close()
@@ -236,7 +237,7 @@ const found = ({ name, run } = view) => streams.get(name) ?? streams.ofRun(run)
 
 function openStream() {
   const item = found()
-  if (item) stage.openStream(item, rendition, view.seq)
+  if (item) stage.openStream(item, rendition, item.name === view.name ? null : view.seq)
   else if (view.run) stage.openRun(view.run, view.seq)
   else if (!link.first) openForgotten(view.name)
   watch()

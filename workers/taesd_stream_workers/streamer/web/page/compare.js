@@ -79,7 +79,7 @@ export class Compare {
     if (!this.runs) return
     this.live = this.runs.some((run) => ofRun(run)?.ended === false)
     scrubber.tell()
-    const has_news = ({ run, rows, last, absent }) => (rows.length ? (ofRun(run)?.data.film ?? -1) > last.seq : !absent || ofRun(run))
+    const has_news = ({ run, rows, last }) => !rows.length || (ofRun(run)?.data.film ?? -1) > last.seq
     if (!scrubber.films.some(has_news)) return
     const { films } = scrubber
     await scrubber.refresh()

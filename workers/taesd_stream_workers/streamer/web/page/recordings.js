@@ -79,7 +79,7 @@ export class RecordingList {
   add({ id, stream, name, part, parts }) {
     const row = stamp("#recording")
     row.dataset.id = id
-    put($(".rec-open", row), { href: `#/r/${id}` })
+    put($(".rec-open", row), { href: `#/r/${encodeURIComponent(id)}` })
     put($("b", row), { text: part ? `${stream}, picture ${part} of ${parts}` : stream })
     put($("[data-act=download]", row), { "aria-label": `Download ${name}` })
     put($("[data-act=delete]", row), { "aria-label": `Delete ${name}` })

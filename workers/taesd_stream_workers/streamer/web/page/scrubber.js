@@ -4,6 +4,7 @@ import { $, make, put } from "./dom.js"
 import { sigmaText } from "./format.js"
 
 const LOAD_MS = 500
+const LATER_MS = 5000 // nothing was new
 const PLAY_MS = 125
 const CELL_PX = 11
 const CURVE = { width: 1000, height: 36, edge: 4 }
@@ -11,26 +12,24 @@ const CURVE = { width: 1000, height: 36, edge: 4 }
 /** The steps of one run's film, as the daemon has them: rows of {at, seq, step, of, sigma, ms}; at: its number. */
 export class Steps {
   constructor(run) {
-    Object.assign(this, { run, rows: [], head: null, busy: false, loaded_ms: -LOAD_MS })
+    Object.assign(this, { run, rows: [], head: null, busy: false, next_ms: 0 })
   }
 
-  /** Ask for what is new; at most twice a second. Returns whether something was. */
+  /** Ask for what is new, if it is time to. Returns whether something was. */
   async load() {
-    if (this.busy || performance.now() - this.loaded_ms < LOAD_MS) return false
+    if (this.busy || performance.now() < this.next_ms) return false
     this.busy = true
+    let news = []
     try {
       const answer = await fetch(`/api/v1/runs/${this.run}/film?after=${this.last?.seq ?? -1}`)
-      this.absent = answer.status === 404
-      if (!answer.ok) return false
-      this.head = await answer.json()
-      for (const [seq, step, of, sigma, ms] of this.head.steps) this.rows.push({ at: this.rows.length, seq, step, of, sigma, ms })
-      return this.head.steps.length > 0
+      if (answer.ok) news = (this.head = await answer.json()).steps
     } catch {
-      return false // the line is lost: that is said elsewhere
-    } finally {
-      this.loaded_ms = performance.now()
-      this.busy = false
+      // The line is lost: that is said elsewhere.
     }
+    for (const [seq, step, of, sigma, ms] of news) this.rows.push({ at: this.rows.length, seq, step, of, sigma, ms })
+    this.next_ms = performance.now() + (news.length ? LOAD_MS : LATER_MS)
+    this.busy = false
+    return news.length > 0
   }
 
   get last() {
@@ -107,7 +106,6 @@ export class Scrubber {
     return other.place(like) < one.place(one.last) ? one.like(like, other) : one.last
   }
 
-  /** Walk through these films from now on. */
   open(runs) {
     this.stop()
     Object.assign(this, { films: runs.map((run) => new Steps(run)), row: null, laid: "" })

@@ -75,7 +75,6 @@ export class Stage {
     this.root.style.setProperty("--aspect", width ? width / height : 1)
   }
 
-  /** Empty the stage, and write what is above it. */
   open(title, back, href) {
     this.close()
     put(this.parts.title, { text: title })
@@ -126,28 +125,28 @@ export class Stage {
     const { scrubber, item } = this
     const lead = scrubber.lead
     if (!lead) return
-    if (item && lead.run !== item.data.run) return this.turn(lead.run, scrubber.row)
-    if (lead.rows.length ? !item || (item.data.film ?? -1) <= lead.last.seq : item ? item.data.film == null : lead.absent) return
+    if (item && lead.run !== item.data.run) return this.turn(lead.run, scrubber.row?.seq ?? this.sought)
+    const { length } = lead.rows
+    if (item && (item.data.film ?? -1) <= (lead.last?.seq ?? -1)) return
     await scrubber.refresh()
     if (lead !== scrubber.lead) return
-    if (this.run && !lead.busy) this.tellRun(lead)
+    if (this.run && !lead.busy && (!length || lead.rows.length > length)) this.tellRun(lead)
     if (scrubber.ready && this.sought !== null) this.seek()
   }
 
-  /** The next run has begun: it is followed, but where a step of the one before is looked at, with all that is its. */
-  turn(before, row) {
+  /** The next run has begun: who looks at a step of the former (seq) stays with it, who looks at none sees the next. */
+  turn(before, seq) {
     const { name, data } = this.item
-    if (row) {
-      this.openRun(before, row.seq)
-      this.on.moved(before, row.seq)
+    if (seq !== null) {
+      this.openRun(before, seq)
+      this.on.moved(before, seq)
       return this.on.act("next", name)
     }
-    this.sought = null
     this.scrubber.open([data.run])
     if (this.row) this.show(null)
   }
 
-  /** Go to the step that the address asks for, or the nearest one that is there. */
+  /** Go to the step that the address asks for, or the nearest. */
   seek() {
     const { lead } = this.scrubber
     const seq = this.sought
@@ -355,7 +354,7 @@ export class Stage {
     this.figures = figures(kind === "live" ? ["Frame", "Pictures", "Size"] : ["Step", "Sigma", "Step time", "Pictures", "Size"])
     this.latencyPart = latencySection()
     this.built = built
-    const recorded = files.map((id, at) => make("a", { href: `#/r/${id}` }, icon("play"), files.length > 1 ? `Play recording ${at + 1}` : "Play the recording"))
+    const recorded = files.map((id, at) => make("a", { href: `#/r/${encodeURIComponent(id)}` }, icon("play"), files.length > 1 ? `Play recording ${at + 1}` : "Play the recording"))
     const chosen = decoder_reason ? [["Why this decoder", decoder_reason]] : []
     const facts = [...factsOf(meta, daemon), ["Latents", latent_format], ["Decoder", decoder || "–"], ...chosen, ["Watched by", plural(viewers ?? 0, "page")]]
     const parts = [

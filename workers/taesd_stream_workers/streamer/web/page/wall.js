@@ -202,8 +202,6 @@ export class Wall {
     this.focus(name)
   }
 
-  // --- pointer ---
-
   clicked(event) {
     const button = event.target.closest("[data-act]")
     if (!button) return
