@@ -117,6 +117,10 @@ def record(
             raise ConfigError("--mode off: expected neither -o nor --frames, for nothing is downloaded")
         _stop_recording(client, name)
         return
+    # Before anybody presses Ctrl-C: Python dies of one within an import's exec, whatever is caught.
+    import rich.progress
+    import rich.status  # noqa: F401
+
     if output is None:
         raise ConfigError("-o FILE: expected the MP4 to write")
     check_output(output)

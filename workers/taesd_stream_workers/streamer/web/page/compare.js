@@ -73,16 +73,14 @@ export class Compare {
     this.parts.stage.style.setProperty("--wipe", `${value}%`)
   }
 
-  /** Look for new steps. ofRun(run): its stream's Item, while there is one. */
+  /** ofRun(run): its stream's Item, while there is one. */
   async update(ofRun) {
     const { scrubber } = this
     if (!this.runs) return
     this.live = this.runs.some((run) => ofRun(run)?.ended === false)
     scrubber.tell()
-    const has_news = ({ run, rows, last }) => !rows.length || (ofRun(run)?.data.film ?? -1) > last.seq
-    if (!scrubber.films.some(has_news)) return
     const { films } = scrubber
-    await scrubber.refresh()
+    await scrubber.refresh(ofRun)
     if (films !== scrubber.films) return
     if (!scrubber.ready) {
       const missing = films.find((film) => !film.rows.length && !film.busy)

@@ -4,7 +4,7 @@ import { $, make, put } from "./dom.js"
 import { sigmaText } from "./format.js"
 
 const LOAD_MS = 500
-const LATER_MS = 5000 // nothing was new
+const LATER_MS = 5000 // where nobody tells of more
 const PLAY_MS = 125
 const CELL_PX = 11
 const CURVE = { width: 1000, height: 36, edge: 4 }
@@ -15,9 +15,9 @@ export class Steps {
     Object.assign(this, { run, rows: [], head: null, busy: false, next_ms: 0 })
   }
 
-  /** Ask for what is new, if it is time to. Returns whether something was. */
-  async load() {
-    if (this.busy || performance.now() < this.next_ms) return false
+  /** Ask for what is new; told: its last seq, null: nobody knows. Returns whether something was. */
+  async load(told) {
+    if (this.busy || performance.now() < this.next_ms || (told ?? Infinity) <= (this.last?.seq ?? -1)) return false
     this.busy = true
     let news = []
     try {
@@ -27,7 +27,7 @@ export class Steps {
       // The line is lost: that is said elsewhere.
     }
     for (const [seq, step, of, sigma, ms] of news) this.rows.push({ at: this.rows.length, seq, step, of, sigma, ms })
-    this.next_ms = performance.now() + (news.length ? LOAD_MS : LATER_MS)
+    this.next_ms = performance.now() + (told === null ? LATER_MS : LOAD_MS)
     this.busy = false
     return news.length > 0
   }
@@ -112,9 +112,10 @@ export class Scrubber {
     put(this.root, { hidden: true })
   }
 
-  async refresh() {
+  async refresh(itemOf) {
     const { films } = this
-    const news = await Promise.all(films.map((film) => film.load()))
+    const told = (item) => (item ? item.data.film ?? -1 : null)
+    const news = await Promise.all(films.map((film) => film.load(told(itemOf(film.run)))))
     if (films !== this.films || !this.ready || !(news.some(Boolean) || this.root.hidden)) return
     put(this.root, { hidden: false })
     this.lay()

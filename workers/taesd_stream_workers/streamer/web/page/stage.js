@@ -127,8 +127,7 @@ export class Stage {
     if (!lead) return
     if (item && lead.run !== item.data.run) return this.turn(lead.run, scrubber.row?.seq ?? this.sought)
     const { length } = lead.rows
-    if (item && (item.data.film ?? -1) <= (lead.last?.seq ?? -1)) return
-    await scrubber.refresh()
+    await scrubber.refresh(() => item)
     if (lead !== scrubber.lead) return
     if (this.run && !lead.busy && (!length || lead.rows.length > length)) this.tellRun(lead)
     if (scrubber.ready && this.sought !== null) this.seek()
