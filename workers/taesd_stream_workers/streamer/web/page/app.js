@@ -382,12 +382,13 @@ listenToKeys({
   walk: (how, by) => (view.kind === "compare" ? compare : stage).scrubber[how](by),
   act,
 })
-/** What is there already, by ordinary requests: the wall stands before its socket does, also where time stands still. */
+/** By ordinary requests: the wall stands before its socket does, also where time stands still. */
 async function begin() {
   try {
-    const answers = await Promise.all(["streams", "recordings"].map((what) => fetch(`/api/v1/${what}`)))
-    const [{ streams }, { recordings }] = await Promise.all(answers.map((answer) => answer.json()))
-    if (link.first && streams && recordings) takeState({ ...daemon, streams, recordings })
+    const whats = view.kind === "wall" ? ["streams"] : ["streams", "recordings"]
+    const answers = await Promise.all(whats.map((what) => fetch(`/api/v1/${what}`)))
+    const [{ streams }, { recordings = [] } = {}] = await Promise.all(answers.map((answer) => answer.json()))
+    if (link.first && streams) takeState({ ...daemon, streams, recordings })
   } catch {
     // Nobody answers: the socket says so, and tries again.
   }

@@ -4,7 +4,7 @@ import { $, make, put, stamp } from "./dom.js"
 import { bytesText, clockText, plural, whenText } from "./format.js"
 
 const FILMS_MAX = 100
-const ROWS = 100 // at first, and more at a press
+const ROWS = 50 // at first, and more at a press
 const ENDS_EARLY = "Ends early: the daemon stopped while recording."
 
 export const fileOf = (id) => `/api/v1/recordings/${encodeURIComponent(id)}/file`
