@@ -43,20 +43,16 @@ class Preview:
         wire_dtype: WireDtype | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> None:
+        from taesd_stream.publisher import checked_info
+
         if not hasattr(getattr(pipe, "scheduler", None), "step"):
             raise ValueError(f"pipe: expected a diffusers pipeline with a scheduler, got {type(pipe).__name__}")
         self._pipe = pipe
         self._address = address
         self._stream = stream or type(pipe).__name__
         self._format = format_named(latent_format or format_of(pipe))
-        _check_options(
-            stream=self._stream,
-            latent_format=self._format.name,
-            fps=fps,
-            record=record,
-            meta=meta,
-            wire_dtype=wire_dtype,
-        )
+        # here, where somebody reads what is raised: at the first step it would only be logged
+        checked_info(self._stream, self._format.name, "steps", fps, record, meta, wire_dtype)
         self._save = None if save is None else _checked_path(Path(save))
         self._files: list[Sink] = []  # of every call
         self._is_published = save is None or address is not None
@@ -200,13 +196,6 @@ class PreviewCallback:
         if self.preview.is_complete:
             self._end()
         return callback_kwargs
-
-
-def _check_options(**options: Any) -> None:
-    """Where somebody reads what is raised: at the first step it would only be logged."""
-    from taesd_stream.publisher import checked_info
-
-    checked_info(kind="steps", **options)
 
 
 def _checked_path(path: Path) -> Path:

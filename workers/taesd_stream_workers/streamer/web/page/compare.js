@@ -80,12 +80,13 @@ export class Compare {
     this.live = this.runs.some((run) => ofRun(run)?.ended === false)
     scrubber.tell()
     const { films } = scrubber
-    await scrubber.refresh(ofRun)
+    const news = await scrubber.refresh(ofRun)
     if (films !== scrubber.films) return
     if (!scrubber.ready) {
       const missing = films.find((film) => !film.rows.length && !film.busy)
       return put(this.parts.note, { hidden: !missing, text: `Nothing was kept of ${ofRun(missing?.run)?.name ?? "one of these runs"} yet.` })
     }
+    if (!news) return
     put(this.parts.note, { hidden: true })
     if (this.sought !== null) {
       const seq = this.sought

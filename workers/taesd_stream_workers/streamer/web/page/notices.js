@@ -23,7 +23,7 @@ export class Notices {
     }, 250)
   }
 
-  /** gone(): it is closed, or another one stands there. */
+  /** gone(): it is closed, or replaced. */
   toast(text, { key = "note", action = null, last_ms = 5000, gone = null } = {}) {
     this.gone?.()
     Object.assign(this, { key, action, gone, left_ms: last_ms })

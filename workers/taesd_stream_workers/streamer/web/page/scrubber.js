@@ -116,11 +116,12 @@ export class Scrubber {
     const { films } = this
     const told = (item) => (item ? item.data.film ?? -1 : null)
     const news = await Promise.all(films.map((film) => film.load(told(itemOf(film.run)))))
-    if (films !== this.films || !this.ready || !(news.some(Boolean) || this.root.hidden)) return
+    if (films !== this.films || !this.ready || !news.some(Boolean)) return false
     put(this.root, { hidden: false })
     this.lay()
     if (this.row === null) this.on.show(null, false)
     this.tell()
+    return true
   }
 
   at(place) {

@@ -126,10 +126,9 @@ export class Stage {
     const lead = scrubber.lead
     if (!lead) return
     if (item && lead.run !== item.data.run) return this.turn(lead.run, scrubber.row?.seq ?? this.sought)
-    const { length } = lead.rows
-    await scrubber.refresh(() => item)
+    const news = await scrubber.refresh(() => item)
     if (lead !== scrubber.lead) return
-    if (this.run && !lead.busy && (!length || lead.rows.length > length)) this.tellRun(lead)
+    if (this.run && !lead.busy && (news || !scrubber.ready)) this.tellRun(lead)
     if (scrubber.ready && this.sought !== null) this.seek()
   }
 
