@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect
 
-from tests.daemon import once_in_three
 from tests.page_fixture import PAGE, Json, Open, PageHost, await_colour, opening, recording, serving, stream
 
 pytestmark = pytest.mark.browser
@@ -744,27 +743,12 @@ def test_a_machine_that_slept_keeps_its_video(host: PageHost, opened: Open) -> N
 
 # --- much of everything ---
 
-LONG_TASKS = """
-  self.long_tasks = []
-  new PerformanceObserver((list) => long_tasks.push(...list.getEntries().map(({duration}) => Math.round(duration))))
-    .observe({type: "longtask", buffered: true})
+CHANGES = """
   self.changes = 0
   const count = (changes) => self.changes += changes.length
   document.addEventListener("DOMContentLoaded", () => new MutationObserver(count)
     .observe(document.querySelector("#view-recordings"), {subtree: true, childList: true, attributes: true}))
 """
-
-
-def assert_no_long_task(work: Callable[[], Page]) -> None:
-    """Done with a page that `work` opens, no task takes a tenth of a second."""
-
-    def longest_ms(_: int) -> int:
-        page = work()
-        longest = max(page.evaluate("self.long_tasks"), default=0)
-        page.context.close()  # or it would work beside the next one
-        return int(longest)
-
-    once_in_three(longest_ms, lambda longest: longest < 100)
 
 
 @pytest.mark.parametrize("name", ["a/my run", "Müller", "50%", "a%2Fb", "c#d?e"])
@@ -779,60 +763,51 @@ def test_a_recording_of_any_name_is_opened(host: PageHost, opened: Open, name: s
         page.reload()
 
 
-def test_thousands_of_recordings_cost_a_page_little(host: PageHost, opened: Open) -> None:
-    """Of 3,000 recordings those in the list are written, once; no task takes 0.1 s; all can be reached."""
+def test_of_thousands_of_recordings_those_in_the_list_are_written(host: PageHost, opened: Open) -> None:
+    """Of 3,000 recordings 50 rows are written, and once; all can be reached (`benchmarks/page_lists` has the time)."""
+    host.streams = [stream("a"), stream("b")]
+    host.recordings = [recording(f"r{index:04}", started=10_000.0 - index) for index in range(3000)]
+    host.thumbs = {one["id"]: jpeg(RED) for one in host.recordings}
+    page = opened(script=CHANGES)
 
-    def tell_again(page: Page) -> None:
+    def tell_again() -> None:
         for _ in range(4):
             host.streams.append(stream(f"s{len(host.streams)}"))
             host.push()
             expect(page.locator("#tab-live .count")).to_have_text(f"{len(host.streams)}")
 
-    def look() -> Page:
-        host.streams = [stream("a"), stream("b")]
-        host.recordings = [recording(f"r{index:04}", started=10_000.0 - index) for index in range(3000)]
-        host.thumbs = {one["id"]: jpeg(RED) for one in host.recordings}
-        page = opened(script=LONG_TASKS)
-        tell_again(page)
-        assert page.locator("#recordings li").count() == 0  # nobody looks at them
-        page.evaluate("location.hash = '#/recordings'")
-        rows = page.locator("#recordings b")
-        expect(rows).to_have_count(50)
-        until(lambda: page.evaluate("document.querySelector('#films').hidden"), page)
-        before = page.evaluate("self.changes")
-        tell_again(page)
-        assert page.evaluate("self.changes") == before  # nothing of them is new
-        host.recordings.insert(0, recording("newest", started=20_000.0))
-        host.recordings = [one for one in host.recordings if one["stream"] != "r0001"]
-        host.push()
-        expect(rows.nth(0)).to_have_text("newest")
-        expect(rows.nth(2)).to_have_text("r0002")
-        expect(rows).to_have_count(50)
-        page.get_by_role("button", name="Show 50 of 2950 more").press("Enter")
-        expect(rows).to_have_count(100)
-        expect(page.locator("#recordings li").nth(50).locator(".rec-open")).to_be_focused()
-        return page
-
-    assert_no_long_task(look)
+    tell_again()
+    assert page.locator("#recordings li").count() == 0  # nobody looks at them
+    page.evaluate("location.hash = '#/recordings'")
+    rows = page.locator("#recordings b")
+    expect(rows).to_have_count(50)
+    until(lambda: page.evaluate("document.querySelector('#films').hidden"), page)
+    before = page.evaluate("self.changes")
+    tell_again()
+    assert page.evaluate("self.changes") == before  # nothing of them is new
+    host.recordings.insert(0, recording("newest", started=20_000.0))
+    host.recordings = [one for one in host.recordings if one["stream"] != "r0001"]
+    host.push()
+    expect(rows.nth(0)).to_have_text("newest")
+    expect(rows.nth(2)).to_have_text("r0002")
+    expect(rows).to_have_count(50)
+    page.get_by_role("button", name="Show 50 of 2950 more").press("Enter")
+    expect(rows).to_have_count(100)
+    expect(page.locator("#recordings li").nth(50).locator(".rec-open")).to_be_focused()
+    assert page.evaluate("self.changes") < 3000  # of the thousands that nobody sees nothing was written
 
 
-def test_two_long_films_are_laid_side_by_side_at_once(host: PageHost, opened: Open) -> None:
-    """Two runs of 3,000 steps each, with other totals: no task takes a tenth of a second."""
+def test_two_long_films_are_laid_side_by_side(host: PageHost, opened: Open) -> None:
+    """Two runs of 3,000 steps each, with other totals, are matched by sigma from their ends on."""
     for run, total in (("a" * 16, 3000), ("b" * 16, 3001)):
         host.steps[run] = [[seq, seq, total, 3000.0 - seq, 100 * seq] for seq in range(3000)]
     picture = annex_b(GREEN)
     host.film = lambda _run, _seq: picture
-
-    def compare() -> Page:
-        page = opened(script=LONG_TASKS)
-        page.evaluate(f"location.hash = '#/compare/{'a' * 16}/{'b' * 16}'")
-        expect(page.locator("#view-compare .state")).to_contain_text("Matched by sigma: 3000 and 3001 steps")
-        await_colour(page, "#compare-b", GREEN)
-        page.keyboard.press("Home")
-        expect(page.locator("#compare-b[data-seq='0']")).to_be_attached()
-        return page
-
-    assert_no_long_task(compare)
+    page = opened(f"#/compare/{'a' * 16}/{'b' * 16}")
+    expect(page.locator("#view-compare .state")).to_contain_text("Matched by sigma: 3000 and 3001 steps")
+    await_colour(page, "#compare-b", GREEN)
+    page.keyboard.press("Home")
+    expect(page.locator("#compare-b[data-seq='0']")).to_be_attached()
 
 
 # --- keys, access, layout ---
