@@ -372,6 +372,22 @@ def test_decode_of_a_log_of_clips_begins_each_anew(tmp_path: Path) -> None:
     assert f"{output}: 18 pictures, decoder taew2_1\n" in done.stderr
 
 
+def test_decode_of_a_log_that_says_all_by_itself(tmp_path: Path) -> None:
+    """A log knows its format; a frame of it that holds NaN is named, and the others are as decoded directly."""
+    latents = moving_latents(4)
+    broken = latents.clone()
+    broken[1, 0, 0, 0] = float("nan")
+    path, output = write_log(tmp_path, list(broken)), tmp_path / "log.mp4"
+    done = run("decode", str(path), "-o", str(output), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{path}: frame 1 holds NaN or infinity: no picture of it" in done.stderr
+    pictures = decode_file(output)
+    for picture, direct in zip(pictures, direct_pictures(latents[[0, 2, 3]], "sd1"), strict=True):
+        assert psnr_db(picture, direct) > 32
+    code, line = refusal("decode", str(path), "--latent-format", "flux1", "-o", str(output), folder=tmp_path)
+    assert (code, "flux1" in line, str(path) in line) == (2, True, True), line
+
+
 def test_decode_with_the_real_weights(shared: Path, tmp_path: Path) -> None:
     """--set weights.folder gives the full decoder."""
     path, output = tmp_path / "clip.npy", tmp_path / "clip.mp4"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeVar
 
 import typer
 
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from taesd_stream.publisher import LatentPublisher
     from taesd_stream_workers.offline.latent_files import LogRows, Row
 
+T = TypeVar("T")
 KindWord = Literal["steps", "clip", "live"]
 RecordWord = Literal["off", "last", "all"]
 MAX_IN_FLIGHT: Final = 64
 ACK_S: Final = 30.0
+DEFAULT_FPS: Final = 16.0
 HASTY_FPS: Final = 30.0  # steps that come faster leave a film too short to see
 
 
@@ -35,11 +37,14 @@ def add_commands(app: typer.Typer) -> None:
 
 
 FileArgument = Annotated[Path, typer.Argument(help="Latents: .safetensors, .npy, .pth or .latents.")]
+LatentFormatOption = Annotated[
+    str | None, typer.Option("--latent-format", help="As sdxl, flux2, wan2_1; .latents files say it.")
+]
 
 
 def publish(
     file: FileArgument,
-    latent_format: Annotated[str | None, typer.Option("--latent-format", help="As sdxl, flux2, wan2_1.")] = None,
+    latent_format: LatentFormatOption = None,
     stream: Annotated[str | None, typer.Option(help="Name of the stream; else the file's.")] = None,
     kind: Annotated[
         KindWord | None, typer.Option(help="A row a step (the default), the whole file as one clip, or video time.")
@@ -65,9 +70,7 @@ def publish(
     from taesd_stream_workers.offline.latent_files import info_of_log
 
     info = info_of_log(file)
-    name = latent_format or (info.latent_format if info else None)
-    if name is None:
-        raise ConfigError(f"{file}: say what its latents are, as in --latent-format flux2")
+    name = _format_name(file, latent_format, info)
     if info is not None and record is None:
         record = "last" if info.record == "last" else "all"  # they are in a log because they were to be kept
     word: Kind = kind or (info.kind if info else "steps")
@@ -93,6 +96,14 @@ def publish(
     _publish_rows(publisher, rows, word, pause_s, is_loop=loop)
 
 
+def _format_name(file: Path, asked: str | None, info: StreamInfo | None) -> str:
+    """What is asked for, else what a log says. Raises: ConfigError where neither does."""
+    name = asked or (info.latent_format if info else None)
+    if name is None:
+        raise ConfigError(f"{file}: say what its latents are, as in --latent-format flux2")
+    return name
+
+
 def _rows(file: Path, name: str, kind: Kind, info: StreamInfo | None, *, is_batch: bool) -> list[Row] | LogRows:
     from taesd_stream_workers.offline.latent_files import LogRows, format_of, load_latents, rows_of
 
@@ -116,7 +127,8 @@ def _publish_rows(
     reason: Literal["done", "stopped"] = "done"
     count = 0
     try:
-        for row in _with_progress(_looped(rows) if is_loop else rows, publisher.stream, None if is_loop else len(rows)):
+        shown, total = (_looped(rows), None) if is_loop else (rows, len(rows))
+        for row in _with_progress(shown, f"publish {publisher.stream}", total):
             if publisher.stopped:
                 break
             publisher.publish(row.latents, step=row.step, total_steps=row.total_steps, sigma=row.sigma)
@@ -149,48 +161,58 @@ def _looped(rows: list[Row] | LogRows) -> Iterator[Row]:
             step += 1
 
 
-def _with_progress(rows: Iterable[Row], stream: str, total: int | None) -> Iterator[Row]:
+def _with_progress(items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(transient=True, console=Console(stderr=True)) as progress:
-        yield from progress.track(rows, total=total, description=f"publish {stream}")
+        yield from progress.track(items, total=total, description=what)
 
 
 def decode(
     file: FileArgument,
-    latent_format: Annotated[str, typer.Option("--latent-format", help="As sdxl, flux2, wan2_1.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The MP4 to write.")],
-    fps: Annotated[float, typer.Option(min=0.01, max=1000, help="Pictures a second of the video.")] = 16.0,
+    latent_format: LatentFormatOption = None,
+    fps: Annotated[
+        float | None, typer.Option(min=0.01, max=1000, help="Pictures a second of the video; else the file's, or 16.")
+    ] = None,
     sets: SetOption = [],  # noqa: B006 typer copies it
 ) -> None:
     """Decode latents straight to a video, without a daemon.
 
-    Latents of a video format are one video; without its decoder a picture stands for all frames of its latent.
+    Latents of a video format are one video; without its decoder a picture stands for all frames of its latent. A
+    .latents file says by itself what it holds.
 
     Example: taesd-stream decode latents.pth --latent-format flux2 -o out.mp4 --set weights.folder=~/vae_approx
     """
-    import torch
-
     from taesd_stream.config import load_config
     from taesd_stream.decoding.slicing import decode_budget
-    from taesd_stream_workers.offline.latent_files import format_of, info_of_log, load_latents, rows_of_log
+    from taesd_stream.decoding.video_engine import VideoEngine
+    from taesd_stream_workers.offline.latent_files import LogRows, format_of, info_of_log, load_latents
+    from taesd_stream_workers.offline.log_pictures import log_pictures
 
     if output.suffix != ".mp4":
         raise ConfigError(f"{output}: expected a name that ends in .mp4")
     check_output(output)
-    config = load_config(sets=sets)
-    latents = load_latents(file, format_of(latent_format, config.weights_folder))
-    info = info_of_log(file)
-    videos: Sequence[Tensor] = ()
-    if info is None or info.kind == "live":
-        videos = [latents]
-    elif info.kind == "clip":
-        videos = torch.split(latents, [len(row.latents) for row in rows_of_log(file)])
+    config, info = load_config(sets=sets), info_of_log(file)
+    name = _format_name(file, latent_format, info)
+    known = format_of(name, config.weights_folder)
+    content = load_latents(file, known) if info is None else LogRows(file, known, info.kind)
+    engine = open_best_engine(name, config)
+    budget_bytes = decode_budget(config.decoder, engine.device)
+    rate = fps or (info and info.fps) or DEFAULT_FPS
+    is_video = info is None or info.kind != "steps"
+    if is_video and not isinstance(engine, VideoEngine):
+        rate /= engine.temporal_factor or 1
+    if isinstance(content, LogRows):
+        pictures: Iterator[Tensor] = (rgb for rgb, _ in log_pictures(file, engine, budget_bytes))
+        total = None if is_video else len(content)
+    else:
+        pictures, total = _pictures_of(content, engine, budget_bytes)
     try:
-        engine = open_best_engine(latent_format, config)
-        budget_bytes = decode_budget(config.decoder, engine.device)
-        count = _decode_to_file(latents, videos, engine, output, fps, budget_bytes)
+        count = _write_video(_with_progress(pictures, f"decode with {engine.decoder}", total), output, rate)
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from error
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from error
     say(f"{output}: {count} pictures, decoder {engine.decoder}")
@@ -213,30 +235,25 @@ def open_best_engine(latent_format: str, config: Config) -> Engine:
         raise ConfigError(str(error)) from error
 
 
-def _decode_to_file(
-    latents: Tensor, videos: Sequence[Tensor], engine: Engine, output: Path, fps: float, budget_bytes: int
-) -> int:
-    """videos: which of the latents are a video each, if the format is one's; none: pictures. Returns: how many."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from taesd_stream.decoding.colour import video_planes
+def _pictures_of(latents: Tensor, engine: Engine, budget_bytes: int) -> tuple[Iterator[Tensor], int]:
+    """Pictures, (3, H, W) RGB in [0, 1], and how many."""
     from taesd_stream.decoding.video_engine import VideoEngine
-    from taesd_stream.media.video_file import VideoFile
 
-    if videos and isinstance(engine, VideoEngine):
-        pieces = (piece for video in videos for piece in engine.decode_clip(video, budget_bytes=budget_bytes))
+    if isinstance(engine, VideoEngine):
+        pieces, total = engine.decode_clip(latents, budget_bytes=budget_bytes), engine.frames_of_clip(len(latents))
     else:
         rows = (latents[place : place + 1] for place in range(len(latents)))
-        pieces = (piece for row in rows for piece in engine.decode(row, budget_bytes=budget_bytes))
-        if videos and engine.temporal_factor is not None:
-            fps /= engine.temporal_factor
+        pieces, total = (piece for row in rows for piece in engine.decode(row, budget_bytes=budget_bytes)), len(latents)
+    return (picture for _, rgb in pieces for picture in rgb), total
+
+
+def _write_video(pictures: Iterable[Tensor], output: Path, fps: float) -> int:
+    from taesd_stream.decoding.colour import video_planes
+    from taesd_stream.media.video_file import VideoFile
+
     count = 0
-    with Progress(transient=True, console=Console(stderr=True)) as progress, VideoFile(output, fps) as video:
-        task = progress.add_task(f"decode with {engine.decoder}", total=len(latents))
-        for place, rgb in pieces:
-            for planes in video_planes(rgb).cpu().numpy():
-                video.add(planes)
-                count += 1
-            progress.advance(task, place.stop - place.start)
+    with VideoFile(output, fps) as video:
+        for rgb in pictures:
+            video.add(video_planes(rgb.unsqueeze(0))[0].cpu().numpy())
+            count += 1
     return count

@@ -159,7 +159,6 @@ def _pictures(
         yield from pictures_of_file(file, part)
         return
     import av
-    import torch
 
     from taesd_stream.decoding.colour import video_planes
     from taesd_stream.decoding.slicing import decode_budget
@@ -170,10 +169,10 @@ def _pictures(
     say(f"decoder {engine.decoder}" if engine.is_full else engine.reason)
     for rgb, pts in log_pictures(file, engine, decode_budget(config.decoder, engine.device)):
         if is_rgb:
-            yield av.VideoFrame.from_ndarray(rgb, "rgb24"), pts
+            values = (rgb.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+            yield av.VideoFrame.from_ndarray(values.cpu().numpy(), "rgb24"), pts
         else:
-            planes = video_planes(torch.from_numpy(rgb).permute(2, 0, 1).unsqueeze(0) / 255)[0].numpy()
-            yield av.VideoFrame.from_ndarray(planes, "yuv420p"), pts
+            yield av.VideoFrame.from_ndarray(video_planes(rgb.unsqueeze(0))[0].cpu().numpy(), "yuv420p"), pts
 
 
 def _with_progress(
@@ -183,4 +182,6 @@ def _with_progress(
     from rich.progress import Progress
 
     with Progress(transient=True, console=Console(stderr=True)) as progress:
-        yield from progress.track(pictures, total=facts.get("pictures") or facts["frames"], description="export")
+        # of a log of videos nobody knows before
+        total = facts["frames"] if facts["meta"].get("kind", "steps") == "steps" else None
+        yield from progress.track(pictures, total=facts.get("pictures", total), description="export")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from taesd_stream.errors import ConfigError
 from taesd_stream.frames import LatentFrame, StreamInfo
@@ -17,11 +15,15 @@ from taesd_stream.media.clock import ForwardPts, picture_ticks, steps_pts
 from taesd_stream.messages import JobItem
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from taesd_stream.decoding.engine import Engine
 
+_log = logging.getLogger(__name__)
 
-def log_pictures(path: Path, engine: Engine, budget_bytes: int) -> Iterator[tuple[NDArray[np.uint8], int]]:
-    """(H, W, 3) RGB of every picture, and its time from the first one, ticks of 1/90000 s; a frame at a time.
+
+def log_pictures(path: Path, engine: Engine, budget_bytes: int) -> Iterator[tuple[Tensor, int]]:
+    """(3, H, W) RGB in [0, 1] of every picture, and its time from the first, ticks of 1/90000 s; a frame at a time.
 
     Raises: ConfigError for a file that holds no frame, ValueError for latents that the format does not have.
     """
@@ -40,13 +42,13 @@ def log_pictures(path: Path, engine: Engine, budget_bytes: int) -> Iterator[tupl
             latents = as_pictures(latents_from_payload(message.payload, message.dtype, message.shape, magnitude))
             entry = (0, _item(info, message), Rows(latents, 0, len(latents)))
             if not latents.isfinite().all():
-                continue  # it gave no picture then either
+                _log.warning("%s: frame %d holds NaN or infinity: no picture of it", path, message.seq)
+                continue
             for shown in pictures_of(engine, [entry], budget_bytes):
                 for one, values in zip(shown.pictures, shown.rgb, strict=True):
                     pts = forward.stamp(one.pts, index=one.index)
                     first = pts if first is None else first
-                    rgb = (values.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-                    yield rgb, pts - first
+                    yield values, pts - first
     if first is None:
         raise ConfigError(f"{path}: no whole frame is in it")
 
