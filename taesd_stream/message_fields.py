@@ -125,7 +125,7 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
     LatentFrame: {
         "run": RUN,
         "seq": _FRAME_SEQ,
-        "index": _SEQ,
+        "index": _FRAME_SEQ,  # so that no run is too far on for what is said of its memory and its times
         "step": _COUNT,
         "total_steps": _STEPS,
         "sigma": _SIGMA,

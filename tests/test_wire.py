@@ -10,13 +10,18 @@ import re
 
 import msgpack
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taesd_stream import message_fields, wire
+from taesd_stream.decoding.choice import open_engine
 from taesd_stream.errors import WireError
 from taesd_stream.frames import DTYPE_BYTES, LatentFrame, Stamps, WireDtype
+from taesd_stream.latent_formats import LATENT_FORMATS
+from taesd_stream.media.clock import picture_ticks
 from taesd_stream.messages import Degraded, JobItem, RunHello
+from taesd_stream_workers.worker.job_pictures import Rows, pictures_of
 from tests import wire_document
 from tests.golden_messages import BROKEN, FOLDER, FRAME, GOLDEN, changed, every, load_parts, parts_of, path_of
 
@@ -186,7 +191,7 @@ def frames(draw: st.DrawFn) -> LatentFrame:
     return LatentFrame(
         run=draw(st.from_regex(r"[0-9a-f]{16}", fullmatch=True)),
         seq=draw(st.integers(0, (1 << 32) - 2)),
-        index=draw(st.integers(0, 1 << 40)),
+        index=draw(st.integers(0, (1 << 32) - 2)),
         step=draw(st.integers(0, 1 << 31)),
         total_steps=draw(st.none() | st.integers(1, 1 << 31)),
         sigma=draw(st.none() | st.floats(-1e30, 1e30)),
@@ -214,6 +219,23 @@ def test_times_of_two_hosts_add_up_within_the_limits() -> None:
     items = tuple(dataclasses.replace(item, sent_ns=most + hello.offset_ns) for item in job.items)
     parts = parts_of(dataclasses.replace(job, items=items))
     assert wire.unpack(parts, wire.TO_WORKER).items[0].sent_ns == 2 * most
+
+
+def test_the_furthest_latents_of_a_live_run_can_be_told_of_everywhere() -> None:
+    """The last index that a frame may have, of the slowest video: memories, times and packets pass."""
+    with pytest.raises(WireError, match="FRAME index"):
+        wire.unpack(changed("frame", index=(1 << 32) - 1), wire.FROM_PUBLISHER)
+    last = wire.unpack(changed("frame", index=(1 << 32) - 2), wire.FROM_PUBLISHER)
+    known, engine = LATENT_FORMATS["wan2_1"], open_engine("wan2_1", weights_folder=None, choice="linear")
+    (item,) = GOLDEN["job"][0].items[:1]
+    item = dataclasses.replace(item, kind="live", index=last.index, picture_ticks=picture_ticks(0.001))
+    latents = torch.zeros(2, known.channels, 4, 4)
+    (shown,) = pictures_of(engine, [(0, item, Rows(latents, 0, 2))], 1 << 30)
+    packet = dataclasses.replace(GOLDEN["packet"][0], pts=shown.pictures[-1].pts)
+    assert wire.unpack(parts_of(packet), wire.FROM_WORKER_TO_STREAMER).pts > 1 << 60
+    memories = {item.run: last.index + len(latents)}
+    hello = dataclasses.replace(GOLDEN["hello_worker"][0], memories=memories)
+    assert wire.unpack(parts_of(hello), wire.FROM_INSIDE).memories == memories
 
 
 def test_an_own_frame_is_checked_before_it_is_sent() -> None:
