@@ -91,6 +91,16 @@ def test_broken_messages_are_counted_and_harm_nobody(daemon: Daemon, raw_socket:
         page.picture()
 
 
+def test_a_message_of_thousands_of_parts_is_passed_over(daemon: Daemon, raw_socket: Socket) -> None:
+    """It is one bad message, and what the same peer says after it is taken."""
+    before = broker_count(daemon, "bad_messages")
+    raw_socket.send_multipart([b""] * 5000)
+    info = dataclasses.replace(INFO, stream="after-parts", run="00000000000000af")
+    raw_socket.send_multipart([bytes(part) for part in wire.pack(info)])
+    wait_for(lambda: daemon.streams().get("after-parts"), of="the stream opened after it")
+    wait_for(lambda: broker_count(daemon, "bad_messages") == before + 1, of="the counter")
+
+
 def test_an_oversized_message_ends_its_connection_only(daemon: Daemon, raw_socket: Socket) -> None:
     """A message over MAXMSGSIZE is cut off at the socket; the same peer and others go on."""
     raw_socket.send_multipart([b"\x80", bytes(wire.MAX_MESSAGE_BYTES + 1)])

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from taesd_stream.latent_log import read_messages
+from taesd_stream.frames import StreamInfo
+from taesd_stream.latent_log import RunLog, read_messages
 from taesd_stream.messages import Ack, DemandUpdate, End, Gap, Job, JobItem, Record, Refused, RunHello
 from taesd_stream_workers.broker.dispatcher import LOOK_S
 from tests.broker_role import BrokerRole, StreamerPeer, WorkerPeer, frame, new_run
@@ -165,6 +166,17 @@ def test_a_damaged_record_costs_itself_alone(broker: BrokerRole) -> None:
     assert sorted({item.seq for item in items} | {gap.seq}) == list(range(6))
     assert broker.stats().stats["counts"]["gaps"] == 1
     assert "log_damaged" in broker.log() or "frame_not_recorded" in broker.log()
+
+
+def test_a_log_whose_format_has_changed_since_is_known_again(broker: BrokerRole) -> None:
+    """Frames of a waiting log that their format does not allow end no broker: their run has no size to tell."""
+    run = new_run()
+    log = RunLog(broker.log_folder, StreamInfo(stream="other", run=run, kind="steps", latent_format="sd1"))
+    log.append(frame(run, 0, kept=True, shape=(16, 8, 8)))
+    log.sync()
+    broker.stop()
+    broker.start()
+    assert (broker.row("other")["width"], broker.row("other")["step"]) == (None, 0)
 
 
 def test_a_restarted_broker_asks_for_the_last_word_on_keeping(broker: BrokerRole) -> None:

@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zmq
 
 from taesd_stream import LatentPublisher
-from taesd_stream.config import BrokerConfig
+from taesd_stream.config import BrokerConfig, load_config
 from taesd_stream.frames import StreamInfo
 from taesd_stream.keys import load_keys
-from taesd_stream.messages import Refused
+from taesd_stream.messages import End, Refused, RunHello
 from taesd_stream_workers.broker.limits import Limits
+from taesd_stream_workers.broker.registry import Registry
+from taesd_stream_workers.broker.runs import Run
+from taesd_stream_workers.role.gate import Gate
 from taesd_stream_workers.role.key_files import make_client
 from tests.broker_role import BrokerRole, Peer, frame, new_run
 from tests.daemon import wait_for
@@ -140,6 +144,51 @@ def test_messages_of_one_client(two: TwoClients) -> None:
         a.drain()
         assert sum(isinstance(one, Refused) for one in a.heard) < 20  # in words once a second, a slow machine's too
     assert "client_too_fast client=a" in two.broker.log()
+
+
+def test_a_hello_of_many_runs_is_as_many_messages(two: TwoClients) -> None:
+    """Each run of a HELLO is answered: it is as much of what a client may say."""
+    with two.broker.publisher(two.a) as a:
+        a.publisher_hello(**{new_run(): RunHello(next_seq=0) for _ in range(200)})
+        a.next(Refused, lambda one: one.code == "unknown_run")
+        a.say(open_message(new_run()))
+        assert "over 50 messages a second of one client" in a.next(Refused, lambda one: one.code == "limit").text
+
+
+def test_first_frames_that_wait_for_the_log_count(tmp_path: Path) -> None:
+    """What a run that is over still holds for a log that is full is within its client's limit, whoever comes next."""
+    limits = Limits(BrokerConfig(max_client_memory_bytes=1 << 20))
+    registry = Registry(load_config(sets=[f"recording.folder={tmp_path}"]))
+    held = frame(new_run(), 0, shape=LARGE)
+    info = StreamInfo(stream="held", run=held.run, kind="steps", latent_format="sd1")
+    run = Run(info, peer=None, record="all")
+    run.client, run.end = "a", End(run=held.run, last_seq=0, reason="done")
+    registry.keep_log(run, 0).front = held
+    limits.recount([run])
+    assert limits.memory_refusal("a", held.nbytes) is not None
+    assert limits.memory_refusal("b", held.nbytes) is None
+    assert run.kept is not None
+    run.kept.front = None  # the log has it
+    limits.recount([run])
+    assert limits.memory_refusal("a", held.nbytes) is None
+
+
+def test_the_rest_of_an_endless_message_is_read_by_turns() -> None:
+    """Of a message of very many parts no more is read at once than is asked for; the next one is read whole."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        door = Gate(load_config()).bind(context, zmq.ROUTER, "tcp://127.0.0.1:0", "samplers", hwm=16)
+        sender = context.socket(zmq.DEALER)
+        sender.connect(door.socket.getsockopt_string(zmq.LAST_ENDPOINT))
+        sender.send_multipart([b""] * 2500)
+        sender.send(b"next")
+        assert door.pass_over(1000)  # nothing is under way
+        door.socket.recv()
+        door.is_amid = True
+        assert [door.pass_over(1000) for _ in range(3)] == [False, False, True]
+        assert door.socket.recv_multipart()[1:] == [b"next"]
+    finally:
+        context.destroy(linger=0)
 
 
 def test_a_sampler_that_is_refused_says_so_and_goes_on(

@@ -5,7 +5,6 @@ The samplers' side is intake.py and keeping.py, the workers' side dispatcher.py;
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import sys
@@ -26,6 +25,7 @@ from taesd_stream.messages import (
     Failed,
     Keyframe,
     Progress,
+    PublisherHello,
     Record,
     RefusedPeer,
     State,
@@ -51,12 +51,12 @@ from taesd_stream_workers.role.open_files import allow_many
 logger = logging.getLogger(__name__)
 
 MAX_PARTS: Final = 3  # of a message to a broker, which has a header and one payload at most: one too many tells
+MAX_PASSED: Final = 1000  # parts of a message with too many: 2 ms
 MAX_DRAIN: Final = 64  # messages of one socket before the other has its turn
 STATE_S: Final = 0.2
 TICK_S: Final = 0.5
 AWAY_S: Final = 2.0  # our own loop stood for so long (Ctrl-Z, a machine that was paused): nobody was silent meanwhile
 SWITCH_S: Final = 0.0005
-MAX_FAULTS_LOGGED: Final = 1000
 REVOKED: Final = RefusedPeer(code="key", text="this key was revoked: the daemon takes nothing from it")
 
 Handler = Callable[[bytes, Any], None]
@@ -81,7 +81,6 @@ class Broker:
         self._dispatcher = Dispatcher(config, self._registry, self._streamer, self._links)
         self._next_state_s = 0.0
         self._next_tick_s = 0.0
-        self._faults_logged: set[str] = set()
         self._inside: dict[type, Handler] = {
             WorkerHello: self._dispatcher.on_hello,
             Progress: self._dispatcher.on_progress,
@@ -150,6 +149,8 @@ class Broker:
     def _drain(self, door: Door, allowed: tuple[type, ...], take: Taker, refuse: Refuser) -> None:
         socket, is_limited = door.socket, door is self._links.front
         for _ in range(MAX_DRAIN):
+            if not door.pass_over(MAX_PASSED):
+                return  # however many parts a message has, the other door has its turn between them
             try:
                 # id and header as bytes, the payload as a view of its Frame, which is forwarded uncopied
                 part = head = socket.recv(zmq.NOBLOCK, copy=False)
@@ -160,8 +161,7 @@ class Broker:
             while part.more and len(parts) < MAX_PARTS:
                 part = socket.recv(copy=False)
                 parts.append(part.buffer if parts else part.bytes)
-            if part.more:
-                self._pass_over(socket)
+            door.is_amid = part.more
             why = REVOKED if client is None else None
             speaker = client if door.has_keys else peer  # a host's samplers are not one another's keepers
             if speaker is not None and is_limited and not self._intake.limits.may_speak(speaker):
@@ -176,19 +176,12 @@ class Broker:
             except WireError as error:
                 self._count_bad(peer, str(error))
                 continue
+            if isinstance(message, PublisherHello) and speaker is not None:
+                self._intake.limits.charge(speaker, len(message.runs))  # each of them is answered
             if why is not None:
                 refuse(peer, message, why)
             elif client is not None:
                 take(peer, client, message)
-
-    def _pass_over(self, socket: zmq.Socket[bytes]) -> None:
-        """The rest of a message that is none of ours: ZeroMQ gives no other one before its end, however far that is."""
-        for number in itertools.count():
-            socket.recv()
-            if not socket.get(zmq.RCVMORE):
-                return
-            if number % MAX_DRAIN == 0:
-                self._life.tick()
 
     def _take_inside(self, peer: bytes, client: str, message: Any) -> None:
         is_workers = self._links.inner.has_keys and client != OWN_NAME
@@ -204,11 +197,8 @@ class Broker:
             self._links.to_inside(peer, why)
 
     def _count_bad(self, peer: bytes, text: str) -> None:
-        self._links.counts["bad_messages"] += 1
-        key = f"{peer.hex()} {text[:40]}"
-        if key not in self._faults_logged and len(self._faults_logged) < MAX_FAULTS_LOGGED:
-            self._faults_logged.add(key)
-            logger.warning("message_dropped peer=%s error=%s (said once)", peer.hex(), text)
+        name = peer.hex()
+        self._gate.count("bad_messages", f"{name} {text[:40]}", f"peer={name} error={text}")
 
     # --- the streamer's side ---
 

@@ -39,6 +39,11 @@ class Limits:
         self._tokens[ALL] = (everyones - 1, now)
         return True
 
+    def charge(self, client: str | bytes, messages: int) -> None:
+        """One that was taken is as much work as so many more."""
+        tokens, now = self._tokens[client]
+        self._tokens[client] = (tokens - messages, now)
+
     def speed_refusal(self, client: str | bytes) -> str | None:
         """What to tell one that spoke too fast; None when it was told a moment ago."""
         now = self._clock_s()
@@ -88,7 +93,9 @@ class Limits:
             if run.end is None:
                 self._streams[run.client] += run.is_alive
                 run.counted_bytes = run.held_bytes
-                self._bytes[run.client] += run.counted_bytes
+            else:  # what is shown of ended runs has a bound of its own; a frame that waits for the log has none
+                run.counted_bytes = run.front_bytes
+            self._bytes[run.client] += run.counted_bytes
         now = self._clock_s()
         self._tokens = {client: one for client, one in self._tokens.items() if now - one[1] < 1}  # else it is full
         self._told_s = {client: told_s for client, told_s in self._told_s.items() if now - told_s < TELL_S}

@@ -55,7 +55,10 @@ def _size_px(run: Run) -> tuple[int | None, int | None]:
     latent_format = LATENT_FORMATS.get(run.info.latent_format)
     if run.newest is None or latent_format is None:
         return None, None
-    _, _, rows, columns = latent_format.check_shape(run.info.kind, run.newest.shape)
+    try:
+        _, _, rows, columns = latent_format.check_shape(run.info.kind, run.newest.shape)
+    except ValueError:  # out of a log that was written when its format was another one
+        return None, None
     height, width = latent_format.picture_size(rows, columns)
     return width, height
 

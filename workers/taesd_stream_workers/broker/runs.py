@@ -112,9 +112,14 @@ class Run:
     @property
     def held_bytes(self) -> int:
         """Latents in memory: the newest frame, or all of `live` that waits or is its history; and `kept.front`."""
+        newest_bytes = self.newest.nbytes if self.newest is not None else 0
+        return max(newest_bytes, self.live.held_bytes if self.live is not None else 0) + self.front_bytes
+
+    @property
+    def front_bytes(self) -> int:
+        """Latents of `kept.front`."""
         front = self.kept.front if self.kept is not None else None
-        newest_bytes, front_bytes = (one.nbytes if one is not None else 0 for one in (self.newest, front))
-        return max(newest_bytes, self.live.held_bytes if self.live is not None else 0) + front_bytes
+        return front.nbytes if front is not None else 0
 
     def is_newer(self, frame: LatentFrame) -> bool:
         """Whether a frame that came in is the newest one, and not sent again."""

@@ -142,12 +142,16 @@ class Gate:
 
 
 class Door:
-    """One bound socket, and who speaks there."""
+    """One bound socket, and who speaks there.
+
+    is_amid: the next part to be read is within a message of which nothing more is wanted.
+    """
 
     def __init__(
         self, gate: Gate, socket: zmq.Socket[bytes], purpose: Purpose, *, is_guarded: bool, is_local: bool
     ) -> None:
         self.socket = socket
+        self.is_amid = False
         self._is_local = is_local
         self._gate = gate
         self._purpose: Purpose = purpose
@@ -157,6 +161,17 @@ class Door:
     def has_keys(self) -> bool:
         """Whether clients are told by their keys; else by their hosts."""
         return self._is_guarded
+
+    def pass_over(self, most: int) -> bool:
+        """Read on to the end of a message of which nothing more is wanted: ZeroMQ gives no other one before it.
+
+        Returns: whether it has come, within `most` parts.
+        """
+        for _ in range(most):
+            if not self.is_amid:
+                return True
+            self.is_amid = self.socket.recv(copy=False).more
+        return not self.is_amid
 
     def client_of(self, frame: zmq.Frame) -> str | None:
         """Who sent it: the name of its key, checked anew, for a key may be revoked while its connection stands.
