@@ -16,6 +16,7 @@ from taesd_stream.frames import StreamInfo
 from taesd_stream.latent_log import RunLog, read_messages
 from taesd_stream.messages import Ack, DemandUpdate, End, Gap, Job, JobItem, Record, Refused, RunHello
 from taesd_stream_workers.broker.dispatcher import LOOK_S
+from taesd_stream_workers.broker.registry import ENDED_RUNS
 from tests.broker_role import BrokerRole, StreamerPeer, WorkerPeer, frame, new_run
 from tests.daemon import wait_for
 
@@ -177,6 +178,22 @@ def test_a_log_whose_format_has_changed_since_is_known_again(broker: BrokerRole)
     broker.stop()
     broker.start()
     assert (broker.row("other")["width"], broker.row("other")["step"]) == (None, 0)
+
+
+def test_of_many_runs_that_wait_the_newest_are_shown(broker: BrokerRole) -> None:
+    """STATE has a row for the recording of each, for it must not outgrow its limit a stream's for the newest alone."""
+    infos = [
+        StreamInfo(stream=f"waits/{n}", run=new_run(), kind="steps", latent_format="unheard of") for n in range(70)
+    ]
+    for info in infos:
+        log = RunLog(broker.log_folder, info)
+        log.append(frame(info.run, 0, kept=True))
+        log.end(End(run=info.run, last_seq=0, reason="done"))
+        log.sync()
+    broker.stop()
+    broker.start()
+    state = wait_for(lambda: (state := broker.stats()) and len(state.streams) == ENDED_RUNS and state, of="the newest")
+    assert set(state.runs) == {info.run for info in infos}
 
 
 def test_a_restarted_broker_asks_for_the_last_word_on_keeping(broker: BrokerRole) -> None:

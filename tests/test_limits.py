@@ -30,7 +30,7 @@ HUGE = (4, 1024, 4500)  # 35 MiB
 class TwoClients:
     """A broker with small limits, and two clients' keys."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *sets: str) -> None:
         self.a, self.b = (load_keys(make_client(folder / "keys", name, "samplers")) for name in ("a", "b"))
         self.broker = BrokerRole(
             folder,
@@ -40,6 +40,7 @@ class TwoClients:
             "broker.max_memory_bytes=67108864",
             "broker.max_client_memory_bytes=41943040",
             "broker.max_client_messages_s=50",
+            *sets,
         )
         self.broker.keys = load_keys(folder / "keys")
 
@@ -125,6 +126,27 @@ def test_the_history_of_live_runs_counts(tmp_path: Path, limit: int, held: int) 
         refused = publisher.refused()
         assert (refused.run, broker.row("live")["seq"]) == (other, 19)
         assert refused.text.startswith(f"{(held + limit) * allowed // limit} bytes of latents of one client")
+
+
+def test_a_client_leaves_room_in_the_log_for_others(tmp_path: Path) -> None:
+    """Who holds most of the log is not acked when it is nearly full; others are, and people are told whose it is."""
+    two = TwoClients(tmp_path, f"broker.log_max_bytes={4 << 20}")
+    with two.broker, two.broker.publisher(two.a) as a, two.broker.publisher(two.b) as b:
+        greedy, other = new_run(), new_run()
+        a.open(greedy, "greedy", record="all", latent_format="of a user's own")
+        seq = 0
+        while "log_full" not in two.broker.alerts():
+            a.say(frame(greedy, seq, kept=True, shape=SMALL))
+            a.receive(0.1)
+            seq = a.acked() + 1
+        held = seq * len(frame(greedy, 0, shape=SMALL).payload)
+        assert 0.95 * (4 << 20) < held < 4 << 20
+        b.open(other, "modest", record="all")
+        b.say(frame(other, 0, kept=True))
+        b.ack(other, 0)
+        text = two.broker.alerts()["log_full"]
+        assert text.startswith("The latent log is full")
+        assert "greedy has 3 of its 3 MiB" in text
 
 
 def test_messages_of_one_client(two: TwoClients) -> None:

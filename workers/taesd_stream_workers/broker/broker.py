@@ -284,7 +284,7 @@ class Broker:
         """STATE, whole: to the streamer, and to whoever says STATS."""
         registry, links = self._registry, self._links
         untold = registry.untold()
-        rows = [stream_row(run, registry.wanted(run)) for run in registry.by_name.values()]
+        rows = [stream_row(run, registry.wanted(run)) for run in registry.rows()]
         state = State(
             streams=[{**row, "meta": {}} if row["run"] in untold else row for row in rows],
             runs={

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections import Counter
 from typing import Final
 
 from taesd_stream.config import Config
@@ -19,6 +20,9 @@ from taesd_stream_workers.broker.runs import Run
 logger = logging.getLogger(__name__)
 
 LOG_ROOM_AGAIN: Final = 0.9  # of the log's bytes: under it, the alert goes
+OWN_SHARE: Final = 0.95  # of it: no client that holds more than half takes what is left for the others
+MAX_KEPT: Final = 10_000  # runs with a log: STATE must hold a row of each
+TOO_MANY: Final = f"{MAX_KEPT} runs wait to be recorded, and no other is kept. Has a decode worker their decoders?"
 
 
 class Keeping:
@@ -30,35 +34,57 @@ class Keeping:
         self._writer = writer
         self._links = links
         self._log_max_bytes = config.broker.log_max_bytes
-        self._log_bytes = 0  # counted anew at each tick
+        self._log_bytes: Counter[str] = Counter()  # by client, counted anew at each tick
+        self._kept_runs: Counter[str] = Counter()
 
     def open(self) -> None:
         """Find out how much the log holds, and may hold."""
-        self._log_bytes = self._registry.log_bytes
+        self._count()
         if not self._log_max_bytes:  # what it holds was free once: the bound is the same after each start
             free = shutil.disk_usage(self._registry.log_folder).free
-            self._log_max_bytes = (free + self._log_bytes) // 2
+            self._log_max_bytes = (free + self._log_bytes.total()) // 2
+
+    def _count(self) -> None:
+        self._log_bytes.clear()
+        self._kept_runs.clear()
+        for run in self._registry.by_run.values():
+            if run.kept is not None:
+                self._log_bytes[run.client] += run.kept.log.nbytes
+                self._kept_runs[run.client] += 1
 
     def keep(self, run: Run, frame: LatentFrame) -> None:
         """A frame that is to be kept: into the log, if it is the next one. When full: no ack, so it comes again."""
         kept = run.kept
         if kept is None and (frame.seq <= run.recorded_until or _is_behind_a_lost_one(run, frame)):
-            return  # HELLO's ACK says that it is in a file already, or that one before it is missing
+            return None  # HELLO's ACK says that it is in a file already, or that one before it is missing
+        if kept is None and _is_full(self._kept_runs, run.client, MAX_KEPT):
+            return self._links.alert("log_full", TOO_MANY)
         if kept is None:
             kept = self._begin_keeping(run, frame)
+            self._kept_runs[run.client] += 1
         for one in (kept.front, frame) if not kept.is_over else ():  # else its recording is being finished
             if one is not None:
                 self._log(kept, one)
+        return None
 
     def _log(self, kept: KeptRun, frame: LatentFrame) -> None:
         if frame.seq != kept.queued + 1:
             return  # it is there already, or one before it is not
-        if self._log_bytes > self._log_max_bytes:
-            text = "The latent log is full: recordings wait. Free space or raise broker.log_max_bytes."
-            self._links.alert("log_full", text)
+        client = self._registry.by_run[frame.run].client
+        if _is_full(self._log_bytes, client, self._log_max_bytes):
+            if "log_full" not in self._links.alerts:
+                self._links.alert("log_full", self._full_text())
         elif self._writer.submit(kept.log, frame):
             kept.queued = frame.seq
-            self._log_bytes += frame.nbytes
+            self._log_bytes[client] += frame.nbytes
+
+    def _full_text(self) -> str:
+        held: Counter[str] = Counter()
+        for run in self._registry.by_run.values():
+            held[run.info.stream] += run.kept.log.nbytes if run.kept is not None else 0
+        ((stream, nbytes),) = held.most_common(1)
+        most = f"{stream} has {nbytes >> 20} of its {held.total() >> 20} MiB"
+        return f"The latent log is full: recordings wait. Free space or raise broker.log_max_bytes; {most}."
 
     def _begin_keeping(self, run: Run, frame: LatentFrame) -> KeptRun:
         """Keep from this frame on, or from the newest one we hold if it is the one before (PROTOCOL 2)."""
@@ -128,8 +154,9 @@ class Keeping:
                 self._forget_log(run)  # there is nothing to record
         self._say_of_disk()
         self._drop_old_logs()
-        self._log_bytes = self._registry.log_bytes
-        if self._log_bytes < LOG_ROOM_AGAIN * self._log_max_bytes:
+        self._count()
+        is_roomy = self._log_bytes.total() < LOG_ROOM_AGAIN * self._log_max_bytes
+        if is_roomy and self._kept_runs.total() < LOG_ROOM_AGAIN * MAX_KEPT:
             self._links.resolve("log_full")
 
     def _say_of_disk(self) -> None:
@@ -173,6 +200,12 @@ class Keeping:
         """Tell its publisher that all of the run is safe."""
         if run.peer is not None:
             self._links.to_publisher(run.peer, Ack(run=run.info.run, seq=logged_seq(run), ended=True))
+
+
+def _is_full(held: Counter[str], client: str, most: int) -> bool:
+    """Whether a client gets no more of what all share."""
+    every = held.total()
+    return every > most or (every > OWN_SHARE * most and 2 * held[client] > every)
 
 
 def ends_keeping(run: Run, kept: KeptRun, row: RunHello) -> bool:

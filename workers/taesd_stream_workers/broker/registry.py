@@ -117,10 +117,9 @@ class Registry:
             return set()
         return {run_id for run_id, run in self.by_run.items() if not run.is_alive and not run.is_being_recorded}
 
-    @property
-    def log_bytes(self) -> int:
-        """Bytes of all logs on disk."""
-        return sum(run.kept.log.nbytes for run in self.by_run.values() if run.kept is not None)
+    def rows(self) -> list[Run]:
+        """What people are shown: what each name means, but for old runs whose recording alone goes on."""
+        return [run for run in self.by_name.values() if run.is_shown or run.is_alive]
 
     def free_name(self, stream: str, is_held: Callable[[Run], bool]) -> str:
         """A name like `stream` that no run holds."""
@@ -176,7 +175,8 @@ class Registry:
                 stays.add(run.info.run)
         dropped = []
         for run in over:
-            if run.info.run in stays or run.owed_frame is not None:
+            run.is_shown = run.info.run in stays or run.owed_frame is not None
+            if run.is_shown:
                 continue
             if run.kept is not None:
                 run.let_go()
@@ -196,7 +196,7 @@ class Registry:
 def _known_again(log: RunLog) -> Run:
     """The run of a log that a former broker left."""
     run = Run(log.info, peer=None, record="all")
-    run.is_reopened = True
+    run.is_reopened, run.client = True, log.info.owner or ""
     if log.damaged:
         logger.error("log_damaged stream=%s run=%s records=%d", log.info.stream, log.info.run, log.damaged)
     last = (log.next_seq or 0) - 1

@@ -8,7 +8,7 @@ from taesd_stream.frames import Rendition
 from taesd_stream.latent_formats import LATENT_FORMATS
 from taesd_stream_workers.broker.runs import Run
 
-TOLD_CHARS: Final = 500  # of what a sampler or a worker says: thousands of runs must fit into one STATE
+TOLD_BYTES: Final = 500  # of what a sampler or a worker says: thousands of runs must fit into one STATE
 
 
 def stream_row(run: Run, wanted: dict[Rendition, int]) -> dict[str, Any]:
@@ -45,10 +45,14 @@ def stream_row(run: Run, wanted: dict[Rendition, int]) -> dict[str, Any]:
         "meta": run.info.meta,
         "started": run.started_unix,
         "ended": run.ended_unix,
-        "end_text": run.end.text[:TOLD_CHARS] or None if run.end else None,
-        "note": run.troubles.note[:TOLD_CHARS] if run.troubles.note else None,
+        "end_text": _cut(run.end.text) or None if run.end else None,
+        "note": _cut(run.troubles.note) if run.troubles.note else None,
         "faults": run.faults,
     }
+
+
+def _cut(text: str) -> str:
+    return text.encode()[:TOLD_BYTES].decode(errors="ignore")
 
 
 def _size_px(run: Run) -> tuple[int | None, int | None]:

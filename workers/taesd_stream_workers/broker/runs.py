@@ -41,6 +41,7 @@ class Run:
         self.record = record
         self.started_unix = time.time()
         self.heard_s = time.monotonic() if peer is not None else float("-inf")
+        self.is_shown = True  # its pictures and its row are held, though it is over
         self.is_stoppable = False
         self.is_reopened = False  # from a former broker's log; its publisher has not said OPEN since
         self.stop_asked = False
