@@ -69,8 +69,8 @@ class BrokerConfig(_Section):
     log_folder: str = AUTO
     """Folder of the latent log; "auto" is .latents in the recording folder."""
     log_max_bytes: int = Field(default=0, ge=0)
-    """Most bytes of latents that wait to be recorded; 0 is half of what the disk has free at start. The last twentieth of
-    them is not for a client that has more than half."""
+    """Most bytes of latents that wait to be recorded, the last twentieth not for a client that has more than half; 0 is
+    half of what the disk has free at start."""
     log_max_age_s: float = Field(default=0.0, ge=0)
     """Latents of an ended run that were not recorded for so long are deleted; 0 keeps them until they are."""
 

@@ -221,7 +221,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forget:
-    """broker -> worker: drop the encoders and memories of a run."""
+    """broker -> worker: drop the encoders and memories of a run. streamer -> broker: what waits of it is given up."""
 
     run: str
 

@@ -68,6 +68,7 @@ FROM_INSIDE: Final = (
     Record,
     StopStream,
     Cursor,
+    Forget,
     Stats,
 )
 FROM_WORKER: Final = (WorkerHello, Progress, Done, Failed, Keyframe, Stats)  # of those, with a worker's key

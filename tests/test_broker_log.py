@@ -14,7 +14,7 @@ import pytest
 
 from taesd_stream.frames import StreamInfo
 from taesd_stream.latent_log import RunLog, read_messages
-from taesd_stream.messages import Ack, DemandUpdate, End, Gap, Job, JobItem, Record, Refused, RunHello
+from taesd_stream.messages import Ack, DemandUpdate, End, Forget, Gap, Job, JobItem, Record, Refused, RunHello
 from taesd_stream_workers.broker.dispatcher import LOOK_S
 from taesd_stream_workers.broker.registry import ENDED_RUNS
 from tests.broker_role import BrokerRole, StreamerPeer, WorkerPeer, frame, new_run
@@ -192,8 +192,8 @@ def test_of_many_runs_that_wait_the_newest_are_shown(broker: BrokerRole) -> None
         log.sync()
     broker.stop()
     broker.start()
-    state = wait_for(lambda: (state := broker.stats()) and len(state.streams) == ENDED_RUNS and state, of="the newest")
-    assert set(state.runs) == {info.run for info in infos}
+    wait_for(lambda: len(broker.stats().streams) == ENDED_RUNS, of="the newest alone")
+    assert set(broker.stats().runs) == {info.run for info in infos}
 
 
 def test_a_restarted_broker_asks_for_the_last_word_on_keeping(broker: BrokerRole) -> None:
@@ -345,7 +345,25 @@ def test_what_nobody_recorded_goes_only_where_an_age_is_set(tmp_path: Path) -> N
         wait_for(lambda: run not in broker.stats().runs, of="its end")
         wait_for(lambda: not path.exists(), of="the file's end")
         assert broker.stats().stats["counts"]["logs_expired"] == 1
-        assert "log_expired" in broker.log()
+        assert "log_given_up stream=old" in broker.log()
+
+
+def test_what_waits_of_an_ended_run_is_given_up_by_a_persons_wish(broker: BrokerRole) -> None:
+    """FORGET from inside drops the log of a run that is over, not of one that goes on; `blocked` says why it waits."""
+    run = new_run()
+    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker() as worker:
+        publisher.open(run, "blocked", record="all", latent_format="unheard of")
+        publisher.say(frame(run, 0, kept=True))
+        publisher.ack(run, 0)
+        worker.failed(worker.job(), "no_decoder", retry=False)
+        wait_for(lambda: broker.stats().runs[run]["blocked"] == "no_decoder (test)", of="the word of it")
+        streamer.say(Forget(run=run))
+        streamer.settle()
+        assert run in broker.stats().runs
+        publisher.end(run, 0)
+        streamer.say(Forget(run=run))
+        wait_for(lambda: not broker.stats().runs and not [*broker.log_folder.glob("*.latents")], of="the log's end")
+    assert "log_given_up stream=blocked" in broker.log()
 
 
 def test_latents_of_a_format_that_nobody_knows_are_checked_as_far_as_can_be(broker: BrokerRole) -> None:

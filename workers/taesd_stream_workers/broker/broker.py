@@ -23,6 +23,7 @@ from taesd_stream.messages import (
     Done,
     Echo,
     Failed,
+    Forget,
     Keyframe,
     Progress,
     PublisherHello,
@@ -92,6 +93,7 @@ class Broker:
             Record: self._on_record,
             StopStream: self._on_stop,
             Cursor: self._on_cursor,
+            Forget: self._on_forget,
             Stats: lambda peer, _: self._tell_state(peer),
         }
 
@@ -272,6 +274,12 @@ class Broker:
         run.kept.on_cursor(cursor.written)
         run.kept.log.release(cursor.synced + 1 - run.history)  # the next frame may need what is before it
         self._dispatcher.tell_gap(run, run.kept)
+
+    def _on_forget(self, _peer: bytes, forget: Forget) -> None:
+        run = self._registry.by_run.get(forget.run)
+        if run is not None and run.kept is not None and run.kept.is_over:
+            self._keeping.give_up(run, "a person's wish")
+            self._dispatcher.forget(run)
 
     def _send_state(self) -> None:
         now = time.monotonic()

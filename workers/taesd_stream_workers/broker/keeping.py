@@ -178,6 +178,12 @@ class Keeping:
             kept.is_end_queued = self._writer.submit(kept.log, run.end)
         return False
 
+    def give_up(self, run: Run, why: str) -> None:
+        """What waits of a run that is over is not recorded any more."""
+        text = "log_given_up stream=%s run=%s frames=%d reason=%s"
+        logger.error(text, run.info.stream, run.info.run, run.frames_behind, why)
+        self._forget_log(run)
+
     def _forget_log(self, run: Run) -> None:
         self._writer.delete(run.finish_keeping())
         self._registry.touch(run)
@@ -192,9 +198,8 @@ class Keeping:
             changed_unix = run.kept.log.changed_unix if run.kept is not None and run.kept.is_over else 0.0
             if not changed_unix or time.time() - changed_unix < max_age_s:
                 continue
-            logger.error("log_expired stream=%s run=%s frames=%d", run.info.stream, run.info.run, run.frames_behind)
             self._links.counts["logs_expired"] += 1
-            self._forget_log(run)
+            self.give_up(run, "broker.log_max_age_s")
 
     def ack_end(self, run: Run) -> None:
         """Tell its publisher that all of the run is safe."""

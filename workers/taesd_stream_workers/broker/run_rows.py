@@ -85,4 +85,5 @@ def recording_row(run: Run, *, has_meta: bool) -> dict[str, Any]:
         "last_seq": kept.logged,
         "kept_from": kept.log.first_seq,
         "attempt": kept.attempt,
+        "blocked": _cut(kept.blocked) if kept.blocked else None,
     }
