@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -193,6 +194,27 @@ def test_a_format_without_decoder_says_so(daemon: Daemon) -> None:
             publisher.publish(np.zeros((7, 8, 8), np.float32), step=0)
             row = wait_for(lambda: (row := daemon.streams().get("nodecoder", {})).get("note") and row, of="the note")
         assert "No decoder for born_yesterday" in row["note"]
+
+
+def test_what_waits_for_a_decoder_is_told_and_can_be_given_up(daemon: Daemon) -> None:
+    """A kept run that nobody can decode is a recording that stands still: people read why, and may delete it."""
+
+    def row_of(run: str) -> dict[str, Any] | None:
+        rows = daemon.json("/api/v1/recordings")["recordings"]
+        return next((row for row in rows if row["run"] == run), None)
+
+    with LatentPublisher(daemon.broker, stream="waits", latent_format="born_yesterday", record="all") as publisher:
+        publisher.publish(np.zeros((7, 8, 8), np.float32), step=0)
+        row = wait_for(lambda: row_of(publisher.run), of="its row")
+        assert row["state"] == "failed"
+        assert row["error"].startswith("No decoder for born_yesterday:")
+        assert row["latents"] > 0
+        path = f"/api/v1/recordings/{row['id']}"
+        assert daemon.get(path, method="DELETE")[0] == 409  # it goes on
+        publisher.close()
+    wait_for(lambda: daemon.get(path, method="DELETE")[0] == 200, of="the end of the run")
+    wait_for(lambda: row_of(publisher.run) is None, of="the end of its row")
+    assert not [*daemon.recordings_folder.glob(f".latents/{publisher.run}*")]
 
 
 def test_a_taken_name_is_opened_as_another(daemon: Daemon) -> None:

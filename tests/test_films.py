@@ -63,7 +63,7 @@ def showing(*runs: str) -> State:
 def recorded(*, kept_from: int, ended: bool) -> dict[str, dict[str, Any]]:
     """RUN as the broker tells what it keeps."""
     more = {"started": 1.0, "takes_film": True, "ended": ended, "last_seq": 0, "kept_from": kept_from, "attempt": 1}
-    return {RUN: {**ROW, **more}}
+    return {RUN: {**ROW, **more, "blocked": None}}
 
 
 # --- the files ---

@@ -18,7 +18,7 @@ import pytest
 from taesd_stream.config import load_config
 from taesd_stream.frames import Packet
 from taesd_stream.media.recording import Recording
-from taesd_stream.messages import Cursor, State
+from taesd_stream.messages import Cursor, Gap, State
 from taesd_stream_workers.streamer.recorder import EARLY_BYTES, Recorder
 from tests.daemon import once_in_three, wait_for
 from tests.test_films import film, shot
@@ -34,6 +34,7 @@ def state(*, ended: bool, last_seq: int = -1, kept_from: int = 0, attempt: int =
         "latent_format": "sd1",
         "started": 1.0,
         "takes_film": True,
+        "blocked": None,
         "ended": ended,
         "last_seq": last_seq,
         "kept_from": kept_from,
@@ -340,6 +341,27 @@ def test_a_film_that_is_being_kept_is_finishing(tmp_path: Path) -> None:
     finally:
         recorder.close()
     assert seen == {"finishing", "finished"}
+
+
+def test_a_failure_that_comes_again_and_again_is_said_once(
+    tmp_path: Path, told: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run of which the broker tells nothing, then all: its traceback is no flood, and what follows is recorded."""
+    recorder = Recorder(load_config(sets=[f"recording.folder={tmp_path}"]), told.append, lambda *_: None)
+    recorder.start()
+    try:
+        recorder.put(replace(NOTHING, runs={RUN: {}}))
+        for seq in range(100):
+            recorder.put(Gap(run=RUN, seq=seq, attempt=1, code="poison"))
+        wait_for(lambda: len(caplog.records) >= 2, of="both failures")
+        recorder.put(state(ended=False))
+        for packet in chain(0, 2):
+            recorder.put(packet)
+        wait_for(lambda: any(one.written == 2 for one in told), of="the frames")
+    finally:
+        recorder.close()
+    texts = [record.message for record in caplog.records if "recorder_failed" in record.message]
+    assert len(texts) == len(set(texts)) == 2
 
 
 def test_a_file_that_is_removed_before_it_is_finished_begins_anew(tmp_path: Path, told: list[Any]) -> None:

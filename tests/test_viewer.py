@@ -21,10 +21,10 @@ from websockets.sync.client import ClientConnection, connect
 
 from taesd_stream import LatentPublisher, wire
 from taesd_stream.frames import Packet, Stamps
-from taesd_stream.messages import Echo, Keyframe, Record, State, StopStream, StreamerHello, Watch
+from taesd_stream.messages import Cursor, Echo, Keyframe, Record, State, StopStream, StreamerHello, Watch
 from taesd_stream.sockets import bind, prepare
 from taesd_stream_workers.role.broken_chains import ASK_AGAIN_S
-from taesd_stream_workers.streamer.hub import Hub
+from taesd_stream_workers.streamer.hub import MAX_KEYFRAMES, MAX_LEFT, Hub
 from taesd_stream_workers.streamer.inbox import INBOX_BYTES, Inbox
 from taesd_stream_workers.streamer.latency import Latency
 from taesd_stream_workers.streamer.newest_runs import NewestRuns
@@ -33,6 +33,8 @@ from taesd_stream_workers.streamer.web.peers import Peers
 from tests.daemon import Daemon, wait_for
 from tests.golden_messages import OTHER_RUN, PACKET, RUN
 from tests.page_socket import PageSocket
+from tests.test_recorder import state as kept
+from tests.test_recording import chain
 
 M = TypeVar("M")
 
@@ -416,6 +418,32 @@ def test_a_stop_means_the_run_it_was_pressed_for(streamer: LoneStreamer) -> None
     assert not [message for message in streamer.before_a_record() if isinstance(message, StopStream)]
 
 
+def test_a_growing_file_that_is_removed_while_the_broker_is_away_is_told_it(streamer: LoneStreamer) -> None:
+    """It would send the run from where the file ended, and wait for ever."""
+    streamer.come()
+    streamer.tell(replace(state(1), runs=kept(ended=False).runs))
+    for packet in chain(0, 2):
+        streamer.push(packet)
+    while streamer.next(Cursor).synced < 2:
+        pass
+    streamer.go()
+    (growing,) = streamer.recordings_folder.rglob("*.mp4.part")
+    growing.unlink()
+    wait_for(lambda: "removed" in streamer.get("/api/v1/recordings")[1].decode(), of="the loss")
+    streamer.come()
+    assert streamer.next(Cursor).written == -1
+
+
+def test_a_broker_that_talks_nonsense_does_not_fill_the_log(streamer: LoneStreamer) -> None:
+    """What is wrong with its messages is said once, however many come."""
+    streamer.come()
+    streamer.tell(state(1))
+    for _ in range(100):
+        streamer.say(Keyframe(stream=STREAM, rendition="live"))  # the streamer's own word
+    streamer.tell(state(2, flags=["stalled"]))
+    assert streamer.log().count("broker_message_bad") == 1
+
+
 def test_a_late_delta_of_a_replaced_run_is_not_shown(streamer: LoneStreamer, page: Page) -> None:
     """Behind the new run's first picture come its own only."""
     streamer.come()
@@ -523,6 +551,40 @@ def test_what_nobody_watches_any_more_is_said_again() -> None:
         clock.now_s += 0.2
         assert told() == {"back": 1}
     assert told() == {"back": 0}
+
+
+def test_of_what_nobody_watches_any_more_little_is_said_again() -> None:
+    """A page that watches ever new names makes no HELLO longer than a wall of them does: the newest are said."""
+    hub = Hub(Latency(), lambda _message: None, Clock())
+    for number in range(2 * MAX_LEFT):
+        with hub.watching(f"s{number}", "thumb"):
+            pass
+    assert [watch.stream for watch in hub.watches()] == [f"s{number}" for number in range(MAX_LEFT, 2 * MAX_LEFT)]
+
+
+def test_many_wishes_for_a_keyframe_are_few_keyframes() -> None:
+    """Of a thousand at once a few are said, and one more later, for whoever came last; of another stream its own."""
+    told: list[Any] = []
+
+    async def ask() -> None:
+        is_late = asyncio.Event()
+
+        def tell(message: Any) -> None:
+            told.append(message.stream)
+            if len(told) == MAX_KEYFRAMES + 2:
+                is_late.set()
+
+        hub = Hub(Latency(), tell)
+        hub.attach(asyncio.get_running_loop())
+        for _ in range(1000):
+            hub.keyframe("much")
+        hub.keyframe("little")
+        assert told == [*["much"] * MAX_KEYFRAMES, "little"]
+        async with asyncio.timeout(20):
+            await is_late.wait()
+
+    asyncio.run(ask())
+    assert told[-1] == "much"
 
 
 def test_finished_recordings_are_written_out_once_for_all_pages() -> None:

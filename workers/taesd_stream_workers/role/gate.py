@@ -6,7 +6,6 @@ Source of the handler: ZeroMQ RFC 27 (ZAP 1.0). It runs in the role's own loop; 
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final
@@ -19,6 +18,7 @@ from taesd_stream.config import Config
 from taesd_stream.keys import Keys, load_keys
 from taesd_stream.sockets import bind, is_tcp
 from taesd_stream_workers.role.key_files import PURPOSES, AllowList, Purpose
+from taesd_stream_workers.role.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,6 @@ ZAP_ADDRESS: Final = "inproc://zeromq.zap.01"
 OWN_NAME: Final = "(this daemon)"  # no client's: it has brackets
 MAX_ANSWERS: Final = 64  # a turn
 MAX_SAID: Final = 100  # a stranger with ever new keys must not fill the disk by our log
-SAY_AGAIN_S: Final = 60.0
 _MECHANISM = zmq.Event.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
 _FAILED: Final = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL  # not NO_DETAIL: a client that left in the midst of it
 
@@ -42,7 +41,7 @@ class Gate:
         self.counts: Counter[str] = Counter()
         self._zap: zmq.Socket[bytes] | None = None
         self._monitors: list[zmq.Socket[bytes]] = []
-        self._said: dict[Any, float] = {}
+        self._seldom = Seldom(MAX_SAID)
 
     def open(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Take the handshakes of this context; before a socket of it is bound."""
@@ -107,13 +106,7 @@ class Gate:
     def count(self, what: str, key: Any, text: str) -> None:
         """Count it; say it once, and again when a minute has passed; of very many keys in a minute not of each."""
         self.counts[what] += 1
-        now = time.monotonic()
-        if now - self._said.get(key, float("-inf")) <= SAY_AGAIN_S:
-            return
-        if len(self._said) >= MAX_SAID:
-            self._said = {one: said for one, said in self._said.items() if now - said <= SAY_AGAIN_S}
-        if len(self._said) < MAX_SAID:
-            self._said[key] = now
+        if self._seldom.may_say(key):
             logger.warning("%s all=%d %s", what, self.counts[what], text)
 
     def _answer(self, request: list[bytes]) -> list[bytes]:

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
+from typing import Final
+
+logger = logging.getLogger(__name__)
+
+# macOS says that there is no limit, and takes no more than kern.maxfilesperproc, which is 10240 or more.
+FEWER: Final = (65536, 10240, 4096)
 
 
 def allow_many() -> None:
@@ -11,6 +18,9 @@ def allow_many() -> None:
     if sys.platform != "win32":
         import resource  # Windows has no such limit, and no such module
 
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(ValueError, OSError):  # macOS says that there is no limit, and has one
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for count in (most, *(fewer for fewer in FEWER if fewer > now)):
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (count, most))
+                return
+        logger.warning("open_files_few limit=%d: the system allows no more; viewers and recordings share them", now)

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from taesd_stream.frames import END_REASONS, Packet, Rendition
-from taesd_stream.messages import Keyframe, State, StopStream, Watch
+from taesd_stream.messages import Forget, Keyframe, State, StopStream, Watch
 from taesd_stream_workers.streamer.inbox import Inbox
+from taesd_stream_workers.streamer.last_pictures import LastPictures
 from taesd_stream_workers.streamer.latency import Latency
 from taesd_stream_workers.streamer.record_wishes import RecordWishes
 from taesd_stream_workers.streamer.viewer import Viewer
@@ -26,6 +27,9 @@ NO_WORKER: Final = "No decode worker."
 MAX_FOLLOWERS: Final = 64
 MAX_STOPS: Final = 1000
 LEFT_S: Final = 10.0  # how long it is said again that nobody watches: a broker is away for less, or forgets all
+MAX_LEFT: Final = 2000  # with a wall of a thousand still few enough for the line to the broker, each second
+KEYFRAMES_S: Final = 0.5
+MAX_KEYFRAMES: Final = 3  # of a stream in that time: a player of `live.ts` asks so often before it opens
 
 
 class Rate:
@@ -99,12 +103,16 @@ class Hub:
         self.clock_ns: Callable[[], int] = time.monotonic_ns
         self._tell_broker, self._clock_s = tell_broker, clock_s
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._inbox = Inbox(self.keyframe, lambda packet: latency.dropped.labels(packet.rendition).inc())
-        self._pictures: dict[tuple[str, Rendition], list[Packet]] = {}  # of the newest frame, for late viewers
+        self._inbox = Inbox(
+            lambda stream: self.call(self.keyframe, stream),
+            lambda packet: latency.dropped.labels(packet.rendition).inc(),
+        )
+        self._pictures = LastPictures(lambda key: key in self._counts)
         self._newest: dict[str, Packet] = {}  # newest packet of any rendition, by run
         self._latency_ms: dict[str, float] = {}
         self._counts: defaultdict[tuple[str, Rendition], int] = defaultdict(int)
         self._left_s: dict[tuple[str, Rendition], float] = {}  # what nobody watches any more, and since when
+        self._asked: dict[str, int] = {}  # by stream: wishes for a keyframe since its KEYFRAMES_S began
         self._wishes = RecordWishes(tell_broker)
         self._stops: dict[str, str] = {}  # by stream: the run that a person wants stopped
         self.rate = Rate(clock_s)
@@ -174,10 +182,7 @@ class Hub:
             self._latency_ms[packet.run] = max(0, streamed_ns - packet.stamps.sent_ns) / 1e6
             self.rate.add()
             if packet.rendition != "live":
-                frame = self._pictures.setdefault((packet.stream, packet.rendition), [])
-                if frame and (packet.index == 0 or (frame[0].run, frame[0].seq) != (packet.run, packet.seq)):
-                    frame.clear()
-                frame.append(packet)
+                self._pictures.put(packet)
             for viewer in self._viewers:
                 viewer.offer(packet, streamed_ns)
 
@@ -185,12 +190,10 @@ class Hub:
         self.state, self.state_at_s = state, time.monotonic()
         self._no_worker.note(not state.workers)
         alive = {row["run"] for row in state.streams}
-        names = {row["name"] for row in state.streams}
         for run in [run for run in self._newest if run not in alive]:
             del self._newest[run]
             self._latency_ms.pop(run, None)
-        for key in [key for key in self._pictures if key[0] not in names]:
-            del self._pictures[key]
+        self._pictures.keep_only({row["name"] for row in state.streams})
         self._stop_again(state)
         self._wishes.on_state(state)
         self.latency.desired_workers.set(state.desired_workers)
@@ -293,7 +296,7 @@ class Hub:
 
     def picture(self, stream: str, rendition: Rendition) -> Packet | None:
         """The newest whole picture of a stream, if one was made."""
-        frame = self._pictures.get((stream, rendition))
+        frame = self._pictures.of(stream, rendition)
         return frame[-1] if frame else None
 
     def watch(self, viewer: Viewer, before: dict[str, Rendition], after: dict[str, Rendition]) -> None:
@@ -307,7 +310,7 @@ class Hub:
             self._change(stream, rendition, +1)
             if rendition == "live":
                 self.keyframe(stream)
-            for packet in self._pictures.get((stream, rendition), []) if rendition != "live" else ():
+            for packet in self._pictures.of(stream, rendition) if rendition != "live" else ():
                 if self._is_newest_run(packet):
                     viewer.offer(packet, self.clock_ns())
 
@@ -333,6 +336,8 @@ class Hub:
         else:
             del self._counts[stream, rendition]
             self._left_s[stream, rendition] = self._clock_s()
+            for oldest in list(self._left_s)[:-MAX_LEFT]:  # a copy: `watches` forgets some in the other thread
+                self._left_s.pop(oldest, None)
         self._tell_broker(Watch(stream=stream, rendition=rendition, viewers=viewers))
 
     def watches(self) -> list[Watch]:
@@ -348,8 +353,28 @@ class Hub:
         ]
 
     def keyframe(self, stream: str) -> None:
-        """A viewer of `live` needs a picture to begin with. Any thread."""
-        self._tell_broker(Keyframe(stream=stream, rendition="live"))
+        """A viewer of `live` needs a picture to begin with: all get it, so few are asked for, the last one late."""
+        asked = self._asked[stream] = self._asked.get(stream, 0) + 1
+        if asked == 1:
+            assert self._loop is not None
+            self._loop.call_later(KEYFRAMES_S, self._keyframe_late, stream)
+        if asked <= MAX_KEYFRAMES:
+            self._tell_broker(Keyframe(stream=stream, rendition="live"))
+
+    def _keyframe_late(self, stream: str) -> None:
+        if self._asked.pop(stream) > MAX_KEYFRAMES:
+            self.keyframe(stream)
+
+    def is_stuck(self, run: str) -> bool:
+        """Whether a recording of the run stands still."""
+        return any(row["id"] == run and row["state"] == "failed" for row in self.recordings)
+
+    def give_up(self, run: str) -> bool:
+        """What waits of a run is not recorded any more. Returns: whether it is over; else nothing is done."""
+        is_over = self.state is not None and bool(self.state.runs.get(run, {}).get("ended"))
+        if is_over:
+            self._tell_broker(Forget(run=run))
+        return is_over
 
     def record(self, stream: str, mode: Any) -> None:
         """Keep a stream, or not any more; said again to a broker that was killed before it could."""

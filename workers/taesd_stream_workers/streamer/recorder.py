@@ -20,6 +20,7 @@ from taesd_stream.media.recording import Recording, RecordingError, find_unfinis
 from taesd_stream.messages import Cursor, Gap, State
 from taesd_stream.queues import ByteBoundedQueue
 from taesd_stream_workers.role.broken_chains import BrokenChains
+from taesd_stream_workers.role.seldom import Seldom
 from taesd_stream_workers.streamer.films import Films
 from taesd_stream_workers.streamer.finisher import Finished, Finisher
 from taesd_stream_workers.streamer.library import Library, Retention
@@ -71,11 +72,13 @@ class Recorder:
         self._wishes: deque[tuple[str, Future[str]]] = deque()  # films of runs that are over, to be kept
         self._kept: dict[str, Future[str]] = {}  # by run: who waits for its film to be finished
         self._errors: dict[str, str] = {}
+        self._blocked: dict[str, str] = {}  # runs that are not decoded, and why
         self._retry_at_s: dict[str, float] = {}  # when a file that could not be finished is tried again
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recorder")
         self._broken_films = BrokenChains(lambda _stream: None)  # for want of room; `put`'s alone
         self._unwritten = Unwritten()
+        self._seldom = Seldom()
         self._early: ByteBoundedQueue[Packet] = ByteBoundedQueue(EARLY_BYTES, _size)  # that no STATE has named yet
         self._next_sync_s = 0.0
         self._next_tell_s = 0.0
@@ -129,16 +132,17 @@ class Recorder:
 
     def rows(self) -> list[dict[str, Any]]:
         """Every recording, growing ones first; the writing thread alone."""
-        logs = bytes_by_run(self.log_folder) if self._errors else {}
+        errors = self._blocked | self._errors
+        logs = bytes_by_run(self.log_folder) if errors else {}
         ended = {run for run, row in self._runs.items() if row["ended"]} | self._finishing.keys()
         growing = [
-            growing_row(one, error=self._errors.get(run), is_ended=run in ended, log_bytes=logs.get(run))
+            growing_row(one, error=errors.get(run), is_ended=run in ended, log_bytes=logs.get(run))
             for run, one in self._open.items()
-            if one.paths or self._errors.get(run)
+            if one.paths or errors.get(run)
         ]
         stuck = [
             stuck_row(self.folder, run, self._runs[run], error=error, log_bytes=logs.get(run))
-            for run, error in self._errors.items()
+            for run, error in errors.items()
             if run not in self._open and run in self._runs
         ]
         return [*growing, *stuck, *self.library.rows()]
@@ -154,7 +158,8 @@ class Recorder:
                 self._is_dirty |= self._retention.tick()
                 self._tell_people()
             except Exception as error:  # the thread's outermost loop: one bad file must not end the others
-                logger.exception("recorder_failed error=%s", error)
+                if self._seldom.may_say(repr(error)):
+                    logger.exception("recorder_failed error=%s (said once a minute)", error)
         self._finisher.close()
         self._take_finished()
         for run, one in self._open.items():
@@ -177,6 +182,9 @@ class Recorder:
                     self._open[run].begin_at(row["kept_from"])
             self._finished = {run: attempt for run, attempt in self._finished.items() if run in item.runs}
             self._errors = {run: text for run, text in self._errors.items() if run in item.runs or run in self._open}
+            blocked = {run: row["blocked"] for run, row in item.runs.items() if row["blocked"]}
+            self._is_dirty |= blocked != self._blocked
+            self._blocked = blocked
             self._write_early(item.now_ns)
             self._finish_what_ended()
 

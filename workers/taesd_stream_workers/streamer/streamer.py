@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections import deque
+from collections.abc import Iterator
 from typing import Any, Final
 
 import zmq
@@ -15,13 +15,15 @@ from taesd_stream.config import Config
 from taesd_stream.errors import ConfigError, WireError
 from taesd_stream.folder_lock import FolderLock
 from taesd_stream.frames import Packet
-from taesd_stream.messages import Echo, Gap, Record, RefusedPeer, State, StreamerHello
+from taesd_stream.messages import Echo, Gap, RefusedPeer, State, StreamerHello
 from taesd_stream.sockets import ClockOffset, WakePipe
 from taesd_stream_workers.role.addresses import bound_address, dialled, packets_address, workers_address
 from taesd_stream_workers.role.gate import Door, Gate
 from taesd_stream_workers.role.lifecycle import Lifecycle
 from taesd_stream_workers.role.line import RoleLine
 from taesd_stream_workers.role.open_files import allow_many
+from taesd_stream_workers.role.seldom import Seldom
+from taesd_stream_workers.streamer.broker_outbox import BrokerOutbox
 from taesd_stream_workers.streamer.hub import Hub
 from taesd_stream_workers.streamer.latency import Latency
 from taesd_stream_workers.streamer.push import Pushes
@@ -30,10 +32,8 @@ from taesd_stream_workers.streamer.web.server import WebServer
 
 logger = logging.getLogger(__name__)
 
-HELLO_S: Final = 1.0
 MAX_DRAIN: Final = 256
 TO_BROKER_HWM: Final = 4096  # a page that opens says that it watches a thousand streams, all at once
-MAX_WAITING: Final = 1000  # wishes to record while the broker is away
 
 
 class Streamer:
@@ -44,7 +44,7 @@ class Streamer:
         self._life = lifecycle
         self._wake = WakePipe()
         self._clock = ClockOffset()
-        self._to_broker: deque[Any] = deque()
+        self._to_broker = BrokerOutbox(self._greeting)
         self._latency = Latency()
         self._gate = Gate(config)
         self._hub = Hub(self._latency, self.tell_broker, max_viewers=config.web.max_viewers)
@@ -59,6 +59,7 @@ class Streamer:
         self._web = WebServer(config, self._hub, self._recorder)
         self._pushes = Pushes(config, lambda stream: self._latency.push_failures.labels(stream).inc())
         self._bad = 0
+        self._seldom = Seldom()
 
     def now_ns(self) -> int:
         """This moment on the broker's clock. Any thread."""
@@ -66,7 +67,7 @@ class Streamer:
 
     def tell_broker(self, message: Any) -> None:
         """Say something to the broker. Any thread."""
-        self._to_broker.append(message)
+        self._to_broker.put(message)
         self._wake.wake()
 
     def run(self) -> None:
@@ -106,12 +107,8 @@ class Streamer:
         for waited in (self._packets.socket, self._line.socket, *self._gate.waited_for()):
             poller.register(waited, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
-        next_hello_s = 0.0
         while not self._life.stop.is_set():
             self._line.attend(poller)
-            if time.monotonic() >= next_hello_s:
-                self._hello()
-                next_hello_s = time.monotonic() + HELLO_S
             due = dict(poller.poll(200))
             if self._wake.fileno() in due:
                 self._wake.drain()
@@ -121,15 +118,13 @@ class Streamer:
                 self._receive_packets()
             if self._line.socket in due:
                 self._receive_broker()
-            self._send_queued()
+            self._to_broker.send(self._line.socket)
             self._web.check()
             self._life.tick()
 
-    def _hello(self) -> None:
-        hello = StreamerHello(endpoint=self._endpoint, cursors=self._recorder.cursors(), echo_ns=time.monotonic_ns())
-        if self._send(hello):
-            for watch in self._hub.watches():  # one that was restarted knows none of them
-                self._send(watch)
+    def _greeting(self) -> Iterator[Any]:
+        yield StreamerHello(endpoint=self._endpoint, cursors=self._recorder.cursors(), echo_ns=time.monotonic_ns())
+        yield from self._hub.watches()
 
     def _receive_packets(self) -> None:
         for _ in range(MAX_DRAIN):
@@ -163,7 +158,8 @@ class Streamer:
             try:
                 message = wire.unpack(parts, wire.TO_STREAMER)
             except WireError as error:
-                logger.warning("broker_message_bad error=%s", error)
+                if self._seldom.may_say(str(error)):
+                    logger.warning("broker_message_bad error=%s (said once a minute)", error)
                 continue
             if isinstance(message, Echo):
                 self._clock.add(message.echo_ns, message.now_ns, time.monotonic_ns())
@@ -174,31 +170,6 @@ class Streamer:
                 self._recorder.put(message)
             elif isinstance(message, RefusedPeer):
                 self._line.refused(message.text)
-
-    def _send_queued(self) -> None:
-        while self._to_broker:
-            if not self._send(self._to_broker[0]):
-                self._keep_records()
-                return
-            self._to_broker.popleft()
-
-    def _keep_records(self) -> None:
-        """The broker is away: HELLO will tell it all that still holds, but not what a person pressed meanwhile.
-
-        A STOP is the hub's to say again: it knows the run that was meant.
-        """
-        waiting = [self._to_broker.popleft() for _ in range(len(self._to_broker))]
-        records = [message for message in waiting if isinstance(message, Record)]
-        if len(records) > MAX_WAITING:
-            logger.warning("record_lost count=%d reason=broker_away", len(records) - MAX_WAITING)
-        self._to_broker.extendleft(reversed(records[-MAX_WAITING:]))
-
-    def _send(self, message: Any) -> bool:
-        try:
-            self._line.socket.send_multipart(wire.pack(message), zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
 
 
 def _bind_pull(gate: Gate, context: zmq.Context[zmq.Socket[bytes]], address: str) -> Door:

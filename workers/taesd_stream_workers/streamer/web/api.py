@@ -106,7 +106,7 @@ def make_app(hub: Hub, recorder: Recorder, peers: Peers, copies: Copies, *, sett
     _add_lists(app, peers)
     _add_streams(app, hub)
     _add_players(app, hub, recorder)
-    _add_recordings(app, recorder, copies)
+    _add_recordings(app, hub, recorder, copies)
     add_films(app, hub, recorder, peers)
     add_latents(app, recorder.log_folder)
     add_health(app, hub)
@@ -268,7 +268,7 @@ def _add_players(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
         return PlayerResponse(motion_jpeg(hub, name), media_type=MJPEG_TYPE, headers=_NO_STORE)
 
 
-def _add_recordings(app: FastAPI, recorder: Recorder, copies: Copies) -> None:
+def _add_recordings(app: FastAPI, hub: Hub, recorder: Recorder, copies: Copies) -> None:
     def path_of(recording_id: str) -> Path:
         """Looks at every file of the folder: not for the loop's thread."""
         path = recorder.files.path_of_id(recording_id)
@@ -312,8 +312,11 @@ def _add_recordings(app: FastAPI, recorder: Recorder, copies: Copies) -> None:
 
     @app.delete("/api/v1/recordings/{recording_id:path}", responses=says(schema.Done))
     async def delete(recording_id: str) -> dict[str, Any]:
-        """Remove a finished recording for good."""
-        if recorder.files.is_growing(recording_id):
+        """Remove a finished recording for good; of one that failed, whose run is over, give up what waits of it."""
+        is_stuck = hub.is_stuck(recording_id)
+        if is_stuck and hub.give_up(recording_id):
+            return {}
+        if is_stuck or recorder.files.is_growing(recording_id):
             raise ApiError(409, "growing", "It is being recorded; stop recording first.")
         if not await asyncio.to_thread(recorder.library.delete, recording_id):
             raise ApiError(404, "no_recording", f"There is no recording {recording_id}.")

@@ -20,6 +20,7 @@ from websockets.asyncio.client import ClientConnection
 from taesd_stream.frames import Rendition
 from taesd_stream_workers.streamer.hub import Hub
 from taesd_stream_workers.streamer.viewer import Viewer, pack_picture, unpack_picture
+from taesd_stream_workers.streamer.web.pace import Pace
 from taesd_stream_workers.streamer.web.peer import PEER_ERRORS, PICTURES, WAITS_S, Peer, PeerError
 from taesd_stream_workers.streamer.web.peers import Peers
 
@@ -40,11 +41,23 @@ class PageLinks:
         self._send = send
         self._wanted: dict[str, Rendition] = {}
         self._links: dict[Peer, _Link] = {}
+        self._pace = Pace()
 
     async def watch(self, streams: dict[str, Rendition]) -> None:
-        """Replace what is watched."""
+        """Replace what is watched. Returns when the page may say the next."""
+        changed = len(self._wanted.items() ^ streams.items())
         self._wanted = streams
         await self.spread()
+        await asyncio.sleep(self._pace.wait_s(changed))
+
+    async def keyframe(self, stream: str) -> None:
+        """The page has dropped, or begins. Returns when it may say the next."""
+        if link := self.of(stream):
+            await link.say("keyframe", stream=stream)
+        elif self._viewer.wants.get(stream) == "live":
+            self._viewer.restart_chain(stream)
+            self._hub.keyframe(stream)
+        await asyncio.sleep(self._pace.wait_s(1))
 
     async def spread(self) -> None:
         """Each stream is watched where it is: it may have come up at another daemon."""

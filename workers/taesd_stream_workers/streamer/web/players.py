@@ -46,7 +46,7 @@ class PlayerResponse(StreamingResponse):
         try:
             async with contextlib.aclosing(pictures):
                 await super().stream_response(in_time)
-        except TimeoutError:  # should it read again, or go, it has the end
+        except TimeoutError:  # should it read again it has the end; if not, the connection's own limit ends this wait
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

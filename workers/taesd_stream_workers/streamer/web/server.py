@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import threading
 from typing import Final
 
@@ -24,17 +25,21 @@ from taesd_stream_workers.streamer.web.sockets import MAX_TEXT_BYTES
 
 # A reader that stalls is held back by the kernel's buffers too: kept small, they hold no seconds of stale video.
 SEND_BUFFER_BYTES: Final = 256 << 10
+# Who takes nothing for so long is cut off by the kernel, which else holds what waits for it, and its place, for ever. A
+# download, or a film that a browser has enough of for now, pauses for less, or goes on by asking for a range.
+DEAF_S: Final = 60.0
 GRACE_S: Final = 1  # an endless stream must not hold the exit
 
 
 class WebServer:
     """The page and the HTTP interface, in a thread of their own."""
 
-    def __init__(self, config: Config, hub: Hub, recorder: Recorder) -> None:
+    def __init__(self, config: Config, hub: Hub, recorder: Recorder, *, deaf_s: float = DEAF_S) -> None:
         self._host, self._asked_port = web_address(config)
         self._config = config
         self._hub = hub
         self._recorder = recorder
+        self._deaf_s = deaf_s
         self._peers = Peers(hub, peers_of(config))
         self._copies = Copies(config.recording_folder)
         self._thread = threading.Thread(target=self._run, name="web")
@@ -49,6 +54,8 @@ class WebServer:
         host, token = self._host, load_token(self._config)
         self._socket = tcp_socket(host)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        if sys.platform == "linux":  # others have no such option; each connection has it from this socket
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * self._deaf_s))
         try:
             self._socket.bind((host, self._asked_port))
             self._socket.listen(128)

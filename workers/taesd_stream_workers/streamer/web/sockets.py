@@ -135,7 +135,9 @@ async def _handle(message: Any, hub: Hub, viewer: Viewer, links: PageLinks) -> d
         await links.watch(_watched(message["streams"]))
     elif kind == "ping":
         return {"type": "pong", "t": message["t"], "now_us": hub.clock_ns() // 1000}
-    elif kind not in ("credit", "keyframe", "shown"):
+    elif kind == "keyframe":
+        await links.keyframe(str(message["stream"]))
+    elif kind not in ("credit", "shown"):
         raise ValueError(f"type {kind!r}")
     elif link := links.of(stream := str(message["stream"])):
         if kind == "shown":
@@ -144,10 +146,6 @@ async def _handle(message: Any, hub: Hub, viewer: Viewer, links: PageLinks) -> d
             await link.say(kind, stream=stream)
     elif kind == "credit":
         viewer.credit(stream)
-    elif kind == "keyframe":
-        if viewer.wants.get(stream) == "live":
-            viewer.restart_chain(stream)
-            hub.keyframe(stream)
     else:
         seq, shown_us = _whole(message["seq"]), _whole(message["shown_us"])
         viewer.shown(stream, str(message["run"]), seq, shown_us * 1000)
