@@ -65,12 +65,11 @@ class BrokerConfig(_Section):
     max_messages_s: int = Field(default=40_000, ge=10)
     """Most messages a second that are taken of all samplers; whose comes too many is told, and rests for 10 s."""
     max_client_messages_s: int = Field(default=10_000, ge=10)
-    """The same, of one key or, without keys, one connection."""
+    """The same, of one key or, without keys, one connection. HELLO counts as one for each of its runs, too."""
     log_folder: str = AUTO
     """Folder of the latent log; "auto" is .latents in the recording folder."""
     log_max_bytes: int = Field(default=0, ge=0)
-    """Most bytes of latents that wait to be recorded, the last twentieth not for a client that has more than half; 0 is
-    half of what the disk has free at start."""
+    """Most bytes of latents that wait to be recorded; 0 is half of what the disk has free at start."""
     log_max_age_s: float = Field(default=0.0, ge=0)
     """Latents of an ended run that were not recorded for so long are deleted; 0 keeps them until they are."""
 

@@ -214,7 +214,7 @@ def test_what_waits_for_a_decoder_is_told_and_can_be_given_up(daemon: Daemon) ->
         publisher.close()
     wait_for(lambda: daemon.get(path, method="DELETE")[0] == 200, of="the end of the run")
     wait_for(lambda: row_of(publisher.run) is None, of="the end of its row")
-    assert not [*daemon.recordings_folder.glob(f".latents/{publisher.run}*")]
+    wait_for(lambda: not [*daemon.recordings_folder.glob(f".latents/{publisher.run}*")], of="the end of its log")
 
 
 def test_a_taken_name_is_opened_as_another(daemon: Daemon) -> None:

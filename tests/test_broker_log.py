@@ -12,11 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from taesd_stream.config import load_config
 from taesd_stream.frames import StreamInfo
 from taesd_stream.latent_log import RunLog, read_messages
 from taesd_stream.messages import Ack, DemandUpdate, End, Forget, Gap, Job, JobItem, Record, Refused, RunHello
+from taesd_stream_workers.broker import keeping
 from taesd_stream_workers.broker.dispatcher import LOOK_S
-from taesd_stream_workers.broker.registry import ENDED_RUNS
+from taesd_stream_workers.broker.keeping import Keeping
+from taesd_stream_workers.broker.links import Links
+from taesd_stream_workers.broker.log_writer import LogWriter
+from taesd_stream_workers.broker.registry import ENDED_RUNS, Registry
+from taesd_stream_workers.broker.runs import Run
 from tests.broker_role import BrokerRole, StreamerPeer, WorkerPeer, frame, new_run
 from tests.daemon import wait_for
 
@@ -194,6 +200,34 @@ def test_of_many_runs_that_wait_the_newest_are_shown(broker: BrokerRole) -> None
     broker.start()
     wait_for(lambda: len(broker.stats().streams) == ENDED_RUNS, of="the newest alone")
     assert set(broker.stats().runs) == {info.run for info in infos}
+
+
+def test_of_too_many_runs_that_wait_no_other_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that begins nor a lost one's last frame; people are told, and it goes on where there is room."""
+    monkeypatch.setattr(keeping, "MAX_KEPT", 1)
+    config = load_config(sets=[f"recording.folder={tmp_path}", "broker.log_max_bytes=1000000"])
+    links = Links()
+    registry = Registry(config)
+    runs = [
+        Run(StreamInfo(stream=str(n), run=new_run(), kind="steps", latent_format="sd1"), peer=None, record="all")
+        for n in range(3)
+    ]
+    first, second, lost = runs
+    for run in runs:
+        registry.add(run)
+    keeper = Keeping(config, registry, LogWriter(lambda: None), links)
+    first.heard_s = second.heard_s = time.monotonic()
+    keeper.keep(first, frame(first.info.run, 0, kept=True))
+    keeper.keep(second, frame(second.info.run, 0, kept=True))
+    assert (first.kept is None, second.kept is None, list(links.alerts)) == (False, True, ["too_many_runs"])
+    lost.record, lost.newest = "last", frame(lost.info.run, 0)
+    keeper.tick()
+    assert (lost.kept, lost.owed_frame) == (None, None)
+    first.finish_keeping()
+    keeper.tick()
+    assert not links.alerts
+    keeper.keep(second, frame(second.info.run, 0, kept=True))
+    assert second.kept is not None
 
 
 def test_a_restarted_broker_asks_for_the_last_word_on_keeping(broker: BrokerRole) -> None:

@@ -12,7 +12,7 @@ from taesd_stream import LatentPublisher
 from taesd_stream.config import BrokerConfig, load_config
 from taesd_stream.frames import StreamInfo
 from taesd_stream.keys import load_keys
-from taesd_stream.messages import End, Refused, RunHello
+from taesd_stream.messages import Echo, End, Refused, RunHello
 from taesd_stream_workers.broker.limits import Limits
 from taesd_stream_workers.broker.registry import Registry
 from taesd_stream_workers.broker.runs import Run
@@ -145,8 +145,8 @@ def test_a_client_leaves_room_in_the_log_for_others(tmp_path: Path) -> None:
         b.say(frame(other, 0, kept=True))
         b.ack(other, 0)
         text = two.broker.alerts()["log_full"]
-        assert text.startswith("The latent log is full")
-        assert "greedy has 3 of its 3 MiB" in text
+        assert text.startswith("The latent log is nearly full, and a client that has most of it gets no more")
+        assert "greedy, has 3 of 3 MiB" in text
 
 
 def test_messages_of_one_client(two: TwoClients) -> None:
@@ -175,6 +175,44 @@ def test_a_hello_of_many_runs_is_as_many_messages(two: TwoClients) -> None:
         a.next(Refused, lambda one: one.code == "unknown_run")
         a.say(open_message(new_run()))
         assert "over 50 messages a second of one client" in a.next(Refused, lambda one: one.code == "limit").text
+
+
+def test_a_hello_costs_nothing_where_it_is_refused_and_is_remembered_where_not() -> None:
+    """A client that has said too much by one HELLO stays silent as long as it is in debt; all of it is everybody's."""
+    now_s = 0.0
+    limits = Limits(BrokerConfig(max_client_messages_s=50, max_messages_s=100), lambda: now_s)
+    assert limits.may_speak("a")
+    limits.charge("a", 130)
+    now_s = 1.01
+    limits.recount([])
+    assert not limits.may_speak("a")
+    assert limits.may_speak("b")
+    now_s = 2.0
+    assert limits.may_speak("a")
+    limits.charge("c", 1000)  # never heard before
+    assert not limits.may_speak("b")
+
+
+def test_a_hello_while_all_together_are_too_fast_is_refused(tmp_path: Path) -> None:
+    """The others' flood leaves nothing for a publisher that says HELLO once a second: it is told, and no more."""
+    with (
+        BrokerRole(tmp_path, "broker.max_messages_s=10") as broker,
+        broker.publisher() as flood,
+        broker.publisher() as calm,
+    ):
+        calm.publisher_hello()
+        calm.next(Echo)
+        run = new_run()
+
+        def told() -> bool:
+            for _ in range(20):
+                flood.say(open_message(new_run()))
+            calm.publisher_hello(**{run: RunHello(next_seq=0)})
+            heard = calm.receive(2.0)
+            return isinstance(heard, Refused) and heard.code == "limit"
+
+        wait_for(told, of="a refusal")
+        wait_for(lambda: broker.stats().stats["counts"]["refused_speed"] > 0, of="the count")
 
 
 def test_first_frames_that_wait_for_the_log_count(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ class System:
         (256, NONE, 5000, 4096),
         (20_000, NONE, 20_000, 20_000),  # never less than before
         (256, NONE, 256, 256),
+        (-1, NONE, 256, -1),  # without a limit already
     ],
 )
 def test_as_many_as_the_system_takes(
@@ -55,4 +56,5 @@ def test_as_many_as_the_system_takes(
     monkeypatch.setattr(resource, "setrlimit", system.setrlimit)
     allow_many()
     assert system.limits == (left, hard)
-    assert [f"open_files_few limit={soft}" in record.message for record in caplog.records] == [True] * (left == soft)
+    is_few = left == soft == 256
+    assert [f"open_files_few limit={soft}" in record.message for record in caplog.records] == [True] * is_few

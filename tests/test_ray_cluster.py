@@ -17,6 +17,7 @@ import pytest
 
 from taesd_stream import LatentPublisher
 from taesd_stream.latent_formats import LATENT_FORMATS
+from taesd_stream.scaling import LOW_FOR_S
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.pictures import decode_file
 from tests.processes import lives
@@ -27,6 +28,7 @@ pytest.importorskip("ray", reason="the extra `ray` is not installed")
 pytestmark = pytest.mark.filterwarnings("default")
 
 MOVE_S = 90.0  # Ray calls a node dead after 15 s, then a worker imports torch on a busy machine
+BACKLOG_S = 300.0  # two slow cores decode a quarter of what comes under load
 
 
 class WorkerlessDaemon:
@@ -97,9 +99,9 @@ def up(cluster: Any, daemon: Daemon, *words: str) -> None:
     ray_command(cluster, "up", *words, TAESD_STREAM_CONNECT=daemon.web)
 
 
-def decoding(daemon: Daemon) -> int:
-    """How many workers the daemon knows."""
-    return len(daemon.json("/api/v1/workers")["workers"])
+def decoding(daemon: Daemon) -> set[int]:
+    """Process ids of the workers that the daemon knows."""
+    return {int(worker["id"].split(":")[2]) for worker in daemon.json("/api/v1/workers")["workers"]}
 
 
 class KeptRun:
@@ -151,7 +153,7 @@ def test_a_worker_that_is_killed_is_back_and_no_frame_is_lost(tmp_path: Path, cl
     with WorkerlessDaemon(tmp_path) as daemon, KeptRun(daemon) as kept:
         up(cluster, daemon, "--min", "1", "--max", "1")
         (first,) = wait_for(lambda: placed(cluster), MOVE_S, of="a worker that is ready")
-        wait_for(lambda: decoding(daemon) == 1, of="the daemon knows it")
+        wait_for(lambda: decoding(daemon) == {first["pid"]}, of="the daemon knows it")
         os.kill(first["pid"], signal.SIGKILL)
         (second,) = wait_for(
             lambda: [row for row in placed(cluster) if row["pid"] != first["pid"]], MOVE_S, of="another worker"
@@ -163,7 +165,7 @@ def test_a_worker_that_is_killed_is_back_and_no_frame_is_lost(tmp_path: Path, cl
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_nodes_and_the_head_may_die_and_the_number_follows_the_load(tmp_path: Path, cluster: Any) -> None:
     """A dead node's worker moves; with the head dead decoding goes on; load adds a worker, calm takes it away again;
     and through all of it a kept run loses no frame."""
@@ -175,7 +177,9 @@ def test_nodes_and_the_head_may_die_and_the_number_follows_the_load(tmp_path: Pa
             for number in range(4):
                 load.enter_context(KeptRun(daemon, f"load-{number}", "flux2", size=64, every_s=0.05))
             wait_for(lambda: len(placed(cluster)) == 2, MOVE_S, of="a second worker under load")
-        wait_for(lambda: len(placed(cluster)) == 1, MOVE_S, of="one worker after the load")
+        wait_for(lambda: not any(row["behind"] for row in daemon.streams().values()), BACKLOG_S, of="what was kept")
+        calm_s = LOW_FOR_S + MOVE_S
+        wait_for(lambda: len(placed(cluster)) == 1, calm_s, of="one worker after the load")
 
         (left,) = placed(cluster)
         node = next(one for one in cluster.worker_nodes if one.node_id == left["node"])
@@ -183,7 +187,7 @@ def test_nodes_and_the_head_may_die_and_the_number_follows_the_load(tmp_path: Pa
         wait_for(
             lambda: [row for row in placed(cluster) if row["node"] != left["node"]], MOVE_S, of="a worker elsewhere"
         )
-        wait_for(lambda: decoding(daemon) == 1, 30.0, of="the daemon knows one worker")
+        wait_for(lambda: (pids := decoding(daemon)) and left["pid"] not in pids, 30.0, of="the daemon knows it")
 
         cluster.head_node.kill_gcs_server(check_alive=False)
         before = kept.frames

@@ -24,6 +24,7 @@ from taesd_stream.frames import Packet, Stamps
 from taesd_stream.messages import Cursor, Echo, Keyframe, Record, State, StopStream, StreamerHello, Watch
 from taesd_stream.sockets import bind, prepare
 from taesd_stream_workers.role.broken_chains import ASK_AGAIN_S
+from taesd_stream_workers.streamer import last_pictures
 from taesd_stream_workers.streamer.hub import MAX_KEYFRAMES, MAX_LEFT, Hub
 from taesd_stream_workers.streamer.inbox import INBOX_BYTES, Inbox
 from taesd_stream_workers.streamer.latency import Latency
@@ -585,6 +586,27 @@ def test_many_wishes_for_a_keyframe_are_few_keyframes() -> None:
 
     asyncio.run(ask())
     assert told[-1] == "much"
+
+
+def test_a_picture_that_had_to_go_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who watches a stream that stands still gets its picture, though there was no room to hold it."""
+    monkeypatch.setattr(last_pictures, "MAX_BYTES", 1)
+    told: list[Any] = []
+
+    async def look() -> None:
+        hub = Hub(Latency(), told.append)
+        hub.attach(asyncio.get_running_loop())
+        for stream in (STREAM, "newer"):
+            hub.offer_packet(replace(THUMB, stream=stream), 0)
+        await asyncio.sleep(0)  # what was offered is taken
+        for stream in (STREAM, "newer"):
+            with hub.watching(stream, "thumb"):
+                pass
+
+    asyncio.run(look())
+    assert [message for message in told if isinstance(message, Keyframe)] == [
+        Keyframe(stream=STREAM, rendition="thumb")
+    ]
 
 
 def test_finished_recordings_are_written_out_once_for_all_pages() -> None:

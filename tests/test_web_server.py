@@ -93,7 +93,7 @@ def told_last(told: list[Any]) -> dict[str, int]:
 
 def test_a_page_that_changes_its_mind_too_often_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is read no faster than it may speak, and nothing that it said is lost."""
-    monkeypatch.setattr(pace, "WISHES_PER_S", 20_000)
+    monkeypatch.setattr(pace, "WISHES_PER_S", 5000)
     with Served(tmp_path, DEAF_S) as served, served.page() as page:
         began_s = time.monotonic()
         for turn in range(10):
@@ -102,23 +102,23 @@ def test_a_page_that_changes_its_mind_too_often_waits(tmp_path: Path, monkeypatc
         page.send('{"type": "ping", "t": 1}')
         while json.loads(page.recv(timeout=20))["type"] != "pong":
             pass
-        assert len(served.told) == 19_000 <= pace.AT_ONCE + 20_000 * (time.monotonic() - began_s)
+        assert len(served.told) == 19_000 <= pace.AT_ONCE + 5000 * (time.monotonic() - began_s)
         watched = {stream for stream, viewers in told_last(served.told).items() if viewers}
         assert watched == {f"9/{number}" for number in range(1000)}
 
 
 def test_a_page_that_asks_for_too_many_keyframes_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is read no faster than it may ask."""
-    monkeypatch.setattr(pace, "WISHES_PER_S", 2000)
+    monkeypatch.setattr(pace, "WISHES_PER_S", 200)
     with Served(tmp_path, DEAF_S) as served, served.page() as page:
         began_s = time.monotonic()
         page.send(json.dumps({"type": "watch", "streams": {STREAM: "live"}}))
-        for _ in range(3000):
+        for _ in range(2400):
             page.send(json.dumps({"type": "keyframe", "stream": STREAM}))
         page.send('{"type": "ping", "t": 1}')
         while json.loads(page.recv(timeout=20))["type"] != "pong":
             pass
-        assert pace.AT_ONCE + 2000 * (time.monotonic() - began_s) >= 3001
+        assert pace.AT_ONCE + 200 * (time.monotonic() - began_s) >= 2401
 
 
 def test_a_page_may_speak_so_much_in_any_time() -> None:
@@ -151,16 +151,17 @@ def test_who_takes_nothing_leaves_nothing_behind(tmp_path: Path) -> None:
         file.write(struct.pack(">I4s", 8 << 20, b"free") + bytes((8 << 20) - 8))  # larger than the kernel's buffers
     large = [replace(PACKET, rendition=one, payload=bytes(8 << 20)) for one in ("thumb", "jpeg")]
     headers, watch = upgrade(json.dumps({"type": "watch", "streams": {STREAM: "thumb"}}))
-    with Served(tmp_path, 1.0) as served, ExitStack() as deaf:
+    with Served(tmp_path, 3.0) as served, ExitStack() as deaf:
         served.hub.offer_state(state(1))
         wait_for(lambda: served.hub.state is not None, of="the state")
         idle = served.tasks()
         recording = f"/api/v1/recordings/{path.relative_to(tmp_path).with_suffix('')}/file"
-        for name in (recording, f"/streams/{STREAM}/live.mjpeg", f"/streams/{STREAM}/latest.jpg"):
+        for name in (f"/streams/{STREAM}/live.mjpeg", f"/streams/{STREAM}/latest.jpg"):
             deaf.enter_context(served.deaf(name))
         deaf.enter_context(served.deaf("/ws", *headers, then=watch))
         wait_for(lambda: {("thumb", 1), ("jpeg", 2)} <= watched(served), of="the viewers")
-        assert served.connections() == 4
+        deaf.enter_context(served.deaf(recording))  # the last: from now on it is deaf
+        wait_for(lambda: served.connections() == 4, of="all of them")
         for packet in large:
             served.hub.offer_packet(packet, 0)
         wait_for(lambda: served.connections() == 0, of="the end of their connections")

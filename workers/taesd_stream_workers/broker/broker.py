@@ -48,6 +48,7 @@ from taesd_stream_workers.role.addresses import bound_address, workers_address
 from taesd_stream_workers.role.gate import OWN_NAME, Door, Gate
 from taesd_stream_workers.role.lifecycle import Lifecycle
 from taesd_stream_workers.role.open_files import allow_many
+from taesd_stream_workers.role.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class Broker:
         self._dispatcher = Dispatcher(config, self._registry, self._streamer, self._links)
         self._next_state_s = 0.0
         self._next_tick_s = 0.0
+        self._seldom = Seldom()
         self._inside: dict[type, Handler] = {
             WorkerHello: self._dispatcher.on_hello,
             Progress: self._dispatcher.on_progress,
@@ -178,11 +180,12 @@ class Broker:
             except WireError as error:
                 self._count_bad(peer, str(error))
                 continue
-            if isinstance(message, PublisherHello) and speaker is not None:
-                self._intake.limits.charge(speaker, len(message.runs))  # each of them is answered
             if why is not None:
                 refuse(peer, message, why)
-            elif client is not None:
+                continue
+            if isinstance(message, PublisherHello) and speaker is not None:
+                self._intake.limits.charge(speaker, len(message.runs))  # each of them is answered
+            if client is not None:
                 take(peer, client, message)
 
     def _take_inside(self, peer: bytes, client: str, message: Any) -> None:
@@ -199,8 +202,9 @@ class Broker:
             self._links.to_inside(peer, why)
 
     def _count_bad(self, peer: bytes, text: str) -> None:
-        name = peer.hex()
-        self._gate.count("bad_messages", f"{name} {text[:40]}", f"peer={name} error={text}")
+        self._links.counts["bad_messages"] += 1
+        if self._seldom.may_say((peer, text[:40])):
+            logger.warning("message_dropped peer=%s error=%s (said once a minute)", peer.hex(), text)
 
     # --- the streamer's side ---
 
@@ -277,7 +281,7 @@ class Broker:
 
     def _on_forget(self, _peer: bytes, forget: Forget) -> None:
         run = self._registry.by_run.get(forget.run)
-        if run is not None and run.kept is not None and run.kept.is_over:
+        if run is not None and run.kept is not None and run.kept.is_over and run.kept.blocked:
             self._keeping.give_up(run, "a person's wish")
             self._dispatcher.forget(run)
 

@@ -19,10 +19,10 @@ from taesd_stream_workers.broker.runs import Run
 
 logger = logging.getLogger(__name__)
 
-LOG_ROOM_AGAIN: Final = 0.9  # of the log's bytes: under it, the alert goes
+LOG_ROOM_AGAIN: Final = 0.9  # of what may wait: under it, the alert goes
 OWN_SHARE: Final = 0.95  # of it: no client that holds more than half takes what is left for the others
 MAX_KEPT: Final = 10_000  # runs with a log: STATE must hold a row of each
-TOO_MANY: Final = f"{MAX_KEPT} runs wait to be recorded, and no other is kept. Has a decode worker their decoders?"
+_TOO_MANY: Final = "{} runs wait to be recorded, of {}: no other is kept. Check that a worker has their decoders."
 
 
 class Keeping:
@@ -56,16 +56,16 @@ class Keeping:
         """A frame that is to be kept: into the log, if it is the next one. When full: no ack, so it comes again."""
         kept = run.kept
         if kept is None and (frame.seq <= run.recorded_until or _is_behind_a_lost_one(run, frame)):
-            return None  # HELLO's ACK says that it is in a file already, or that one before it is missing
-        if kept is None and _is_full(self._kept_runs, run.client, MAX_KEPT):
-            return self._links.alert("log_full", TOO_MANY)
+            return  # HELLO's ACK says that it is in a file already, or that one before it is missing
+        if kept is None and self._is_one_too_many(run):
+            return
         if kept is None:
             kept = self._begin_keeping(run, frame)
             self._kept_runs[run.client] += 1
         for one in (kept.front, frame) if not kept.is_over else ():  # else its recording is being finished
             if one is not None:
                 self._log(kept, one)
-        return None
+        return
 
     def _log(self, kept: KeptRun, frame: LatentFrame) -> None:
         if frame.seq != kept.queued + 1:
@@ -78,13 +78,21 @@ class Keeping:
             kept.queued = frame.seq
             self._log_bytes[client] += frame.nbytes
 
+    def _is_one_too_many(self, run: Run) -> bool:
+        is_full = _is_full(self._kept_runs, run.client, MAX_KEPT)
+        if is_full:
+            self._links.alert("too_many_runs", _TOO_MANY.format(self._kept_runs.total(), MAX_KEPT))
+        return is_full
+
     def _full_text(self) -> str:
         held: Counter[str] = Counter()
         for run in self._registry.by_run.values():
             held[run.info.stream] += run.kept.log.nbytes if run.kept is not None else 0
         ((stream, nbytes),) = held.most_common(1)
-        most = f"{stream} has {nbytes >> 20} of its {held.total() >> 20} MiB"
-        return f"The latent log is full: recordings wait. Free space or raise broker.log_max_bytes; {most}."
+        is_full = held.total() > self._log_max_bytes
+        state = "full" if is_full else "nearly full, and a client that has most of it gets no more"
+        largest = f"Its largest stream, {stream}, has {nbytes >> 20} of {held.total() >> 20} MiB."
+        return f"The latent log is {state}: recordings wait. Free space or raise broker.log_max_bytes. {largest}"
 
     def _begin_keeping(self, run: Run, frame: LatentFrame) -> KeptRun:
         """Keep from this frame on, or from the newest one we hold if it is the one before (PROTOCOL 2)."""
@@ -140,7 +148,7 @@ class Keeping:
         for run in self._registry.by_run.values():
             is_lost = run.end is None and now - run.heard_s > self._config.recording.lost_after_s
             if is_lost and (last := run.owed_frame) is not None:
-                self._registry.keep_log(run, last.seq).front = last
+                self._keep_last(run, last)
             kept = run.kept
             if kept is None:
                 continue
@@ -155,9 +163,19 @@ class Keeping:
         self._say_of_disk()
         self._drop_old_logs()
         self._count()
-        is_roomy = self._log_bytes.total() < LOG_ROOM_AGAIN * self._log_max_bytes
-        if is_roomy and self._kept_runs.total() < LOG_ROOM_AGAIN * MAX_KEPT:
+        if self._log_bytes.total() < LOG_ROOM_AGAIN * self._log_max_bytes:
             self._links.resolve("log_full")
+        if self._kept_runs.total() < LOG_ROOM_AGAIN * MAX_KEPT:
+            self._links.resolve("too_many_runs")
+
+    def _keep_last(self, run: Run, last: LatentFrame) -> None:
+        """Of a lost run that keeps its last frame: nobody but us has it."""
+        if self._is_one_too_many(run):
+            logger.error("frame_not_kept stream=%s run=%s seq=%d", run.info.stream, run.info.run, last.seq)
+            return run.let_go()
+        self._registry.keep_log(run, last.seq).front = last
+        self._kept_runs[run.client] += 1
+        return None
 
     def _say_of_disk(self) -> None:
         kept_runs = [run.kept for run in self._registry.by_run.values() if run.kept is not None]
@@ -210,7 +228,7 @@ class Keeping:
 def _is_full(held: Counter[str], client: str, most: int) -> bool:
     """Whether a client gets no more of what all share."""
     every = held.total()
-    return every > most or (every > OWN_SHARE * most and 2 * held[client] > every)
+    return every >= most or (every > OWN_SHARE * most and 2 * held[client] > every)
 
 
 def ends_keeping(run: Run, kept: KeptRun, row: RunHello) -> bool:

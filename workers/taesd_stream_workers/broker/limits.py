@@ -41,8 +41,9 @@ class Limits:
 
     def charge(self, client: str | bytes, messages: int) -> None:
         """One that was taken is as much work as so many more."""
-        tokens, now = self._tokens[client]
-        self._tokens[client] = (tokens - messages, now)
+        now, asked = self._clock_s(), self._config
+        for one, rate in ((client, asked.max_client_messages_s), (ALL, asked.max_messages_s)):
+            self._tokens[one] = (self._refilled(one, rate, now) - messages, now)
 
     def speed_refusal(self, client: str | bytes) -> str | None:
         """What to tell one that spoke too fast; None when it was told a moment ago."""
@@ -97,7 +98,12 @@ class Limits:
                 run.counted_bytes = run.front_bytes
             self._bytes[run.client] += run.counted_bytes
         now = self._clock_s()
-        self._tokens = {client: one for client, one in self._tokens.items() if now - one[1] < 1}  # else it is full
+        most = self._config.max_client_messages_s
+        self._tokens = {
+            client: one
+            for client, one in self._tokens.items()
+            if client == ALL or self._refilled(client, most, now) < most  # else it is as if never heard
+        }
         self._told_s = {client: told_s for client, told_s in self._told_s.items() if now - told_s < TELL_S}
 
     def _refilled(self, client: str | bytes, rate: int, now: float) -> float:

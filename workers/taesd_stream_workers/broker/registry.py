@@ -21,6 +21,7 @@ ENDED_AT_ONCE: Final = 8  # recordings of ended runs, oldest first, that go on a
 PENDING_RECORD_S: Final = 3600.0
 MAX_PENDING: Final = 1000  # names that wait for a run to record
 MAX_META_BYTES: Final = 5 << 20  # of living runs: STATE tells it to the streamer, twice where a run is kept
+FORMER: Final = "(of a former broker)"  # no client's: it has brackets
 LIVE_BYTES: Final = 256 << 20  # of latents of `live` runs that wait for a worker, all runs together
 
 
@@ -165,7 +166,10 @@ class Registry:
         """
         now = self._clock_s()
         self._pending_record = {name: wish for name, wish in self._pending_record.items() if wish[1] > now}
-        over = [run for run in self.by_run.values() if not run.is_alive]
+        over: list[Run] = []
+        for run in self.by_run.values():
+            run.is_shown = run.is_alive
+            over += [] if run.is_alive else [run]
         shown = [run for run in over if self.by_name.get(run.info.stream) is run]
         shown.sort(key=lambda run: run.heard_s, reverse=True)
         held, stays = 0, set[str]()
@@ -196,7 +200,7 @@ class Registry:
 def _known_again(log: RunLog) -> Run:
     """The run of a log that a former broker left."""
     run = Run(log.info, peer=None, record="all")
-    run.is_reopened, run.client = True, log.info.owner or ""
+    run.is_reopened, run.client = True, log.info.owner or FORMER
     if log.damaged:
         logger.error("log_damaged stream=%s run=%s records=%d", log.info.stream, log.info.run, log.damaged)
     last = (log.next_seq or 0) - 1

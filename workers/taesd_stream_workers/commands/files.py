@@ -233,6 +233,8 @@ def open_best_engine(latent_format: str, config: Config) -> Engine:
         return open_engine(latent_format, weights_folder=folder, choice=choice, device=str(device))
     except NoDecoderError as error:
         raise ConfigError(str(error)) from error
+    except OSError as error:
+        raise ConfigError(f"{error.filename or folder}: cannot be read: {error.strerror or error}") from error
 
 
 def _pictures_of(latents: Tensor, engine: Engine, budget_bytes: int) -> tuple[Iterator[Tensor], int]:

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     from taesd_stream.decoding.engine import Engine
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def log_pictures(path: Path, engine: Engine, budget_bytes: int) -> Iterator[tuple[Tensor, int]]:
-    """(3, H, W) RGB in [0, 1] of every picture, and its time from the first, ticks of 1/90000 s; a frame at a time.
+    """(3, H, W) RGB, about [0, 1], of every picture, and its time from the first, 1/90000 s; a frame at a time.
 
     Raises: ConfigError for a file that holds no frame, ValueError for latents that the format does not have.
     """
@@ -42,7 +42,7 @@ def log_pictures(path: Path, engine: Engine, budget_bytes: int) -> Iterator[tupl
             latents = as_pictures(latents_from_payload(message.payload, message.dtype, message.shape, magnitude))
             entry = (0, _item(info, message), Rows(latents, 0, len(latents)))
             if not latents.isfinite().all():
-                _log.warning("%s: frame %d holds NaN or infinity: no picture of it", path, message.seq)
+                logger.warning("%s: frame %d holds NaN or infinity: no picture of it", path, message.seq)
                 continue
             for shown in pictures_of(engine, [entry], budget_bytes):
                 for one, values in zip(shown.pictures, shown.rgb, strict=True):

@@ -23,4 +23,5 @@ def allow_many() -> None:
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (count, most))
                 return
-        logger.warning("open_files_few limit=%d: the system allows no more; viewers and recordings share them", now)
+        if 0 <= now < FEWER[-1]:  # below 0: without a limit
+            logger.warning("open_files_few limit=%d: the system allows no more", now)

@@ -339,6 +339,8 @@ class Hub:
             for oldest in list(self._left_s)[:-MAX_LEFT]:  # a copy: `watches` forgets some in the other thread
                 self._left_s.pop(oldest, None)
         self._tell_broker(Watch(stream=stream, rendition=rendition, viewers=viewers))
+        if by > 0 and self._pictures.lacks(stream, rendition):
+            self._tell_broker(Keyframe(stream=stream, rendition=rendition))
 
     def watches(self) -> list[Watch]:
         """All that is watched now, or was of late: said again to a broker that was away. The streamer's thread."""
@@ -365,16 +367,18 @@ class Hub:
         if self._asked.pop(stream) > MAX_KEYFRAMES:
             self.keyframe(stream)
 
-    def is_stuck(self, run: str) -> bool:
-        """Whether a recording of the run stands still."""
-        return any(row["id"] == run and row["state"] == "failed" for row in self.recordings)
-
     def give_up(self, run: str) -> bool:
-        """What waits of a run is not recorded any more. Returns: whether it is over; else nothing is done."""
-        is_over = self.state is not None and bool(self.state.runs.get(run, {}).get("ended"))
-        if is_over:
+        """What waits of a run is not recorded any more. Returns: whether it is over and none can decode it; else no."""
+        row = self.state.runs.get(run, {}) if self.state is not None else {}
+        may_go = bool(row.get("ended") and row.get("blocked"))
+        if may_go:
             self._tell_broker(Forget(run=run))
-        return is_over
+        return may_go
+
+    def why_stuck(self, recording_id: str) -> str | None:
+        """Why a recording stands still; None of others."""
+        rows = (row for row in self.recordings if row["id"] == recording_id and row["state"] == "failed")
+        return next((str(row["error"]) for row in rows), None)
 
     def record(self, stream: str, mode: Any) -> None:
         """Keep a stream, or not any more; said again to a broker that was killed before it could."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import heapq
 import logging
 import threading
 import time
@@ -38,6 +39,7 @@ SYNC_S: Final = 1.0
 TELL_S: Final = 0.2
 IDLE_S: Final = 0.1
 RETRY_S: Final = 5.0
+MAX_BLOCKED: Final = 64  # rows of runs that wait for a decoder
 
 
 class Recorder:
@@ -72,7 +74,7 @@ class Recorder:
         self._wishes: deque[tuple[str, Future[str]]] = deque()  # films of runs that are over, to be kept
         self._kept: dict[str, Future[str]] = {}  # by run: who waits for its film to be finished
         self._errors: dict[str, str] = {}
-        self._blocked: dict[str, str] = {}  # runs that are not decoded, and why
+        self._blocked: dict[str, str] = {}  # runs that are not decoded, and why: the newest
         self._retry_at_s: dict[str, float] = {}  # when a file that could not be finished is tried again
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recorder")
@@ -182,7 +184,8 @@ class Recorder:
                     self._open[run].begin_at(row["kept_from"])
             self._finished = {run: attempt for run, attempt in self._finished.items() if run in item.runs}
             self._errors = {run: text for run, text in self._errors.items() if run in item.runs or run in self._open}
-            blocked = {run: row["blocked"] for run, row in item.runs.items() if row["blocked"]}
+            waiting = [(row["started"], run, row["blocked"]) for run, row in item.runs.items() if row["blocked"]]
+            blocked = {run: why for _, run, why in heapq.nlargest(MAX_BLOCKED, waiting)}
             self._is_dirty |= blocked != self._blocked
             self._blocked = blocked
             self._write_early(item.now_ns)

@@ -312,11 +312,12 @@ def _add_recordings(app: FastAPI, hub: Hub, recorder: Recorder, copies: Copies) 
 
     @app.delete("/api/v1/recordings/{recording_id:path}", responses=says(schema.Done))
     async def delete(recording_id: str) -> dict[str, Any]:
-        """Remove a finished recording for good; of one that failed, whose run is over, give up what waits of it."""
-        is_stuck = hub.is_stuck(recording_id)
-        if is_stuck and hub.give_up(recording_id):
+        """Remove a finished recording for good; of one that is over and has no decoder, give up what waits of it."""
+        if hub.give_up(recording_id):
             return {}
-        if is_stuck or recorder.files.is_growing(recording_id):
+        if (why := hub.why_stuck(recording_id)) is not None:
+            raise ApiError(409, "growing", f"It waits, and goes on when it can: {why}")
+        if recorder.files.is_growing(recording_id):
             raise ApiError(409, "growing", "It is being recorded; stop recording first.")
         if not await asyncio.to_thread(recorder.library.delete, recording_id):
             raise ApiError(404, "no_recording", f"There is no recording {recording_id}.")

@@ -25,9 +25,9 @@ from taesd_stream_workers.streamer.web.sockets import MAX_TEXT_BYTES
 
 # A reader that stalls is held back by the kernel's buffers too: kept small, they hold no seconds of stale video.
 SEND_BUFFER_BYTES: Final = 256 << 10
-# Who takes nothing for so long is cut off by the kernel, which else holds what waits for it, and its place, for ever. A
-# download, or a film that a browser has enough of for now, pauses for less, or goes on by asking for a range.
-DEAF_S: Final = 60.0
+# Who takes nothing for so long is cut off by the kernel, which else holds what waits for it, and its descriptor, for
+# ever. To it a reader of a kilobyte a second takes nothing for a minute, and a download may be paused for some.
+DEAF_S: Final = 600.0
 GRACE_S: Final = 1  # an endless stream must not hold the exit
 
 
