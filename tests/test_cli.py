@@ -285,7 +285,7 @@ def test_record_of_a_run_that_was_recorded_before(daemon: Daemon, tmp_path: Path
         with started("record", "cli/twice", "-o", str(output), "--connect", daemon.web, folder=tmp_path) as process:
             assert process.stderr is not None
             assert process.stderr.readline() == "waiting for cli/twice\n"
-            wait_for(lambda: daemon.streams()["cli/twice"]["record"] == "all", of="the word")
+            wait_for(lambda: publisher._outbox.mode == "all", of="the sampler's hearing of it")
             for step in range(2, 6):
                 publisher.publish(latents[step], step=step)
             assert publisher.wait_until_acked(30), publisher.error
