@@ -37,6 +37,10 @@ import taesd_stream_workers.streamer.web
 
 SETTINGS = "TAESD_STREAM_ADDRESS=tcp://*:5999"  # of a sampler, as the page says them
 PAGE = Path(taesd_stream_workers.streamer.web.__file__).parent / "page"
+LONG_TASKS = """
+  self.long_tasks = []
+  new PerformanceObserver((list) => long_tasks.push(...list.getEntries().map(({duration}) => duration)))
+    .observe({type: "longtask", buffered: true})"""  # ms each; of those below 50 a browser tells nothing
 Json = dict[str, Any]
 Colour = tuple[int, int, int]
 Open = Callable[..., Page]

@@ -35,7 +35,7 @@ from taesd_stream import LatentPublisher
 from taesd_stream.frames import CLOCK_HZ
 from taesd_stream.media.fragments import Sample, fragment, init_segment, parameter_sets
 from tests.daemon import Daemon, wait_for
-from tests.page_fixture import chromium
+from tests.page_fixture import LONG_TASKS, chromium
 from tests.page_socket import PageSocket
 from tests.pictures import sd1_latents_of
 
@@ -63,12 +63,6 @@ READER: Final = """selector => {
   }
   look()
 }""".replace("BITS", str(BITS))
-
-LONG_TASKS: Final = """
-window.long = []
-const note = (list) => list.getEntries().forEach(({duration}) => window.long.push(duration))
-new PerformanceObserver(note).observe({type: "longtask", buffered: true})
-"""
 
 MSE_PAGE: Final = """<video muted></video><script>
 const video = document.querySelector("video"), source = new MediaSource(), queue = []
@@ -266,12 +260,12 @@ def measure_grid(daemon: Daemon, browser: Browser, measure_s: float) -> dict[str
         canvases = "#wall canvas[data-stream^='grid/']:not([data-pictures='0'])"
         wait_for(lambda: page.locator(canvases).count() == GRID, 60.0, of="25 tiles")
         count = f'[...document.querySelectorAll("{canvases}")].reduce((sum, c) => sum + Number(c.dataset.pictures), 0)'
-        page.evaluate("window.long.length = 0")
+        page.evaluate("self.long_tasks.length = 0")
         before, sent_before, counts_before, began_s = page.evaluate(count), sum(sent), _counts(daemon), time.monotonic()
         page.wait_for_timeout(measure_s * 1000)
         counts = {key: value - counts_before[key] for key, value in _counts(daemon).items()}
         drawn, published, took_s = page.evaluate(count) - before, sum(sent) - sent_before, time.monotonic() - began_s
-        long = page.evaluate("window.long")
+        long = page.evaluate("self.long_tasks")
     return {
         "published_per_s": round(published / took_s, 1),
         "made_per_s": round(counts["made"] / took_s, 1),

@@ -19,16 +19,12 @@ from typing import Any, Final
 from playwright.sync_api import Browser, Page, expect
 
 from tests.benchmarks.figures import cpu_name
-from tests.page_fixture import PageHost, chromium, opening, recording, serving, stream
+from tests.page_fixture import LONG_TASKS, PageHost, chromium, opening, recording, serving, stream
 
 MUCH: Final = 3000
 LITTLE: Final = 100
 TURNS: Final = 7
 A, B = "a" * 16, "b" * 16
-LONG_TASKS: Final = """
-  self.long_tasks = []
-  new PerformanceObserver((list) => long_tasks.push(...list.getEntries().map(({duration}) => duration)))
-    .observe({type: "longtask", buffered: true})"""
 
 
 def recordings(host: PageHost, page: Page, number: int) -> None:

@@ -55,28 +55,25 @@ class Keeping:
     def keep(self, run: Run, frame: LatentFrame) -> None:
         """A frame that is to be kept: into the log, if it is the next one. When full: no ack, so it comes again."""
         kept = run.kept
-        if kept is None and (frame.seq <= run.recorded_until or _is_behind_a_lost_one(run, frame)):
-            return  # HELLO's ACK says that it is in a file already, or that one before it is missing
-        if kept is None and self._is_one_too_many(run):
-            return
         if kept is None:
+            if frame.seq <= run.recorded_until or _is_behind_a_lost_one(run, frame):
+                return  # HELLO's ACK says that it is in a file already, or that one before it is missing
+            if self._is_one_too_many(run):
+                return
             kept = self._begin_keeping(run, frame)
-            self._kept_runs[run.client] += 1
         for one in (kept.front, frame) if not kept.is_over else ():  # else its recording is being finished
             if one is not None:
-                self._log(kept, one)
-        return
+                self._log(run, kept, one)
 
-    def _log(self, kept: KeptRun, frame: LatentFrame) -> None:
+    def _log(self, run: Run, kept: KeptRun, frame: LatentFrame) -> None:
         if frame.seq != kept.queued + 1:
             return  # it is there already, or one before it is not
-        client = self._registry.by_run[frame.run].client
-        if _is_full(self._log_bytes, client, self._log_max_bytes):
+        if _is_full(self._log_bytes, run.client, self._log_max_bytes):
             if "log_full" not in self._links.alerts:
                 self._links.alert("log_full", self._full_text())
         elif self._writer.submit(kept.log, frame):
             kept.queued = frame.seq
-            self._log_bytes[client] += frame.nbytes
+            self._log_bytes[run.client] += frame.nbytes
 
     def _is_one_too_many(self, run: Run) -> bool:
         is_full = _is_full(self._kept_runs, run.client, MAX_KEPT)
@@ -99,10 +96,14 @@ class Keeping:
         newest = run.newest
         follows = newest is not None and newest.seq == frame.seq - 1 and newest.shape == frame.shape
         if newest is None or not follows or newest.kept or run.record != "all":
-            return self._registry.keep_log(run, frame.seq)
-        kept = self._registry.keep_log(run, newest.seq)
+            return self._keep_log(run, frame.seq)
+        kept = self._keep_log(run, newest.seq)
         kept.front = newest
         return kept
+
+    def _keep_log(self, run: Run, first_seq: int) -> KeptRun:
+        self._kept_runs[run.client] += 1
+        return self._registry.keep_log(run, first_seq)
 
     def ack_written(self) -> None:
         """ACK what the log has since the last call; what it could not take is not acked, and so sent again."""
@@ -154,7 +155,7 @@ class Keeping:
                 continue
             kept.is_over |= is_lost
             if kept.is_over and kept.front is not None:
-                self._log(kept, kept.front)  # only we have it: it waits here until the disk has room
+                self._log(run, kept, kept.front)  # only we have it: it waits here until the disk has room
                 continue
             if self.log_end(run) and kept.is_over:
                 kept.error = None  # it waits for no disk
@@ -172,10 +173,9 @@ class Keeping:
         """Of a lost run that keeps its last frame: nobody but us has it."""
         if self._is_one_too_many(run):
             logger.error("frame_not_kept stream=%s run=%s seq=%d", run.info.stream, run.info.run, last.seq)
-            return run.let_go()
-        self._registry.keep_log(run, last.seq).front = last
-        self._kept_runs[run.client] += 1
-        return None
+            run.let_go()
+        else:
+            self._keep_log(run, last.seq).front = last
 
     def _say_of_disk(self) -> None:
         kept_runs = [run.kept for run in self._registry.by_run.values() if run.kept is not None]

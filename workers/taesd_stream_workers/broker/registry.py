@@ -166,10 +166,9 @@ class Registry:
         """
         now = self._clock_s()
         self._pending_record = {name: wish for name, wish in self._pending_record.items() if wish[1] > now}
-        over: list[Run] = []
         for run in self.by_run.values():
             run.is_shown = run.is_alive
-            over += [] if run.is_alive else [run]
+        over = [run for run in self.by_run.values() if not run.is_shown]
         shown = [run for run in over if self.by_name.get(run.info.stream) is run]
         shown.sort(key=lambda run: run.heard_s, reverse=True)
         held, stays = 0, set[str]()

@@ -5,12 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
 from taesd_stream.errors import ConfigError, UnreachableError
-from taesd_stream_workers.commands.options import KeysOption, SetOption, check_output, check_stream_name, say
+from taesd_stream_workers.commands.options import (
+    KeysOption,
+    SetOption,
+    check_output,
+    check_stream_name,
+    say,
+    with_progress,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +28,6 @@ if TYPE_CHECKING:
     from taesd_stream.publisher import LatentPublisher
     from taesd_stream_workers.offline.latent_files import LogRows, Row
 
-T = TypeVar("T")
 KindWord = Literal["steps", "clip", "live"]
 RecordWord = Literal["off", "last", "all"]
 MAX_IN_FLIGHT: Final = 64
@@ -128,7 +134,7 @@ def _publish_rows(
     count = 0
     try:
         shown, total = (_looped(rows), None) if is_loop else (rows, len(rows))
-        for row in _with_progress(shown, f"publish {publisher.stream}", total):
+        for row in with_progress(shown, f"publish {publisher.stream}", total):
             if publisher.stopped:
                 break
             publisher.publish(row.latents, step=row.step, total_steps=row.total_steps, sigma=row.sigma)
@@ -159,14 +165,6 @@ def _looped(rows: list[Row] | LogRows) -> Iterator[Row]:
         for row in rows:
             yield Row(row.latents, step, None, row.sigma)
             step += 1
-
-
-def _with_progress(items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(transient=True, console=Console(stderr=True)) as progress:
-        yield from progress.track(items, total=total, description=what)
 
 
 def decode(
@@ -210,7 +208,7 @@ def decode(
     else:
         pictures, total = _pictures_of(content, engine, budget_bytes)
     try:
-        count = _write_video(_with_progress(pictures, f"decode with {engine.decoder}", total), output, rate)
+        count = _write_video(with_progress(pictures, f"decode with {engine.decoder}", total), output, rate)
     except ValueError as error:
         raise ConfigError(f"{file}: {error}") from error
     except OSError as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from taesd_stream.errors import ConfigError
-from taesd_stream_workers.commands.options import say
+from taesd_stream_workers.commands.options import say, with_progress
 
 if TYPE_CHECKING:
     from taesd_stream_workers.offline.format_fitting import Fit, Pair
@@ -77,9 +77,5 @@ def _summary(fitted: Fit) -> str:
 
 
 def _track(pairs: Iterable[Pair], what: str) -> Iterator[Pair]:
-    from rich.console import Console
-    from rich.progress import Progress
-
     todo = list(pairs)
-    with Progress(transient=True, console=Console(stderr=True)) as progress:
-        yield from progress.track(todo, description=what)
+    return with_progress(todo, what, len(todo))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, TypeVar
 
 import typer
 
 from taesd_stream.errors import ConfigError
 from taesd_stream.fields import quoted
 from taesd_stream.frames import NAME_RULE, is_stream_name
+
+T = TypeVar("T")
 
 DEFAULT_WEB: Final = "http://127.0.0.1:8765"
 INTERRUPTED: Final = 130  # as a shell says it
@@ -56,6 +59,15 @@ def check_output(file: Path) -> None:
         raise ConfigError(f"{file}: is a folder; name the file to write")
     if not file.parent.is_dir():
         raise ConfigError(f"{file}: there is no folder {file.parent}")
+
+
+def with_progress(items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
+    """The items, with a bar on stderr while they are taken. total: None where nobody knows it before."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
+        yield from progress.track(items, total=total, description=what)
 
 
 def say(text: str, *, is_error: bool = False) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from taesd_stream.errors import ConfigError
-from taesd_stream_workers.commands.options import SetOption, check_output, say
+from taesd_stream_workers.commands.options import SetOption, check_output, say, with_progress
 
 if TYPE_CHECKING:
     import av
@@ -134,7 +134,8 @@ def export(
         chosen = codec_for(output, codec)
         with ExportFile(output, chosen, facts, quality, fps or _mean_fps(facts)) as target:
             count = 0
-            for frame, pts in _with_progress(_pictures(file, facts, config, part, is_rgb=chosen.is_rgb), facts):
+            pictures = _pictures(file, facts, config, part, is_rgb=chosen.is_rgb)
+            for frame, pts in with_progress(pictures, "export", _count_of(facts)):
                 target.add(frame, pts if fps is None else round(count * CLOCK_HZ / fps))
                 count += 1
     except (ExportError, ValueError) as error:
@@ -142,6 +143,12 @@ def export(
     except (OSError, av.FFmpegError) as error:
         raise ConfigError(f"{output}: {error.strerror or error}") from error
     say(f"{output}: {count} pictures, {chosen.encoder}")
+
+
+def _count_of(facts: dict[str, Any]) -> int | None:
+    """How many pictures a file has; of a log of videos nobody knows before."""
+    total: int | None = facts["frames"] if facts["meta"].get("kind", "steps") == "steps" else None
+    return facts.get("pictures", total)
 
 
 def _mean_fps(facts: dict[str, Any]) -> float | None:
@@ -173,15 +180,3 @@ def _pictures(
             yield av.VideoFrame.from_ndarray(values.cpu().numpy(), "rgb24"), pts
         else:
             yield av.VideoFrame.from_ndarray(video_planes(rgb.unsqueeze(0))[0].cpu().numpy(), "yuv420p"), pts
-
-
-def _with_progress(
-    pictures: Iterator[tuple[av.VideoFrame, int]], facts: dict[str, Any]
-) -> Iterator[tuple[av.VideoFrame, int]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(transient=True, console=Console(stderr=True)) as progress:
-        # of a log of videos nobody knows before
-        total = facts["frames"] if facts["meta"].get("kind", "steps") == "steps" else None
-        yield from progress.track(pictures, total=facts.get("pictures", total), description="export")

@@ -336,8 +336,9 @@ class Hub:
         else:
             del self._counts[stream, rendition]
             self._left_s[stream, rendition] = self._clock_s()
-            for oldest in list(self._left_s)[:-MAX_LEFT]:  # a copy: `watches` forgets some in the other thread
-                self._left_s.pop(oldest, None)
+            if len(self._left_s) > MAX_LEFT:
+                for oldest in list(self._left_s)[:-MAX_LEFT]:  # a copy: `watches` forgets some in the other thread
+                    self._left_s.pop(oldest, None)
         self._tell_broker(Watch(stream=stream, rendition=rendition, viewers=viewers))
         if by > 0 and self._pictures.lacks(stream, rendition):
             self._tell_broker(Keyframe(stream=stream, rendition=rendition))
@@ -368,7 +369,7 @@ class Hub:
             self.keyframe(stream)
 
     def give_up(self, run: str) -> bool:
-        """What waits of a run is not recorded any more. Returns: whether it is over and none can decode it; else no."""
+        """What waits of a run is not recorded any more. Returns: False where it goes on, or can be decoded."""
         row = self.state.runs.get(run, {}) if self.state is not None else {}
         may_go = bool(row.get("ended") and row.get("blocked"))
         if may_go:
