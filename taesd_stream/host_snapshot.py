@@ -69,7 +69,7 @@ class HostTensor(_InHost, TensorSnapshot):
         self.held_bytes = latents.numel() * latents.element_size()
 
     def take(self, latents: Any) -> Any:
-        if not self._fits(latents):
+        if not self._fits(latents) or not latents.is_cpu:
             return None
         if not latents.is_contiguous() or latents.is_neg():
             latents = latents.detach().resolve_neg().contiguous()
