@@ -226,3 +226,9 @@ def _load() -> tuple[dict[str, TinyDecoder], dict[str, LatentFormat]]:
 _DECODERS, _FORMATS = _load()
 TINY_DECODERS: Final[dict[str, TinyDecoder]] = _DECODERS
 LATENT_FORMATS: Final[dict[str, LatentFormat]] = _FORMATS
+
+
+def magnitude_of(latent_format: str) -> float:
+    """|z| that the uint8 wire form of a format holds, also of one that the table does not have."""
+    known = LATENT_FORMATS.get(latent_format)
+    return known.magnitude if known else DEFAULT_MAGNITUDE

@@ -147,7 +147,8 @@ class Failed:
     """worker -> broker: items (places in the job; empty: all) gave no picture. One credit comes back.
 
     retry: another try may help (out of memory); else the frame itself is at fault.
-    Codes: bad_frame, no_decoder, memory, no_memory (of a `live` run: it needs its history), internal.
+    Codes: bad_frame, no_decoder, memory, no_memory (of a `live` run: it needs its history), not_encoded (for its
+    recording), internal.
     """
 
     job: int

@@ -35,7 +35,7 @@ from taesd_stream.frames import (
     is_stream_name,
 )
 from taesd_stream.keys import KEYS_VARIABLE, Keys, load_keys
-from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
+from taesd_stream.latent_formats import LATENT_FORMATS, magnitude_of
 from taesd_stream.latent_snapshot import Snapshot, is_on_device, snapshot_of
 from taesd_stream.outbox import RESTING_NS, Outbox, count_of
 from taesd_stream.publisher_exit import end_at_exit, reason_of
@@ -235,8 +235,7 @@ class LatentPublisher:
         self.close(reason=reason, text=text)
 
     def _snapshot_of(self, latents: Any) -> Snapshot:
-        magnitude = self._format.magnitude if self._format else DEFAULT_MAGNITUDE
-        snapshot = snapshot_of(latents, self._wire_dtype, magnitude)
+        snapshot = snapshot_of(latents, self._wire_dtype, magnitude_of(self._link.run.info.latent_format))
         self._check_shape(snapshot.shape, snapshot.dtype)
         return snapshot
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 import subprocess
@@ -23,7 +24,9 @@ from hypothesis import strategies as st
 
 from taesd_stream import LatentPublisher
 from taesd_stream.config import load_config
+from taesd_stream.decoding.sheet import GRID_GAP_PX
 from taesd_stream.frames import Packet
+from taesd_stream.latent_formats import LATENT_FORMATS
 from taesd_stream.media.encoder import VideoEncoder
 from taesd_stream.media.finished import finish_file, read_summary
 from taesd_stream.media.fragments import read_index
@@ -100,6 +103,31 @@ def test_a_large_batch_is_recorded_as_one_picture(count: int) -> None:
     is_single = count <= MAX_TRACKS
     assert [one.tracks for one in packets] == [count if is_single else 1] * (count if is_single else 1)
     assert [one.code for one in run.degraded.values()] == ([] if is_single else ["one_sheet"])
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16, 32), (5, 16, 16, 20), (4, 16, 24, 24)])
+def test_a_sheet_says_how_many_pictures_stand_in_its_rows(shape: tuple[int, ...]) -> None:
+    """Of a format with 42.67 pixels a cell, too, where a picture's sides are not as its latents' are."""
+    said: list[Any] = []
+    config = load_config(sets=["decoder.choice=linear"])
+    decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, said.append, lanes=EncodeThreads(2, 1))
+    item = replace(JOB_ITEM, shape=shape, renditions=("record",))
+    run = JobRun(
+        Job(
+            job=1,
+            latent_format="stable_cascade_prior",
+            items=(item,),
+            packets_to="tcp://127.0.0.1:9",
+            payloads=(bytes(2 * math.prod(shape)),),
+        )
+    )
+    decoder.start()
+    decoder.submit(run)
+    wait_for(lambda: run in said, 60, of="the job")
+    decoder.close()
+    (sheet,) = (one[1] for one in said if isinstance(one, tuple))
+    _, width = LATENT_FORMATS["stable_cascade_prior"].picture_size(*shape[-2:])
+    assert (sheet.parts, sheet.columns) == (shape[0], (sheet.width + GRID_GAP_PX) // (width + GRID_GAP_PX))
 
 
 def test_a_frame_is_written_when_all_its_pictures_are_there(tmp_path: Path) -> None:

@@ -149,6 +149,31 @@ def test_a_frame_that_ended_two_jobs_is_left_out(broker: BrokerRole) -> None:
         assert "left out" in broker.row("poison")["note"]
 
 
+def test_a_frame_that_was_not_encoded_is_tried_for_longer(broker: BrokerRole) -> None:
+    """Its encoder may have been short of memory: two failures are no poison, and its neighbour goes on."""
+    with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker() as worker:
+        run = new_run()
+        publisher.open(run, "memory", record="all")
+        for seq in range(2):
+            publisher.say(frame(run, seq, kept=True))
+        publisher.ack(run, 1)
+        job = worker.job()
+        for attempt in (1, 2, 3):
+            while job.items[0].attempt < attempt:  # what went before the failure was heard
+                job = worker.job()
+            assert job.items[0].seq == 0
+            worker.failed(job, "not_encoded", items=[0])
+        recorded: list[JobItem] = []
+        while not recorded or recorded[-1].seq < 1:
+            job = worker.job()
+            worker.done(job)
+            recorded += [item for item in job.items if item.attempt == 4]
+        assert [item.seq for item in recorded] == [0, 1]
+        streamer.written(run, 4, 1)
+        counts = broker.stats().stats["counts"]
+        assert (counts["failed_not_encoded"], counts.get("gaps", 0)) == (3, 0)
+
+
 def test_the_last_credit_of_a_worker_is_no_clips(broker: BrokerRole) -> None:
     """While it is at work on a clip, a worker of two credits gets another stream's picture, not the next clip."""
     clip = (3, 4, 8, 8)

@@ -388,6 +388,17 @@ def test_decode_of_a_log_that_says_all_by_itself(tmp_path: Path) -> None:
     assert (code, "flux1" in line, str(path) in line) == (2, True, True), line
 
 
+@pytest.mark.parametrize(("count", "fps"), [(1, 0.5), (3, 0.5), (25, 1000)])
+def test_the_last_picture_stands_as_long_as_the_others(count: int, fps: float, tmp_path: Path) -> None:
+    """A video of so many pictures is as long as they are; of the last one FFmpeg would guess 1/24 s."""
+    path, output = tmp_path / "clip.npy", tmp_path / "clip.mp4"
+    np.save(path, moving_latents(count).numpy())
+    done = run("decode", str(path), "--latent-format", "sd1", "--fps", f"{fps}", "-o", str(output), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with av.open(output) as container:
+        assert container.duration == pytest.approx(1e6 * count / fps, abs=1000)  # microseconds; its clock has 1 ms
+
+
 def test_decode_with_the_real_weights(shared: Path, tmp_path: Path) -> None:
     """--set weights.folder gives the full decoder."""
     path, output = tmp_path / "clip.npy", tmp_path / "clip.mp4"

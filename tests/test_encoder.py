@@ -11,7 +11,7 @@ from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 from PIL import Image
 
-from taesd_stream.media.encoder import FIRST_TRY, JpegEncoder, VideoEncoder, VideoRendition
+from taesd_stream.media.encoder import FIRST_TRY, VIDEO_RENDITIONS, JpegEncoder, VideoEncoder, VideoRendition
 
 PATCHES = [
     (255, 255, 255),
@@ -106,6 +106,15 @@ def test_a_film_may_go_on_as_a_recording() -> None:
         for encoder in (VideoEncoder("film"), VideoEncoder("record"))
     )
     assert (film[7], film[8]) == (record[7], record[8])
+
+
+@pytest.mark.parametrize(("size", "level"), [((64, 64), 10), ((512, 512), 31), ((1920, 1080), 42), ((3840, 2160), 52)])
+def test_video_says_the_level_that_it_needs(size: tuple[int, int], level: int) -> None:
+    """Hardware decoders refuse what is above theirs: it is the least for 60 pictures/s, of each rendition."""
+    for rendition in VIDEO_RENDITIONS:
+        payload = VideoEncoder(rendition).encode(np.full((size[1] * 3 // 2, size[0]), 128, np.uint8), 0).payload
+        (sps,) = (unit for unit in payload.split(b"\0\0\1") if unit and unit[0] & 31 == 7)
+        assert sps[3] == level
 
 
 def test_video_carries_its_colours() -> None:

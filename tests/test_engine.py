@@ -274,7 +274,7 @@ def test_payloads_become_float32_latents(dtype: WireDtype) -> None:
     """The bytes of a tensor in any float dtype of the wire give back its values."""
     latents = torch.randn(2, 4, 3, 5).to(getattr(torch, dtype))
     payload = latents.contiguous().view(torch.uint8).numpy().tobytes()
-    back = latents_from_payload(memoryview(payload), dtype, (2, 4, 3, 5))
+    back = latents_from_payload(memoryview(payload), dtype, (2, 4, 3, 5), 3.0)
     assert back.dtype == torch.float32
     assert torch.equal(back, latents.float())
 
@@ -288,7 +288,7 @@ def test_quantised_payloads_span_the_magnitude() -> None:
 def test_a_payload_of_another_size_is_refused() -> None:
     """Bytes that are not as many as shape and dtype say are an error with both numbers."""
     with pytest.raises(ValueError, match=r"expected 96 bytes for \(4, 3, 4\) float16, got 95"):
-        latents_from_payload(bytes(95), "float16", (4, 3, 4))
+        latents_from_payload(bytes(95), "float16", (4, 3, 4), 3.0)
 
 
 @pytest.mark.skipif(SHARED is None, reason="TAESD_STREAM_SHARED is not set: no real weights")

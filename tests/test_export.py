@@ -19,6 +19,7 @@ from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.latent_log import RunLog
 from taesd_stream.media.encoder import VideoEncoder
 from taesd_stream.media.export import CODECS, ExportError, ExportFile, codec_for, pictures_of_file
+from taesd_stream.media.recording import Recording
 from taesd_stream.models import build_decoder
 from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
@@ -75,6 +76,17 @@ def test_every_kind_has_all_pictures_at_their_times_in_their_colours(
         shown = np.asarray(frame.to_ndarray(format="rgb24")) if name.endswith((".gif", ".mkv")) else to_rgb(frame)
         assert np.abs(shown[8:-8, 8:-8].astype(int) - rgb).max() <= 8, (name, rgb, shown[32, 48])
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_hevc_of_few_pictures(count: int, tmp_path: Path) -> None:
+    """libx265 made up the times of one picture and of two, not each time: the file was refused or torn."""
+    for number in range(6):
+        path = tmp_path / f"{number}.mp4"
+        with ExportFile(path, codec_for(path, "h265"), SUMMARY) as file:
+            for place in range(count):
+                file.add(av.VideoFrame.from_ndarray(planes_of(COLOURS[place]), "yuv420p"), place * 9000)
+        assert [pts for _, pts in pictures_of_file(path)] == [9000 * place for place in range(count)]
 
 
 def test_webp_has_all_pictures_at_their_times(recorded: Path, tmp_path: Path) -> None:
@@ -160,6 +172,18 @@ def test_info_tells_what_a_file_was_painted_from(recorded: Path, tmp_path: Path)
     shown = run("info", recorded, folder=tmp_path).stdout
     assert "a café, at night" in shown
     assert "sampler" in shown
+
+
+def test_meta_called_like_our_own_facts_hides_none_of_them(tmp_path: Path) -> None:
+    """FFmpeg's tags tell no case: the file says what it is, whatever a sampler calls its facts."""
+    meta = {"TAESD_STREAM": "x", "taesd_stream": "y", "Title": "z", "RUN": "0", "prompt": "a fox"}
+    recording = Recording.open(tmp_path, stream="demo/a", run=RUN, meta=meta, name="{run}")
+    one = VideoEncoder("record").encode(planes_of(COLOURS[0]), 0)
+    recording.write(packet(0, one.payload, is_keyframe=True, pts=0))
+    done = run("info", recording.finish()[0], "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert (facts["stream"], facts["run"], facts["meta"]) == ("demo/a", RUN, meta)
 
 
 def test_what_a_sampler_said_comes_back_from_a_daemons_file(daemon: Daemon, tmp_path: Path) -> None:

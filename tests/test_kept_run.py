@@ -11,7 +11,7 @@ from taesd_stream.latent_log import RunLog
 from taesd_stream.scheduling import Candidate
 from taesd_stream_workers.broker.kept_run import LEAST_FRAMES, MAX_STUCK_S, READ_AHEAD_FRAMES, RECORD_STUCK_S, KeptRun
 from taesd_stream_workers.broker.runs import Run
-from taesd_stream_workers.broker.troubles import MAX_FAILURES, Troubles
+from taesd_stream_workers.broker.troubles import MAX_ENCODINGS, MAX_FAILURES, Troubles
 from tests.broker_role import frame, new_run
 
 SHAPE = (4, 32, 32)
@@ -116,6 +116,15 @@ def test_failures_of_old_frames_are_forgotten() -> None:
         assert troubles.failed(seq) == 2
     assert len(troubles.failures) == MAX_FAILURES
     assert min(troubles.failures) == MAX_FAILURES
+
+
+def test_encoders_have_more_tries_than_decoders() -> None:
+    """What an encoder could not take is no poison; how often is told, until it succeeds."""
+    troubles = Troubles()
+    assert [troubles.not_encoded(7) for _ in range(MAX_ENCODINGS)] == list(range(1, MAX_ENCODINGS + 1))
+    assert (troubles.is_poison(7), troubles.not_encoded(8)) == (False, 1)
+    troubles.succeeded(7)
+    assert troubles.not_encoded(7) == 1
 
 
 def test_an_answer_to_a_former_attempt_is_none_to_this_one(kept: KeptRun) -> None:

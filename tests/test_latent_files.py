@@ -29,8 +29,9 @@ def some_latents(*shape: int) -> Tensor:
 
 def save(path: Path, latents: Tensor) -> Path:
     """Write latents as the suffix says."""
-    if path.suffix == ".npy":
-        np.save(path, latents.numpy())
+    if path.suffix.lower() == ".npy":
+        with path.open("wb") as file:  # of a name in capitals np.save makes another
+            np.save(file, latents.numpy())
     elif path.suffix == ".safetensors":
         save_file({"latents": latents.contiguous()}, path)
     else:
@@ -62,7 +63,7 @@ def write_log(folder: Path, frames: list[Tensor], kind: Any = "steps") -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".pth", ".pt"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".pth", ".pt", ".NPY"])
 def test_each_kind_of_file_gives_its_latents(suffix: str, tmp_path: Path) -> None:
     """What was saved comes back, bit for bit."""
     latents = some_latents(5, 4, 6, 8)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from taesd_stream.decoding.colour import fit_within, jpeg_planes, video_planes
 from taesd_stream.decoding.host_copies import HostCopies
 from taesd_stream.frames import RENDITIONS, Rendition
-from taesd_stream_workers.worker.rendering import Rendered, Sizes, render
+from taesd_stream.media.encoder import VideoEncoder
+from taesd_stream_workers.worker.rendering import Rendered, Sizes, convert, render
 
 SIZES = Sizes(live_max_px=64, thumb_max_px=32)
 COPIES = HostCopies(torch.device("cpu"))
@@ -36,6 +38,17 @@ def test_pictures_rendered_together_are_those_rendered_alone() -> None:
         height, width = pictures[one.number].shape[-2:]
         assert one.size == ((64, 32) if (width, one.rendition) == (96, "live") else one.size)
         assert one.rendition != "record" or one.size == (width, height)
+
+
+@pytest.mark.parametrize("rendition", ["record", "film"])
+def test_what_no_encoder_takes_is_recorded_smaller(rendition: Rendition) -> None:
+    """H.264's encoder takes 16384 pixels on a side: one more, and the frame would never be recorded."""
+    sizes = Sizes(live_max_px=1280, thumb_max_px=256)
+    assert [sizes.limit(rendition, *size) for size in ((8, 16384), (16384, 8))] == [0, 0]
+    ((one,),) = [list(convert([torch.rand(3, 4, 16392)], [(rendition,)], sizes))]
+    width, height = one.size
+    assert (width, height) == (16384, 4)
+    assert VideoEncoder("record").encode(one.planes[0].numpy(), 0).width == 16384
 
 
 def test_a_rendition_s_pictures_keep_their_order() -> None:

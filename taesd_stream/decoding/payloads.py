@@ -44,7 +44,7 @@ def rows_not_finite(words: Tensor) -> list[int]:
 
 
 def latents_from_payload(
-    payload: bytes | memoryview, dtype: WireDtype, shape: Sequence[int], magnitude: float = 3.0
+    payload: bytes | memoryview, dtype: WireDtype, shape: Sequence[int], magnitude: float
 ) -> Tensor:
     """A frame's payload as float32 latents of `shape`; a copy.
 

@@ -19,6 +19,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from taesd_stream.frames import CLOCK_HZ, Rendition
+from taesd_stream.media.parameter_sets import has_level, level_for
 
 Planes: TypeAlias = NDArray[np.uint8]
 VideoRendition: TypeAlias = Literal["live", "record", "film"]
@@ -185,7 +186,9 @@ class VideoEncoder:
             context = _open("libx264", "yuv420p", size)
             context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
             context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-            context.options = self._options
+            # x264 would say a level for 90000 pictures/s, the clock's ticks: above what many hardware decoders take
+            level = {"level": f"{level_for(*size) / 10}"} if has_level(*size) else {}
+            context.options = self._options | level
             self._context = context
             self._prediction = _Prediction() if self._may_add_keyframes else None
         return self._context

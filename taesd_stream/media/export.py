@@ -49,10 +49,10 @@ class Codec:
 
 CODECS: Final[Mapping[str, Codec]] = {
     "h264": Codec("libx264", "yuv420p", (".mp4", ".mkv", ".mov"), ("crf", 18), {"preset": "medium"}),
-    # Apple's players take HEVC only under this tag
+    # Apple's players take HEVC only under this tag. No B frames: of fewer than three pictures libx265 makes up the dts.
     "h265": Codec(
         "libx265", "yuv420p", (".mp4", ".mkv", ".mov"), ("crf", 20),
-        {"preset": "medium", "x265-params": "log-level=error"}, "hvc1",
+        {"preset": "medium", "x265-params": "log-level=error:bframes=0"}, "hvc1",
     ),
     "av1": Codec("libsvtav1", "yuv420p", (".mp4", ".mkv", ".webm"), ("crf", 28), {"preset": "8"}, max_rate=240),
     "vp9": Codec("libvpx-vp9", "yuv420p", (".webm", ".mkv"), ("crf", 24), {"b": "0", "row-mt": "1"}),

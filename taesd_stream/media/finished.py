@@ -140,11 +140,12 @@ def tags_of(summary: Mapping[str, Any]) -> dict[str, str]:
     summary: stream, run, started, meta, and more.
     """
     meta = summary["meta"]
-    tags = {key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()}
-    tags |= {"title": summary["stream"], "stream": summary["stream"], "run": summary["run"]}
-    tags["creation_time"] = datetime.fromtimestamp(summary["started"], UTC).isoformat()
-    tags[SUMMARY_KEY] = json.dumps(summary)
-    return {_text(key): _text(value) for key, value in tags.items() if key}
+    ours = {"title": summary["stream"], "stream": summary["stream"], "run": summary["run"]}
+    ours["creation_time"] = datetime.fromtimestamp(summary["started"], UTC).isoformat()
+    ours[SUMMARY_KEY] = json.dumps(summary)
+    theirs = {key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()}
+    tags = {key: value for key, value in theirs.items() if key and key.lower() not in ours}  # FFmpeg tells no case
+    return {_text(key): _text(value) for key, value in (tags | ours).items()}
 
 
 def _text(value: str) -> str:

@@ -94,7 +94,11 @@ class GrowingFile:
         if not index.entries:
             file.remove()
             return None
-        file._cut(index.end)
+        try:
+            file._cut(index.end)
+        except OSError:
+            file.close()
+            raise
         return file
 
     def append(

@@ -1,4 +1,4 @@
-"""SPS and PPS of the pictures that `decoding/kernels/h264.cu` codes: Constrained Baseline, BT.709 limited range.
+"""H.264's levels, and SPS and PPS of what `decoding/kernels/h264.cu` codes: Constrained Baseline, BT.709 limited range.
 
 Source: ITU-T H.264 (08/2021), 7.3.2.1.1, 7.3.2.2, E.1.1; levels by table A-1.
 """
@@ -36,7 +36,7 @@ def parameter_sets(width: int, height: int) -> bytes:
     """Both, each behind a start code (Annex B). width, height: of the planes, even, pixels."""
     columns, rows = macroblocks(width, height)
     sps, pps = _Bits(), _Bits()
-    for value in (BASELINE, CONSTRAINED, _level(columns, rows)):
+    for value in (BASELINE, CONSTRAINED, level_for(width, height)):
         sps.put(value, 8)
     # seq_parameter_set_id, log2_max_frame_num_minus4, pic_order_cnt_type (output in the order of decoding),
     # max_num_ref_frames
@@ -67,7 +67,9 @@ def parameter_sets(width: int, height: int) -> bytes:
     return b"\0\0\0\1\x67" + sps.rbsp() + b"\0\0\0\1\x68" + pps.rbsp()
 
 
-def _level(columns: int, rows: int) -> int:
+def level_for(width: int, height: int) -> int:
+    """The least level_idc that allows such pictures, MOST_FPS of them a second; of larger ones the highest."""
+    columns, rows = macroblocks(width, height)
     fits = (
         level
         for level, of_picture, of_second in LEVELS

@@ -53,6 +53,7 @@ class VideoFile:
         picture = self._encoder.encode(planes, pts)
         packet = av.Packet(picture.payload)
         packet.pts = packet.dts = pts
+        packet.duration = round((self._count + 1) * self._ticks) - pts  # else the last one would stand for 1/24 s
         packet.time_base, packet.is_keyframe, packet.stream = TIME_BASE, picture.is_keyframe, self._stream
         self._container.mux(packet)
         self._count += 1

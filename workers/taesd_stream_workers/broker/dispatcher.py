@@ -20,7 +20,7 @@ from taesd_stream_workers.broker.live_latents import LiveLatents
 from taesd_stream_workers.broker.placer import Placer
 from taesd_stream_workers.broker.registry import Registry
 from taesd_stream_workers.broker.runs import Run
-from taesd_stream_workers.broker.troubles import MAX_TRIES
+from taesd_stream_workers.broker.troubles import MAX_ENCODINGS, MAX_TRIES
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +125,7 @@ class Dispatcher:
         for item in held.items if held else ():
             run = self._item_over(item)
             if run is not None:
-                run.troubles.are_over()
-                run.troubles.failures.pop(item.seq, None)
+                run.troubles.succeeded(item.seq)
         for one in done.degraded if held else ():
             self._note_degraded(one)
 
@@ -187,7 +186,7 @@ class Dispatcher:
         elif failed.code == "no_decoder":
             kept.blocked = failed.text if is_blocked else None  # the frames stay in the log
             kept.restart(kept.written, kept.attempt + 1)
-        elif failed.retry:
+        elif failed.retry and (failed.code != "not_encoded" or run.troubles.not_encoded(item.seq) < MAX_ENCODINGS):
             kept.restart(kept.written, kept.attempt + 1)
             kept.not_before_s = time.monotonic() + RETRY_S  # memory comes back: a recording waits for it
         else:

@@ -77,8 +77,8 @@ def from_pictures(
     if not paths:
         raise ConfigError(f"{folder}: expected pictures ({', '.join(PICTURES)}), there are none")
     random.Random(0).shuffle(paths)  # noqa: S311 names sort by kind; a tenth of each kind is to be measured
-    held_out, kept = paths[::HELD_OUT] if len(paths) > 1 else [], paths[1:] if len(paths) > 1 else paths
-    kept = [path for path in kept if path not in held_out]
+    held_out = paths[::HELD_OUT] if len(paths) > 1 else []
+    kept = [path for place, path in enumerate(paths) if place % HELD_OUT or not held_out]
     encoder = _encoder(family, weights).float().to(device).eval().requires_grad_(False)
     channels, factor = _space(encoder, device)
     pictures = [_as_bytes(read_picture(path)) for path in kept]

@@ -125,9 +125,9 @@ def fit_format(name: str, pairs: Sequence[Pair], track: Track) -> Fit:
     track: passes pairs on and shows how far it is. Raises: ConfigError for pairs of different spaces.
     """
     held_out = list(pairs[HELD_OUT // 2 :: HELD_OUT]) or list(pairs[1:])  # of a handful the last is measured
-    fitted = [pair for pair in pairs if pair not in held_out]
+    measured = set(held_out)
     fitting = _Fitting(name, pairs[0])
-    for pair in track(fitted, "fit"):
+    for pair in track([pair for pair in pairs if pair not in measured], "fit"):
         fitting.add(pair)
     psnr_db = fitting.measure(track(held_out, "measure")) if held_out else {}
     for pair in track(held_out, "fit the rest"):

@@ -15,7 +15,7 @@ import numpy as np
 
 from taesd_stream.errors import ConfigError
 from taesd_stream.frames import Kind, LatentFrame, StreamInfo
-from taesd_stream.latent_formats import LATENT_FORMATS, LatentFormat, latent_format
+from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS, LatentFormat, latent_format, magnitude_of
 from taesd_stream.latent_log import read_messages
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def rows_of(latents: Tensor, kind: Kind, *, is_batch: bool) -> list[Row]:
 
 def info_of_log(path: Path) -> StreamInfo | None:
     """Who published a .latents file; None for other files. Raises: ConfigError when it does not say."""
-    if path.suffix != LOG_SUFFIX:
+    if path.suffix.lower() != LOG_SUFFIX:
         return None
     _check_name(path)
     info = next((message for message in read_messages(path) if isinstance(message, StreamInfo)), None)
@@ -114,28 +114,32 @@ def rows_of_log(path: Path) -> Iterator[Row]:
     """The frames of a .latents file as they were published, one read at a time."""
     from taesd_stream.decoding.payloads import latents_from_payload
 
+    magnitude = DEFAULT_MAGNITUDE
     for message in read_messages(path):
-        if isinstance(message, LatentFrame):
-            latents = latents_from_payload(message.payload, message.dtype, message.shape)
+        if isinstance(message, StreamInfo):
+            magnitude = magnitude_of(message.latent_format)
+        elif isinstance(message, LatentFrame):
+            latents = latents_from_payload(message.payload, message.dtype, message.shape, magnitude)
             yield Row(latents, message.step, message.total_steps, message.sigma)
 
 
 def _check_name(path: Path) -> None:
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file")
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
 
 
 def _read(path: Path) -> Tensor:
     import torch
 
-    if path.suffix == ".npy":
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
         with path.open("rb") as file:
             return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
-    if path.suffix == LOG_SUFFIX:
+    if suffix == LOG_SUFFIX:
         return _stacked(path)
-    if path.suffix == ".safetensors":
+    if suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from taesd_stream.errors import ConfigError
 from taesd_stream.frames import LatentFrame, StreamInfo
-from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
+from taesd_stream.latent_formats import magnitude_of
 from taesd_stream.latent_log import read_messages
 from taesd_stream.media.clock import ForwardPts, picture_ticks, steps_pts
 from taesd_stream.messages import JobItem
@@ -37,8 +37,7 @@ def log_pictures(path: Path, engine: Engine, budget_bytes: int) -> Iterator[tupl
         if isinstance(message, StreamInfo):
             info = message
         elif isinstance(message, LatentFrame) and info is not None:
-            known = LATENT_FORMATS.get(info.latent_format)
-            magnitude = known.magnitude if known else DEFAULT_MAGNITUDE
+            magnitude = magnitude_of(info.latent_format)
             latents = as_pictures(latents_from_payload(message.payload, message.dtype, message.shape, magnitude))
             entry = (0, _item(info, message), Rows(latents, 0, len(latents)))
             if not latents.isfinite().all():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from taesd_stream.decoding.engine import Engine
-from taesd_stream.decoding.sheet import grid
+from taesd_stream.decoding.sheet import grid, grid_columns
 from taesd_stream.decoding.slicing import Most
 from taesd_stream.decoding.video_engine import LivePart, VideoEngine
 from taesd_stream.frames import Rendition
@@ -22,6 +22,7 @@ class Picture:
     """One picture of a frame. place: which item of the job; index of count; pts: 1/90000 s.
 
     tracks: over 1 it is one of a batch, for a recording's track of its own alone. is_recorded: False of the sheet then.
+    columns: of a sheet, how many pictures of the batch stand in a row.
     is_approximate: of a `live` run whose memory was lost, and its history too: the colours are not yet right.
     """
 
@@ -32,6 +33,7 @@ class Picture:
     is_approximate: bool = False
     tracks: int = 1
     is_recorded: bool = True
+    columns: int = 1
 
     def is_for(self, rendition: Rendition) -> bool:
         """Whether it is shown in a rendition that is wanted of its item."""
@@ -160,8 +162,10 @@ def _stills(engine: Engine, entries: Sequence[Entry], budget_bytes: int, most: M
             parts.append((picture, one))
             if len(parts) == len(mine):
                 shown += parts if mine.is_each else []
-                sheet = Picture(place, 0, 1, item.pts, is_recorded=not mine.is_each)
-                shown.append((sheet, grid(torch.stack([one for _, one in sheets.pop(number)]))))
+                whole = torch.stack([one for _, one in sheets.pop(number)])
+                columns = grid_columns(*whole.shape[:1], *whole.shape[2:])
+                sheet = Picture(place, 0, 1, item.pts, is_recorded=not mine.is_each, columns=columns)
+                shown.append((sheet, grid(whole)))
         yield Shown([picture for picture, _ in shown], part.stop - part.start, rgb=[one for _, one in shown])
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 from torch import Tensor
 
-from taesd_stream.messages import Degraded, Failed, Job
+from taesd_stream.messages import Degraded, Failed, Job, JobItem
 from taesd_stream_workers.worker.staging import Staged
 
 
@@ -71,3 +71,12 @@ class JobRun:
         """Nothing of the job counts."""
         text = str(error)[:500] or type(error).__name__
         self.failed = Failed(job=self.job.job, items=[], code=code, text=text, retry=retry)
+
+    def lose(self, item: JobItem, code: str, text: str) -> None:
+        """An item gave no picture, and another try may help; what failed before goes again with it."""
+        place = next(place for place, one in enumerate(self.job.items) if one is item)
+        with self._lock:
+            before = self.failed
+            if before is None or before.items:  # else all of it goes again
+                items = sorted({place, *(before.items if before else ())})
+                self.failed = Failed(job=self.job.job, items=items, code=code, text=text, retry=True)

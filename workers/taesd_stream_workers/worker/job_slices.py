@@ -15,7 +15,7 @@ from taesd_stream.decoding.engine import Engine
 from taesd_stream.decoding.payloads import latents_from_payload, latents_from_words
 from taesd_stream.decoding.slicing import Most
 from taesd_stream.decoding.video_engine import VideoEngine
-from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS
+from taesd_stream.latent_formats import magnitude_of
 from taesd_stream.media.encoder import VIDEO_RENDITIONS
 from taesd_stream.messages import Failed, JobItem, Progress
 from taesd_stream_workers.worker.degrading import Pace, is_out_of_memory, ways
@@ -63,8 +63,7 @@ class JobSlices:
         if bad:
             text = "latents hold NaN or infinite values: no picture can be made of them"
             run.failed = Failed(job=job.job, items=bad, code="bad_frame", text=text, retry=False)
-        known = LATENT_FORMATS.get(job.latent_format)
-        magnitude = known.magnitude if known else DEFAULT_MAGNITUDE
+        magnitude = magnitude_of(job.latent_format)
         latents = latents_from_words(self._outlet.copies.upload(words), magnitude)
         batch = latents.flatten(0, 1) if latents.ndim == 5 else latents
         each = len(batch) // len(parts)
@@ -200,10 +199,9 @@ class JobSlices:
         """
         lacking = lacks_memory(engine, [item for item, _, _ in mine])
         if lacking:
-            places = [run.job.items.index(mine[place][0]) for place in lacking]
-            text = "the memory of a live stream is not here: its history is needed"
-            bad = run.failed.items if run.failed else []
-            run.failed = Failed(job=run.job.job, items=[*bad, *places], code="no_memory", text=text, retry=True)
+            for place in lacking:
+                text = "the memory of a live stream is not here: its history is needed"
+                run.lose(mine[place][0], "no_memory", text)
             yield lacking
         kept_places = [place for place in range(len(mine)) if place not in lacking]
         mine = [mine[place] for place in kept_places]

@@ -16,6 +16,7 @@ from taesd_stream.decoding.host_copy import HostCopy
 from taesd_stream.frames import Rendition
 from taesd_stream.media.encoder import VIDEO_RENDITIONS, Planes
 
+LARGEST_PX: Final = 16384  # a side that H.264's encoder takes: what is larger is recorded at that size
 BATCH_PX: Final = 1 << 22  # of pictures that are converted together: a GPU's calls cost more than their work
 
 # Pictures that become planes in one go: their shape, the long side of what comes out (0: as it is), and which planes.
@@ -31,8 +32,9 @@ class Sizes:
 
     def limit(self, rendition: Rendition, height: int, width: int) -> int:
         """The long side that a picture of that size is shrunk to for a rendition, 0 where it stays as it is."""
-        limit = {"record": 0, "film": 0, "thumb": self.thumb_max_px}.get(rendition, self.live_max_px)
-        return limit if limit and max(height, width) > limit else 0
+        limits = {"record": LARGEST_PX, "film": LARGEST_PX, "thumb": self.thumb_max_px}
+        limit = limits.get(rendition, self.live_max_px)
+        return limit if max(height, width) > limit else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from typing import Any
 from taesd_stream.decoding.host_copies import HostCopies
 from taesd_stream.decoding.host_copy import HostCopy
 from taesd_stream.decoding.kernels.h264_coder import Due
-from taesd_stream.decoding.sheet import grid_columns
 from taesd_stream.frames import RENDITIONS, Packet, Rendition, Stamps
 from taesd_stream.media.encoder import EncodedPicture
 from taesd_stream.messages import JobItem
@@ -181,7 +180,7 @@ class Shower:
             packet = self._packet(item, rendition, picture, encoded, copy)
             self._outlet.pass_on((self._run.job.packets_to, packet))
         elif rendition == "record":
-            self._run.fail("internal", RuntimeError("encoding failed"), retry=True)
+            self._run.lose(item, "not_encoded", "A picture could not be encoded for the recording: tried again.")
         if rendition != "film":
             self._outlet.part_done(self._run)
 
@@ -216,7 +215,7 @@ class Shower:
             ),
             kind=item.kind,
             parts=parts,
-            columns=grid_columns(parts, *item.shape[-2:]),
+            columns=picture.columns,
             tracks=picture.tracks,
             placed_ns=item.placed_ns,
             payload=encoded.payload,
