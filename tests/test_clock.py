@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from fractions import Fraction
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from taesd_stream.frames import Stamps
-from taesd_stream.media.clock import PROVISIONAL_TICKS, ForwardPts, PlayerClock, picture_ticks, steps_pts
+from taesd_stream.media.clock import PROVISIONAL_TICKS, ForwardPts, PlayerClock, picture_pts, steps_pts
 from taesd_stream.outbox import NS_PER_TICK
 from tests.test_recording import packet
 
@@ -34,9 +35,12 @@ def test_steps_a_tick_apart_have_times_that_grow(sent_ns: int, gap_ns: int) -> N
     assert before < after
 
 
-def test_a_rate_is_ticks_from_picture_to_picture() -> None:
-    """Pictures of video are as far apart as the stream's rate says, or the usual one where it says none."""
-    assert [picture_ticks(fps) for fps in (16, 30, None)] == [5625, 3000, 3750]
+@given(st.integers(0, 1 << 32), st.floats(0.1, 1000))
+def test_a_picture_of_video_has_its_place_by_the_rate(index: int, fps: float) -> None:
+    """To the next tick, however long the video is: an hour of 59.94 fps was a second late. And times grow."""
+    assert abs(picture_pts(index, fps) - index * 90000 / Fraction(fps)) < 1
+    assert picture_pts(index, fps) < picture_pts(index + 1, fps)
+    assert [picture_pts(3600 * 60, one) for one in (60, 24)] == [3600 * 90000, 3600 * 60 * 3750]
 
 
 def shown(packets: list[tuple[str, int, int, float]]) -> list[int]:

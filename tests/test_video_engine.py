@@ -223,7 +223,7 @@ def test_pictures_of_a_stream_lie_side_by_side_in_time(tmp_path: Path) -> None:
     engine = open_engine("cogvideox", weights_folder=tmp_path)
     batch = latents_of(3)
     entries = [
-        (index, replace(JOB_ITEM, kind="live", index=index, seq=index, picture_ticks=10), Rows(batch, index, 1))
+        (index, replace(JOB_ITEM, kind="live", index=index, seq=index, fps=9000.0), Rows(batch, index, 1))
         for index in range(3)
     ]
     shown = [picture for one in pictures_of(engine, entries, PLENTY) for picture in one.pictures]

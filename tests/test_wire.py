@@ -19,7 +19,6 @@ from taesd_stream.decoding.choice import open_engine
 from taesd_stream.errors import WireError
 from taesd_stream.frames import DTYPE_BYTES, LatentFrame, Stamps, WireDtype
 from taesd_stream.latent_formats import LATENT_FORMATS
-from taesd_stream.media.clock import picture_ticks
 from taesd_stream.messages import Degraded, JobItem, RunHello
 from taesd_stream_workers.worker.job_pictures import Rows, pictures_of
 from tests import wire_document
@@ -228,7 +227,7 @@ def test_the_furthest_latents_of_a_live_run_can_be_told_of_everywhere() -> None:
     last = wire.unpack(changed("frame", index=(1 << 32) - 2), wire.FROM_PUBLISHER)
     known, engine = LATENT_FORMATS["wan2_1"], open_engine("wan2_1", weights_folder=None, choice="linear")
     (item,) = GOLDEN["job"][0].items[:1]
-    item = dataclasses.replace(item, kind="live", index=last.index, picture_ticks=picture_ticks(0.001))
+    item = dataclasses.replace(item, kind="live", index=last.index, fps=0.001)
     latents = torch.zeros(2, known.channels, 4, 4)
     (shown,) = pictures_of(engine, [(0, item, Rows(latents, 0, 2))], 1 << 30)
     packet = dataclasses.replace(GOLDEN["packet"][0], pts=shown.pictures[-1].pts)

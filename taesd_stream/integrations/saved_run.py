@@ -32,7 +32,7 @@ from taesd_stream.decoding.video_engine import VideoEngine
 from taesd_stream.frames import EndReason, Kind, Packet, Stamps
 from taesd_stream.latent_formats import LatentFormat
 from taesd_stream.latent_snapshot import Snapshot, snapshot_of
-from taesd_stream.media.clock import picture_ticks, steps_pts
+from taesd_stream.media.clock import DEFAULT_FPS, picture_pts, steps_pts
 from taesd_stream.media.encoder import VideoEncoder
 from taesd_stream.media.recording import Recording
 
@@ -133,7 +133,7 @@ class _Writer:
         self.error: str | None = None
         self._path = path
         self._known, self._kind = known, kind
-        self._ticks = picture_ticks(fps)
+        self._fps = fps or DEFAULT_FPS
         self._run = secrets.token_hex(8)
         self._stream = stream
         self._folder = path.with_name(path.name + ".saving")
@@ -189,7 +189,7 @@ class _Writer:
         stretch = 1 if isinstance(engine, VideoEngine) else engine.temporal_factor or 1
         for index, rgb in enumerate(pictures):
             planes = video_planes(rgb.unsqueeze(0))[0].cpu().numpy()
-            pts = begin + index * self._ticks * stretch
+            pts = begin + picture_pts(index * stretch, self._fps)
             picture = self._encoder.encode(planes, pts, force_keyframe=index == 0 and self._kind == "clip")
             recording.write(
                 Packet(

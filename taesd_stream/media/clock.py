@@ -11,16 +11,15 @@ DEFAULT_FPS: Final = 24.0  # of a `clip` or `live` run that names none: what mos
 _NS_PER_S: Final = 1_000_000_000
 
 
-def picture_ticks(fps: float | None) -> int:
-    """From one picture of a `clip` or `live` frame to the next."""
-    return round(CLOCK_HZ / (fps or DEFAULT_FPS))
+def picture_pts(index: int, fps: float) -> int:
+    """The time of a `clip` or `live` picture: its place there by the rate, so that no rounding adds up."""
+    return round(index * CLOCK_HZ / fps)
 
 
 def steps_pts(sent_ns: int, opened_ns: int) -> int:
     """The time of a `steps` picture: when it was published, from the run's opening on; sent again it keeps its own.
 
-    A publisher never puts two frames into one tick. A `live` picture's time is its place in the run, a `clip` picture's
-    its place in the clip, in picture_ticks.
+    A publisher never puts two frames into one tick.
     """
     return max(0, (sent_ns - opened_ns) * CLOCK_HZ // _NS_PER_S)
 

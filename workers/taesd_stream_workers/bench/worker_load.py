@@ -160,7 +160,7 @@ def _item(case: Case, run: str, stream: str, seq: int) -> JobItem:
         attempt=0,
         keyframe=False,
         pts=9000 * seq,
-        picture_ticks=9000,
+        fps=10.0,
         step=seq,
         total_steps=None,
         sigma=None,

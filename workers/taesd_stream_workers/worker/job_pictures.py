@@ -14,6 +14,7 @@ from taesd_stream.decoding.sheet import grid, grid_columns
 from taesd_stream.decoding.slicing import Most
 from taesd_stream.decoding.video_engine import LivePart, VideoEngine
 from taesd_stream.frames import Rendition
+from taesd_stream.media.clock import picture_pts
 from taesd_stream.messages import JobItem
 
 
@@ -139,9 +140,9 @@ def _pictures_of_stills(engine: Engine, entry: Entry) -> list[Picture]:
     if item.kind == "steps":
         return [Picture(place, 0, 1, item.pts)] * len(rows)
     # a picture of a video format stands for all frames of its latent
-    ticks = item.picture_ticks * (engine.temporal_factor or 1)
-    first = item.index * (item.kind == "live")
-    return [Picture(place, index, len(rows), (first + index) * ticks) for index in range(len(rows))]
+    frames, first = engine.temporal_factor or 1, item.index * (item.kind == "live")
+    times = [picture_pts((first + index) * frames, item.fps) for index in range(len(rows))]
+    return [Picture(place, index, len(rows), pts) for index, pts in enumerate(times)]
 
 
 def _stills(engine: Engine, entries: Sequence[Entry], budget_bytes: int, most: Most | None) -> Iterator[Shown]:
@@ -173,7 +174,7 @@ def _clip(engine: VideoEngine, entry: Entry, budget_bytes: int, most: Most | Non
     place, item, rows = entry
     count, index = engine.frames_of_clip(len(rows)), 0
     for part, frames in engine.decode_clip(rows.latents, budget_bytes=budget_bytes, most=most):
-        pictures = [Picture(place, one, count, one * item.picture_ticks) for one in range(index, index + len(frames))]
+        pictures = [Picture(place, one, count, picture_pts(one, item.fps)) for one in range(index, index + len(frames))]
         yield Shown(pictures, part.stop - part.start, rgb=list(frames))
         index += len(frames)
 
@@ -192,7 +193,7 @@ def _live(
             first = engine.frames_before(item.index)
             count, approximate = len(result.frames), result.is_approximate
             pictures += [
-                Picture(place, index, count, (first + index) * item.picture_ticks, is_approximate=approximate)
+                Picture(place, index, count, picture_pts(first + index, item.fps), is_approximate=approximate)
                 for index in range(count)
             ]
         yield Shown(pictures, rgb=[frame for result in results for frame in result.frames])
