@@ -448,6 +448,20 @@ def test_where_no_other_can_be_started_the_living_go_on(
     assert "encoder_not_started" in caplog.text
 
 
+def test_a_thread_that_cannot_hand_on_a_picture_is_an_error() -> None:
+    """What takes the pictures fails: the pool says so, for its worker to end with, and can be closed."""
+    results, pool = Results(), EncodePool(EncodeThreads(1, 1))
+
+    def fails(_: EncodedPicture | None) -> None:
+        raise MemoryError("full (test)")
+
+    pool.start()
+    pool.submit([replace(results.task("a", 0), on_done=fails)])
+    wait_for(lambda: pool.error is not None, of="the error")
+    pool.close()
+    assert "full (test)" in str(pool.error)
+
+
 @in_processes
 def test_where_no_encoder_can_live_the_pool_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that die one after the other are an error that the worker ends with, not a storm of new ones."""

@@ -36,17 +36,13 @@ class EncodeThreads:
         self._changes = threading.Lock()  # of chains' queues
         self._heap = Heap()
         self._threads: list[threading.Thread] = []
-
-    @property
-    def error(self) -> Exception | None:
-        """See Lanes."""
-        return None
+        self.error: Exception | None = None  # see Lanes
 
     def start(self, done: Done) -> None:
         """See Lanes."""
         queues = [self._due] * self.live + [self._due_films] * self.films
         self._threads = [
-            threading.Thread(target=self._run, args=(due, done), name=f"encode {number}")
+            threading.Thread(target=self._guarded, args=(due, done), name=f"encode {number}")
             for number, due in enumerate(queues)
         ]
         for thread in self._threads:
@@ -77,6 +73,13 @@ class EncodeThreads:
             is_busy, chain.place.is_busy = chain.place.is_busy, True
         if not is_busy:
             (self._due_films if chain.is_film else self._due).put(chain)
+
+    def _guarded(self, due: queue.SimpleQueue[Chain | None], done: Done) -> None:
+        try:
+            self._run(due, done)
+        except Exception as error:  # the thread's outermost loop: its chain would stand still without a word
+            self.error = error
+            logger.exception("encoders_failed")
 
     def _run(self, due: queue.SimpleQueue[Chain | None], done: Done) -> None:
         while (chain := due.get()) is not None:
