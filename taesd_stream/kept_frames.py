@@ -18,7 +18,8 @@ class KeptFrames:
     Their seqs leave no hole but where keeping was off for a while.
     """
 
-    def __init__(self, ring_bytes: int, log_folder: Path) -> None:
+    def __init__(self, ring_bytes: int, log_folder: Path | None) -> None:
+        """log_folder: where frames go that the ring does not hold; None: there is no such place."""
         self.count = 0
         self._spans: deque[tuple[int, int]] = deque()  # [first, behind) of the seqs here
         self._ring: deque[LatentFrame] = deque()  # the newer ones; the older are in the log
@@ -76,6 +77,8 @@ class KeptFrames:
     def spill(self, info: StreamInfo) -> list[Path]:
         """Move the ring to our own log. Returns its files; raises LogError when the disk takes it not."""
         if self._ring and self._log is None:
+            if self._log_folder is None:
+                raise LogError("this user has no home folder for frames that were not taken: set XDG_STATE_HOME")
             try:
                 self._log_folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:

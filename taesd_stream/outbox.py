@@ -104,7 +104,7 @@ class Outbox:
     other `is_…` flags.
     """
 
-    def __init__(self, info: StreamInfo, *, ring_bytes: int, log_folder: Path) -> None:
+    def __init__(self, info: StreamInfo, *, ring_bytes: int, log_folder: Path | None) -> None:
         self.wanted = True  # one test, before anything is built
         self.said: deque[Said | int] = deque()
         self.is_busy = False  # the sampler's thread is taking a snapshot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -52,15 +53,22 @@ CLOSED: Final = "the publisher is closed"
 FORKED: Final = "this process was forked from the one that opened the publisher: a forked child must open its own"
 
 
-def own_log_folder() -> Path:
-    """Where frames go that no broker took: a folder of the user's state, by the platform's custom."""
+def own_log_folder() -> Path | None:
+    """Where frames go that no broker took: a folder of the user's state, by the platform's custom.
+
+    None for a user that has no home, as in a container that runs as any user.
+    """
+    with contextlib.suppress(RuntimeError):
+        return _state_folder() / "taesd-stream" / "unsent"
+    return None
+
+
+def _state_folder() -> Path:
     if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    else:
-        base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return base / "taesd-stream" / "unsent"
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support"
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
 
 
 class LatentPublisher:
@@ -222,7 +230,7 @@ class LatentPublisher:
             raise ValueError(f"reason: expected one of {', '.join(END_REASONS)}, got {reason!r}")
         self._is_closed = True
         self._forgotten.detach()
-        self._link.end_soon(timeout_s, "stopped" if self._link.is_stopped else reason, text)
+        self._link.end_soon(timeout_s, reason, text)
         self._link.join()
 
     def __enter__(self) -> LatentPublisher:
@@ -280,7 +288,7 @@ def keys_in(folder: str | os.PathLike[str] | None) -> Keys | None:
 def _checked_keys(folder: str | os.PathLike[str] | None) -> Keys | None:
     try:
         return keys_in(folder)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         raise ValueError(f"keys_folder: {error}") from error
 
 
@@ -302,6 +310,12 @@ def checked_info(
         raise ValueError(f"record: expected one of {', '.join(RECORD_MODES)} or None, got {record!r}")
     if wire_dtype is not None and wire_dtype not in DTYPE_BYTES:
         raise ValueError(f"wire_dtype: expected one of {', '.join(DTYPE_BYTES)}, got {wire_dtype!r}")
+    try:
+        told = _plain({"from": f"pid {os.getpid()} on {socket.gethostname()}", **dict(meta or {})})
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"meta: expected a mapping of plain values, got {quoted(repr(type(meta)))}: {error}"
+        ) from error
     info = StreamInfo(
         stream=stream,
         run=secrets.token_hex(8),
@@ -309,7 +323,7 @@ def checked_info(
         latent_format=latent_format,
         fps=fps,
         record=record,
-        meta=_plain({"from": f"pid {os.getpid()} on {socket.gethostname()}", **dict(meta or {})}),
+        meta=told,
         opened_ns=monotonic_ns(),
     )
     _check_travels(info)

@@ -32,7 +32,16 @@ def end_at_exit(link: PublisherLink) -> None:
     _open_links[link] = os.getpid()
     atexit.unregister(_end_all)  # once, however many runs
     atexit.register(_end_all)
+    _end_with_child(os.getpid())
     _watch_forks()
+
+
+@functools.cache  # once in a process
+def _end_with_child(_pid: int) -> None:
+    """A child that multiprocessing forked ends without atexit; what it registers here itself it runs."""
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        util.Finalize(None, _end_all, exitpriority=10)
 
 
 @functools.cache  # once: it cannot be taken back

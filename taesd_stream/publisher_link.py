@@ -113,7 +113,8 @@ class PublisherLink:
         if self._end is None:
             self._give_up_s = time.monotonic() + timeout_s
             text = text.encode("utf-8", "replace").decode()[:MAX_TEXT_CHARS]  # text from outside may be no UTF-8
-            self._end = End(run=self.run.first.run, last_seq=self._outbox.close(), reason=reason, text=text)
+            said: EndReason = "stopped" if self.is_stopped else reason
+            self._end = End(run=self.run.first.run, last_seq=self._outbox.close(), reason=said, text=text)
             self.wakes.wake()
 
     def forget(self) -> None:

@@ -437,6 +437,7 @@ def test_decode_with_the_real_weights(shared: Path, tmp_path: Path) -> None:
         (["record", "a b", "-o", "{}/out.mp4"], "NAME 'a b': expected up to 4 parts"),
         (["record", "a", "-o", "{}"], "{}: is a folder"),
         (["streams", "--connect", "ftp://here"], "--connect ftp://here: expected the web address"),
+        (["streams", "--connect", "http://[bad"], "--connect http://[bad: expected the web address"),
         (["health", "--role", "king"], "--role king: expected broker, worker, streamer or all"),
     ],
 )

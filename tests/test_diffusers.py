@@ -21,6 +21,7 @@ from torch import Tensor
 from taesd_stream import LatentPublisher
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.integrations.diffusers import PreviewCallback, preview
+from taesd_stream.integrations.diffusers.schedulers import Schedule
 from taesd_stream.media.finished import read_summary
 from taesd_stream.messages import End, StopRun
 from tests.broker_peer import BrokerPeer
@@ -445,3 +446,15 @@ def test_a_path_that_cannot_be(name: str, tmp_path: Path) -> None:
     """Another suffix or a folder that is not there is an error before the run."""
     with pytest.raises(ValueError, match=r"save: expected a name that ends in \.mp4, in a folder that exists"):
         preview(sd1().pipe, save=tmp_path / name)
+
+
+def test_a_flow_from_a_noise_level_of_80() -> None:
+    """Cosmos 2 runs flow matching over sigmas that begin at 80: x0 is found there too."""
+    make: Any = diffusers.FlowMatchEulerDiscreteScheduler
+    scheduler = make()
+    scheduler.set_timesteps(sigmas=np.array([0.9, 0.5, 0.1]))
+    scheduler.sigmas = torch.tensor([80.0, 10.0, 1.0, 0.0])
+    clean, noise = torch.randn(2, 1, 16, 1, 4, 6, generator=torch.Generator().manual_seed(1))
+    sample = clean + 80 * noise
+    result = scheduler.step(noise, scheduler.timesteps[0], sample, return_dict=False)
+    assert torch.allclose(Schedule(scheduler).x0(0, output=noise, sample=sample, result=result), clean, atol=1e-4)

@@ -218,6 +218,15 @@ def test_a_disk_that_takes_nothing_is_a_log_error(tmp_path: Path) -> None:
     assert kept_seqs(kept) == [0]
 
 
+def test_a_user_without_a_home_is_a_log_error() -> None:
+    """Nobody has a folder for the log: spill() says what to set, and the frames stay in memory."""
+    kept = KeptFrames(RING_BYTES, None)
+    kept.append(frame(0))
+    with pytest.raises(LogError, match="XDG_STATE_HOME"):
+        kept.spill(OPEN)
+    assert kept_seqs(kept) == [0]
+
+
 # --- the window ---
 
 

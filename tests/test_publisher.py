@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -941,6 +942,34 @@ def test_the_environment_names_the_broker(peer: BrokerPeer, monkeypatch: pytest.
     publisher = LatentPublisher(stream="a", latent_format="sd1")
     assert peer.opened().run == publisher.run
     publisher.close(0.0)
+
+
+def test_meta_that_is_none_is_said_at_once() -> None:
+    """No mapping, or one that holds itself: a ValueError, as for every other option."""
+    endless: dict[str, Any] = {}
+    endless["again"] = endless
+    for meta in ([1], endless):
+        with pytest.raises(ValueError, match="meta: "):
+            LatentPublisher(stream="a", latent_format="sd1", meta=meta)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
+def test_a_user_without_a_home_publishes(peer: BrokerPeer) -> None:
+    """In a container that runs as any user there is no home folder: nothing is raised, and frames are sent."""
+    code = (
+        "import numpy, os\n"
+        "from taesd_stream import LatentPublisher\n"
+        "os.setgid(54321); os.setuid(54321)\n"
+        "os.environ.pop('HOME', None); os.environ.pop('XDG_STATE_HOME', None)\n"
+        f"with LatentPublisher({peer.address!r}, stream='a', latent_format='sd1', record='all') as one:\n"
+        "    one.publish(numpy.zeros((4, 8, 8), 'float32'), step=0)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
+        run = peer.opened().run
+        peer.frame(0)
+        peer.ack(run, 0)
+        peer.finish()
+        assert process.wait(60) == 0, process.stderr.read() if process.stderr else ""
 
 
 def test_meta_of_any_kind_is_told(peer: BrokerPeer, open_run: Any) -> None:

@@ -289,6 +289,25 @@ def test_a_forked_child_may_open_its_own(peer: BrokerPeer, tmp_path: Path) -> No
     assert exit_code == 0, stderr
 
 
+def test_a_child_that_multiprocessing_forked_ends_its_run(peer: BrokerPeer, tmp_path: Path) -> None:
+    """Such a child ends without atexit: what it published is sent all the same, and then END."""
+    code = (
+        "import multiprocessing\n"
+        "def work():\n"
+        "    p = LatentPublisher(stream='child', latent_format='sd1', record='all')\n"
+        "    for step in range(20):\n"
+        "        p.publish(LATENTS, step=step)\n"
+        "    globals()['held'] = p\n"
+        "child = multiprocessing.get_context('fork').Process(target=work)\n"
+        "child.start()\n"
+        "child.join()\n"
+    )
+    process = started(peer, tmp_path, code)
+    assert (peer.finish().last_seq, peer.seqs()) == (19, list(range(20)))
+    exit_code, stderr = code_of(process)
+    assert exit_code == 0, stderr
+
+
 def publish_in_a_child(address: str) -> None:
     """What a spawned process runs."""
     with LatentPublisher(address, stream="spawned", latent_format="sd1", record="all") as publisher:

@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 
 from taesd_stream import LatentPublisher
+from taesd_stream.config import load_config
 from taesd_stream.folder_lock import FolderLock
-from taesd_stream_workers.supervisor import SILENT_S
+from taesd_stream_workers.role.process import Role
+from taesd_stream_workers.supervisor import MAX_BACKOFF_S, QUICK_DEATHS, SILENT_S, GaveUpError, Supervisor
 from taesd_stream_workers.worker.priority import NICE
 from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, free_port, wait_for
@@ -185,6 +187,24 @@ def test_a_role_that_dies_again_and_again_is_given_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
+def test_a_worker_that_dies_again_and_again_ends_no_other() -> None:
+    """One broken GPU of several: its worker is tried for ever, later each time, while another one works."""
+    with Supervisor(load_config()) as supervisor:
+        roles = {name: Role(name, name.split()[0], load_config()) for name in ("broker", "worker 0", "worker 1")}
+        supervisor._roles.update(roles)
+        for role in roles.values():
+            role.is_ready, role.started_s = True, time.monotonic()
+        for _ in range(3 * QUICK_DEATHS):
+            supervisor._back_off(roles["worker 1"], "exit code 1")
+        assert roles["worker 1"].restart_at_s - time.monotonic() < MAX_BACKOFF_S
+        for alone in ("broker", "worker 0"):
+            for _ in range(QUICK_DEATHS):
+                supervisor._back_off(roles[alone], "exit code 1")
+            with pytest.raises(GaveUpError, match=f"the {alone} ended"):
+                supervisor._back_off(roles[alone], "exit code 1")
+        supervisor._roles.clear()
+
+
 def test_a_killed_supervisor_leaves_no_orphan(tmp_path: Path) -> None:
     """After SIGKILL of the supervisor its children end by themselves, and theirs."""
     daemon = Daemon(tmp_path)

@@ -35,8 +35,8 @@ class DaemonClient:
             self.address = f"http://{self.address}"
         self.token = dict(urllib.parse.parse_qsl(query)).get("token")
         self._headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
-        parts = urllib.parse.urlsplit(self.address)
         try:
+            parts = urllib.parse.urlsplit(self.address)
             is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         except ValueError:
             is_address = False

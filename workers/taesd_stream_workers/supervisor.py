@@ -189,7 +189,7 @@ class Supervisor:
     def _look_after(self, role: Role, now: float) -> None:
         if role.process is None:
             if now >= role.restart_at_s:
-                role.spawn(self._options, self._reports)
+                self._start_again(role)
         elif role.process.poll() is not None:
             self._on_death(role, role.process.returncode)
         elif now - role.heard_s > (SILENT_S if role.is_ready else READY_S):
@@ -197,15 +197,26 @@ class Supervisor:
             role.process.kill()
             role.heard_s = now
 
+    def _start_again(self, role: Role) -> None:
+        try:
+            role.spawn(self._options, self._reports)
+        except OSError as error:  # no memory for a process, or too many of them: that passes
+            self._back_off(role, f"no process: {error.strerror}")
+
     def _on_death(self, role: Role, code: int) -> None:
-        now = time.monotonic()
         if code == USAGE_EXIT and (refusal := self._refusal_of(role)):
             logger.error("role_refused role=%s %s", role.name, refusal)
+        self._back_off(role, f"exit code {code}")
+
+    def _back_off(self, role: Role, reason: str) -> None:
+        """It does not run: it is started again, later each time. Raises: GaveUpError where nothing works without it."""
+        now = time.monotonic()
         role.deaths = role.deaths + 1 if now - role.started_s < STEADY_S else 1
-        if role.deaths > QUICK_DEATHS:
-            raise GaveUpError(f"the {role.name} ended {role.deaths} times in a row, last with exit code {code}")
-        delay_s = min(MAX_BACKOFF_S, 0.2 * 2 ** (role.deaths - 1))
-        logger.error("role_ended role=%s exit_code=%d restart_in_s=%.1f", role.name, code, delay_s)
+        others = (one for one in self._roles.values() if one is not role and one.command == role.command)
+        if role.deaths > QUICK_DEATHS and not any(one.is_ready for one in others):
+            raise GaveUpError(f"the {role.name} ended {role.deaths} times in a row, last with {reason}")
+        delay_s = min(MAX_BACKOFF_S, 0.2 * 2 ** min(role.deaths - 1, QUICK_DEATHS))
+        logger.error("role_ended role=%s reason=%r restart_in_s=%.1f", role.name, reason, delay_s)
         role.drop_process(now + delay_s)
 
 

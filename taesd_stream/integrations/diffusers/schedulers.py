@@ -109,7 +109,7 @@ class Schedule:
             sigma = self._sigmas[index]
             if self._config.get("invert_sigmas"):  # Mochi: from noise at 0 to the picture at 1
                 return predicted_x0(sample, output, prediction="flow", sigma=1 - sigma, negated=True)
-            return predicted_x0(sample, output, prediction="flow", sigma=sigma)
+            return sample - sigma * output  # not by predicted_x0: Cosmos 2's noise levels begin at 80
         return predicted_x0(sample, output, prediction=prediction, alpha=self._alpha(index))
 
     def _prediction(self) -> Prediction:

@@ -204,6 +204,9 @@ def run() -> None:
     except TaesdStreamError as error:
         say(f"taesd-stream: {error}", is_error=True)
         sys.exit(UNREACHABLE if isinstance(error, UnreachableError) else INTERNAL)
+    except PermissionError as error:
+        say(f"taesd-stream: {error.filename or 'a file'}: {error.strerror or error}", is_error=True)
+        sys.exit(USAGE)
     except ModuleNotFoundError:
         raise  # cli.py says what to install
     except Exception as error:
