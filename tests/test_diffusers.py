@@ -450,8 +450,7 @@ def test_a_path_that_cannot_be(name: str, tmp_path: Path) -> None:
 
 def test_a_flow_from_a_noise_level_of_80() -> None:
     """Cosmos 2 runs flow matching over sigmas that begin at 80: x0 is found there too."""
-    make: Any = diffusers.FlowMatchEulerDiscreteScheduler
-    scheduler = make()
+    scheduler = D.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=np.array([0.9, 0.5, 0.1]))
     scheduler.sigmas = torch.tensor([80.0, 10.0, 1.0, 0.0])
     clean, noise = torch.randn(2, 1, 16, 1, 4, 6, generator=torch.Generator().manual_seed(1))
