@@ -161,6 +161,11 @@ class LatentPublisher:
         """
         return self._link.error or self._outbox.error or self._hole or self._fault
 
+    @property
+    def fault(self) -> str | None:
+        """Why the last publish was not taken; None where it was, or none was wanted."""
+        return self._fault
+
     def publish(
         self, latents: Any, *, step: int, total_steps: int | None = None, sigma: SupportsFloat | None = None
     ) -> None:

@@ -398,11 +398,15 @@ def test_a_killed_streamer_goes_on_in_every_part(each_daemon: Daemon) -> None:
 
 
 def test_the_record_command_downloads_every_part(each_daemon: Daemon, tmp_path: Path) -> None:
-    """`taesd-stream record NAME -o out.mp4` of such a run writes out.1.mp4, out.2.mp4 and out.3.mp4."""
+    """`taesd-stream record NAME -o out.mp4` of such a run writes out.1.mp4, out.2.mp4 and out.3.mp4.
+
+    Also where the streamer is killed while it waits, and answers nothing until it is there again.
+    """
     command = [*COMMAND, "record", "each/command", "-o", str(tmp_path / "out.mp4"), "--connect", each_daemon.web]
     recorder = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert recorder.stderr is not None
     assert "waiting for each/command" in recorder.stderr.readline()
+    os.kill(each_daemon.pid_of("streamer"), signal.SIGKILL)
     with LatentPublisher(each_daemon.broker, stream="each/command", latent_format="sd1") as publisher:
         for step in range(5):
             publisher.publish(batch_of(step), step=step, total_steps=5)

@@ -84,20 +84,23 @@ def test_stop_ends_the_sampler(peer: BrokerPeer, beside: ThreadPoolExecutor) -> 
 
 
 def test_samples_of_a_trainer_are_a_film(daemon: Daemon) -> None:
-    """Each sample is kept under one run, at its global step; the link names the run and the sample."""
+    """Each sample is kept under one run, at its global step; the link names the run and the sample.
+
+    One that cannot be taken, of another space, has the link of the one before, and moves no other's.
+    """
     links = [
         publish_sample(
-            torch.randn(3, 4, 8, 8),
+            torch.randn(3, 64 if step == 500 else 4, 8, 8),
             step=step,
             stream="train/test",
             latent_format="sd1",
             address=daemon.broker,
             page=daemon.web,
         )
-        for step in (0, 500, 1000)
+        for step in (0, 500, 800, 1000)
     ]
     row = wait_for(lambda: daemon.streams().get("train/test"), of="the stream")
-    assert links == [f"{daemon.web}/#/s/{row['run']}/{place}" for place in range(3)]
+    assert links == [f"{daemon.web}/#/s/{row['run']}/{place}" for place in (0, 0, 1, 2)]
     wait_for(lambda: daemon.streams()["train/test"]["step"] == 1000, of="the third sample")
     assert daemon.streams()["train/test"]["record"] == "all"
 

@@ -43,7 +43,8 @@ def publish_sample(
     latents: what the sampler ended with, as LatentPublisher.publish takes them: a batch is shown as a grid.
     step: the trainer's global step. meta: of the stream, the first call's. address: as LatentPublisher takes it; the
         link is to the run of now, which a sample leaves whose daemon is gone before it has it.
-    page: the address at which people reach the page.
+    page: the address at which people reach the page. Of a sample that was not taken (the log says why) the link is to
+        the one before.
     Raises: ValueError for a bad name or format, at the first call.
     """
     from taesd_stream.daemons import addresses_of
@@ -63,5 +64,5 @@ def publish_sample(
         _films[key] = _Film(publisher)
     film = _films[key]
     film.publisher.publish(latents, step=step)
-    film.samples += 1
-    return f"{page.rstrip('/')}/#/s/{film.publisher.run}/{film.samples - 1}"
+    film.samples += film.publisher.fault is None
+    return f"{page.rstrip('/')}/#/s/{film.publisher.run}/{max(0, film.samples - 1)}"

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from taesd_stream.config import Config
 
 POLL_S: Final = 0.2
+AWAY_S: Final = 30.0  # so long `record` waits for a daemon that does not answer
 OVER: Final = ("finished", "finishing")
 
 
@@ -159,9 +160,17 @@ def _wait_for_recordings(
     from rich.console import Console
 
     told: str | None = None
+    heard_s = time.monotonic()
     with Console(stderr=True).status("Ctrl-C leaves it; the daemon goes on") as status:
         while True:
-            rows = [row for row in client.recordings() if row["stream"] == name and is_new(row)]
+            try:
+                found, heard_s = client.recordings(), time.monotonic()
+            except UnreachableError:  # the page's process was restarted: what is recorded goes on
+                if time.monotonic() - heard_s > AWAY_S:
+                    raise
+                time.sleep(POLL_S)
+                continue
+            rows = [row for row in found if row["stream"] == name and is_new(row)]
             first = min(rows, key=lambda row: float(row["started"]), default=None)
             if first is not None:
                 rows = [row for row in rows if row["run"] == first["run"]]
