@@ -99,7 +99,7 @@ _FRAME_SEQ = integer(0, (1 << 32) - 2)  # a file has 32 bits for it and 1
 _SEQ_OR_NONE_YET = integer(-1, 1 << 40)
 _COUNT = integer(0, 1 << 31)
 _NS = integer(-(1 << 62), 1 << 62)
-_FPS = number(0.001, 1000)
+_FPS = optional(number(0.001, 1000))
 _PEER_NS = integer(-(1 << 61), 1 << 61)  # a publisher's time plus its offset is still an _NS
 _SHAPE = sequence(integer(1, 1 << 20), 5, min_items=3)
 _SIGMA = optional(number())
@@ -117,7 +117,7 @@ FIELDS: Final[dict[type, dict[str, Check]]] = {
         "run": RUN,
         "kind": choice(KINDS),
         "latent_format": text(64),
-        "fps": optional(_FPS),
+        "fps": _FPS,
         "record": optional(_MODE),
         "meta": Check(f"{_META.says}, at most {MAX_META_BYTES} bytes", _meta),
         "opened_ns": _PEER_NS,

@@ -171,7 +171,7 @@ class JobItem:
     """One frame to decode. keyframe: its `live` chain must start anew here; times as in Stamps.
 
     index: place in the run of its first latent (`live`), else seq. pts: of a `steps` picture, 1/90000 s; fps: pictures
-    a second of a `clip` or `live` frame.
+    a second of a `clip` or `live` frame, as its StreamInfo says.
     history: latents just before it, in a payload of their own. expects_memory: none is sent, for the worker should have
     the memory of the run; where it has not, it says no_memory. is_repeat: a `live` frame that was shown, once more.
     placed_ns: when the run was made, left its former worker or moved, broker's clock; its packets carry it.
@@ -188,7 +188,7 @@ class JobItem:
     attempt: int
     keyframe: bool
     pts: int
-    fps: float
+    fps: float | None
     step: int
     total_steps: int | None
     sigma: float | None

@@ -86,20 +86,26 @@ def write_all(recording: Recording, packets: tuple[Packet, ...]) -> int:
     return sum(recording.write(one) for one in packets)
 
 
-@pytest.mark.parametrize("count", [MAX_TRACKS, MAX_TRACKS + 1])
-def test_a_large_batch_is_recorded_as_one_picture(count: int) -> None:
-    """One picture more than get a file each: all are in one, and the worker says so with its answer."""
+def recorded(latent_format: str, shape: tuple[int, ...], *sets: str) -> tuple[list[Packet], JobRun]:
+    """A frame of zeros through a worker's decoder: its packets of `record`, and the job as it ended."""
     said: list[Any] = []
-    config = load_config(sets=["recording.batch=each", "decoder.choice=linear"])
+    config = load_config(sets=["decoder.choice=linear", *sets])
     decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, said.append, lanes=EncodeThreads(2, 1))
-    item = replace(JOB_ITEM, shape=(count, 4, 2, 2), renditions=("record",))
-    payload = bytes(count * 4 * 2 * 2 * 2)
-    run = JobRun(Job(job=1, latent_format="sd1", items=(item,), packets_to="tcp://127.0.0.1:9", payloads=(payload,)))
+    item = replace(JOB_ITEM, shape=shape, renditions=("record",))
+    payloads = (bytes(2 * math.prod(shape)),)
+    job = Job(job=1, latent_format=latent_format, items=(item,), packets_to="tcp://127.0.0.1:9", payloads=payloads)
+    run = JobRun(job)
     decoder.start()
     decoder.submit(run)
     wait_for(lambda: run in said, 60, of="the job")
     decoder.close()
-    packets = [one[1] for one in said if isinstance(one, tuple)]
+    return [one[1] for one in said if isinstance(one, tuple)], run
+
+
+@pytest.mark.parametrize("count", [MAX_TRACKS, MAX_TRACKS + 1])
+def test_a_large_batch_is_recorded_as_one_picture(count: int) -> None:
+    """One picture more than get a file each: all are in one, and the worker says so with its answer."""
+    packets, run = recorded("sd1", (count, 4, 2, 2), "recording.batch=each")
     is_single = count <= MAX_TRACKS
     assert [one.tracks for one in packets] == [count if is_single else 1] * (count if is_single else 1)
     assert [one.code for one in run.degraded.values()] == ([] if is_single else ["one_sheet"])
@@ -108,24 +114,7 @@ def test_a_large_batch_is_recorded_as_one_picture(count: int) -> None:
 @pytest.mark.parametrize("shape", [(2, 16, 16, 32), (5, 16, 16, 20), (4, 16, 24, 24)])
 def test_a_sheet_says_how_many_pictures_stand_in_its_rows(shape: tuple[int, ...]) -> None:
     """Of a format with 42.67 pixels a cell, too, where a picture's sides are not as its latents' are."""
-    said: list[Any] = []
-    config = load_config(sets=["decoder.choice=linear"])
-    decoder = JobDecoder(config, torch.device("cpu"), time.monotonic_ns, said.append, lanes=EncodeThreads(2, 1))
-    item = replace(JOB_ITEM, shape=shape, renditions=("record",))
-    run = JobRun(
-        Job(
-            job=1,
-            latent_format="stable_cascade_prior",
-            items=(item,),
-            packets_to="tcp://127.0.0.1:9",
-            payloads=(bytes(2 * math.prod(shape)),),
-        )
-    )
-    decoder.start()
-    decoder.submit(run)
-    wait_for(lambda: run in said, 60, of="the job")
-    decoder.close()
-    (sheet,) = (one[1] for one in said if isinstance(one, tuple))
+    (sheet,), _ = recorded("stable_cascade_prior", shape)
     _, width = LATENT_FORMATS["stable_cascade_prior"].picture_size(*shape[-2:])
     assert (sheet.parts, sheet.columns) == (shape[0], (sheet.width + GRID_GAP_PX) // (width + GRID_GAP_PX))
 

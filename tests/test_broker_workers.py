@@ -18,7 +18,7 @@ from taesd_stream import LatentPublisher
 from taesd_stream.messages import Cursor, Drain, Echo, Forget, Gap, JobItem
 from taesd_stream_workers.broker.dispatcher import STREAMER_GONE_S
 from taesd_stream_workers.broker.kept_run import RECORD_STUCK_S
-from tests.broker_role import BrokerRole, frame, new_run
+from tests.broker_role import BrokerRole, Peer, frame, new_run
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.page_socket import PageSocket
 from tests.pictures import decode_file, decode_h264, sd1_latents_of
@@ -30,6 +30,16 @@ def broker(tmp_path: Path) -> Iterator[BrokerRole]:
     """A broker of the test's own: workers of another test would be here for some seconds."""
     with BrokerRole(tmp_path) as one:
         yield one
+
+
+def kept_run(publisher: Peer, stream: str, count: int) -> str:
+    """A kept run of so many frames, which the log has. Returns: its id."""
+    run = new_run()
+    publisher.open(run, stream, record="all")
+    for seq in range(count):
+        publisher.say(frame(run, seq, kept=True))
+    publisher.ack(run, count - 1)
+    return run
 
 
 def test_new_streams_spread_over_the_workers(broker: BrokerRole) -> None:
@@ -102,11 +112,7 @@ def test_a_drained_worker_gets_nothing_more_and_is_let_go(broker: BrokerRole) ->
 def test_a_kept_run_moves_behind_what_is_written(broker: BrokerRole) -> None:
     """A recording's worker drains: the next one begins, as a new attempt, with the frame behind those on their way."""
     with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker() as leaving:
-        run = new_run()
-        publisher.open(run, "drain/kept", record="all")
-        for seq in range(4):
-            publisher.say(frame(run, seq, kept=True))
-        publisher.ack(run, 3)
+        run = kept_run(publisher, "drain/kept", 4)
         sent = leaving.do(4)
         with broker.worker() as staying:
             broker.wait_for_workers(2)
@@ -125,11 +131,7 @@ def test_a_kept_run_moves_behind_what_is_written(broker: BrokerRole) -> None:
 def test_a_frame_that_ended_two_jobs_is_left_out(broker: BrokerRole) -> None:
     """Poison: tried again, alone; then no worker gets it any more, and a GAP lets the file pass it."""
     with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker() as worker:
-        run = new_run()
-        publisher.open(run, "poison", record="all")
-        for seq in range(3):
-            publisher.say(frame(run, seq, kept=True))
-        publisher.ack(run, 2)
+        run = kept_run(publisher, "poison", 3)
         job = worker.job()
         worker.failed(job, "internal", items=[0])
         while job.items[0].attempt == 1:  # what went before the failure was heard
@@ -152,11 +154,7 @@ def test_a_frame_that_ended_two_jobs_is_left_out(broker: BrokerRole) -> None:
 def test_a_frame_that_was_not_encoded_is_tried_for_longer(broker: BrokerRole) -> None:
     """Its encoder may have been short of memory: two failures are no poison, and its neighbour goes on."""
     with broker.publisher() as publisher, broker.streamer() as streamer, broker.worker() as worker:
-        run = new_run()
-        publisher.open(run, "memory", record="all")
-        for seq in range(2):
-            publisher.say(frame(run, seq, kept=True))
-        publisher.ack(run, 1)
+        run = kept_run(publisher, "memory", 2)
         job = worker.job()
         for attempt in (1, 2, 3):
             while job.items[0].attempt < attempt:  # what went before the failure was heard

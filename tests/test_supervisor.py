@@ -186,7 +186,6 @@ def test_a_role_that_dies_again_and_again_is_given_up(tmp_path: Path) -> None:
     assert not any(lives(pid) for pid in others)
 
 
-@pytest.mark.faults
 def test_a_worker_that_dies_again_and_again_ends_no_other() -> None:
     """One broken GPU of several: its worker is tried for ever, later each time, while another one works."""
     with Supervisor(load_config()) as supervisor:
@@ -205,6 +204,7 @@ def test_a_worker_that_dies_again_and_again_ends_no_other() -> None:
         supervisor._roles.clear()
 
 
+@pytest.mark.faults
 def test_a_killed_supervisor_leaves_no_orphan(tmp_path: Path) -> None:
     """After SIGKILL of the supervisor its children end by themselves, and theirs."""
     daemon = Daemon(tmp_path)

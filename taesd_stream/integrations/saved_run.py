@@ -32,7 +32,7 @@ from taesd_stream.decoding.video_engine import VideoEngine
 from taesd_stream.frames import EndReason, Kind, Packet, Stamps
 from taesd_stream.latent_formats import LatentFormat
 from taesd_stream.latent_snapshot import Snapshot, snapshot_of
-from taesd_stream.media.clock import DEFAULT_FPS, picture_pts, steps_pts
+from taesd_stream.media.clock import picture_pts, steps_pts
 from taesd_stream.media.encoder import VideoEncoder
 from taesd_stream.media.recording import Recording
 
@@ -133,7 +133,7 @@ class _Writer:
         self.error: str | None = None
         self._path = path
         self._known, self._kind = known, kind
-        self._fps = fps or DEFAULT_FPS
+        self._fps = fps
         self._run = secrets.token_hex(8)
         self._stream = stream
         self._folder = path.with_name(path.name + ".saving")

@@ -11,9 +11,9 @@ DEFAULT_FPS: Final = 24.0  # of a `clip` or `live` run that names none: what mos
 _NS_PER_S: Final = 1_000_000_000
 
 
-def picture_pts(index: int, fps: float) -> int:
+def picture_pts(index: int, fps: float | None) -> int:
     """The time of a `clip` or `live` picture: its place there by the rate, so that no rounding adds up."""
-    return round(index * CLOCK_HZ / fps)
+    return round(index * CLOCK_HZ / (fps or DEFAULT_FPS))
 
 
 def steps_pts(sent_ns: int, opened_ns: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from taesd_stream.frames import LatentFrame
-from taesd_stream.media.clock import DEFAULT_FPS, steps_pts
+from taesd_stream.media.clock import steps_pts
 from taesd_stream.messages import History, JobItem, Part
 from taesd_stream.scheduling import Candidate, history_due
 from taesd_stream_workers.broker.runs import Run
@@ -47,7 +47,7 @@ def _job_item(
         attempt=run.kept.attempt if run.kept and item.is_record else run.attempts,
         keyframe=is_first and bool(run.forced),
         pts=steps_pts(frame.sent_ns, run.info.opened_ns),
-        fps=run.info.fps or DEFAULT_FPS,
+        fps=run.info.fps,
         step=frame.step,
         total_steps=frame.total_steps,
         sigma=frame.sigma,

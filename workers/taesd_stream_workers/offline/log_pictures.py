@@ -11,7 +11,7 @@ from taesd_stream.errors import ConfigError
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.latent_formats import magnitude_of
 from taesd_stream.latent_log import read_messages
-from taesd_stream.media.clock import DEFAULT_FPS, ForwardPts, steps_pts
+from taesd_stream.media.clock import ForwardPts, steps_pts
 from taesd_stream.messages import JobItem
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _item(info: StreamInfo, frame: LatentFrame) -> JobItem:
         attempt=0,
         keyframe=False,
         pts=steps_pts(frame.sent_ns, info.opened_ns),
-        fps=info.fps or DEFAULT_FPS,
+        fps=info.fps,
         total_steps=frame.total_steps,
         sigma=frame.sigma,
         sent_ns=frame.sent_ns,

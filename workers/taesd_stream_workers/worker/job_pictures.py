@@ -164,7 +164,7 @@ def _stills(engine: Engine, entries: Sequence[Entry], budget_bytes: int, most: M
             if len(parts) == len(mine):
                 shown += parts if mine.is_each else []
                 whole = torch.stack([one for _, one in sheets.pop(number)])
-                columns = grid_columns(*whole.shape[:1], *whole.shape[2:])
+                columns = grid_columns(len(whole), *whole.shape[-2:])
                 sheet = Picture(place, 0, 1, item.pts, is_recorded=not mine.is_each, columns=columns)
                 shown.append((sheet, grid(whole)))
         yield Shown([picture for picture, _ in shown], part.stop - part.start, rgb=[one for _, one in shown])

@@ -199,8 +199,8 @@ class JobSlices:
         """
         lacking = lacks_memory(engine, [item for item, _, _ in mine])
         if lacking:
+            text = "the memory of a live stream is not here: its history is needed"
             for place in lacking:
-                text = "the memory of a live stream is not here: its history is needed"
                 run.lose(mine[place][0], "no_memory", text)
             yield lacking
         kept_places = [place for place in range(len(mine)) if place not in lacking]
