@@ -426,6 +426,15 @@ def wan() -> Case:
     return Case(pipe, arguments, "wan2_1", _channels_first(_mean_std(vae)), (3, 16, 4, 6))
 
 
+def wan_img2vid() -> Case:
+    """Wan 2.2 TI2V-5B's way from an image: the first frame is put in by the model's input alone, not by the step."""
+    case = wan()
+    parts = {name: part for name, part in case.pipe.components.items() if name in _own_names(D.WanImageToVideoPipeline)}
+    pipe = D.WanImageToVideoPipeline(**parts, expand_timesteps=True)
+    arguments = {**case.arguments, "image": torch.rand(1, 3, 32, 48)}
+    return Case(pipe, arguments, case.latent_format, case.to_vae, case.shape)
+
+
 def hunyuan_video() -> Case:
     """HunyuanVideo: clips, flow matching."""
     transformer = D.HunyuanVideoTransformer3DModel(
@@ -750,4 +759,4 @@ def _own_names(cls: Any) -> set[str]:
 
 IMAGES: Final = (sd1, sdxl, sd3, flux1, flux2, sana, qwen_image, z_image)
 VIDEOS: Final = (wan, hunyuan_video, hunyuan_video_1_5, cogvideox, ltx, ltx2)
-GIVEN: Final = (flux1_img2img, ltx_img2vid, ltx_condition)  # an image is there already
+GIVEN: Final = (flux1_img2img, wan_img2vid, ltx_img2vid, ltx_condition)  # an image is there already

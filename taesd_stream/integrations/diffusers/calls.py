@@ -15,7 +15,9 @@ MAX_PROMPT_CHARS: Final = 2000  # a run's meta holds 16 KiB
 # by their names in all of diffusers' pipelines
 NAMES: Final = (
     "additional_frames",
+    "condition",
     "extra_conditioning_num_latents",
+    "first_frame_mask",
     "frame_rate",
     "generator",
     "guidance_scale",

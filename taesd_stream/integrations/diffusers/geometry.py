@@ -33,6 +33,7 @@ class Geometry:
         self._latent_frames = variables.get("latent_num_frames") if sample.ndim == 3 else None
         self._padding_frames = variables.get("additional_frames") or 0
         self._given_frame = _given_frame(variables.get("latents"), sample)
+        self._fixed = _fixed_cells(variables)
         self._scaling_factor = None if known.decoder_scale is None else pipe.vae.config.scaling_factor
         if sample.ndim == 5 and known.layouts == ("video_tokens",):
             self._layout = "frames_third"  # LTX's image to video unpacks before the step
@@ -44,6 +45,9 @@ class Geometry:
         """
         if self._given_frame is not None:
             latents = torch.cat([self._given_frame.to(latents), latents], dim=2)
+        if self._fixed is not None:
+            cells, is_free = self._fixed
+            latents = torch.lerp(cells.to(latents), latents, is_free.to(latents))
         spatial = self._known.to_spatial(
             latents,
             self._width,
@@ -70,3 +74,12 @@ def _given_frame(held: Any, sample: Tensor) -> Tensor | None:
         return None
     first: Tensor = held[:, :, :1].clone()
     return first
+
+
+def _fixed_cells(variables: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Latents that the call puts in after its last step, and where it does not (1): Wan 2.2 TI2V-5B from an image.
+
+    Its scheduler walks them too, as noise that nobody looks at.
+    """
+    cells, is_free = variables.get("condition"), variables.get("first_frame_mask")
+    return None if cells is None or is_free is None else (cells, is_free)
