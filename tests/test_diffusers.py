@@ -236,6 +236,54 @@ def test_a_callback_whose_call_fails() -> None:
     assert "step" not in vars(case.pipe.scheduler)
 
 
+def test_a_call_that_fails_under_a_callback_is_not_said_done(peer: BrokerPeer) -> None:
+    """Its run ends as stopped once the callback is dropped: its last step never came."""
+    case = sd1()
+
+    class Failing(PreviewCallback):
+        def __call__(self, *args: Any) -> dict[str, Any]:
+            super().__call__(*args)
+            raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run(case, callback_on_step_end=Failing(case.pipe, peer.address))
+    gc.collect()
+    peer.demand(peer.opened().run)
+    assert peer.finish().reason == "stopped"
+    assert "step" not in vars(case.pipe.scheduler)
+
+
+def test_steps_that_nobody_listens_to_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    """A scheduler that is replaced within the block, and a callback given to a second call, are no silence."""
+    case = sd1()
+    with preview(case.pipe, NOBODY) as replaced:
+        case.pipe.scheduler = D.DDIMScheduler(clip_sample=False, steps_offset=1)
+        run(case)
+    assert "scheduler that is not listened to" in (replaced.error or "")
+    used = PreviewCallback(case.pipe, NOBODY)
+    run(case, callback_on_step_end=used)
+    assert "not listened to" not in (used.preview.error or "")
+    run(case, callback_on_step_end=used)
+    assert "not listened to" in (used.preview.error or "")
+    assert caplog.text.count("not listened to") == 2
+
+
+def test_a_pipeline_that_shares_the_scheduler_is_shown_as_itself(peer: BrokerPeer, beside: ThreadPoolExecutor) -> None:
+    """from_pipe()'s own sizes and prompt are read: tokens of another size are unpacked by them."""
+    case = flux1()
+    other = D.FluxImg2ImgPipeline.from_pipe(case.pipe)
+    arguments = {**case.arguments, "height": 96, "width": 64, "image": torch.rand(1, 3, 96, 64), "strength": 1.0}
+
+    def shown() -> Any:
+        with preview(case.pipe, peer.address):
+            return other(**arguments, num_inference_steps=STEPS, output_type="pt", guidance_scale=2.0)
+
+    _, messages = heard(peer, beside, shown)
+    info = next(one for one in messages if isinstance(one, StreamInfo))
+    assert (info.stream, info.meta["pipeline"], info.meta["guidance"]) == ("FluxPipeline", "FluxImg2ImgPipeline", 2.0)
+    assert {one.shape for one in messages if isinstance(one, LatentFrame)} == {(2, 16, 12, 8)}
+
+
 def test_stop_interrupts_the_pipeline(peer: BrokerPeer, beside: ThreadPoolExecutor) -> None:
     """Stop on the page ends the loop by the pipeline's own interrupt: no step after the one that heard it."""
     case = sd1()

@@ -32,26 +32,27 @@ NAMES: Final = (
 )
 
 
-def variables_of_call(pipe: Any) -> dict[str, Any]:
-    """Variables of the `__call__` of this pipeline that the caller of this function runs in; empty where there is none.
+def running_call(pipe: Any) -> tuple[Any, dict[str, Any]]:
+    """The pipeline whose `__call__` the caller of this function runs in, and that call's variables.
 
-    References only; nothing of the frame is kept alive by them once the caller drops them.
+    It is this one, or one that shares its scheduler, as from_pipe() makes them; in a loop of somebody's own this one,
+    without variables. References only; nothing of the frame is kept alive by them once the caller drops them.
     """
     frame = sys._getframe(1)
     for _ in range(MAX_DEPTH):
         if frame.f_code.co_name == "__call__" and "self" in frame.f_code.co_varnames:
             variables = frame.f_locals
             found: dict[str, Any] = {name: variables[name] for name in NAMES if name in variables}
-            is_it = variables.get("self") is pipe
+            caller = variables.get("self")
             # until Python 3.12 the frame keeps this copy, and with it old tensors, as long as the call runs
             if isinstance(variables, dict):
                 variables.clear()
-            if is_it:
-                return found
+            if getattr(caller, "scheduler", None) is pipe.scheduler:
+                return caller, found
         if frame.f_back is None:
             break
         frame = frame.f_back
-    return {}
+    return pipe, {}
 
 
 def told(variables: Mapping[str, Any], *, with_prompt: bool) -> dict[str, Any]:

@@ -19,7 +19,7 @@ _LAYOUTS: Final = {
 class Geometry:
     """How one call of a pipeline holds its latents; read at its first step, for sizes stay.
 
-    variables: of the call, as variables_of_call gives them.
+    pipe, variables: of the call, as running_call gives them.
     """
 
     def __init__(self, pipe: Any, known: LatentFormat, variables: dict[str, Any], sample: Tensor) -> None:

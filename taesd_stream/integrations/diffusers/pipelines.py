@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from taesd_stream.frames import EndReason, Kind, RecordMode, WireDtype, name_of_one
-from taesd_stream.integrations.diffusers.calls import told, variables_of_call
+from taesd_stream.integrations.diffusers.calls import running_call, told
 from taesd_stream.integrations.diffusers.formats import format_of
 from taesd_stream.integrations.diffusers.geometry import Geometry
 from taesd_stream.integrations.diffusers.runs import PipelineRun, Sink
@@ -85,8 +86,16 @@ class Preview:
     def let_go(self) -> None:
         """Listen no more, and let the run end behind our back; the scheduler is as it was."""
         self._hook.detach()
+        if self._run is not None and not self._run.is_complete:
+            threading.Thread(target=self.close, args=("stopped", "ended before its last step")).start()
+            return
         self._run = None
         self._files.clear()
+
+    def check_is_heard(self) -> None:
+        """Say it where the pipeline's steps are not this preview's to see: once, and in `error`."""
+        if self._fault is None and not self._hook.hears(self._pipe.scheduler):
+            self._fail("the pipeline steps by a scheduler that is not listened to: make a new preview for it")
 
     def close(self, reason: EndReason = "done", text: str = "") -> None:
         """Listen no more, and end the run: waits for what is kept, as LatentPublisher.close does, and for the files."""
@@ -103,6 +112,7 @@ class Preview:
     ) -> None:
         from taesd_stream.publisher_exit import reason_of
 
+        self.check_is_heard()
         self.close(*reason_of(error))
 
     def _on_begin(self) -> None:
@@ -116,12 +126,15 @@ class Preview:
             self._run = self._run or self._open(arguments["sample"])
             self._run.show(arguments, result)
         except Exception as error:  # noqa: BLE001 the run is worth more than its preview
-            self._fault = f"preview: {error}"
-            logger.warning("preview_failed stream=%s error=%s (the run goes on, unseen)", self._stream, error)
+            self._fail(str(error))
+
+    def _fail(self, why: str) -> None:
+        self._fault = f"preview: {why}"
+        logger.warning("preview_failed stream=%s error=%s (the run goes on, unseen)", self._stream, why)
 
     def _open(self, sample: Tensor) -> PipelineRun:
-        variables = variables_of_call(self._pipe)
-        geometry = Geometry(self._pipe, self._format, variables, sample)
+        pipe, variables = running_call(self._pipe)
+        geometry = Geometry(pipe, self._format, variables, sample)
         is_video = self._format.temporal_factor is not None
         count = geometry.spatial(sample.detach()).shape[0] if is_video else 1
         names = [name_of_one(self._stream, place) for place in range(count)] if count > 1 else [self._stream]
@@ -129,13 +142,13 @@ class Preview:
         if is_video and fps is None:
             fps = variables.get("frame_rate") or usual_fps(self._format.name)
         meta = {
-            "pipeline": type(self._pipe).__name__,
-            "scheduler": type(self._pipe.scheduler).__name__,
+            "pipeline": type(pipe).__name__,
+            "scheduler": type(pipe.scheduler).__name__,
             **told(variables, with_prompt=self._with_prompt),
             **self._meta,
         }
         sinks = [self._sinks(name, "clip" if is_video else "steps", fps, meta) for name in names]
-        return PipelineRun(self._pipe, geometry, sinks, is_video=is_video, timesteps=variables.get("timesteps"))
+        return PipelineRun(pipe, geometry, sinks, is_video=is_video, timesteps=variables.get("timesteps"))
 
     def _sinks(self, stream: str, kind: Kind, fps: float | None, meta: dict[str, Any]) -> list[Sink]:
         sinks: list[Sink] = []
@@ -193,6 +206,7 @@ class PreviewCallback:
 
     def __call__(self, _pipe: Any, _step: int, _timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the pipeline calls after each step; it changes nothing."""
+        self.preview.check_is_heard()
         if self.preview.is_complete:
             self._end()
         return callback_kwargs

@@ -47,6 +47,10 @@ class StepHook:
                     setattr(self._scheduler, name, self._before[name])
         self._ours.clear()
 
+    def hears(self, scheduler: Any) -> bool:
+        """Whether steps of this scheduler are told."""
+        return self._is_listening and scheduler is self._scheduler
+
     def _listening(self, name: str) -> Callable[..., Any]:
         """A function that becomes a bound method: LTX-2's deep copy of the scheduler, for its sound, is then bound to
         the copy, and pipelines that ask for step()'s signature see the true one.
