@@ -36,13 +36,42 @@ class LogError(TaesdStreamError):
     """The disk did not take a record, and the file ends at its last whole one; or it does not give one back."""
 
 
-def read_messages(path: Path) -> Iterator[StreamInfo | LatentFrame | End]:
-    """Every whole record of one segment file, in order; torn and damaged ones are passed over."""
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """Bytes of a segment file that are no whole record: damaged, or torn at its end."""
+
+    nbytes: int
+
+
+def read_messages(path: Path) -> Iterator[StreamInfo | LatentFrame | End | Damaged]:
+    """Every whole record of one segment file, in order, and what is between them."""
     with _opened(path, os.O_RDONLY) as fd:
-        for record in walk(fd, os.fstat(fd).st_size):
-            message = read_record(fd, record.offset)
-            if message is not None:
-                yield message
+        size, behind = os.fstat(fd).st_size, 0
+        for record in walk(fd, size):
+            if record.offset > behind:
+                yield Damaged(record.offset - behind)
+            behind = record.end
+            yield read_record(fd, record.offset) or Damaged(record.end - record.offset)
+        if size > behind:
+            yield Damaged(size - behind)
+
+
+def read_run(path: Path) -> Iterator[StreamInfo | LatentFrame | End | Damaged]:
+    """What read_messages gives of each of run_paths(path). Raises: ValueError as that does."""
+    for segment in run_paths(path):
+        yield from read_messages(segment)
+
+
+def run_paths(path: Path) -> list[Path]:
+    """The segment files, oldest first, of the run whose oldest is `path`; a file of another name stands alone.
+
+    Raises: ValueError that names the oldest, where `path` is a later one.
+    """
+    match = _FILE.fullmatch(path.name)
+    paths = segment_paths(path.parent, match[1]) if match else [path]
+    if paths[0] != path:
+        raise ValueError(f"{path}: is a later part of {paths[0].name}; give that one, for the whole run")
+    return paths
 
 
 @contextlib.contextmanager

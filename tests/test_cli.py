@@ -148,13 +148,26 @@ def test_publish_a_file_and_record_it(suffix: str, daemon: Daemon, tmp_path: Pat
 
 
 def test_publish_a_log_that_says_all_by_itself(daemon: Daemon, tmp_path: Path) -> None:
-    """What a publisher left in a log is published and kept under its own name, with its own steps and meta."""
-    path = write_log(tmp_path, list(moving_latents(3)))
+    """What a publisher left in a log, of several files, is one run under its own name, with its own steps and meta."""
+    path = write_log(tmp_path, list(moving_latents(3)), segment_bytes=500)
+    assert len([*tmp_path.glob("*.latents")]) > 1
     done = run("publish", str(path), "--connect", daemon.broker, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     row = ended(daemon, "mine")
     assert (row["step"], row["total_steps"], row["meta"]["seed"], row["meta"]["file"]) == (4, 9, 5, path.name)
     assert daemon.recording(row["run"])["frames"] == 3
+
+
+def test_a_log_that_was_cut_short_says_so(tmp_path: Path) -> None:
+    """What is whole of it is decoded; what is not is told in bytes, and `info` has it too."""
+    path = write_log(tmp_path, list(moving_latents(3)))
+    path.write_bytes(path.read_bytes()[:-100])
+    for words in (["decode", str(path), "-o", "out.mp4"], ["export", str(path), "-o", "out.webm"]):
+        done = run(*words, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"\.latents: [\d,]+ bytes are damaged or cut short, and left out", done.stderr), done.stderr
+        assert "2 pictures" in done.stderr
+    assert json.loads(run("info", str(path), "--json", folder=tmp_path).stdout)["damaged_bytes"] > 1000
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,14 @@ from taesd_stream.errors import ConfigError
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.latent_formats import LATENT_FORMATS
 from taesd_stream.latent_log import RunLog
-from taesd_stream_workers.offline.latent_files import format_of, info_of_log, load_latents, rows_of, rows_of_log
+from taesd_stream_workers.offline.latent_files import (
+    LogRows,
+    format_of,
+    info_of_log,
+    load_latents,
+    rows_of,
+    rows_of_log,
+)
 
 SD1 = LATENT_FORMATS["sd1"]
 RUN = "00112233445566aa"
@@ -39,10 +46,10 @@ def save(path: Path, latents: Tensor) -> Path:
     return path
 
 
-def write_log(folder: Path, frames: list[Tensor], kind: Any = "steps") -> Path:
-    """A log as a publisher leaves one."""
+def write_log(folder: Path, frames: list[Tensor], kind: Any = "steps", **options: Any) -> Path:
+    """A log as a publisher leaves one. Returns its first file."""
     info = StreamInfo(stream="mine~2", run=RUN, kind=kind, latent_format="sd1", meta={"seed": 5})
-    log = RunLog(folder, info)
+    log = RunLog(folder, info, **options)
     for seq, latents in enumerate(frames):
         log.append(
             LatentFrame(
@@ -59,8 +66,7 @@ def write_log(folder: Path, frames: list[Tensor], kind: Any = "steps") -> Path:
                 payload=latents.numpy().tobytes(),
             )
         )
-    (path,) = log.paths
-    return path
+    return log.paths[0]
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".pth", ".pt", ".NPY"])
@@ -224,6 +230,34 @@ def test_a_torn_log_gives_what_is_whole(tmp_path: Path) -> None:
     path = write_log(tmp_path, list(some_latents(3, 4, 6, 8)))
     path.write_bytes(path.read_bytes()[:-100])
     assert len(load_latents(path, SD1)) == 2
+    rows = LogRows(path, SD1, "steps")
+    assert len(rows) == 2
+    assert rows.damaged_bytes > 0
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ConfigError, match="no whole record is in it"):
         info_of_log(path)
+
+
+def test_a_damaged_record_is_counted_and_no_others(tmp_path: Path) -> None:
+    """Its bytes are named; of a whole log none are."""
+    path = write_log(tmp_path, list(some_latents(3, 4, 6, 8)))
+    assert LogRows(path, SD1, "steps").damaged_bytes == 0
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 0xFF
+    path.write_bytes(data)
+    rows = LogRows(path, SD1, "steps")
+    assert len(rows) == 2
+    assert rows.damaged_bytes == pytest.approx(4 * 6 * 8 * 4, abs=300)
+
+
+def test_a_run_of_several_files_is_one(tmp_path: Path) -> None:
+    """The first stands for all of them; a later one names it, and a copy elsewhere stands alone."""
+    latents = some_latents(5, 4, 6, 8)
+    path = write_log(tmp_path, list(latents), segment_bytes=2000)
+    later = sorted(tmp_path.iterdir())[1]
+    assert [row.step for row in LogRows(path, SD1, "steps")] == [0, 2, 4, 6, 8]
+    assert torch.equal(load_latents(path, SD1), latents)
+    with pytest.raises(ConfigError, match=f"{later.name}: is a later part of {path.name}"):
+        info_of_log(later)
+    alone = later.rename(tmp_path / "alone.latents")
+    assert [row.step for row in LogRows(alone, SD1, "steps")] == [6, 8]

@@ -16,6 +16,7 @@ from taesd_stream_workers.commands.options import (
     check_output,
     check_stream_name,
     say,
+    say_damaged,
     with_progress,
 )
 
@@ -66,7 +67,8 @@ def publish(
 ) -> None:
     """Publish latents from a file as a sampler would, and wait until what is kept is safe.
 
-    A .latents file, as a publisher leaves one that found no daemon, says all but the address by itself.
+    A .latents file, as a publisher leaves one that found no daemon, says all but the address by itself; of a long run
+    that lies in several files the first stands for all.
 
     Example: taesd-stream publish latents.safetensors --latent-format flux2 --record all --fps 8
     """
@@ -114,7 +116,9 @@ def _rows(file: Path, name: str, kind: Kind, info: StreamInfo | None, *, is_batc
     from taesd_stream_workers.offline.latent_files import LogRows, format_of, load_latents, rows_of
 
     if info is not None:
-        return LogRows(file, format_of(name), kind)
+        log = LogRows(file, format_of(name), kind)
+        say_damaged(file, log.damaged_bytes)
+        return log
     return rows_of(load_latents(file, format_of(name)), kind, is_batch=is_batch)
 
 
@@ -203,6 +207,7 @@ def decode(
     if is_video and not isinstance(engine, VideoEngine):
         rate /= engine.temporal_factor or 1
     if isinstance(content, LogRows):
+        say_damaged(file, content.damaged_bytes)
         pictures: Iterator[Tensor] = (rgb for rgb, _ in log_pictures(file, engine, budget_bytes))
         total = None if is_video else len(content)
     else:

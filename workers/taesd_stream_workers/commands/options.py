@@ -70,6 +70,12 @@ def with_progress(items: Iterable[T], what: str, total: int | None) -> Iterator[
         yield from progress.track(items, total=total, description=what)
 
 
+def say_damaged(file: Path, nbytes: int | None) -> None:
+    """That so much of a latent log is left out; nothing where it is whole."""
+    if nbytes:
+        say(f"{file}: {nbytes:,} bytes are damaged or cut short, and left out", is_error=True)
+
+
 def say(text: str, *, is_error: bool = False) -> None:
     """A line for a person, on stderr: stdout is for what other programs read. Brackets in it mean nothing."""
     from rich.console import Console

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from taesd_stream.errors import ConfigError
-from taesd_stream_workers.commands.options import SetOption, check_output, say, with_progress
+from taesd_stream_workers.commands.options import SetOption, check_output, say, say_damaged, with_progress
 
 if TYPE_CHECKING:
     import av
@@ -79,12 +79,17 @@ def _facts(file: Path) -> dict[str, Any]:
 
 def _log_facts(file: Path) -> dict[str, Any]:
     from taesd_stream.frames import LatentFrame
-    from taesd_stream.latent_log import read_messages
+    from taesd_stream.latent_log import Damaged, read_run, run_paths
     from taesd_stream_workers.offline.latent_files import info_of_log
 
     info = info_of_log(file)
     assert info is not None
-    seqs = [message.seq for message in read_messages(file) if isinstance(message, LatentFrame)]
+    seqs, damaged_bytes = [], 0
+    for message in read_run(file):
+        if isinstance(message, LatentFrame):
+            seqs.append(message.seq)
+        elif isinstance(message, Damaged):
+            damaged_bytes += message.nbytes
     return {
         "stream": info.stream,
         "run": info.run,
@@ -92,7 +97,8 @@ def _log_facts(file: Path) -> dict[str, Any]:
         "frames": len(seqs),
         "first_seq": seqs[0] if seqs else None,
         "last_seq": seqs[-1] if seqs else None,
-        "bytes": file.stat().st_size,
+        "bytes": sum(path.stat().st_size for path in run_paths(file)),
+        "damaged_bytes": damaged_bytes or None,
         "meta": {**info.meta, "latent_format": info.latent_format, "kind": info.kind},
     }
 
@@ -127,6 +133,7 @@ def export(
     if output.exists() and file.exists() and output.samefile(file):
         raise ConfigError(f"{output}: is the file that is read")
     config, facts = load_config(sets=sets), _facts(file)
+    say_damaged(file, facts.get("damaged_bytes"))
     parts = facts.get("parts", 1) if facts.get("state") == "growing" else 1
     if part > parts:
         raise ConfigError(f"--part {part}: {file} has {parts}")

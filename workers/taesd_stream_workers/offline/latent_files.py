@@ -16,7 +16,7 @@ import numpy as np
 from taesd_stream.errors import ConfigError
 from taesd_stream.frames import Kind, LatentFrame, StreamInfo
 from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS, LatentFormat, latent_format, magnitude_of
-from taesd_stream.latent_log import read_messages
+from taesd_stream.latent_log import Damaged, read_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,26 +78,38 @@ def rows_of(latents: Tensor, kind: Kind, *, is_batch: bool) -> list[Row]:
 
 
 def info_of_log(path: Path) -> StreamInfo | None:
-    """Who published a .latents file; None for other files. Raises: ConfigError when it does not say."""
+    """Who published a .latents file; None for other files.
+
+    Raises: ConfigError when it does not say, or is not the first of its run's files.
+    """
     if path.suffix.lower() != LOG_SUFFIX:
         return None
     _check_name(path)
-    info = next((message for message in read_messages(path) if isinstance(message, StreamInfo)), None)
+    try:
+        info = next((message for message in read_run(path) if isinstance(message, StreamInfo)), None)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if info is None:
         raise ConfigError(f"{path}: no whole record is in it")
     return info
 
 
 class LogRows:
-    """The frames of a .latents file as they were published, read one at a time: a log may be larger than memory."""
+    """The frames of a .latents file, and of those behind it, as they were published.
+
+    They are read one at a time: a log may be larger than memory. damaged_bytes: what no frame was made of.
+    """
 
     def __init__(self, path: Path, known: LatentFormat, kind: Kind) -> None:
         """Look at each once. Raises: ConfigError for a file without any, or with one that is none of the format."""
-        self._path, self._count = path, 0
+        self._path, self._count, self.damaged_bytes = path, 0, 0
         try:
-            for row in self:
-                known.check_shape(kind, tuple(row.latents.shape))
-                self._count += 1
+            for message in read_run(path):
+                if isinstance(message, LatentFrame):
+                    known.check_shape(kind, message.shape)
+                    self._count += 1
+                elif isinstance(message, Damaged):
+                    self.damaged_bytes += message.nbytes
         except ValueError as error:
             raise ConfigError(f"{path}: {error}") from error
         if not self._count:
@@ -111,11 +123,11 @@ class LogRows:
 
 
 def rows_of_log(path: Path) -> Iterator[Row]:
-    """The frames of a .latents file as they were published, one read at a time."""
+    """The frames of a .latents file, and of those behind it, as they were published, one read at a time."""
     from taesd_stream.decoding.payloads import latents_from_payload
 
     magnitude = DEFAULT_MAGNITUDE
-    for message in read_messages(path):
+    for message in read_run(path):
         if isinstance(message, StreamInfo):
             magnitude = magnitude_of(message.latent_format)
         elif isinstance(message, LatentFrame):

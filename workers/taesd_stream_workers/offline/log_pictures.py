@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from taesd_stream.errors import ConfigError
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.latent_formats import magnitude_of
-from taesd_stream.latent_log import read_messages
+from taesd_stream.latent_log import read_run
 from taesd_stream.media.clock import ForwardPts, steps_pts
 from taesd_stream.messages import JobItem
 
@@ -33,7 +33,7 @@ def log_pictures(path: Path, engine: Engine, budget_bytes: int) -> Iterator[tupl
 
     info: StreamInfo | None = None
     forward, first = ForwardPts(), None
-    for message in read_messages(path):
+    for message in read_run(path):
         if isinstance(message, StreamInfo):
             info = message
         elif isinstance(message, LatentFrame) and info is not None:
