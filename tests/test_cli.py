@@ -162,8 +162,8 @@ def test_a_log_that_was_cut_short_says_so(tmp_path: Path) -> None:
     """What is whole of it is decoded; what is not is told in bytes, and `info` has it too."""
     path = write_log(tmp_path, list(moving_latents(3)))
     path.write_bytes(path.read_bytes()[:-100])
-    for words in (["decode", str(path), "-o", "out.mp4"], ["export", str(path), "-o", "out.webm"]):
-        done = run(*words, folder=tmp_path)
+    for command, name in (("decode", "out.mp4"), ("export", "out.webm")):
+        done = run(command, str(path), "-o", str(tmp_path / name), folder=tmp_path)
         assert done.returncode == 0, done.stderr
         assert re.search(r"\.latents: [\d,]+ bytes are damaged or cut short, and left out", done.stderr), done.stderr
         assert "2 pictures" in done.stderr
