@@ -305,6 +305,31 @@ def test_a_new_size_goes_into_a_file_of_its_own(tmp_path: Path) -> None:
     assert [(summary or {})["segment"] for summary in map(read_summary, paths)] == [1, 2, 3]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="descriptors are counted in /proc")
+def test_sizes_that_alternate_hold_no_descriptors(tmp_path: Path) -> None:
+    """A file a change, and two of them open: a restart, a cut back to the first ones and the finish have them all."""
+
+    def is_open() -> int:
+        links = (os.path.realpath(link) for link in Path("/proc/self/fd").iterdir())
+        return sum(link.startswith(str(tmp_path)) for link in links)
+
+    recording = start(tmp_path)
+    for seq in range(12):
+        height, width = ((64, 96), (48, 80))[seq % 2]
+        planes = VideoEncoder("record").encode(planes_of(seq, height, width), seq * 9000).payload
+        assert recording.write(packet(seq, planes, is_keyframe=True, pts=seq * 9000, width=width, height=height))
+        recording.sync()
+        assert recording.synced == seq
+    assert (len(recording.paths), recording.lost_path, is_open()) == (12, None, 2)
+    recording.close()
+    recording = start(tmp_path)
+    assert (len(recording.paths), recording.lost_path, is_open()) == (12, None, 1)
+    assert recording.write(chain(4, 4, 2)[0])
+    recording.sync()
+    assert (len(recording.paths), recording.synced, is_open()) == (5, 4, 1)
+    assert [read(path) for path in recording.finish()] == [expect(0, 0), *([(seq, 0)] for seq in range(1, 5))]
+
+
 def test_cutting_back_over_a_segment_removes_it(tmp_path: Path) -> None:
     """An attempt that begins in the first file takes the second one away."""
     recording = start(tmp_path)

@@ -61,7 +61,7 @@ class GrowingFile:
     def __init__(self, path: Path, fd: int, index: FileIndex) -> None:
         """Take over an open file; `create` and `reopen` are how to get one."""
         self.path = path
-        self.fd = fd
+        self.fd = fd  # -1: at rest
         self.index = index
 
     @classmethod
@@ -130,6 +130,8 @@ class GrowingFile:
     @property
     def is_there(self) -> bool:
         """Whether its name still leads to it."""
+        if self.fd < 0:
+            return self.path.exists()
         try:
             return os.path.samestat(os.fstat(self.fd), self.path.stat())
         except OSError:
@@ -144,6 +146,12 @@ class GrowingFile:
         self.index.cut_before(seq)
         return True
 
+    def rest(self) -> None:
+        """Force it to the disk, and hold no descriptor until it is changed again. Raises: OSError."""
+        if self.fd >= 0:
+            os.fsync(self.fd)
+            self.close()
+
     def close(self) -> None:
         """Let go of the file as it is; a second time it does nothing."""
         fd, self.fd = self.fd, -1
@@ -153,10 +161,15 @@ class GrowingFile:
     def remove(self) -> None:
         """Close and delete the file. Raises: OSError, with the file empty: nobody will go on in it."""
         try:
-            os.ftruncate(self.fd, 0)
+            os.ftruncate(self._opened(), 0)
         finally:
-            os.close(self.fd)
+            self.close()
             self.path.unlink()
+
+    def _opened(self) -> int:
+        if self.fd < 0:
+            self.fd = os.open(self.path, _FLAGS)
+        return self.fd
 
     def _write(self, data: bytes) -> None:
         end = self.index.end
@@ -173,7 +186,7 @@ class GrowingFile:
         self.index.end = end + len(data)
 
     def _cut(self, end: int) -> None:
-        if os.fstat(self.fd).st_size != end:
+        if os.fstat(self._opened()).st_size != end:
             os.ftruncate(self.fd, end)
         self.index.end = end
 

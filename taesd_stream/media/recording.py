@@ -217,7 +217,7 @@ class Recording:
         try:
             with self._lock:
                 target, cuts = self.written if self._files else -1, self._cuts
-                copies.extend(os.dup(file.fd) for file in self._files)  # what was made before one fails is closed below
+                copies.extend(os.dup(file.fd) for file in self._files if file.fd >= 0)  # closed below
             for fd in copies:
                 getattr(os, "fdatasync", os.fsync)(fd)
         except OSError as error:
@@ -267,6 +267,13 @@ class Recording:
         self.attempt = file.index.attempt
         self._chained = file.index.entries[-1].tfdt is not None
         self._files.append(file)
+        self._rest_older()
+
+    def _rest_older(self) -> None:
+        """Of a run whose sizes alternate each change is a file: none but the newest holds a descriptor for long."""
+        for file in self._files[:-1]:
+            with self._lock:
+                file.rest()
 
     def _may_come(self, seq: int, attempt: int, is_keyframe: bool) -> bool:
         if self.is_film and attempt == self.attempt:
@@ -342,6 +349,7 @@ class Recording:
         head |= {"parts": parts} if parts > 1 else {}
         width, height = (side + side % 2 for side in (packets[0].width, packets[0].height))  # as it is coded
         init = init_segment(head, width=width, height=height, sps=sets[0], pps=sets[1], tracks=parts)
+        self._rest_older()
         file = GrowingFile.create(self._folder, self._file_name(), head, init)
         try:
             self._put(file, packets)
