@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import socket as os_socket
@@ -20,6 +21,7 @@ from taesd_stream.wire import MAX_MESSAGE_BYTES
 
 HEARTBEAT_MS: Final = 2000
 HEARTBEAT_TIMEOUT_MS: Final = 6000
+MAX_PORT: Final = 65535
 DIALLED_HWM: Final = 10_000  # messages that wait to be read where this side has dialled
 COPIED_BYTES: Final = 256 << 10  # sending more than these uncopied costs less than the thread that pyzmq wakes for it
 
@@ -77,6 +79,7 @@ def dial(
     if watched_events:
         socket.get_monitor_socket(watched_events)
     try:
+        _check_port(address)
         socket.connect(address)
     except zmq.ZMQError:
         close(socket)
@@ -113,6 +116,7 @@ def bind(
     if watched_events:
         socket.get_monitor_socket(watched_events)
     try:
+        _check_port(address)
         socket.bind(address)
     except zmq.ZMQError:
         close(socket)
@@ -127,6 +131,13 @@ def close(socket: zmq.Socket[bytes], linger_ms: int = 0) -> None:
         socket.disable_monitor()  # pyzmq's own forgets the other end, unclosed
         monitor.close(linger=0)
     socket.close(linger=linger_ms)
+
+
+def _check_port(address: str) -> None:
+    """Raises: zmq.ZMQError for a port over 65535, which libzmq takes for what is left of it in 16 bits."""
+    port = address.rpartition(":")[2]
+    if is_tcp(address) and port.isdecimal() and int(port) > MAX_PORT:
+        raise zmq.ZMQError(errno.EINVAL, f"port {port} is over {MAX_PORT}")
 
 
 def is_tcp(address: str) -> bool:

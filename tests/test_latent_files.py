@@ -116,6 +116,29 @@ def test_time_becomes_the_first_axis(shape: tuple[int, ...], expected: tuple[int
     assert torch.equal(loaded.reshape(turned.shape), turned)
 
 
+def test_an_array_of_another_byte_order(tmp_path: Path) -> None:
+    """A .npy file from a big-endian machine has the same latents."""
+    latents = some_latents(2, 4, 6, 8)
+    np.save(tmp_path / "file.npy", latents.numpy().astype(">f4"))
+    assert torch.equal(load_latents(tmp_path / "file.npy", SD1), latents)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "is_turned"),
+    [
+        ("wan2_1", (1, 16, 16, 6, 8), True),
+        ("wan2_1", (16, 16, 6, 8), False),  # no batch axis: as a publisher sends them
+        ("cogvideox", (1, 16, 16, 6, 8), False),  # frames before channels
+    ],
+)
+def test_as_many_frames_as_channels(name: str, shape: tuple[int, ...], is_turned: bool, tmp_path: Path) -> None:
+    """What a sampler held, with its batch axis, has the format's own order of axes."""
+    latents = some_latents(*shape)
+    loaded = load_latents(save(tmp_path / "file.npy", latents), LATENT_FORMATS[name])
+    plain = latents.reshape(16, 16, 6, 8)
+    assert torch.equal(loaded, plain.transpose(0, 1) if is_turned else plain)
+
+
 def test_real_video_latents(shared: Path) -> None:
     """The latents that Wan's own pipeline saved are read: 16 channels, time first."""
     loaded = load_latents(shared / "samples" / "test_latents_wan.pth", LATENT_FORMATS["wan2_1"])

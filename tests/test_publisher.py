@@ -929,7 +929,7 @@ def test_what_cannot_be_opened_is_said_at_once(options: dict[str, Any], words: s
         LatentPublisher(**{"stream": "a", "latent_format": "sd1", **options})
 
 
-@pytest.mark.parametrize("address", ["localhost:5760", "tcp://", "smoke://signal"])
+@pytest.mark.parametrize("address", ["localhost:5760", "tcp://", "smoke://signal", "tcp://127.0.0.1:99999"])
 def test_an_address_that_is_none_is_said_at_once(address: str) -> None:
     """A broker's address that no socket takes is a ValueError that shows it."""
     with pytest.raises(ValueError, match=f"address: .*{address}"):

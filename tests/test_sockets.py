@@ -82,7 +82,7 @@ def test_a_dealer_says_when_it_can_send(sockets: Sockets, tmp_path: Path) -> Non
     assert router.recv_multipart()[1:] == [b"fresh"]
 
 
-@pytest.mark.parametrize("address", ["nowhere", "tcp://", "smoke://signal"])
+@pytest.mark.parametrize("address", ["nowhere", "tcp://", "smoke://signal", "tcp://127.0.0.1:99999"])
 def test_an_address_that_is_none_leaves_no_socket(sockets: Sockets, address: str) -> None:
     """A bad address is a ZMQError, for either end; no half-made socket keeps the context from its end."""
     with pytest.raises(zmq.ZMQError):

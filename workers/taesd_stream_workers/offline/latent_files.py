@@ -148,7 +148,8 @@ def _read(path: Path) -> Tensor:
     suffix = path.suffix.lower()
     if suffix == ".npy":
         with path.open("rb") as file:
-            return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
+            array = np.lib.format.read_array(file, allow_pickle=False)
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
     if suffix == LOG_SUFFIX:
         return _stacked(path)
     if suffix == ".safetensors":
@@ -194,6 +195,8 @@ def _stacked(log: Path) -> Tensor:
 def _time_first(tensor: Tensor, known: LatentFormat, path: Path) -> Tensor:
     if not tensor.is_floating_point():
         raise ConfigError(f"{path}: expected floating point latents, got {tensor.dtype}")
+    # with its batch axis it is as a sampler held it: where as many frames as channels leave it open, the format tells
+    is_turned = tensor.ndim == 5 and tensor.shape[1] == tensor.shape[2] and known.layouts[:1] == ("frames_third",)
     if tensor.ndim == 5 and tensor.shape[0] == 1:
         tensor = tensor[0]
     if tensor.ndim == 3:
@@ -201,7 +204,7 @@ def _time_first(tensor: Tensor, known: LatentFormat, path: Path) -> Tensor:
     if tensor.ndim != 4:
         raise ConfigError(f"{path}: expected latents of 3 to 5 axes, got shape {tuple(tensor.shape)}")
     channels = {known.channels, known.patchified_channels}
-    if tensor.shape[1] not in channels and tensor.shape[0] in channels:
+    if tensor.shape[0] in channels and (is_turned or tensor.shape[1] not in channels):
         tensor = tensor.transpose(0, 1).contiguous()
     if tensor.shape[1] not in channels:
         expected = " or ".join(str(one) for one in sorted(one for one in channels if one))
