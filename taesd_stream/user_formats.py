@@ -18,7 +18,7 @@ import platformdirs
 from safetensors import SafetensorError, safe_open
 
 from taesd_stream.errors import ConfigError, WeightsError
-from taesd_stream.latent_formats import LATENT_FORMATS, LatentFormat
+from taesd_stream.latent_formats import LATENT_FORMATS, LatentFormat, latent_format
 
 METADATA_KEY: Final = "taesd_stream.format"
 MAX_CHANNELS: Final = 4096
@@ -56,6 +56,12 @@ def find_user_format(name: str, weights_folder: Path | None = None) -> UserForma
             if path.stem == name and (found := read_user_format(path)) is not None:
                 return found
     return None
+
+
+def known_format(name: str, weights_folder: Path | None = None) -> LatentFormat:
+    """The format of that name, of the table or a user's own. Raises: ValueError naming the nearest; WeightsError."""
+    fitted = None if name in LATENT_FORMATS else find_user_format(name, weights_folder)
+    return latent_format(name) if fitted is None else fitted.format
 
 
 def read_user_format(path: Path) -> UserFormat | None:

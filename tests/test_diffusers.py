@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import inspect
 import signal
@@ -16,14 +17,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from taesd_stream import LatentPublisher
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.integrations.diffusers import PreviewCallback, preview
 from taesd_stream.integrations.diffusers.schedulers import Schedule
+from taesd_stream.latent_formats import LATENT_FORMATS
 from taesd_stream.media.finished import read_summary
 from taesd_stream.messages import End, StopRun
+from taesd_stream.user_formats import to_metadata, user_formats_folder
 from tests.broker_peer import BrokerPeer
 from tests.daemon import Daemon, wait_for
 from tests.diffusers_pipelines import (
@@ -446,6 +450,19 @@ def test_the_format_can_be_said() -> None:
         preview(sd1().pipe.unet)
     with pytest.raises(ValueError, match="stream: expected"):
         preview(case.pipe, stream="no spaces")
+
+
+def test_a_format_that_was_fitted_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in the user's own folder is known as the table's are; any other name still gets the nearest ones."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    path = user_formats_folder() / "my_space.safetensors"
+    path.parent.mkdir(parents=True)
+    factors: Any = {"rgb_factors": ((0.1, 0.2, 0.3),) * 4, "rgb_bias": (0.0, 0.0, 0.0)}
+    fitted = dataclasses.replace(LATENT_FORMATS["sd1"], name="my_space", **factors)
+    save_file({}, path, to_metadata(fitted, {}))
+    assert preview(sd1().pipe, latent_format="my_space")._format.spatial_factor == 8
+    with pytest.raises(ValueError, match="unknown latent format 'my_spac'"):
+        preview(sd1().pipe, latent_format="my_spac")
 
 
 @pytest.mark.parametrize(

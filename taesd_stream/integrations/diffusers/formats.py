@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from taesd_stream.latent_formats import LATENT_FORMATS
+from taesd_stream.latent_formats import LATENT_FORMATS, LatentFormat, latent_format
 
 # AutoencoderKL is one class for many spaces: (channels, scaling_factor) tells them apart.
 _BY_SCALE: Final = {
@@ -73,6 +73,15 @@ def format_of(pipe: Any) -> str:
             f"{', '.join(LATENT_FORMATS)}"
         )
     return found
+
+
+def format_named(name: str) -> LatentFormat:
+    """A format of the table, or one that this user has fitted. Raises: ValueError that names the nearest."""
+    try:
+        from taesd_stream.user_formats import known_format
+    except ModuleNotFoundError:  # whoever fits one has installed what that needs
+        return latent_format(name)
+    return known_format(name)
 
 
 def _names() -> list[str]:

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from taesd_stream.frames import EndReason, Kind, RecordMode, WireDtype, name_of_one
 from taesd_stream.integrations.diffusers.calls import running_call, told
-from taesd_stream.integrations.diffusers.formats import format_of
+from taesd_stream.integrations.diffusers.formats import format_named, format_of
 from taesd_stream.integrations.diffusers.geometry import Geometry
 from taesd_stream.integrations.diffusers.runs import PipelineRun, Sink
 from taesd_stream.integrations.diffusers.step_hook import StepHook
 from taesd_stream.integrations.frame_rates import usual_fps
-from taesd_stream.latent_formats import latent_format as format_named
 
 if TYPE_CHECKING:
     from taesd_stream.daemons import Addresses
@@ -185,7 +184,8 @@ def preview(pipe: Any, address: Addresses | None = None, **options: Any) -> Prev
     save: an MP4 of every step, without a daemon: it is decoded in a thread of this process, which takes processor (or
     GPU) time from the sampler; needs the extra `daemon`. Further calls write NAME-2.mp4. Then `address` must be given
     for the run to be published too.
-    latent_format: where neither VAE nor class tell it. record, fps, wire_dtype, meta: as LatentPublisher takes them.
+    latent_format: where neither VAE nor class tell it; also one of your own, from `taesd-stream fit`.
+    record, fps, wire_dtype, meta: as LatentPublisher takes them.
     Raises: ValueError for a pipeline whose latent format is not known, a bad name or path; nothing after that.
     """
     return Preview(pipe, address, **options)

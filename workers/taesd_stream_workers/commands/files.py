@@ -113,13 +113,15 @@ def _format_name(file: Path, asked: str | None, info: StreamInfo | None) -> str:
 
 
 def _rows(file: Path, name: str, kind: Kind, info: StreamInfo | None, *, is_batch: bool) -> list[Row] | LogRows:
+    from taesd_stream.config import load_config
     from taesd_stream_workers.offline.latent_files import LogRows, format_of, load_latents, rows_of
 
+    known = format_of(name, load_config().weights_folder)
     if info is not None:
-        log = LogRows(file, format_of(name), kind)
+        log = LogRows(file, known, kind)
         say_damaged(file, log.damaged_bytes)
         return log
-    return rows_of(load_latents(file, format_of(name)), kind, is_batch=is_batch)
+    return rows_of(load_latents(file, known), kind, is_batch=is_batch)
 
 
 def _name_from(file: Path) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from taesd_stream.errors import ConfigError
 from taesd_stream.frames import Kind, LatentFrame, StreamInfo
-from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LATENT_FORMATS, LatentFormat, latent_format, magnitude_of
+from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LatentFormat, magnitude_of
 from taesd_stream.latent_log import Damaged, read_run
 
 if TYPE_CHECKING:
@@ -37,11 +37,10 @@ class Row:
 
 def format_of(name: str, weights_folder: Path | None = None) -> LatentFormat:
     """The format of that name, of the table or a user's own. Raises: ConfigError naming the nearest known ones."""
-    from taesd_stream.user_formats import find_user_format
+    from taesd_stream.user_formats import known_format
 
     try:
-        fitted = None if name in LATENT_FORMATS else find_user_format(name, weights_folder)
-        return latent_format(name) if fitted is None else fitted.format
+        return known_format(name, weights_folder)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
