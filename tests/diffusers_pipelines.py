@@ -736,6 +736,30 @@ def flux1_img2img() -> Case:
     return Case(pipe, arguments, case.latent_format, case.to_vae, case.shape)
 
 
+def _half_mask() -> Tensor:
+    """The left half of 64x96 stays."""
+    mask = torch.zeros(1, 1, 64, 96)
+    mask[..., 48:] = 1
+    return mask
+
+
+def sd1_inpaint() -> Case:
+    """Stable Diffusion 1 within a mask: what is around it is put back after each step, guidance doubles the mask."""
+    case = sd1(D.DPMSolverMultistepScheduler(steps_offset=1, final_sigmas_type="zero"))
+    pipe = D.StableDiffusionInpaintPipeline(**case.pipe.components, requires_safety_checker=False)
+    given = {"image": torch.rand(1, 3, 64, 96), "mask_image": _half_mask(), "num_images_per_prompt": 2}
+    arguments = {**case.arguments, **given}
+    return Case(pipe, arguments, case.latent_format, case.to_vae, (2, 4, 8, 12))
+
+
+def flux1_inpaint() -> Case:
+    """FLUX.1 within a mask: both come as tokens."""
+    case = flux1()
+    pipe = D.FluxInpaintPipeline(**{name: case.pipe.components[name] for name in _own_names(D.FluxInpaintPipeline)})
+    given = {"image": torch.rand(1, 3, 64, 96), "mask_image": _half_mask(), "strength": 1.0}
+    return Case(pipe, {**case.arguments, **given}, case.latent_format, case.to_vae, case.shape)
+
+
 def ltx_img2vid() -> Case:
     """LTX from an image: the scheduler sees the frames behind it, unpacked."""
     case = ltx()
@@ -759,4 +783,4 @@ def _own_names(cls: Any) -> set[str]:
 
 IMAGES: Final = (sd1, sdxl, sd3, flux1, flux2, sana, qwen_image, z_image)
 VIDEOS: Final = (wan, hunyuan_video, hunyuan_video_1_5, cogvideox, ltx, ltx2)
-GIVEN: Final = (flux1_img2img, wan_img2vid, ltx_img2vid, ltx_condition)  # an image is there already
+GIVEN: Final = (flux1_img2img, flux1_inpaint, sd1_inpaint, wan_img2vid, ltx_img2vid, ltx_condition)  # an image is there already

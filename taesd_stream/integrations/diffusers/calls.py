@@ -22,27 +22,32 @@ NAMES: Final = (
     "generator",
     "guidance_scale",
     "height",
+    "image_latents",
     "latent_num_frames",
     "latents",
+    "mask",
     "num_inference_steps",
     "prompt",
     "timesteps",
     "true_cfg_scale",
     "width",
 )
+_INPAINTING_NAME: Final = "init_latents_proper"  # what only those calls have that put the image back around the mask
 
 
 def running_call(pipe: Any) -> tuple[Any, dict[str, Any]]:
     """The pipeline whose `__call__` the caller of this function runs in, and that call's variables.
 
     It is this one, or one that shares its scheduler, as from_pipe() makes them; in a loop of somebody's own this one,
-    without variables. References only; nothing of the frame is kept alive by them once the caller drops them.
+    without variables. `is_inpainting` is one of them: a call that puts `image_latents` back, around `mask`, at each step.
+    References only; nothing of the frame is kept alive by them once the caller drops them.
     """
     frame = sys._getframe(1)
     for _ in range(MAX_DEPTH):
         if frame.f_code.co_name == "__call__" and "self" in frame.f_code.co_varnames:
             variables = frame.f_locals
             found: dict[str, Any] = {name: variables[name] for name in NAMES if name in variables}
+            found["is_inpainting"] = _INPAINTING_NAME in frame.f_code.co_varnames
             caller = variables.get("self")
             # until Python 3.12 the frame keeps this copy, and with it old tensors, as long as the call runs
             if isinstance(variables, dict):

@@ -33,7 +33,7 @@ class Geometry:
         self._latent_frames = variables.get("latent_num_frames") if sample.ndim == 3 else None
         self._padding_frames = variables.get("additional_frames") or 0
         self._given_frame = _given_frame(variables.get("latents"), sample)
-        self._fixed = _fixed_cells(variables)
+        self._fixed = _fixed_cells(variables, sample)
         self._scaling_factor = None if known.decoder_scale is None else pipe.vae.config.scaling_factor
         if sample.ndim == 5 and known.layouts == ("video_tokens",):
             self._layout = "frames_third"  # LTX's image to video unpacks before the step
@@ -76,10 +76,15 @@ def _given_frame(held: Any, sample: Tensor) -> Tensor | None:
     return first
 
 
-def _fixed_cells(variables: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Latents that the call puts in after its last step, and where it does not (1): Wan 2.2 TI2V-5B from an image.
+def _fixed_cells(variables: dict[str, Any], sample: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Latents that the call puts in after a step, and where it does not (1): what the scheduler walks there is not shown.
 
-    Its scheduler walks them too, as noise that nobody looks at.
+    Of Wan 2.2 TI2V-5B from an image it is the first frame; of inpainting what is around the mask.
     """
     cells, is_free = variables.get("condition"), variables.get("first_frame_mask")
+    if variables.get("is_inpainting"):
+        cells, is_free = variables.get("image_latents"), variables.get("mask")
+        if cells is None or is_free is None or cells.shape != sample.shape:
+            return None
+        is_free = is_free[: len(sample)]  # with guidance it is there twice
     return None if cells is None or is_free is None else (cells, is_free)
