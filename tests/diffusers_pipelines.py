@@ -783,4 +783,4 @@ def _own_names(cls: Any) -> set[str]:
 
 IMAGES: Final = (sd1, sdxl, sd3, flux1, flux2, sana, qwen_image, z_image)
 VIDEOS: Final = (wan, hunyuan_video, hunyuan_video_1_5, cogvideox, ltx, ltx2)
-GIVEN: Final = (flux1_img2img, flux1_inpaint, sd1_inpaint, wan_img2vid, ltx_img2vid, ltx_condition)  # an image is there already
+GIVEN: Final = (flux1_img2img, flux1_inpaint, sd1_inpaint, wan_img2vid, ltx_img2vid, ltx_condition)  # from an image

@@ -39,7 +39,7 @@ def running_call(pipe: Any) -> tuple[Any, dict[str, Any]]:
     """The pipeline whose `__call__` the caller of this function runs in, and that call's variables.
 
     It is this one, or one that shares its scheduler, as from_pipe() makes them; in a loop of somebody's own this one,
-    without variables. `is_inpainting` is one of them: a call that puts `image_latents` back, around `mask`, at each step.
+    without variables. `is_inpainting` is one of them: a call that puts `image_latents` back around `mask`.
     References only; nothing of the frame is kept alive by them once the caller drops them.
     """
     frame = sys._getframe(1)

@@ -77,7 +77,7 @@ def _given_frame(held: Any, sample: Tensor) -> Tensor | None:
 
 
 def _fixed_cells(variables: dict[str, Any], sample: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Latents that the call puts in after a step, and where it does not (1): what the scheduler walks there is not shown.
+    """Latents that the call puts in after a step, and where it does not (1): there the scheduler's are not shown.
 
     Of Wan 2.2 TI2V-5B from an image it is the first frame; of inpainting what is around the mask.
     """

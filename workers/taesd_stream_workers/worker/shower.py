@@ -180,7 +180,8 @@ class Shower:
             packet = self._packet(item, rendition, picture, encoded, copy)
             self._outlet.pass_on((self._run.job.packets_to, packet))
         elif rendition == "record":
-            self._run.lose(item, "not_encoded", "A picture could not be encoded for the recording; a few tries, then it is left out.")
+            text = "A picture could not be encoded for the recording: after a few tries it is left out."
+            self._run.lose(item, "not_encoded", text)
         if rendition != "film":
             self._outlet.part_done(self._run)
 
