@@ -62,6 +62,8 @@ class BrokerConfig(_Section):
     """Most bytes of latents in memory: newest frames, one a stream, and what `live` ones need; more are refused."""
     max_client_memory_bytes: int = Field(default=1 << 30, ge=1 << 20)
     """The same, of one client."""
+    max_picture_px: int = Field(default=1 << 27, ge=1 << 16)
+    """Most pixels of one picture, of a batch all of its; latents of larger ones are refused: each takes 26 bytes."""
     max_messages_s: int = Field(default=40_000, ge=10)
     """Most messages a second that are taken of all samplers; whose comes too many is told, and rests for 10 s."""
     max_client_messages_s: int = Field(default=10_000, ge=10)

@@ -21,6 +21,10 @@ Convention: TypeAlias = Literal["diffusers", "comfyui"]
 DEFAULT_MAGNITUDE: Final = 3.0  # of uint8 = clamp(z / (2 m) + 0.5), for formats that the table does not have
 
 
+class LatentsError(ValueError):
+    """Latents are not what their format has; the message says what was expected, and what came."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyDecoder:
     """One published set of decoder weights.
@@ -83,19 +87,19 @@ class LatentFormat:
         """Check what a publisher says, and return it as (N, C, h, w) in the spatial form.
 
         shape: `steps` (C, h, w) or (N, C, h, w); `clip` (T, C, h, w); `live` (C, h, w) or (t, C, h, w).
-        Raises: ValueError that names the format, what was expected and what came.
+        Raises: LatentsError that names the format, what was expected and what came.
         """
         allowed = {4} if kind == "clip" else {3, 4}
         if len(shape) not in allowed:
             forms = "(T, C, h, w)" if kind == "clip" else "(C, h, w) or (N, C, h, w)"
-            raise ValueError(f"{self.name}: {kind} latents are {forms}, got shape {tuple(shape)}")
+            raise LatentsError(f"{self.name}: {kind} latents are {forms}, got shape {tuple(shape)}")
         count, channels, height, width = (1, *shape) if len(shape) == 3 else tuple(shape)
         if min(count, height, width) < 1:
-            raise ValueError(f"{self.name}: latents are empty (shape {tuple(shape)})")
+            raise LatentsError(f"{self.name}: latents are empty (shape {tuple(shape)})")
         if channels == self.patchified_channels:
             return count, self.channels, 2 * height, 2 * width
         if channels != self.channels:
-            raise ValueError(f"{self.name}: expected {self.channels} channels, got {channels} (shape {tuple(shape)})")
+            raise LatentsError(f"{self.name}: expected {self.channels} channels, got {channels} (shape {tuple(shape)})")
         return count, channels, height, width
 
     def to_spatial(
@@ -204,6 +208,12 @@ def latent_format(name: str) -> LatentFormat:
     near = difflib.get_close_matches(name, LATENT_FORMATS, n=3, cutoff=0.4)
     known = f"nearest: {', '.join(near)}" if near else f"there are: {', '.join(LATENT_FORMATS)}"
     raise ValueError(f"unknown latent format {name!r}; {known}")
+
+
+def unfolded(name: str, latents: Latents) -> Latents:
+    """Latents in the spatial form of the format of that name, see LatentFormat.unfold; of a user's own as they are."""
+    known = LATENT_FORMATS.get(name)
+    return latents if known is None else known.unfold(latents)
 
 
 def _frozen(value: Any) -> Any:

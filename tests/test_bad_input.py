@@ -155,11 +155,17 @@ def test_a_bad_frame_is_forgotten_with_the_next_good_one(daemon: Daemon) -> None
 
 
 def test_patchified_latents_have_their_pictures_size(daemon: Daemon) -> None:
-    """FLUX.2 latents of 128 channels, as ComfyUI holds them, are listed by the size of their picture."""
-    with LatentPublisher(daemon.broker, stream="patches", latent_format="flux2") as publisher:
+    """FLUX.2 latents of 128 channels, as ComfyUI holds them: the list and the packets say the size of their picture."""
+    with (
+        LatentPublisher(daemon.broker, stream="patches", latent_format="flux2") as publisher,
+        PageSocket(daemon) as page,
+    ):
+        page.watch({"patches": "live"})
         publisher.publish(np.zeros((128, 8, 4), np.float32), step=0)
+        header, _ = page.picture()
         row = wait_for(lambda: (row := daemon.streams().get("patches", {})).get("width") and row, of="the size")
     assert (row["width"], row["height"]) == (64, 128)
+    assert (header["width"], header["height"]) == (64, 128)
 
 
 @pytest.mark.faults

@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 
 from taesd_stream import LatentPublisher
 from taesd_stream.config import load_config
-from taesd_stream.decoding.choice import open_engine
-from taesd_stream.decoding.keeping_up import best_that_keeps_up, seconds_a_picture
+from taesd_stream.decoding.keeping_up import best_that_keeps_up, probe_of
 from taesd_stream.models import build_decoder
 from taesd_stream_workers.worker.engines import Engines
 from tests.daemon import Daemon, wait_for
@@ -65,13 +64,27 @@ def engines(weights: Path | None, *sets: str, clock_s: Callable[[], float] = tim
     return Engines(load_config(sets=[*folder, *sets]), torch.device("cpu"), clock_s)
 
 
-def test_a_larger_picture_takes_longer() -> None:
-    """A large picture is not measured whole: its time is a smaller one's, by area."""
-    engine = open_engine("flux2", weights_folder=None, choice="nano")
-    small, large = (
-        seconds_a_picture(engine, (32, side, side), enough_s=0.0, budget_bytes=1 << 30) for side in (4, 512)
-    )
-    assert large > 16 * small
+def test_a_large_picture_is_not_measured_whole() -> None:
+    """Its time is a smaller one's, by area."""
+    assert probe_of((32, 512, 640)) == ((32, 32, 32), 16 * 20)
+    assert probe_of((32, 4, 64)) == ((32, 4, 32), 2)
+    assert probe_of(SHAPE) == (SHAPE, 1)
+
+
+def test_sizes_that_one_picture_stands_for_are_measured_once(weights: Path) -> None:
+    """A stream whose size changes holds up its neighbours for one measurement; after 10 s it is measured again."""
+    now_s = [0.0]
+    one = engines(weights, "decoder.max_job_s=0.000001", clock_s=lambda: now_s[0])
+    figures = []
+    for height in (64, 128, 64):
+        one.of_view("flux2", "auto", (32, height, 64))
+        said = re.search(r"taef2 (\S+) of", one.told()["flux2"]["reason"])
+        assert said is not None
+        figures.append(float(said[1]))
+        now_s[0] += 6
+    assert figures[1] == pytest.approx(2 * figures[0], rel=0.1)
+    assert len(one._probed) == 3  # a decoder each
+    assert {round(probe.until_s) for probe in one._probed.values()} == {22}
 
 
 def test_the_choice_is_by_what_is_measured(weights: Path) -> None:

@@ -10,7 +10,7 @@ import zmq
 
 from taesd_stream import LatentPublisher
 from taesd_stream.config import BrokerConfig, load_config
-from taesd_stream.frames import StreamInfo
+from taesd_stream.frames import Kind, StreamInfo
 from taesd_stream.keys import load_keys
 from taesd_stream.messages import Echo, End, Refused, RunHello
 from taesd_stream_workers.broker.limits import Limits
@@ -40,6 +40,7 @@ class TwoClients:
             "broker.max_memory_bytes=67108864",
             "broker.max_client_memory_bytes=41943040",
             "broker.max_client_messages_s=50",
+            "broker.max_picture_px=1000000000",
             *sets,
         )
         self.broker.keys = load_keys(folder / "keys")
@@ -92,6 +93,41 @@ def test_streams_of_one_client_and_of_all(two: TwoClients) -> None:
 
         wait_for(has_room, of="room for another")
     assert two.broker.stats().stats["counts"]["refused_limit"] >= 2
+
+
+def test_what_ended_makes_room_at_once(two: TwoClients) -> None:
+    """A client that ends its streams and opens as many, in one breath, is not refused."""
+    with two.broker.publisher(two.a) as a:
+        for _ in range(3):
+            runs = opened(a, 3)
+            for run in runs:
+                a.say(End(run=run, last_seq=-1, reason="done"))
+        last = new_run()
+        a.open(last, f"s/{last}")
+    assert "refused_limit" not in two.broker.stats().stats["counts"]
+
+
+def test_a_picture_that_no_worker_has_memory_for_is_refused(tmp_path: Path) -> None:
+    """Its size and the limit are said; the frames of a clip and smaller pictures are taken."""
+    with BrokerRole(tmp_path, "broker.max_picture_px=65536") as broker, broker.publisher() as peer:
+        cases: tuple[tuple[str, Kind, tuple[int, ...], bool], ...] = (
+            ("sd1", "steps", (4, 32, 32), True),
+            ("sd1", "steps", (4, 32, 33), False),
+            ("sd1", "steps", (2, 4, 32, 32), False),
+            ("wan2_1", "clip", (2, 16, 32, 32), True),
+            ("somebodys", "steps", (3, 33, 32), False),
+        )
+        for latent_format, kind, shape, is_taken in cases:
+            run = new_run()
+            peer.open(run, f"s/{run}", latent_format=latent_format, kind=kind, record="all")
+            peer.say(frame(run, 0, kept=True, shape=shape))
+            if is_taken:
+                peer.ack(run, 0)
+                continue
+            refused = peer.next(Refused)
+            assert refused.run == run
+            assert "broker.max_picture_px = 65536 allows no more" in refused.text
+            assert refused.code == "format"
 
 
 def test_bytes_of_one_client_and_of_all(two: TwoClients) -> None:

@@ -193,7 +193,7 @@ def test_every_family_encodes_within_the_least_budget(family: str) -> None:
 
 
 @pytest.mark.parametrize("is_pooled", [False, True])
-@pytest.mark.parametrize("size", [(1, 160), (160, 1), (160, 160)])
+@pytest.mark.parametrize("size", [(1, 160), (160, 1), (160, 160), (1, 16385)])
 def test_large_pictures_of_a_narrow_network(size: tuple[int, int], is_pooled: bool) -> None:
     """160x160 latents and single rows and columns of them, strips and tiles as a small budget makes them."""
     network = narrow_decoder(has_pooled_blocks=is_pooled)

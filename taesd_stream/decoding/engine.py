@@ -103,7 +103,7 @@ class Engine:
         return self._decode(latents, budget_bytes, most, self._planes, video_planes, are_finite=are_finite)
 
     def picture_size(self, latents: Tensor) -> tuple[int, int]:
-        """Height and width, pixels, of the pictures that latents (..., h, w) give."""
+        """Height and width, pixels, of the pictures that latents (..., C, h, w) in the spatial form give."""
         return self._format.picture_size(*latents.shape[-2:])
 
     def forget(self, run: str) -> None:
@@ -128,15 +128,15 @@ class Engine:
         are_finite: bool,
     ) -> Iterator[tuple[slice, Tensor]]:
         """whole: how a slice becomes what is wanted; of_tiles: how RGB does, which is all that tiles give."""
-        tensor = torch.as_tensor(latents)
+        tensor = self._format.unfold(torch.as_tensor(latents))
         self._check(tensor, are_finite=are_finite)
         budget_bytes = self._for_tensors(budget_bytes)
         count, _, height, width = self._format.check_shape("steps", tensor.shape)
         frame_bytes = self.bytes_per_latent_px * height * width
         pieces = list(slices(count, frame_bytes, budget_bytes, is_graphed=self._fast is not None))
         if frame_bytes > budget_bytes and (isinstance(self._network, NanoDecoder) or is_tileable(self._network)):
-            return self._decode_tiled(self._format.unfold(tensor), budget_bytes, of_tiles)
-        return self._decode_slices(self._format.unfold(tensor), cut(pieces, self._quickest(most, height, width)), whole)
+            return self._decode_tiled(tensor, budget_bytes, of_tiles)
+        return self._decode_slices(tensor, cut(pieces, self._quickest(most, height, width)), whole)
 
     def _quickest(self, most: Most | None, height: int, width: int) -> Most | None:
         """How many frames a slice may hold so that a processor does not wait for memory; of a GPU, as `most` says."""

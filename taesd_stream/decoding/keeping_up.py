@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 
@@ -16,6 +15,7 @@ _LARGEST_PROBE: Final = 32  # cells a side: a larger picture's time is this one'
 # hundred times what they take, until the threads that compute find each other.
 _LEAST_TIMES: Final = 3
 _LONG_ENOUGH_S: Final = 0.6
+Shape: TypeAlias = tuple[int, int, int]  # C, h, w
 
 
 def best_that_keeps_up(seconds: Sequence[float], most_s: Sequence[float]) -> int:
@@ -29,21 +29,25 @@ def best_that_keeps_up(seconds: Sequence[float], most_s: Sequence[float]) -> int
     return min(range(len(seconds)), key=seconds.__getitem__)
 
 
-def seconds_a_picture(engine: Engine, shape: tuple[int, int, int], *, enough_s: float, budget_bytes: int) -> float:
-    """How long the engine takes for a picture of latents of that shape (C, h, w): the least of some measurements.
+def probe_of(shape: Shape) -> tuple[Shape, float]:
+    """What is measured in place of latents (C, h, w), no larger than 32x32 cells; and how many of it those are."""
+    channels, height, width = shape
+    probe = channels, min(height, _LARGEST_PROBE), min(width, _LARGEST_PROBE)
+    return probe, height * width / (probe[1] * probe[2])
+
+
+def seconds_a_picture(engine: Engine, shape: Shape, *, enough_s: float, budget_bytes: int) -> float:
+    """How long the engine takes for a picture of latents of that shape: the least of some measurements.
 
     enough_s: it is measured no more once it is as fast. Raises: RuntimeError when memory is short.
     """
-    channels, *size = shape
-    height, width = (min(side, _LARGEST_PROBE) for side in size)
-    noise = torch.randn((1, channels, height, width), generator=torch.Generator().manual_seed(0))
-    larger = math.prod(size) / (height * width)
+    noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
     least_s, times, begun_s = float("inf"), 0, time.monotonic()
     while least_s > enough_s and (times < _LEAST_TIMES or time.monotonic() - begun_s < _LONG_ENOUGH_S):
         started_s = time.monotonic()
         for _, rgb in engine.decode(noise, budget_bytes=budget_bytes, are_finite=True):
             if rgb.is_cuda:
                 torch.cuda.synchronize(rgb.device)
-        least_s = min(least_s, (time.monotonic() - started_s) * larger)
+        least_s = min(least_s, time.monotonic() - started_s)
         times += 1
     return least_s

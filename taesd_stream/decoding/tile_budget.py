@@ -52,7 +52,7 @@ def tile_sizes(segments: Sequence[Segment], frame: Tensor) -> list[TileSize]:
         width_after = segment.stream(1, unsettled).size_after(width_after)
     widest, most_across = max(width, width_after), min(width, width_after)
     strip_px = _CPU_STRIP_PX if frame.device.type == "cpu" else _GPU_STRIP_PX
-    most_rows = max(_LOW_ROWS, 1 << (strip_px // widest).bit_length() - 1)
+    most_rows = max(_LOW_ROWS, 1 << max(1, strip_px // widest).bit_length() - 1)
     sizes = [TileSize(most_rows, 1)]
     while sizes[-1] != TileSize(1, most_across):
         rows, across = sizes[-1].most_rows, sizes[-1].across

@@ -177,7 +177,8 @@ class _Writer:
 
     def _write(self, recording: Recording, engine: Engine, frame: _Frame) -> None:
         form = frame.snapshot
-        latents = latents_from_payload(form.to_bytes(frame.taken), form.dtype, form.shape, self._known.magnitude)
+        held = latents_from_payload(form.to_bytes(frame.taken), form.dtype, form.shape, self._known.magnitude)
+        latents = self._known.unfold(held)
         if not bool(latents.isfinite().all()):  # no picture can be made of it
             recording.skip(frame.seq, 0)
             return

@@ -53,6 +53,8 @@ class KernelsLater:
             with torch.inference_mode(), torch.cuda.device(self._device):
                 kernels = loaded(cubin, TINY_DECODER, self._cache, lambda code: Kernels(code, self._device))
                 self.reason = self._use(kernels)
+        except torch.OutOfMemoryError:
+            self._cubin = cubin  # the sampler had it all just now: with a later picture
         except Exception as error:  # noqa: BLE001 pictures are worth more than kernels
             self.reason = f"{WITHOUT}: {error}"
             logger.warning("kernels_not_used reason=%s", error)

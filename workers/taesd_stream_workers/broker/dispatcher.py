@@ -21,6 +21,7 @@ from taesd_stream_workers.broker.placer import Placer
 from taesd_stream_workers.broker.registry import Registry
 from taesd_stream_workers.broker.runs import Run
 from taesd_stream_workers.broker.troubles import MAX_ENCODINGS, MAX_TRIES
+from taesd_stream_workers.role.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class Dispatcher:
         self._offers: dict[str, list[Candidate]] = {}  # by run: what could be decoded now
         self._in_window: dict[str, int] = {}  # by run: bytes of its recording that are in them, or under way
         self._window_used = 0  # all of it
+        self._seldom = Seldom()
         self.is_behind = False  # recordings wait to be looked at: the loop waits for no message first
 
     # --- what workers say ---
@@ -215,7 +217,8 @@ class Dispatcher:
 
     def _pass_gap(self, run: Run, kept: KeptRun, seq: int, code: str) -> None:
         self._links.counts["gaps"] += 1
-        logger.warning("frame_not_recorded stream=%s seq=%d code=%s", run.info.stream, seq, code)
+        if self._seldom.may_say((run.info.run, code)):  # the file names them all
+            logger.warning("frame_not_recorded stream=%s seq=%d code=%s (once a minute)", run.info.stream, seq, code)
         kept.pass_gap(seq)
         self.tell_gap(run, kept)
 

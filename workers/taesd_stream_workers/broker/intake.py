@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 from taesd_stream.config import Config
@@ -20,6 +22,7 @@ from taesd_stream_workers.broker.runs import Run, meta_bytes
 logger = logging.getLogger(__name__)
 
 RANKS: Final[dict[Kind, tuple[int, ...]]] = {"steps": (3, 4), "clip": (4,), "live": (3, 4)}  # axes of a frame
+USUAL_FACTOR: Final = 8  # pixels a cell
 MAX_REFUSALS_LOGGED: Final = 100  # of one kind
 
 
@@ -192,6 +195,8 @@ class Intake:
             return None
         run.peer = peer
         if run.end is None:
+            if run.is_alive:
+                self.limits.ended(run.client)
             run.end, run.ended_unix = end, time.time()
             logger.info("stream_ended stream=%s run=%s reason=%s", run.info.stream, end.run, end.reason)
             if run.kept is not None:
@@ -240,13 +245,8 @@ class Intake:
     # --- frames ---
 
     def _is_shape_right(self, run: Run, frame: LatentFrame) -> bool:
-        latent_format = LATENT_FORMATS.get(run.info.latent_format)
         try:
-            if latent_format is not None:
-                latent_format.check_shape(run.info.kind, frame.shape)
-            elif len(frame.shape) not in RANKS[run.info.kind]:  # a format of a user's own: the worker knows it
-                expected = " or ".join(str(rank) for rank in RANKS[run.info.kind])
-                raise ValueError(f"{run.info.kind}: expected latents of {expected} axes, got {frame.shape}")
+            self._check_shape(run.info, frame.shape)
         except ValueError as error:
             self._links.counts["bad_shapes"] += 1
             run.faults += 1
@@ -255,3 +255,19 @@ class Intake:
                 self._refuse(run.peer, run.info, "format", str(error))
             return False
         return True
+
+    def _check_shape(self, info: StreamInfo, shape: Sequence[int]) -> None:
+        """Raises: ValueError that says what is wrong."""
+        known = LATENT_FORMATS.get(info.latent_format)
+        if known is not None:
+            count, _, height, width = known.check_shape(info.kind, tuple(shape))
+            height, width = known.picture_size(height, width)
+        elif len(shape) not in RANKS[info.kind]:
+            expected = " or ".join(str(rank) for rank in RANKS[info.kind])
+            raise ValueError(f"{info.kind}: expected latents of {expected} axes, got {shape}")
+        else:  # a format of a user's own: the worker knows it
+            count, height, width = math.prod(shape[:-3]), USUAL_FACTOR * shape[-2], USUAL_FACTOR * shape[-1]
+        pictures, most_px = count if info.kind == "steps" else 1, self._config.broker.max_picture_px
+        if pictures * height * width > most_px:
+            size = f"{pictures} of {width}x{height} px" if pictures > 1 else f"{width}x{height} px"
+            raise ValueError(f"a picture of {size}: broker.max_picture_px = {most_px} allows no more")

@@ -81,6 +81,10 @@ class Limits:
         """It has another stream."""
         self._streams[client] += 1
 
+    def ended(self, client: str) -> None:
+        """One of its streams is over."""
+        self._streams[client] = max(0, self._streams[client] - 1)
+
     def holds(self, run: Run) -> None:
         """Count what is held of a run now."""
         self._bytes[run.client] += run.held_bytes - run.counted_bytes

@@ -81,7 +81,7 @@ class LiveLatents:
         if len(waiting) < 2:
             return 0
         is_late = now_ns - self.received_ns(waiting[0].seq) > LATE_NS
-        if not is_late and len(waiting) * waiting[-1].nbytes <= max_bytes:
+        if not is_late and sum(frame.nbytes for frame in waiting) <= max_bytes:
             return 0
         self.next_seq = waiting[-1].seq
         self._forget_old()

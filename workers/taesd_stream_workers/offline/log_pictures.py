@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from taesd_stream.errors import ConfigError
 from taesd_stream.frames import LatentFrame, StreamInfo
-from taesd_stream.latent_formats import magnitude_of
+from taesd_stream.latent_formats import magnitude_of, unfolded
 from taesd_stream.latent_log import read_run
 from taesd_stream.media.clock import ForwardPts, steps_pts
 from taesd_stream.messages import JobItem
@@ -38,7 +38,8 @@ def log_pictures(path: Path, engine: Engine, budget_bytes: int) -> Iterator[tupl
             info = message
         elif isinstance(message, LatentFrame) and info is not None:
             magnitude = magnitude_of(info.latent_format)
-            latents = as_pictures(latents_from_payload(message.payload, message.dtype, message.shape, magnitude))
+            held = latents_from_payload(message.payload, message.dtype, message.shape, magnitude)
+            latents = as_pictures(unfolded(info.latent_format, held))
             entry = (0, _item(info, message), Rows(latents, 0, len(latents)))
             if not latents.isfinite().all():
                 logger.warning("%s: frame %d holds NaN or infinity: no picture of it", path, message.seq)

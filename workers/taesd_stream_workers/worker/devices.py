@@ -11,6 +11,7 @@ from typing import Final
 import torch
 
 from taesd_stream.errors import ConfigError
+from taesd_stream_workers.role.gpus import visible_gpus
 
 SHARE: Final = 0.5  # of what a GPU has free at the start: the sampler, which comes and goes, keeps the rest
 
@@ -26,7 +27,13 @@ def choose_device(wanted: str, min_free_bytes: int) -> tuple[torch.device, str]:
         return device, _capped(device, "as decoder.device says")
     if not torch.cuda.is_available():
         return torch.device("cpu"), no_gpu_reason()
-    free_bytes, _ = torch.cuda.mem_get_info()
+    told_bytes = next((gpu.free_bytes for gpu in visible_gpus() if gpu.index == 0), None)
+    if told_bytes is not None and told_bytes < min_free_bytes:  # without a context: a full GPU has no room for one
+        return torch.device("cpu"), busy_reason(told_bytes, min_free_bytes)
+    try:
+        free_bytes, _ = torch.cuda.mem_get_info()
+    except RuntimeError as error:
+        return torch.device("cpu"), f"the GPU takes no other program: {_first_line(error)}"
     if free_bytes < min_free_bytes:
         return torch.device("cpu"), busy_reason(free_bytes, min_free_bytes)
     device = torch.device("cuda")
@@ -65,6 +72,10 @@ def _named(wanted: str) -> torch.device:
         device = torch.device(wanted)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
-        reason = next(iter(str(error).splitlines()), "torch sees no such device")
-        raise ConfigError(f"decoder.device = {wanted}: {reason[:200]}; auto takes what is here") from error
+        raise ConfigError(f"decoder.device = {wanted}: {_first_line(error)}; auto takes what is here") from error
     return device
+
+
+def _first_line(error: BaseException) -> str:
+    """What torch says before its advice to programmers."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

@@ -7,14 +7,14 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import torch
 
 from taesd_stream.config import Config, DecoderChoice
 from taesd_stream.decoding.choice import NoDecoderError, open_engine
 from taesd_stream.decoding.engine import Engine
-from taesd_stream.decoding.keeping_up import best_that_keeps_up, seconds_a_picture
+from taesd_stream.decoding.keeping_up import Shape, best_that_keeps_up, probe_of, seconds_a_picture
 from taesd_stream.decoding.slicing import decode_budget
 from taesd_stream.decoding.video_engine import VideoEngine
 from taesd_stream_workers.worker.degrading import CHEAPER, is_out_of_memory
@@ -25,7 +25,6 @@ MAX_MEMORIES: Final = 4096  # that one HELLO holds
 MAX_SIZES: Final = 256  # of live views that are remembered
 BESIDE_NANO: Final = 0.25  # of decoder.max_job_s
 AGAIN_S: Final = 10.0  # so soon a choice that is not the best is measured again, then after twice that
-Shape: TypeAlias = tuple[int, int, int]  # C, h, w
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +34,15 @@ class _View:
     engine: Engine
     reason: str
     wait_s: float
+    until_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """What an engine took for one picture. enough_s: it was measured no more once it was as fast."""
+
+    seconds: float
+    enough_s: float
     until_s: float
 
 
@@ -55,6 +63,7 @@ class Engines:
         self._opened: dict[tuple[str, DecoderChoice, bool], Engine] = {}
         self._clock_s = clock_s
         self._views: dict[tuple[str, Shape], _View] = {}
+        self._probed: dict[tuple[Engine, Shape], _Probe] = {}
         self._told: dict[str, tuple[Engine, str]] = {}  # by format: what shows it, else what records it
 
     def told(self) -> dict[str, dict[str, Any]]:
@@ -136,13 +145,16 @@ class Engines:
                 engine = view.engine if view is not None else self.open(latent_format, "auto", is_fast=True)
                 reason = view.reason if view is not None else engine.reason
                 # what was chosen stays, and is measured when there may be memory again
-                self._views[key] = _View(engine, reason, AGAIN_S, self._clock_s() + AGAIN_S)
-                return engine, reason
+                return self._keep(key, _View(engine, reason, AGAIN_S, self._clock_s() + AGAIN_S))
             is_best = engine is self.open(latent_format, "auto", is_fast=True)
             wait_s = float("inf") if is_best else AGAIN_S if view is None else 2 * view.wait_s
-            view = self._views[key] = _View(engine, reason, wait_s, self._clock_s() + wait_s)
-            if len(self._views) > MAX_SIZES:
-                del self._views[next(iter(self._views))]
+            return self._keep(key, _View(engine, reason, wait_s, self._clock_s() + wait_s))
+        return view.engine, view.reason
+
+    def _keep(self, key: tuple[str, Shape], view: _View) -> tuple[Engine, str]:
+        self._views[key] = view
+        if len(self._views) > MAX_SIZES:
+            del self._views[next(iter(self._views))]
         return view.engine, view.reason
 
     def _measured(self, latent_format: str, shape: Shape) -> tuple[Engine, str]:
@@ -151,7 +163,7 @@ class Engines:
             return engines[0], engines[0].reason
         most_s, seconds = self._most_s(engines), []
         for engine, most in zip(engines, most_s, strict=True):
-            seconds.append(seconds_a_picture(engine, shape, enough_s=most, budget_bytes=self.budget_bytes))
+            seconds.append(self._seconds(engine, shape, most))
             if seconds[-1] <= most:
                 break
         chosen = engines[best_that_keeps_up(seconds, most_s[: len(seconds)])]
@@ -161,6 +173,18 @@ class Engines:
         reason = "; ".join(filter(None, (engines[0].reason, measured)))
         logger.info("view_chosen format=%s shape=%s decoder=%s %s", latent_format, shape, chosen.decoder, reason)
         return chosen, reason
+
+    def _seconds(self, engine: Engine, shape: Shape, most_s: float) -> float:
+        """What a picture takes, measured lately or now: many sizes are measured by the same one."""
+        probe, larger = probe_of(shape)
+        key, enough_s, now_s = (engine, probe), most_s / larger, self._clock_s()
+        known = self._probed.get(key)
+        if known is None or now_s >= known.until_s or enough_s < known.seconds <= known.enough_s:
+            seconds = seconds_a_picture(engine, probe, enough_s=enough_s, budget_bytes=self.budget_bytes)
+            known = self._probed[key] = _Probe(seconds, enough_s, now_s + AGAIN_S)
+            if len(self._probed) > MAX_SIZES:
+                del self._probed[next(iter(self._probed))]
+        return known.seconds * larger
 
     def _most_s(self, engines: list[Engine]) -> list[float]:
         """What a picture may take, by each decoder."""

@@ -13,6 +13,7 @@ import torch
 from taesd_stream.config import Config
 from taesd_stream.decoding.choice import NoDecoderError
 from taesd_stream.decoding.host_copies import HostCopies
+from taesd_stream.latent_formats import LatentsError
 from taesd_stream.messages import Progress
 from taesd_stream_workers.worker.device_coding import DeviceCoding
 from taesd_stream_workers.worker.encode_pool import EncodePool, Lanes
@@ -152,6 +153,8 @@ class JobDecoder:
                     return False
         except NoDecoderError as error:
             run.fail("no_decoder", error, retry=False)
+        except LatentsError as error:  # of a format of a user's own, which the broker does not know
+            run.fail("bad_frame", error, retry=False)
         except torch.OutOfMemoryError as error:
             run.fail("memory", error, retry=True)
         except Exception as error:  # the worker's outermost loop: this job is lost, the next may do

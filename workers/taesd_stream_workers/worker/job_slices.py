@@ -12,14 +12,15 @@ import torch
 from taesd_stream.config import Config, DecoderChoice
 from taesd_stream.decoding.choice import NoDecoderError
 from taesd_stream.decoding.engine import Engine
+from taesd_stream.decoding.keeping_up import Shape
 from taesd_stream.decoding.payloads import latents_from_payload, latents_from_words
 from taesd_stream.decoding.slicing import Most
 from taesd_stream.decoding.video_engine import VideoEngine
-from taesd_stream.latent_formats import magnitude_of
+from taesd_stream.latent_formats import magnitude_of, unfolded
 from taesd_stream.media.encoder import VIDEO_RENDITIONS
 from taesd_stream.messages import Failed, JobItem, Progress
 from taesd_stream_workers.worker.degrading import Pace, is_out_of_memory, ways
-from taesd_stream_workers.worker.engines import Engines, Shape
+from taesd_stream_workers.worker.engines import Engines
 from taesd_stream_workers.worker.job_pictures import Entry, Rows, can_be_planes, pictures_of, planes_of
 from taesd_stream_workers.worker.job_run import JobRun
 from taesd_stream_workers.worker.live_items import begin_anew, lacks_memory
@@ -64,7 +65,7 @@ class JobSlices:
             text = "latents hold NaN or infinite values: no picture can be made of them"
             run.failed = Failed(job=job.job, items=bad, code="bad_frame", text=text, retry=False)
         magnitude = magnitude_of(job.latent_format)
-        latents = latents_from_words(self._outlet.copies.upload(words), magnitude)
+        latents = unfolded(job.latent_format, latents_from_words(self._outlet.copies.upload(words), magnitude))
         batch = latents.flatten(0, 1) if latents.ndim == 5 else latents
         each = len(batch) // len(parts)
         good: list[tuple[JobItem, Rows]] = []
@@ -75,7 +76,8 @@ class JobSlices:
                 continue
             if history is not None:
                 before = latents_from_payload(history, item.dtype, (item.history, *item.shape[-3:]), magnitude)
-                run.histories[item.run] = torch.nan_to_num(before)  # what was left out for NaN leaves no trace here
+                # what was left out for NaN leaves no trace here
+                run.histories[item.run] = torch.nan_to_num(unfolded(job.latent_format, before))
             if not (item.is_repeat and self._repeat(run, item)):
                 good.append((item, Rows(batch, place * each, each, is_each=self._is_each(run, item))))
         by_choice: dict[DecoderChoice, list[tuple[JobItem, Rows]]] = {}
