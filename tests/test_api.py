@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
 from taesd_stream import LatentPublisher
 from taesd_stream.config import Config
+from taesd_stream.media.finished import SUMMARY_KEY
 from taesd_stream_workers.streamer.library import Library
 from taesd_stream_workers.streamer.web import schema
 from taesd_stream_workers.streamer.web.api import LATEST_WAIT_S
@@ -238,6 +240,31 @@ def test_a_number_that_is_none_does_not_end_the_socket(socket: ClientConnection,
 
 
 # --- the library ---
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"started": None}, {"run": 5}, {"meta": "red"}, {"missing": 3}, {"part": "a"}, {"last_seq": 0.5}],
+    ids=lambda odd: next(iter(odd)),
+)
+def test_a_file_with_somebody_elses_tag_is_none_of_ours(odd: dict[str, Any], daemon: Daemon, tmp_path: Path) -> None:
+    """It is not listed, and the others still are; numbers that are no JSON are null."""
+    with LatentPublisher(daemon.broker, stream="api/odd", latent_format="sd1", record="all") as publisher:
+        publisher.publish(sd1_latents_of((200, 60, 60)), step=0)
+        assert publisher.wait_until_acked(20)
+    source = daemon.file(daemon.recording(publisher.run)["id"])
+    told = {"stream": "a", "run": publisher.run, "started": 1.0, "meta": {"cfg": float("nan")}}
+    for name, summary in (("ours", told), ("odd", told | odd)):
+        options = {"movflags": "use_metadata_tags"}
+        with av.open(source) as reader, av.open(tmp_path / f"{name}.mp4", "w", options=options) as writer:
+            copy = writer.add_stream_from_template(reader.streams.video[0])
+            writer.metadata[SUMMARY_KEY] = json.dumps(summary)
+            for packet in reader.demux(video=0):
+                if packet.pts is not None:
+                    packet.stream = copy
+                    writer.mux(packet)
+    (row,) = Library(tmp_path).rows()
+    assert (row["id"], row["meta"]) == ("ours", {"cfg": None})
 
 
 def test_a_finished_file_is_found_whoever_else_reads_the_folder(daemon: Daemon, tmp_path: Path) -> None:

@@ -332,6 +332,36 @@ def test_record_the_first_frames_only(daemon: Daemon, tmp_path: Path) -> None:
             publisher.publish(latents[step], step=step)
         assert publisher.wait_until_acked(30), publisher.error
     assert daemon.recording(publisher.run)["frames"] == 8
+    # it may end between the list and the download: its run's id still finds it
+    status, body = daemon.get(f"/api/v1/recordings/{publisher.run}/file?frames=8")
+    assert status == 200
+    output.write_bytes(body)
+    assert len(decode_file(output)) == 8
+
+
+def test_record_passes_over_an_older_run_that_nobody_can_decode(daemon: Daemon, tmp_path: Path) -> None:
+    """It waits for ever; what is recorded now is the one that was asked for."""
+    with LatentPublisher(daemon.broker, stream="cli/stuck", latent_format="unheard", record="all") as stuck:
+        stuck.publish(np.zeros((4, 8, 8), np.float32), step=0)
+        assert stuck.wait_until_acked(30), stuck.error
+
+    def waits() -> bool:
+        rows = daemon.json("/api/v1/recordings")["recordings"]
+        return any(row["run"] == stuck.run for row in rows)
+
+    wait_for(waits, of="the one that waits")
+    output = tmp_path / "now.mp4"
+    words = ["record", "cli/stuck", "-o", str(output), "--connect", daemon.web]
+    with started(*words, folder=tmp_path) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "waiting for cli/stuck\n"
+        await_wishes(daemon)
+        with LatentPublisher(daemon.broker, stream="cli/stuck", latent_format="sd1") as publisher:
+            publisher.publish(moving_latents(1)[0], step=0)
+            assert publisher.wait_until_acked(30), publisher.error
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert errors.endswith(f"{output}: 1 frames\n")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

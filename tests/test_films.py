@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,18 @@ def test_steps_tell_what_the_sampler_said(tmp_path: Path) -> None:
     (path,) = one.finish()
     finished = [(s.seq, s.step, s.of, s.sigma, s.pts) for s in steps_of(path)]
     assert growing == finished == expected
+    assert [step.seq for step in steps_of(path, after=0)] == [1, 2]
+
+
+def test_the_newest_steps_are_read_without_the_others(tmp_path: Path) -> None:
+    """What is behind a seq, of a file that grows between two looks, by several who look at once."""
+    one = Recording.open(tmp_path, stream="demo/a", run=RUN, meta=META)
+    for last in (3, 5, 9):
+        for packet in chain(0, 9)[one.written + 1 : last + 1]:
+            one.write(packet)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda after: [s.seq for s in steps_of(one.paths[0], after)], range(-1, 4)))
+        assert found == [list(range(after + 1, last + 1)) for after in range(-1, 4)]
 
 
 def test_a_long_run_has_all_its_steps(tmp_path: Path) -> None:
@@ -349,6 +362,7 @@ def test_the_oldest_films_go(tmp_path: Path) -> None:
     aged = Films(tmp_path, RecordingConfig(film_max_age_s=1000.0))
     aged.load()
     assert set(aged.films) == set(runs)
+    assert {one.last_seq for one in aged.films.values()} == {0}  # a page asks for what is there
     aged.tick([])
     assert [path.exists() for path in paths] == [False, True, True]
     config = RecordingConfig().model_copy(update={"film_max_bytes": nbytes + nbytes // 2})

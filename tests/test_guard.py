@@ -381,8 +381,8 @@ def test_a_text_that_is_too_large_ends_the_socket(daemon: Daemon) -> None:
             socket.send(" " * (1 << 20))
         with pytest.raises(ConnectionClosed) as closed:
             drain(socket)
-    assert closed.value.rcvd is not None
-    assert closed.value.rcvd.code == 1009
+    # what the server never read may make TCP throw away its last word
+    assert closed.value.rcvd is None or closed.value.rcvd.code == 1009
 
 
 @pytest.mark.faults

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -411,6 +412,16 @@ def kill_a_writer(folder: Path, rng: random.Random, last: int = 400) -> int:
     return int(lines[-1]) if lines else said
 
 
+def whole_frames(path: Path) -> list[int]:
+    """The numbers in a file's pictures; one that was torn while it was written is none."""
+    found = []
+    with av.open(path) as container:
+        for packet in container.demux(video=0):
+            with contextlib.suppress(av.InvalidDataError):
+                found += [number_in(frame) for frame in packet.decode() if isinstance(frame, av.VideoFrame)]
+    return found
+
+
 @pytest.mark.parametrize("seed", [1, 2, pytest.param(range(3, 23), marks=pytest.mark.slow, id="20 more")])
 def test_a_killed_writer_loses_no_written_frame(seed: int | range, tmp_path: Path) -> None:
     """SIGKILL at random points, again and again in one file: every frame that was said to be written is there."""
@@ -420,7 +431,7 @@ def test_a_killed_writer_loses_no_written_frame(seed: int | range, tmp_path: Pat
         for _ in range(2):
             said = kill_a_writer(folder, rng)
             (left,) = find_unfinished(folder)
-            numbers = [number for number, _ in read(left.paths[0])]
+            numbers = whole_frames(left.paths[0])
             assert numbers == list(range(len(numbers)))
             assert len(numbers) > said
         recording = start(folder)

@@ -244,7 +244,7 @@ def test_the_rate_holds_the_last_seconds_only() -> None:
             clock.now_s += 0.1
 
     asyncio.run(deliver())
-    assert 0 < len(hub.rate) <= 21
+    assert 0 < len(hub.rate._times_s) <= 21
 
 
 # --- a streamer whose broker comes and goes ---

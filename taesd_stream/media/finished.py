@@ -98,9 +98,25 @@ def read_summary(path: Path) -> dict[str, Any] | None:
     own, part, from 1, of parts.
     """
     with contextlib.suppress(OSError, av.FFmpegError, ValueError), av.open(path) as container:
-        value = json.loads(container.metadata.get(SUMMARY_KEY, ""))
-        return value if isinstance(value, dict) else None
+        value = json.loads(container.metadata.get(SUMMARY_KEY, ""), parse_constant=_no_number)
+        return value if isinstance(value, dict) and _is_summary(value) else None
     return None
+
+
+def _no_number(_word: str) -> None:
+    """NaN and infinity: no JSON, and no page could read them."""
+
+
+def _is_summary(value: dict[str, Any]) -> bool:
+    """The file may be anybody's: what lists it and sorts by it must find what it expects."""
+    kinds = {"stream": str, "run": str, "meta": dict, "missing": list, "frames": int, "first_seq": int, "last_seq": int}
+    started, part, parts = value.get("started"), value.get("part"), value.get("parts", 1)
+    return (
+        all(isinstance(value[key], kind) for key, kind in kinds.items() if key in value)
+        and isinstance(started, int | float)
+        and isinstance(part, int | None)
+        and isinstance(parts, int)
+    )
 
 
 def _append_table(path: Path, index: FileIndex) -> None:

@@ -10,7 +10,7 @@ import bisect
 import struct
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,8 +22,18 @@ from taesd_stream.media.growing_file import PART_SUFFIX
 
 MAX_KNOWN: Final = 16  # growing files whose frames are remembered
 _START_CODE: Final = b"\0\0\0\1"
-_known: dict[Path, FileIndex] = {}
 _lock = threading.Lock()  # of _known
+
+
+@dataclass(slots=True)
+class _Growing:
+    """What was read of a growing file."""
+
+    index: FileIndex | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+_known: dict[Path, _Growing] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,18 +58,22 @@ class StepPicture:
     payload: bytes
 
 
-def steps_of(path: Path) -> list[Step]:
-    """The frames that a file of ours holds, in order; none of a finished one that has no table of them.
+def steps_of(path: Path, after: int = -1) -> list[Step]:
+    """The frames behind seq `after` that a file of ours holds, in order; of a finished one without a table none.
 
     Raises: OSError, FragmentError.
     """
     if path.name.endswith(PART_SUFFIX):
+        entries = _index_of(path).entries
+        begin = bisect.bisect_right(entries, after, key=lambda entry: entry.seq)
         return [
             Step(seq=entry.seq, step=entry.step, of=entry.of, sigma=entry.sigma, pts=entry.tfdt)
-            for entry in _index_of(path).entries
+            for entry in entries[begin:]
             if entry.tfdt is not None
         ]
-    return [Step(seq=seq, step=step, of=of, sigma=sigma, pts=pts) for seq, step, of, sigma, pts in _table(path)]
+    rows = _table(path)
+    begin = bisect.bisect_right(rows, after, key=lambda row: row[0])
+    return [Step(seq=seq, step=step, of=of, sigma=sigma, pts=pts) for seq, step, of, sigma, pts in rows[begin:]]
 
 
 def pictures_around(path: Path, seq: int, part: int = 1) -> list[StepPicture]:
@@ -151,10 +165,10 @@ def _table(path: Path) -> list[Any]:
 def _index_of(path: Path) -> FileIndex:
     """What a growing file holds; of one that was looked at lately only what has come since is read. Any thread."""
     with _lock:
-        known = _known.pop(path, None)
-    index = read_on(path, known) if known is not None else read_index(path)
-    with _lock:
-        _known[path] = index
+        one = _known.pop(path, None) or _Growing()
+        _known[path] = one
         while len(_known) > MAX_KNOWN:
             del _known[next(iter(_known))]
-    return index
+    with one.lock:  # who asks for the same file waits, and has little left to read
+        one.index = read_on(path, one.index) if one.index is not None else read_index(path)
+        return one.index

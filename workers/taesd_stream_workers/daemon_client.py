@@ -13,6 +13,7 @@ from typing import Any, Final
 from taesd_stream.errors import ConfigError, TaesdStreamError, UnreachableError
 
 TIMEOUT_S: Final = 10.0
+COPY_S: Final = 60.0  # a growing file is copied before its first byte comes
 CHUNK_BYTES: Final = 1 << 20
 TOKEN_HINT: Final = "give --connect, or $TAESD_STREAM_CONNECT, the whole link that `taesd-stream up` printed"  # noqa: S105
 
@@ -83,7 +84,7 @@ class DaemonClient:
         """
         path = f"/api/v1/recordings/{urllib.parse.quote(recording_id)}/file"
         asked = urllib.parse.urlencode({key: value for key, value in (("frames", frames), ("part", part)) if value})
-        with self._open("GET", f"{path}?{asked}" if asked else path) as answer:
+        with self._open("GET", f"{path}?{asked}" if asked else path, timeout_s=COPY_S) as answer:
             total = int(answer.headers.get("content-length") or 0)
             read = 0
             try:
@@ -108,27 +109,29 @@ class DaemonClient:
         except ValueError as error:
             raise self._other_server() from error
         except (OSError, HTTPException) as error:
-            raise self._no_answer() from error
+            raise self._no_answer(error) from error
         if not isinstance(value, dict):
             raise self._other_server()
         return value
 
-    def _open(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _open(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float = TIMEOUT_S) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(  # noqa: S310 the address is the user's own
             self.address + path, data, {"content-type": "application/json", **self._headers}, method=method
         )
         try:
-            return self._opener.open(request, timeout=TIMEOUT_S)
+            return self._opener.open(request, timeout=timeout_s)
         except urllib.error.HTTPError as error:
             with error:
                 if error.code == 401:
                     raise DaemonError(f"{self.address}: asks for its token: {TOKEN_HINT}") from error
                 raise DaemonError(f"{self.address}: {_text_of(error)}") from error
         except (OSError, HTTPException) as error:
-            raise self._no_answer() from error
+            raise self._no_answer(error) from error
 
-    def _no_answer(self) -> UnreachableError:
+    def _no_answer(self, error: Exception) -> UnreachableError:
+        if isinstance(getattr(error, "reason", error), TimeoutError):
+            return UnreachableError(f"{self.address}: what listens there gives no answer; it may be very busy")
         return UnreachableError(f"no daemon answers at {self.address}: start one with `taesd-stream up`")
 
     def _other_server(self) -> UnreachableError:

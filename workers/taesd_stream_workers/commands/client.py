@@ -127,9 +127,14 @@ def record(
     check_output(output)
     # What is over already is an earlier recording's: asked for is the one that grows, else the next, of any run.
     old: dict[str, int] = {}
-    is_off = any(row["name"] == name and row["record"] == "off" for row in client.streams())
+    streams = client.streams()
+    is_off = any(row["name"] == name and row["record"] == "off" for row in streams)
+    living = {row["run"] for row in streams if row["ended"] is None}
     for row in client.recordings():
-        if row["state"] in OVER or (is_off and row["stream"] == name):  # what was just switched off is over soon
+        is_left = row["stream"] == name and (
+            is_off or row["run"] not in living
+        )  # what was just switched off is over soon
+        if row["state"] in OVER or is_left:
             old[row["run"]] = max(row["last_seq"], old.get(row["run"], -1))
     client.record(name, mode)
     try:
@@ -155,7 +160,7 @@ def _wait_for_recordings(
     """
 
     def is_new(row: Mapping[str, Any]) -> bool:
-        return row["first_seq"] is None or row["first_seq"] > old.get(row["run"], -1)
+        return row["run"] not in old or (row["first_seq"] is not None and row["first_seq"] > old[row["run"]])
 
     from rich.console import Console
 
@@ -187,10 +192,15 @@ def _wait_for_recordings(
 
 
 def _download_all(client: DaemonClient, recordings: list[dict[str, Any]], output: Path, frames: int | None) -> None:
+    from taesd_stream.media.finished import read_summary
+
     for number, recording in enumerate(recordings, 1):
         file = output if len(recordings) == 1 else output.with_name(f"{output.stem}.{number}{output.suffix}")
         _download(client, recording, file, frames)
-        say(f"{file}: {min(frames or recording['frames'], recording['frames'])} frames")
+        held = (read_summary(file) or {}).get("frames") or recording["frames"]
+        say(f"{file}: {held} frames")
+        if frames is not None and held < min(frames, recording["frames"]):
+            say("the size of its pictures has changed: all of them are there once the recording is finished")
 
 
 def _download(client: DaemonClient, recording: dict[str, Any], output: Path, frames: int | None) -> None:

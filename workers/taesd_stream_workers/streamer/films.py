@@ -23,7 +23,7 @@ MAX_OPEN: Final = 128  # files; a film that grows again is opened again
 
 @dataclass(slots=True, kw_only=True)
 class Film:
-    """One film as people see it. last_seq: -1 until a frame was written by this process."""
+    """One film as people see it. last_seq: at the least, of one that an earlier process wrote."""
 
     run: str
     stream: str
@@ -32,7 +32,7 @@ class Film:
     paths: tuple[Path, ...]
     nbytes: int
     grown: float  # time.time()
-    last_seq: int = -1
+    last_seq: int = 0
 
 
 class Films:

@@ -50,10 +50,6 @@ class Rate:
         self._forget()
         return len(self._times_s) / RATE_S
 
-    def __len__(self) -> int:
-        """How many times are held."""
-        return len(self._times_s)
-
     def _forget(self) -> None:
         since_s = self._clock_s() - RATE_S
         while self._times_s and self._times_s[0] < since_s:

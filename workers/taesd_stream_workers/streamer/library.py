@@ -28,6 +28,7 @@ from taesd_stream.media.steps import StepPicture, steps_of
 logger = logging.getLogger(__name__)
 
 RETENTION_S: Final = 10.0
+LOOK_S: Final = 2.0  # what others did in the folder is seen so late: thousands of files take 50 ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +43,12 @@ class Library:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._known: dict[str, _Known] = {}
+        self._looked_s = float("-inf")
         self._lock = threading.Lock()
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a finished file that is ours, newest first."""
-        rows = [known.row for known in self._look().values() if known.row]
+        rows = [known.row for known in self._look(LOOK_S).values() if known.row]
         return sorted(rows, key=lambda row: (-float(row["started"]), row["first_seq"], row["part"] or 0))
 
     def last_seqs(self) -> dict[str, int]:
@@ -58,8 +60,13 @@ class Library:
 
     def path_of(self, recording_id: str) -> Path | None:
         """The finished file of an id that `rows` gave; ids from outside are only looked up, never made into paths."""
-        known = self._look().get(recording_id)
-        return self.folder / f"{recording_id}{FINISHED_SUFFIX}" if known and known.row else None
+        known = self._look(LOOK_S).get(recording_id) or self._look().get(recording_id)
+        path = self.folder / f"{recording_id}{FINISHED_SUFFIX}"
+        return path if known and known.row and path.exists() else None
+
+    def changed(self) -> None:
+        """A file came or went: the next look is a new one."""
+        self._looked_s = float("-inf")
 
     def delete(self, recording_id: str) -> bool:
         """Remove a finished file. Returns whether there was one."""
@@ -67,6 +74,7 @@ class Library:
         if path is None:
             return False
         path.unlink(missing_ok=True)
+        self.changed()
         with contextlib.suppress(OSError):  # the folders that its name made, as far as they are empty
             for folder in path.parents[: len(path.relative_to(self.folder).parents) - 1]:
                 folder.rmdir()
@@ -98,9 +106,13 @@ class Library:
         """The id of a finished file of this folder."""
         return path.relative_to(self.folder).as_posix().removesuffix(FINISHED_SUFFIX)
 
-    def _look(self) -> dict[str, _Known]:
-        """Every file of the folder by name, read where it is new. The dict is not changed any more."""
+    def _look(self, max_age_s: float = 0.0) -> dict[str, _Known]:
+        """Every file of the folder by name, read where it is new, as it was so long ago. The dict stays as it is."""
         with self._lock:
+            now_s = time.monotonic()
+            if now_s - self._looked_s < max_age_s:
+                return self._known
+            self._looked_s = now_s
             known: dict[str, _Known] = {}
             for path in files_in(self.folder, FINISHED_SUFFIX):
                 with contextlib.suppress(OSError):  # removed since
@@ -178,7 +190,9 @@ def first_frames(path: Path, count: int | None, part: int = 1, *, folder: Path |
     summary = {"meta": {}, **{key: value for key, value in summary.items() if key not in ("sps", "pps")}}
     steps = steps_of(path) if count is not None else []
     until = steps[count].pts if count is not None and count < len(steps) else None
-    summary |= {"frames": count, "last_seq": steps[count - 1].seq} if count is not None and until is not None else {}
+    if steps:
+        shown = steps[:count]
+        summary |= {"frames": len(shown), "last_seq": shown[-1].seq}
     fd, name = tempfile.mkstemp(suffix=FINISHED_SUFFIX, dir=folder)
     os.close(fd)
     target = Path(name)

@@ -367,6 +367,7 @@ class Recorder:
         self._retry_at_s.pop(run, None)
         self._errors.pop(run, None)
         self._finished[run] = attempt
+        self.library.changed()
         logger.info("recording_finished stream=%s files=%s", one.stream, ", ".join(path.name for path in paths))
         self._tell_broker(Cursor(run=run, attempt=attempt, written=-1, synced=-1, finished=True))
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from taesd_stream.frames import is_run_id
 from taesd_stream.media.recording import Recording
 from taesd_stream_workers.streamer.films import Films
 from taesd_stream_workers.streamer.library import Library
@@ -50,12 +51,19 @@ class RunFiles:
         known += [(row["started"], row["run"], row["stream"]) for row in self._library.rows()]
         return max((one for one in known if one[2] == stream), default=(0.0, None, stream))[1]
 
-    def path_of_id(self, recording_id: str) -> Path | None:
-        """The file of an id that `rows` gave, growing or finished."""
-        for run, one in list(self._open.items()):
-            if run == recording_id and (paths := _there(one)):
-                return paths[0]
-        return self._library.path_of(recording_id)
+    def path_of_id(self, recording_id: str, part: int = 1, *, is_newest: bool = False) -> Path | None:
+        """The file of an id that `rows` gave, growing or finished; one that grew is found by its run's id still.
+
+        Where the size of its pictures has changed it is the first file, or the newest.
+        part: from 1, of a batch, once it is finished in files of their own.
+        """
+        growing = self._open.get(recording_id)
+        paths = _there(growing) if growing is not None else []
+        if not paths and (finished := self._library.path_of(recording_id)) is not None:
+            return finished
+        if not paths and is_run_id(recording_id):
+            paths = self.paths_of(recording_id, part)
+        return paths[-1 if is_newest else 0] if paths else None
 
     def is_growing(self, recording_id: str) -> bool:
         """Whether the id is of a recording that is not finished."""

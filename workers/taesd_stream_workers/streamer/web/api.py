@@ -269,9 +269,9 @@ def _add_players(app: FastAPI, hub: Hub, recorder: Recorder) -> None:
 
 
 def _add_recordings(app: FastAPI, hub: Hub, recorder: Recorder, copies: Copies) -> None:
-    def path_of(recording_id: str) -> Path:
+    def path_of(recording_id: str, part: int | None = None, *, is_newest: bool = False) -> Path:
         """Looks at every file of the folder: not for the loop's thread."""
-        path = recorder.files.path_of_id(recording_id)
+        path = recorder.files.path_of_id(recording_id, part or 1, is_newest=is_newest)
         if path is None:
             raise ApiError(404, "no_recording", f"There is no recording {recording_id}.")
         return path
@@ -280,9 +280,10 @@ def _add_recordings(app: FastAPI, hub: Hub, recorder: Recorder, copies: Copies) 
     async def file(recording_id: str, frames: FrameCount = None, part: Part = None, inline: bool = False) -> Response:
         """The MP4; of its first `frames` frames only, each one published step, or of what is there now while it grows.
 
-        `part`: of a growing one that will be several files, the picture of the batch, from 1.
+        `part`: of a growing one that will be several files, the picture of the batch, from 1. The id of a growing one
+        stands for its first file, where the size of its pictures has changed, also when it is finished.
         """
-        path = await asyncio.to_thread(path_of, recording_id)
+        path = await asyncio.to_thread(path_of, recording_id, part)
         kind: Literal["inline", "attachment"] = "inline" if inline else "attachment"
         name = path.relative_to(recorder.folder).as_posix().replace("/", "-").removesuffix(".part")
         is_growing = path.name.endswith(PART_SUFFIX)  # as it was found: it may be finished by now
@@ -303,7 +304,7 @@ def _add_recordings(app: FastAPI, hub: Hub, recorder: Recorder, copies: Copies) 
     async def thumb(recording_id: str) -> Response:
         """The last picture, small."""
         try:
-            picture = await asyncio.to_thread(lambda: thumbnail(path_of(recording_id), THUMB_PX))
+            picture = await asyncio.to_thread(lambda: thumbnail(path_of(recording_id, is_newest=True), THUMB_PX))
         except (OSError, av.FFmpegError, AssertionError) as error:
             raise ApiError(404, "no_picture", f"{recording_id}: {error}") from error
         is_growing = recorder.files.is_growing(recording_id)  # then its last picture is soon another one

@@ -111,11 +111,9 @@ def _film(recorder: Recorder, run: str, after: int) -> dict[str, Any]:
     about = recorder.files.about(run)
     if about is None:
         return {}
-    steps = {one.seq: one for path in recorder.files.paths_of(run) for one in steps_of(path)}
+    steps = {one.seq: one for path in recorder.files.paths_of(run) for one in steps_of(path, after)}
     rows = [
-        [one.seq, one.step, one.of, one.sigma, round(one.pts * 1000 / CLOCK_HZ)]
-        for seq, one in sorted(steps.items())
-        if seq > after
+        [one.seq, one.step, one.of, one.sigma, round(one.pts * 1000 / CLOCK_HZ)] for _, one in sorted(steps.items())
     ]
     return {**about, "steps": rows}
 

@@ -73,7 +73,8 @@ class Guard:
             return await self._app(scope, receive, send)
         headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
         if not self._is_from_here(scope, headers):
-            text = f"Not from here: open this page by its own address, as in http://127.0.0.1:{self._port}"
+            way = "web.hosts may name others" if self._is_public else "through a tunnel, too, the port must be this one"
+            text = f"Not from here: open this page by its own address, as in http://127.0.0.1:{self._port}; {way}"
             return await self._refuse(scope, send, 403, "forbidden", text, "origin")
         query = dict(parse_qsl(scope["query_string"].decode("latin-1")))
         if self._token is not None and scope["path"] not in OPEN_PATHS:
