@@ -119,6 +119,32 @@ def test_opened_stream_shows_its_colour(host: PageHost, opened: Open, script: st
     assert last_watch(host) == {"green": rendition}
 
 
+OVER_THE_BOUND = """async () => {
+  const { Streams } = await import("/page/streams.js")
+  const row = (name, state, record = "off") => ({ name, run: name, state, record, seq: 0 })
+  const rows = [
+    ...Array.from({ length: 150 }, (_, at) => row(`live${at}`, "live")),
+    ...Array.from({ length: 64 }, (_, at) => row(`done${at}`, "done")),
+  ]
+  const streams = new Streams()
+  streams.take(rows)
+  const first = [...streams.values()]
+  streams.take(rows)
+  const second = [...streams.values()]
+  streams.take(rows.map((one) => ({ ...one, state: "live" })))
+  const again = streams.size
+  const kept = new Streams()
+  for (let at = 0; at < 400; at += 1) kept.take([row(`kept${at}`, "done", "all")])
+  return { size: first.length, is_same: first.every((item, at) => item === second[at]), again, kept: kept.size }
+}"""
+
+
+def test_more_streams_than_tiles(opened: Open) -> None:
+    """The oldest ended ones go, and stay away while they are over; what is kept goes once nobody lists it."""
+    page = opened("")
+    assert page.evaluate(OVER_THE_BOUND) == {"size": 200, "is_same": True, "again": 214, "kept": 200}
+
+
 def test_credit_brings_the_next_picture(host: PageHost, opened: Open) -> None:
     """A drawn picture returns its credit: the next one follows, and the canvas counts both."""
     host.streams = [stream("red", seq=0), stream("green")]

@@ -407,6 +407,11 @@ def test_the_wipe_parts_the_pictures_where_it_stands(daemon: Daemon, opened: Ope
             colour = seen[height * 3 // 4, width * place // 100].astype(int)  # below the labels
             expected = PATCHES["red" if place < at else "blue"]
             assert np.abs(colour - expected).max() <= 12, f"wipe at {at} %, at {place} %: {colour}"
+    slider = page.locator("[data-part=wipe][type=range]")
+    slider.focus()
+    before = int(slider.input_value())
+    page.keyboard.press("ArrowRight")
+    assert int(slider.input_value()) == before + 1  # the arrow is the slider's, not the steps'
 
 
 def test_each_half_of_the_wipe_has_its_own_run_alone(daemon: Daemon, opened: Open) -> None:

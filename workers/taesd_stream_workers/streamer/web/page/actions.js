@@ -95,6 +95,7 @@ export class Actions {
       commit: async () => {
         try {
           await call("DELETE", `recordings/${encodeURIComponent(recording.id)}`)
+          setTimeout(() => this.removed.delete(recording.id), DELETE_HOLD_MS)
         } catch (error) {
           this.removed.delete(recording.id)
           this.notices.fail(`Could not delete ${recording.name}: ${error.message}`)

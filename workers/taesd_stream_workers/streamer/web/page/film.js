@@ -130,7 +130,7 @@ export class Film {
     this.busy = false
   }
 
-  /** First the browser's own decoder instead of the device's, then images that the daemon makes. */
+  /** First the browser's own decoder, then images that the daemon makes. */
   stepDown() {
     this.decodes = !this.walker.software
     for (const walker of [this.walker, this.strip_walker]) walker.software = true

@@ -37,7 +37,7 @@ const [TIME, DAY, YEAR] = [{}, { month: "short", day: "numeric" }, { month: "sho
   (date) => new Intl.DateTimeFormat([], { ...date, hour: "numeric", minute: "2-digit" }),
 )
 
-/** When something was, as people say it: 14:02, or Nov 23, 14:02, in the reader's own language. */
+/** When something was, in the reader's own language: 14:02, or Nov 23, 14:02. */
 export function whenText(unix_s, now = new Date()) {
   const then = new Date(unix_s * 1000)
   if (then.toDateString() === now.toDateString()) return TIME.format(then)

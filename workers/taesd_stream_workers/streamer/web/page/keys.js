@@ -38,7 +38,7 @@ export function listenToKeys(on) {
     const { target, key } = event
     if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || $("#help").open) return
     if (key === " " && target.matches("button, a")) return
-    if (target.matches("input:not([type=range]), textarea, select, video")) {
+    if (target.matches("input:not([step]), textarea, select, video")) {
       if (key === "Escape" && target.id === "filter") leaveFilter(target)
       return
     }

@@ -156,7 +156,7 @@ export class Pictures {
       }
       image.close()
     } catch {
-      // A damaged picture: the next one is whole, so its credit must go back all the same.
+      // A damaged picture: its credit must go back all the same.
     }
     sink.busy = false
     if (!looped) this.credit(header, sink.drawn_ms)

@@ -128,7 +128,7 @@ export class Scrubber {
     return this.lead.nearest((row) => this.lead.place(row), place)
   }
 
-  /** Put the playhead on a row; on the last one it follows again. released: it stays there. */
+  /** Put the playhead on a row; on the last one it follows. released: it stays there. */
   go(row, released = true, follow = true) {
     if (!row && !this.ready) return
     const at_end = !row || (follow && row === this.end)
@@ -228,7 +228,7 @@ export class Scrubber {
   layCurve() {
     const { lead, span } = this
     const rows = lead.rows.filter(({ sigma }) => sigma !== null)
-    const most = Math.max(...rows.map(({ sigma }) => sigma))
+    const most = rows.reduce((most, { sigma }) => Math.max(most, sigma), 0)
     const x = (place) => (((place + 0.5) / span) * CURVE.width).toFixed(1)
     const y = (sigma) => (CURVE.height - CURVE.edge - (Math.log1p(sigma) / Math.log1p(most || 1)) * (CURVE.height - 2 * CURVE.edge)).toFixed(1)
     const points = rows.map((row) => `${x(lead.place(row))} ${y(row.sigma)}`)

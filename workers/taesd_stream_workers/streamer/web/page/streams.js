@@ -70,14 +70,14 @@ export const SHOWS = {
 
 export class Streams extends Map {
   // name -> Item, in the order of the wall: the first seen comes first, and stays there
-  cleared = new Set() // runs that `Clear ended` took off the wall
+  cleared = new Set() // runs that are off the wall
 
   /** Take the daemon's whole list. Returns the names that started and that ended with it. */
   take(entries) {
     const news = { started: [], ended: [] }
     const listed = new Set()
     for (const given of entries) {
-      if (this.cleared.has(given.run)) continue
+      if (this.cleared.has(given.run) && ENDED.includes(given.state)) continue
       const entry = { flags: [], files: [], meta: {}, ...given }
       listed.add(entry.name)
       const item = this.get(entry.name)
@@ -88,7 +88,8 @@ export class Streams extends Map {
       if (ended === Boolean(lived)) news[ended ? "ended" : "started"].push(entry.name)
     }
     for (const item of this.values()) if (!listed.has(item.name)) item.leave()
-    for (const item of this.values()) if (this.size > TILES_MAX && item.ended && !item.kept) this.delete(item.name)
+    const over = ({ ended, gone, kept }) => this.size > TILES_MAX && ended && (gone || !kept)
+    for (const item of this.values()) if (over(item)) this.drop(item)
     return news
   }
 
@@ -97,10 +98,12 @@ export class Streams extends Map {
   }
 
   clearEnded() {
-    for (const item of [...this.values()].filter(SHOWS.ended)) {
-      this.cleared.add(item.data.run)
-      this.delete(item.name)
-    }
+    for (const item of [...this.values()].filter(SHOWS.ended)) this.drop(item)
+  }
+
+  drop(item) {
+    this.cleared.add(item.data.run)
+    this.delete(item.name)
   }
 
   count(test) {
