@@ -92,6 +92,30 @@ def record_beside(daemon: Daemon) -> None:
     daemon.recording(publisher.run)
 
 
+def test_on_a_full_disk_films_go_before_recordings_stand_still(tmp_path: Path, small_disk: Path) -> None:
+    """What nobody asked to keep makes room for what is recorded; nothing of that is missing."""
+    with Daemon(tmp_path, f"recording.folder={small_disk}", f"broker.log_folder={tmp_path / 'log'}") as daemon:
+        with (
+            PageSocket(daemon) as page,
+            LatentPublisher(daemon.broker, stream="watched", latent_format="sd1") as watched,
+        ):
+            page.watch({"watched": "thumb"})
+            for seq in range(6):
+                watched.publish(noise(seq), step=seq)
+                while page.picture()[0]["seq"] != seq:
+                    pass
+        films = wait_for(lambda: daemon.json("/api/v1/films")["films"], of="the film")
+        with LatentPublisher(daemon.broker, stream="kept", latent_format="sd1", record="all") as kept:
+            kept.publish(noise(0), step=0)
+            with pytest.raises(OSError, match="No space"):
+                fill(small_disk / "ballast")
+            kept.publish(noise(1), step=1)
+            wait_for(lambda: not daemon.json("/api/v1/films")["films"], 30, of="the film to go")
+            (small_disk / "ballast").unlink()  # finishing takes room, too
+        assert daemon.recording(kept.run)["frames"] == 2
+        assert f"film_removed stream=watched run={films[0]['run']}" in daemon.log()
+
+
 def test_a_full_disk_is_said_and_healed(tmp_path: Path, small_disk: Path) -> None:
     """On a full disk a recording stands still, said by page, command and metrics; with space back it is whole."""
     with Daemon(tmp_path, f"recording.folder={small_disk}", f"broker.log_folder={tmp_path / 'log'}") as daemon:

@@ -86,7 +86,12 @@ def test_mjpeg_gives_whole_pictures(daemon: Daemon) -> None:
             assert answer.readline().startswith(b"--")
             length = next(int(line.split()[1]) for line in answer if line.startswith(b"Content-Length"))
             assert answer.readline() == b"\r\n"
-            assert np.abs(decode_jpeg(answer.read(length)).astype(int) - RED).max() <= 8
+            picture = answer.read(length)
+            assert np.abs(decode_jpeg(picture).astype(int) - RED).max() <= 8
+            # a browser shows a part when the next one begins: the last picture of a run comes once more
+            assert answer.readline() == b"\r\n"
+            assert [answer.readline()[:2] for _ in range(4)] == [b"--", b"Co", b"Co", b"\r\n"]
+            assert answer.read(length) == picture
 
 
 def grey_clip(count: int) -> NDArray[np.float32]:

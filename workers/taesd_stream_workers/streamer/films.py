@@ -126,6 +126,13 @@ class Films:
             self._open.pop(run).close()
         self._prune(time.time())
 
+    def give_way(self) -> None:
+        """The disk is full: the film that has not grown for longest goes, for what was asked to be kept."""
+        oldest = min(self.films.values(), key=lambda film: film.grown, default=None)
+        if oldest is not None:
+            logger.warning("film_removed stream=%s run=%s reason=the disk is full", oldest.stream, oldest.run)
+            self._remove(oldest)
+
     def close(self) -> None:
         """Let go of all files."""
         for one in self._open.values():

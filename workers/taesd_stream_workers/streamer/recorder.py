@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import heapq
 import logging
@@ -219,7 +220,7 @@ class Recorder:
             is_written = recording is not None and recording.write(packet)
         except RecordingError as error:
             self._unwritten.put(packet)
-            return self._fail(packet.run, str(error))  # the cursor stays, until the disk takes it
+            return self._fail(packet.run, error)  # the cursor stays, until the disk takes it
         if recording is not None and is_written:
             self._errors.pop(packet.run, None)
             self._tell(recording)
@@ -232,13 +233,15 @@ class Recorder:
                 recording.skip(gap.seq, gap.attempt)
                 self._tell(recording)
         except RecordingError as error:
-            self._fail(gap.run, str(error))
+            self._fail(gap.run, error)
 
-    def _fail(self, run: str, text: str) -> None:
+    def _fail(self, run: str, why: object) -> None:
         """Say that a recording stands still; it goes on by itself when its cause is gone."""
         if run not in self._errors:
-            logger.error("recording_failed run=%s error=%s", run, text)
-        self._errors[run] = text
+            logger.error("recording_failed run=%s error=%s", run, why)
+        self._errors[run] = str(why)
+        if isinstance(why, Exception) and getattr(why.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            self.films.give_way()
         self._is_dirty = True
         self._on_error()
 
@@ -354,7 +357,7 @@ class Recorder:
             if error is None:
                 self._on_finished(one, answer.result())
             else:
-                self._fail(run, str(error))
+                self._fail(run, error)
                 self._retry_at_s[run] = time.monotonic() + RETRY_S
                 self._reopen(run, one.stream, one.meta, max(0, one.attempt))
             if wish is not None and error is None:

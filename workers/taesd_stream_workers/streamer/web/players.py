@@ -76,11 +76,19 @@ async def transport_stream(hub: Hub, stream: str) -> AsyncIterator[bytes]:
 
 
 async def motion_jpeg(hub: Hub, stream: str) -> AsyncIterator[bytes]:
-    """The `jpeg` rendition as parts of one endless answer. Browsers show each part when the next one begins."""
+    """The `jpeg` rendition as parts of one endless answer.
+
+    Browsers show each part when the next one begins: where no other comes, the last is sent once more.
+    """
+    last, repeat_at_s = b"", float("inf")
     async for due in _due(hub, stream, "jpeg"):
         for packet, _ in due:
             head = f"--{BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(packet.payload)}\r\n\r\n"
-            yield head.encode() + bytes(packet.payload) + b"\r\n"
+            last, repeat_at_s = head.encode() + bytes(packet.payload) + b"\r\n", time.monotonic() + REPEAT_S
+            yield last
+        if time.monotonic() >= repeat_at_s:
+            repeat_at_s = float("inf")
+            yield last
 
 
 async def _due(hub: Hub, stream: str, rendition: Rendition) -> AsyncIterator[list[tuple[Packet, int]]]:
