@@ -90,6 +90,7 @@ class Hub:
     ) -> None:
         self.latency = latency
         self.is_closing = False
+        self.changes = 0  # how often viewers were told that there is something new
         self._viewers: set[Viewer] = set()
         self._max_viewers = max_viewers
         self.state: State | None = None
@@ -169,8 +170,7 @@ class Hub:
     def close(self) -> None:
         """The daemon stops: endless answers end."""
         self.is_closing = True
-        for viewer in self._viewers:
-            viewer.state_changed()
+        self._tell_viewers()
 
     def _take_packets(self) -> None:
         for packet, streamed_ns in self._inbox.take_all():
@@ -195,8 +195,7 @@ class Hub:
         self.latency.desired_workers.set(state.desired_workers)
         for name, count in state.stats.get("counts", {}).items():
             self.latency.broker.labels(name).set(count)
-        for viewer in self._viewers:
-            viewer.state_changed()
+        self._tell_viewers()
 
     def _stop_again(self, state: State) -> None:
         """A broker that was away when a person pressed stop does not know of it."""
@@ -212,6 +211,10 @@ class Hub:
 
     def _take_recordings(self, rows: list[dict[str, Any]], films: dict[str, int]) -> None:
         self.recordings, self.films = rows, films
+        self._tell_viewers()
+
+    def _tell_viewers(self) -> None:
+        self.changes += 1
         for viewer in self._viewers:
             viewer.state_changed()
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DAEMON: Final = secrets.token_hex(8)  # one start of this daemon: a page sees that it was restarted
+STATE_S: Final = 0.25  # a page is told no more often
 CONNECT_S: Final = 3.0
 KEEP_S: Final = 2.0  # an idle connection; the peer's server closes it after 5
 ANSWER_S: Final = 60.0  # a growing file is copied before its first byte comes
@@ -47,6 +49,8 @@ class Peers:
         self._peers = peers
         self._viewers: set[Viewer] = set()
         self._finished: tuple[list[Row], str] = ([], "[]")  # the rows that it was made of, and the text
+        self._changes = 0
+        self._state: tuple[tuple[int, int], float, str] = ((-1, 0), 0.0, "")  # of which changes, when, the text
         self.own = Peers(hub) if peers else self
 
     @asynccontextmanager
@@ -90,6 +94,7 @@ class Peers:
         self._viewers.discard(viewer)
 
     def _tell_viewers(self) -> None:
+        self._changes += 1
         for viewer in self._viewers:
             viewer.state_changed()
 
@@ -128,6 +133,14 @@ class Peers:
     def growing(self) -> list[Row]:
         """Those that are not finished."""
         return _told(row for row in self._recordings() if row["state"] != "finished")
+
+    def state_json(self) -> str:
+        """What pages are told but the finished recordings, as JSON: made once for all that ask at the same time."""
+        changes, now_s = (self._hub.changes, self._changes), time.monotonic()
+        if changes != self._state[0] or now_s - self._state[1] >= STATE_S:  # an alert comes by time alone
+            told = {"type": "state", "streams": self.streams(), "stats": self.stats(), "alerts": self.alerts()}
+            self._state = changes, now_s, json.dumps(told | {"growing": self.growing()})
+        return self._state[2]
 
     def finished_json(self) -> str:
         """Those that are, as JSON: the same object until one comes or goes, for there may be thousands."""

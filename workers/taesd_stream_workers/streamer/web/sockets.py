@@ -18,9 +18,8 @@ from taesd_stream_workers.streamer.hub import Hub
 from taesd_stream_workers.streamer.viewer import Viewer, to_message
 from taesd_stream_workers.streamer.web.page_links import PageLinks
 from taesd_stream_workers.streamer.web.peer import FOLLOWS, MAX_NUMBER, OWN_HEADER, PICTURES
-from taesd_stream_workers.streamer.web.peers import DAEMON, Peers
+from taesd_stream_workers.streamer.web.peers import DAEMON, STATE_S, Peers
 
-STATE_S: Final = 0.25
 MAX_WATCHED: Final = 1000
 STALLED_S: Final = 10.0
 TRY_LATER: Final = 1013  # RFC 6455's registry: the page comes back by itself
@@ -100,8 +99,7 @@ async def _in_time(sending: Awaitable[None]) -> None:
 
 def _state(peers: Peers, known: str) -> tuple[str, str]:
     """The message, and `Peers.finished_json`, which it tells as `recordings` unless it is `known` from the last one."""
-    told = {"type": "state", "streams": peers.streams(), "stats": peers.stats(), "alerts": peers.alerts()}
-    text, finished = json.dumps(told | {"growing": peers.growing()}), peers.finished_json()
+    text, finished = peers.state_json(), peers.finished_json()
     return text if finished is known else f'{text[:-1]}, "recordings": {finished}}}', finished
 
 
