@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -237,6 +238,22 @@ def test_a_number_that_is_none_does_not_end_the_socket(socket: ClientConnection,
     """It is answered with an error, and the page is served on."""
     assert answer_to(socket, text)["type"] == "error"
     assert answer_to(socket, '{"type": "ping", "t": 5}')["t"] == 5
+
+
+def test_a_page_that_is_opened_again_fetches_nothing_twice(daemon: Daemon) -> None:
+    """Its files are asked for each time, and sent where they are others than before."""
+    url = f"{daemon.web}/page/app.js"
+    with urllib.request.urlopen(url, timeout=15) as first:  # noqa: S310 our own daemon
+        tag = first.headers["etag"]
+    for known, expected in ((tag, 304), ('W/"another"', 200)):
+        request = urllib.request.Request(url, headers={"if-none-match": known})  # noqa: S310
+        try:
+            with urllib.request.urlopen(request, timeout=15) as again:  # noqa: S310
+                status = again.status
+        except urllib.error.HTTPError as error:
+            with error:
+                status = error.code
+        assert status == expected
 
 
 # --- the library ---

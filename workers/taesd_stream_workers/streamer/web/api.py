@@ -127,7 +127,9 @@ def _add_page(app: FastAPI, page: Page) -> None:
         if name not in page.files:
             raise ApiError(404, "not_found", f"There is no page file {name}.")
         media_type = _MEDIA_TYPES.get(Path(name).suffix, "application/octet-stream")
-        headers = {"cache-control": "no-cache", "vary": "accept-encoding"}
+        headers = {"cache-control": "no-cache", "vary": "accept-encoding", "etag": f'W/"{page.version}"'}
+        if headers["etag"] in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
         if "gzip" not in request.headers.get("accept-encoding", ""):
             return Response(page.files[name], media_type=media_type, headers=headers)
         return Response(page.packed[name], media_type=media_type, headers={**headers, "content-encoding": "gzip"})
