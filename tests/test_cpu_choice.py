@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from taesd_stream import LatentPublisher
 from taesd_stream.decoding.cpu_choice import CHOICES, CpuChoice, cpu_choice, fastest, measure
 from taesd_stream.decoding.engine import Engine, _measured
+from taesd_stream.decoding.few_threads import be_guest
 from taesd_stream.latent_formats import latent_format
 from taesd_stream.models import build_decoder
 from taesd_stream.models.checkpoints import load_state_dict
@@ -89,6 +91,18 @@ def test_a_folder_that_cannot_be_made_costs_only_the_memory(tmp_path: Path) -> N
     """Where nothing can be written the choice is made all the same."""
     (tmp_path / "cache").write_text("a file where the folder should be")
     assert cpu_choice(tmp_path / "cache" / "cpu_choice.json") in CHOICES
+
+
+def test_a_guest_measures_nothing(tmp_path: Path) -> None:
+    """In a sampler's process it takes what is remembered, else float32, and leaves no file."""
+
+    def guest() -> CpuChoice:
+        be_guest()
+        return cpu_choice(tmp_path / "cpu_choice.json")
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(guest).result() == CHOICES[0]
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_second_process_measures_nothing(tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from taesd_stream.decoding.choice import open_engine
-from taesd_stream.decoding.few_threads import few_threads
+from taesd_stream.decoding.few_threads import be_guest, few_threads
 
 CPU = torch.device("cpu")
 
@@ -28,6 +29,21 @@ def test_threads_grow_with_the_pictures(side_px: int, threads: int) -> None:
     with few_threads(CPU, side_px * side_px):
         assert torch.get_num_threads() == threads
     assert torch.get_num_threads() == 6
+
+
+def test_a_guest_sets_nothing() -> None:
+    """In a sampler's process a thread that begins meanwhile would keep the number; other threads are none."""
+
+    def guest() -> int:
+        be_guest()
+        with few_threads(CPU, 1):
+            return torch.get_num_threads()
+
+    with ThreadPoolExecutor(1) as pool:
+        own = pool.submit(torch.get_num_threads).result()
+        assert pool.submit(guest).result() == own > 1
+    with few_threads(CPU, 1):
+        assert torch.get_num_threads() == 1
 
 
 def test_an_error_leaves_the_number_as_it_was() -> None:

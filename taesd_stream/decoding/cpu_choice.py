@@ -22,6 +22,7 @@ from typing import Any, Final, Literal, TypeAlias
 import platformdirs
 import torch
 
+from taesd_stream.decoding.few_threads import is_guest
 from taesd_stream.models import build_decoder
 from taesd_stream.models.strict_loading import without_weights
 
@@ -74,7 +75,7 @@ CHOICES: Final = (
 
 
 def cpu_choice(file: Path | None = None) -> CpuChoice:
-    """The fastest choice on this processor with this torch: remembered, else measured (1 s) now.
+    """The fastest choice on this processor with this torch: remembered, else measured (1 s) now, but not by a guest.
 
     file: where it is remembered, None for the user's cache folder. A file that cannot be read or written costs only
     the next measurement.
@@ -84,6 +85,8 @@ def cpu_choice(file: Path | None = None) -> CpuChoice:
     remembered = _choice_from(known.get(key))
     if remembered is not None:
         return remembered
+    if is_guest():
+        return CHOICES[0]
     times_s = measure()
     choice = fastest(times_s)
     logger.info(

@@ -25,6 +25,7 @@ from taesd_stream.config import load_config
 from taesd_stream.decoding.choice import open_engine
 from taesd_stream.decoding.colour import video_planes
 from taesd_stream.decoding.engine import Engine
+from taesd_stream.decoding.few_threads import be_guest
 from taesd_stream.decoding.payloads import latents_from_payload
 from taesd_stream.decoding.sheet import grid
 from taesd_stream.decoding.slicing import decode_budget
@@ -145,6 +146,7 @@ class _Writer:
 
     def run(self, frames: queue.Queue[_Frame | None]) -> None:
         """Until None comes. Never raises: the sampler goes on."""
+        be_guest()
         recording: Recording | None = None
         engine: Engine | None = None
         while (frame := frames.get()) is not None:
