@@ -28,8 +28,8 @@ HALF_SEGMENT = (4, 2112, 2048)  # 33 MiB: two fill a segment of the log
 
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[BrokerRole]:
-    """A broker of the test's own."""
-    with BrokerRole(tmp_path) as one:
+    """A broker of the test's own; half a segment of the log is a large picture."""
+    with BrokerRole(tmp_path, "broker.max_picture_px=1000000000") as one:
         yield one
 
 
