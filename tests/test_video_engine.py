@@ -178,6 +178,10 @@ def test_the_least_recently_used_memory_goes_first() -> None:
     assert set(memories.next_indices()) == {"a", "c"}
     memories.put("d", stream(500))
     assert (set(memories.next_indices()), memories.nbytes, memories.dropped) == ({"a", "c"}, 1600, 2)
+    memories.shed()  # memory is short: half of them
+    assert (set(memories.next_indices()), memories.nbytes) == ({"c"}, 800)
+    memories.shed()
+    assert set(memories.next_indices()) == {"c"}  # the one that is stepped keeps its own
 
 
 def test_a_memory_owns_only_its_stream(engine: VideoEngine) -> None:

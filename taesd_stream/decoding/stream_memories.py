@@ -70,6 +70,13 @@ class StreamMemories:
         with self._lock:
             self._remove(run)
 
+    def shed(self) -> None:
+        """Memory is short: half of the runs lose theirs, those that were not stepped for longest."""
+        with self._lock:
+            for run in list(self._streams)[: len(self._streams) // 2]:
+                self._remove(run)
+                self.dropped += 1
+
     def next_indices(self) -> dict[str, int]:
         """Where each run would go on, as the worker says it in HELLO."""
         with self._lock:

@@ -96,6 +96,12 @@ class Engines:
         for engine in list(self._opened.values()):
             engine.forget(run)
 
+    def shed_memories(self) -> None:
+        """Memory is short: live streams that others were stepped after give theirs; they are sent their history again."""
+        for engine in self._opened.values():
+            if isinstance(engine, VideoEngine):
+                engine.memories.shed()
+
     def of_recordings(self, latent_format: str) -> Engine:
         """The best decoder there is, exact. Raises: NoDecoderError."""
         engine = self.open(latent_format, "auto", is_fast=False)

@@ -186,6 +186,7 @@ class JobSlices:
                 for item, _, _ in left if way.code else ():
                     run.degrade(item.run, way.code, way.text)
                 return
+            self._engines.shed_memories()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
         raise torch.OutOfMemoryError(f"no way to decode it fits the memory: {reason}")
