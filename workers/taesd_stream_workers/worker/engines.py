@@ -97,7 +97,7 @@ class Engines:
             engine.forget(run)
 
     def shed_memories(self) -> None:
-        """Memory is short: live streams that others were stepped after give theirs; they are sent their history again."""
+        """Memory is short: half of the live streams give theirs, and are sent their history again."""
         for engine in self._opened.values():
             if isinstance(engine, VideoEngine):
                 engine.memories.shed()
