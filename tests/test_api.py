@@ -261,8 +261,19 @@ def test_a_page_that_is_opened_again_fetches_nothing_twice(daemon: Daemon) -> No
 
 @pytest.mark.parametrize(
     "odd",
-    [{"started": None}, {"run": 5}, {"meta": "red"}, {"missing": 3}, {"part": "a"}, {"last_seq": 0.5}],
-    ids=lambda odd: next(iter(odd)),
+    [
+        {"started": None},
+        {"started": 10**400},
+        {"run": 5},
+        {"run": "none of ours"},
+        {"stream": "\ud800"},
+        {"meta": "red"},
+        {"meta": {"prompt": "\ud800"}},
+        {"missing": 3},
+        {"part": "a"},
+        {"last_seq": 0.5},
+    ],
+    ids=str,
 )
 def test_a_file_with_somebody_elses_tag_is_none_of_ours(odd: dict[str, Any], daemon: Daemon, tmp_path: Path) -> None:
     """It is not listed, and the others still are; numbers that are no JSON are null."""
@@ -270,18 +281,18 @@ def test_a_file_with_somebody_elses_tag_is_none_of_ours(odd: dict[str, Any], dae
         publisher.publish(sd1_latents_of((200, 60, 60)), step=0)
         assert publisher.wait_until_acked(20)
     source = daemon.file(daemon.recording(publisher.run)["id"])
-    told = {"stream": "a", "run": publisher.run, "started": 1.0, "meta": {"cfg": float("nan")}}
+    told = {"stream": "a", "run": publisher.run, "started": 1.0, "meta": {"cfg": float("nan"), "sigma": "1e999"}}
     for name, summary in (("ours", told), ("odd", told | odd)):
         options = {"movflags": "use_metadata_tags"}
         with av.open(source) as reader, av.open(tmp_path / f"{name}.mp4", "w", options=options) as writer:
             copy = writer.add_stream_from_template(reader.streams.video[0])
-            writer.metadata[SUMMARY_KEY] = json.dumps(summary)
+            writer.metadata[SUMMARY_KEY] = json.dumps(summary).replace('"1e999"', "1e999")
             for packet in reader.demux(video=0):
                 if packet.pts is not None:
                     packet.stream = copy
                     writer.mux(packet)
     (row,) = Library(tmp_path).rows()
-    assert (row["id"], row["meta"]) == ("ours", {"cfg": None})
+    assert (row["id"], row["meta"]) == ("ours", {"cfg": None, "sigma": None})
 
 
 def test_a_finished_file_is_found_whoever_else_reads_the_folder(daemon: Daemon, tmp_path: Path) -> None:

@@ -339,6 +339,19 @@ def test_record_the_first_frames_only(daemon: Daemon, tmp_path: Path) -> None:
     assert len(decode_file(output)) == 8
 
 
+def test_record_of_frames_whose_size_changes_says_what_the_file_has(daemon: Daemon, tmp_path: Path) -> None:
+    """While it grows there is the part of one size: how many frames that are is told, and why not all."""
+    output = tmp_path / "part.mp4"
+    with LatentPublisher(daemon.broker, stream="cli/sizes", latent_format="sd1", record="all") as publisher:
+        for step, side in enumerate((8, 8, 8, 16, 16)):
+            publisher.publish(np.zeros((4, side, side), np.float32), step=step)
+        done = run("record", "cli/sizes", "-o", str(output), "--frames", "5", "--connect", daemon.web, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"{output}: 3 frames\n" in done.stderr
+        assert "the size of its pictures has changed" in done.stderr
+        assert len(decode_file(output)) == 3
+
+
 def test_record_passes_over_an_older_run_that_nobody_can_decode(daemon: Daemon, tmp_path: Path) -> None:
     """It waits for ever; what is recorded now is the one that was asked for."""
     with LatentPublisher(daemon.broker, stream="cli/stuck", latent_format="unheard", record="all") as stuck:

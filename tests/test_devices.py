@@ -42,6 +42,18 @@ def test_the_share_is_of_what_is_free() -> None:
     assert share_of(200 << 30, 80 << 30) == 1.0
 
 
+def test_a_gpu_that_takes_no_other_program_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full one has no room for a context, an exclusive one takes none: the processor decodes, and it is said."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
+    device, reason = choose_device("auto", 0)
+    assert (device.type, reason) == ("cpu", "the GPU takes no other program: CUDA error: out of memory")
+
+
 @pytest.mark.gpu
 def test_a_gpu_is_capped_at_its_share() -> None:
     """Past the cap our own allocation fails, though the card has more."""

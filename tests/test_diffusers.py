@@ -272,6 +272,30 @@ def test_steps_that_nobody_listens_to_are_said(caplog: pytest.LogCaptureFixture)
     assert caplog.text.count("not listened to") == 2
 
 
+def test_a_loop_of_somebodys_own_is_shown(peer: BrokerPeer, beside: ThreadPoolExecutor) -> None:
+    """An object with the same scheduler is no pipeline; and a preview that is closed within its block is no fault."""
+    case = sd1()
+
+    class Runner:
+        scheduler = case.pipe.scheduler
+
+        def __call__(self) -> None:
+            self.scheduler.set_timesteps(2)
+            latents = torch.randn(1, 4, 8, 8)
+            for t in self.scheduler.timesteps:
+                latents = self.scheduler.step(torch.randn(1, 4, 8, 8), t, latents).prev_sample
+
+    def shown() -> str | None:
+        with preview(case.pipe, peer.address) as view:
+            Runner()()
+            view.close()
+        return view.error
+
+    error, messages = heard(peer, beside, shown)
+    assert error is None
+    assert sum(isinstance(one, LatentFrame) for one in messages) == 2
+
+
 def test_a_pipeline_that_shares_the_scheduler_is_shown_as_itself(peer: BrokerPeer, beside: ThreadPoolExecutor) -> None:
     """from_pipe()'s own sizes and prompt are read: tokens of another size are unpacked by them."""
     case = flux1()

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from taesd_stream import LatentPublisher
 from taesd_stream.config import load_config
 from taesd_stream.decoding.keeping_up import best_that_keeps_up, probe_of
+from taesd_stream.decoding.stream_memories import StreamMemory
+from taesd_stream.decoding.video_engine import VideoEngine
 from taesd_stream.models import build_decoder
 from taesd_stream_workers.worker.engines import Engines
 from tests.daemon import Daemon, wait_for
@@ -125,6 +127,19 @@ def test_a_choice_that_is_not_the_best_is_measured_again(weights: Path, caplog: 
         now_s[0] = at_s
         best.of_view("flux2", "auto", SHAPE)
     assert sum(record.message.startswith("view_chosen") for record in caplog.records) == 1
+
+
+def test_an_engine_with_several_names_sheds_once(tmp_path: Path) -> None:
+    """Half of the live streams give their memory where it is short, however many choices mean the one decoder."""
+    torch.save(build_decoder("taew2_1").state_dict(), tmp_path / "taew2_1.pth")
+    one = engines(tmp_path)
+    opened = {one.open("wan2_1", choice, is_fast=False) for choice in ("auto", "tiny")}
+    (engine,) = opened
+    assert isinstance(engine, VideoEngine)
+    for run in "abcdefgh":
+        engine.memories.put(run, StreamMemory((torch.zeros(2),), 1, 0, (1, 1)))
+    one.shed_memories()
+    assert set(engine.memories.next_indices()) == set("efgh")
 
 
 def test_where_there_is_one_decoder_nothing_is_measured() -> None:

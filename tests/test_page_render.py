@@ -133,16 +133,17 @@ OVER_THE_BOUND = """async () => {
   const second = [...streams.values()]
   streams.take(rows.map((one) => ({ ...one, state: "live" })))
   const again = streams.size
+  const over = streams.take(rows.map((one) => ({ ...one, state: "done" }))).ended.length
   const kept = new Streams()
   for (let at = 0; at < 400; at += 1) kept.take([row(`kept${at}`, "done", "all")])
-  return { size: first.length, is_same: first.every((item, at) => item === second[at]), again, kept: kept.size }
+  return { size: first.length, is_same: first.every((item, at) => item === second[at]), again, over, kept: kept.size }
 }"""
 
 
 def test_more_streams_than_tiles(opened: Open) -> None:
     """The oldest ended ones go, and stay away while they are over; what is kept goes once nobody lists it."""
     page = opened("")
-    assert page.evaluate(OVER_THE_BOUND) == {"size": 200, "is_same": True, "again": 214, "kept": 200}
+    assert page.evaluate(OVER_THE_BOUND) == {"size": 200, "is_same": True, "again": 214, "over": 214, "kept": 200}
 
 
 def test_credit_brings_the_next_picture(host: PageHost, opened: Open) -> None:

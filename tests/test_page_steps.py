@@ -412,6 +412,8 @@ def test_the_wipe_parts_the_pictures_where_it_stands(daemon: Daemon, opened: Ope
     before = int(slider.input_value())
     page.keyboard.press("ArrowRight")
     assert int(slider.input_value()) == before + 1  # the arrow is the slider's, not the steps'
+    page.keyboard.press("?")
+    assert page.locator("#help").is_visible()  # other keys are the page's
 
 
 def test_each_half_of_the_wipe_has_its_own_run_alone(daemon: Daemon, opened: Open) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from typing import Any, Final
 
 import av
 
-from taesd_stream.frames import CLOCK_HZ
+from taesd_stream.frames import CLOCK_HZ, is_run_id, is_stream_name
 from taesd_stream.media.fragments import FileIndex, read_index, table
 from taesd_stream.media.growing_file import FINISHED_SUFFIX, PART_SUFFIX, free_name, sync_folder
 
@@ -98,7 +99,9 @@ def read_summary(path: Path) -> dict[str, Any] | None:
     own, part, from 1, of parts.
     """
     with contextlib.suppress(OSError, av.FFmpegError, ValueError), av.open(path) as container:
-        value = json.loads(container.metadata.get(SUMMARY_KEY, ""), parse_constant=_no_number)
+        text = container.metadata.get(SUMMARY_KEY, "")
+        value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode()  # half a character has no place in an answer
         return value if isinstance(value, dict) and _is_summary(value) else None
     return None
 
@@ -107,15 +110,28 @@ def _no_number(_word: str) -> None:
     """NaN and infinity: no JSON, and no page could read them."""
 
 
+_NUMBERS: Final = {"frames": 0, "first_seq": 0, "last_seq": -1, "parts": 1}
+_LARGEST: Final = 1 << 53
+
+
+def _finite(text: str) -> float | None:
+    return number if math.isfinite(number := float(text)) else None
+
+
 def _is_summary(value: dict[str, Any]) -> bool:
     """The file may be anybody's: what lists it and sorts by it must find what it expects."""
-    kinds = {"stream": str, "run": str, "meta": dict, "missing": list, "frames": int, "first_seq": int, "last_seq": int}
-    started, part, parts = value.get("started"), value.get("part"), value.get("parts", 1)
+    numbers = [value.get(key, default) for key, default in _NUMBERS.items()]
     return (
-        all(isinstance(value[key], kind) for key, kind in kinds.items() if key in value)
-        and isinstance(started, int | float)
-        and isinstance(part, int | None)
-        and isinstance(parts, int)
+        isinstance(value.get("stream"), str)
+        and is_stream_name(value["stream"])
+        and isinstance(value.get("run"), str)
+        and is_run_id(value["run"])
+        and isinstance(value.get("meta", {}), dict)
+        and isinstance(value.get("missing", []), list)
+        and isinstance(value.get("part"), int | None)
+        and isinstance(value.get("started"), int | float)
+        and all(isinstance(number, int) for number in numbers)
+        and all(abs(number) < _LARGEST for number in (*numbers, value["started"], value.get("part") or 0))
     )
 
 

@@ -76,6 +76,20 @@ def steps_of(path: Path, after: int = -1) -> list[Step]:
     return [Step(seq=seq, step=step, of=of, sigma=sigma, pts=pts) for seq, step, of, sigma, pts in rows[begin:]]
 
 
+def cut_behind(path: Path, count: int | None) -> tuple[int, int, int | None] | None:
+    """The first `count` frames of a file (None: all): how many there are, the last one's seq, where to cut behind it.
+
+    The cut is in 1/90000 s in the file, None: at its end. Returns: None where no frame is known.
+    Raises: OSError, FragmentError.
+    """
+    if path.name.endswith(PART_SUFFIX):
+        entries = [entry for entry in _index_of(path).entries if entry.tfdt is not None][:count]
+        return (len(entries), entries[-1].seq, entries[-1].last_pts + 1) if entries else None
+    rows = _table(path)
+    shown = rows[:count]
+    return (len(shown), shown[-1][0], rows[len(shown)][4] if len(shown) < len(rows) else None) if shown else None
+
+
 def pictures_around(path: Path, seq: int, part: int = 1) -> list[StepPicture]:
     """The coded pictures from the keyframe that frame `seq` leans on up to the next keyframe; empty: not in this file.
 

@@ -52,7 +52,8 @@ def running_call(pipe: Any) -> tuple[Any, dict[str, Any]]:
             # until Python 3.12 the frame keeps this copy, and with it old tensors, as long as the call runs
             if isinstance(variables, dict):
                 variables.clear()
-            if getattr(caller, "scheduler", None) is pipe.scheduler:
+            shares = getattr(caller, "scheduler", None) is pipe.scheduler and hasattr(type(caller), "from_pipe")
+            if caller is pipe or shares:
                 return caller, found
         if frame.f_back is None:
             break

@@ -111,7 +111,8 @@ class Preview:
     ) -> None:
         from taesd_stream.publisher_exit import reason_of
 
-        self.check_is_heard()
+        if self._hook.is_listening:
+            self.check_is_heard()
         self.close(*reason_of(error))
 
     def _on_begin(self) -> None:

@@ -47,6 +47,11 @@ class StepHook:
                     setattr(self._scheduler, name, self._before[name])
         self._ours.clear()
 
+    @property
+    def is_listening(self) -> bool:
+        """Whether it stands between the calls of attach and detach."""
+        return self._is_listening
+
     def hears(self, scheduler: Any) -> bool:
         """Whether steps of this scheduler are told."""
         return self._is_listening and scheduler is self._scheduler

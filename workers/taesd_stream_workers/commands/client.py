@@ -119,22 +119,21 @@ def record(
         _stop_recording(client, name)
         return
     # Before anybody presses Ctrl-C: Python dies of one within an import's exec, whatever is caught.
-    import rich.progress
-    import rich.status  # noqa: F401
+
+    import taesd_stream.media.finished  # noqa: F401
 
     if output is None:
         raise ConfigError("-o FILE: expected the MP4 to write")
     check_output(output)
     # What is over already is an earlier recording's: asked for is the one that grows, else the next, of any run.
     old: dict[str, int] = {}
-    streams = client.streams()
+    recordings, streams = client.recordings(), client.streams()
     is_off = any(row["name"] == name and row["record"] == "off" for row in streams)
     living = {row["run"] for row in streams if row["ended"] is None}
-    for row in client.recordings():
-        is_left = row["stream"] == name and (
-            is_off or row["run"] not in living
-        )  # what was just switched off is over soon
-        if row["state"] in OVER or is_left:
+    for row in recordings:
+        is_stuck = row["state"] == "failed" and row["run"] not in living  # it may wait for ever
+        is_switched_off = is_off and row["stream"] == name  # it is over soon
+        if row["state"] in OVER or is_stuck or is_switched_off:
             old[row["run"]] = max(row["last_seq"], old.get(row["run"], -1))
     client.record(name, mode)
     try:

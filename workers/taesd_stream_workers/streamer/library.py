@@ -23,7 +23,7 @@ from taesd_stream.media.encoder import JpegEncoder
 from taesd_stream.media.finished import copy_pictures, read_summary
 from taesd_stream.media.fragments import FragmentError, read_head
 from taesd_stream.media.growing_file import FINISHED_SUFFIX, PART_SUFFIX, files_in
-from taesd_stream.media.steps import StepPicture, steps_of
+from taesd_stream.media.steps import StepPicture, cut_behind
 
 logger = logging.getLogger(__name__)
 
@@ -188,11 +188,9 @@ def first_frames(path: Path, count: int | None, part: int = 1, *, folder: Path |
     summary = read_head(path) if growing else (read_summary(path) or {"stream": path.stem, "run": "", "started": 0})
     summary |= {"part": part} if growing and "parts" in summary else {}
     summary = {"meta": {}, **{key: value for key, value in summary.items() if key not in ("sps", "pps")}}
-    steps = steps_of(path) if count is not None else []
-    until = steps[count].pts if count is not None and count < len(steps) else None
-    if steps:
-        shown = steps[:count]
-        summary |= {"frames": len(shown), "last_seq": shown[-1].seq}
+    until = None
+    if (found := cut_behind(path, count)) is not None:
+        summary["frames"], summary["last_seq"], until = found
     fd, name = tempfile.mkstemp(suffix=FINISHED_SUFFIX, dir=folder)
     os.close(fd)
     target = Path(name)

@@ -24,10 +24,7 @@ class RunFiles:
         part: from 1, of a batch that is recorded in files of their own.
         """
         growing, film = self._open.get(run), self._films.films.get(run)
-        finished = [row for row in self._library.rows() if row["run"] == run and row["part"] in (None, part)]
-        finished.sort(key=lambda row: int(row["first_seq"]))
-        paths = [path for row in finished if (path := self._library.path_of(row["id"])) is not None]
-        return [*paths, *(_there(growing) if growing else ()), *(film.paths if film else ())]
+        return [*self._finished_of(run, part), *(_there(growing) if growing else ()), *(film.paths if film else ())]
 
     def about(self, run: str) -> dict[str, Any] | None:
         """Stream, start and meta of a run that has frames in files.
@@ -62,8 +59,13 @@ class RunFiles:
         if not paths and (finished := self._library.path_of(recording_id)) is not None:
             return finished
         if not paths and is_run_id(recording_id):
-            paths = self.paths_of(recording_id, part)
+            paths = self._finished_of(recording_id, part)
         return paths[-1 if is_newest else 0] if paths else None
+
+    def _finished_of(self, run: str, part: int) -> list[Path]:
+        rows = [row for row in self._library.rows() if row["run"] == run and row["part"] in (None, part)]
+        rows.sort(key=lambda row: int(row["first_seq"]))
+        return [path for row in rows if (path := self._library.path_of(row["id"])) is not None]
 
     def is_growing(self, recording_id: str) -> bool:
         """Whether the id is of a recording that is not finished."""

@@ -98,7 +98,7 @@ class Engines:
 
     def shed_memories(self) -> None:
         """Memory is short: half of the live streams give theirs, and are sent their history again."""
-        for engine in self._opened.values():
+        for engine in set(self._opened.values()):
             if isinstance(engine, VideoEngine):
                 engine.memories.shed()
 

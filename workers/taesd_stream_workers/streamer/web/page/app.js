@@ -117,7 +117,7 @@ function takeState(state) {
   changed()
 }
 
-/** Something that decides what is shown changed: look at everything once. */
+/** Something changed: look at everything once. */
 function changed() {
   tellTools()
   tellCounts()

@@ -1,4 +1,4 @@
-// Two runs at the same step, side by side or with a wipe. What is shown comes from their films, so that both are locked.
+// Two runs at the same step, side by side or with a wipe. Both from their films, so that both are locked.
 
 import { $, put, stamp } from "./dom.js"
 import { Scrubber } from "./scrubber.js"

@@ -38,10 +38,11 @@ export function listenToKeys(on) {
     const { target, key } = event
     if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || $("#help").open) return
     if (key === " " && target.matches("button, a")) return
-    if (target.matches("input:not([step]), textarea, select, video")) {
+    if (target.matches("input:not([type=range]), textarea, select, video")) {
       if (key === "Escape" && target.id === "filter") leaveFilter(target)
       return
     }
+    if (target.dataset.part === "wipe" && key.length > 2 && key !== "Escape") return
     const single = key.length === 1 ? key.toLowerCase() : key
     if (key.length === 1 && !$("#keys-on").checked) return
     if (event.repeat && ONCE.includes(single)) return

@@ -275,7 +275,7 @@ export class Stage {
     })
   }
 
-  /** A name that the daemon does not know (yet): a link may be older than the stream. */
+  /** A name that the daemon does not know (yet). */
   openUnknown(name) {
     this.open(name, "Live", "#/")
     this.note(`No stream is called ${name} now. It shows up here when it starts.`)

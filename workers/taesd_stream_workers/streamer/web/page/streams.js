@@ -77,7 +77,8 @@ export class Streams extends Map {
     const news = { started: [], ended: [] }
     const listed = new Set()
     for (const given of entries) {
-      if (this.cleared.has(given.run) && ENDED.includes(given.state)) continue
+      if (!ENDED.includes(given.state)) this.cleared.delete(given.run)
+      if (this.cleared.has(given.run)) continue
       const entry = { flags: [], files: [], meta: {}, ...given }
       listed.add(entry.name)
       const item = this.get(entry.name)
