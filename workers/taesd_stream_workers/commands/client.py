@@ -119,6 +119,8 @@ def record(
         _stop_recording(client, name)
         return
     # Before anybody presses Ctrl-C: Python dies of one within an import's exec, whatever is caught.
+    import rich.progress
+    import rich.status  # noqa: F401
 
     import taesd_stream.media.finished  # noqa: F401
 
