@@ -427,9 +427,9 @@ class PublisherLink:
         except LogError as error:
             self.error = f"kept frames were not taken, and are lost: {error}"
         else:
-            more = f", with the {len(paths) - 1} behind it" if len(paths) > 1 else ""
-            way = f"`taesd-stream publish` sends {paths[0]}{more}" if paths else ""
-            self.error = f"kept frames were not taken; {way}" if paths else self.error
+            if paths:
+                more = f", with the {len(paths) - 1} behind it" if len(paths) > 1 else ""
+                self.error = f"kept frames were not taken; `taesd-stream publish` sends {paths[0]}{more}"
         if self._outbox.kept.count:
             logger.error(
                 "frames_not_taken stream=%s frames=%d %s", self.run.info.stream, self._outbox.kept.count, self.error

@@ -217,13 +217,20 @@ def started(*words: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+@contextlib.contextmanager
+def recorder(daemon: Daemon, name: str, output: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """`record`, once it has said that it waits."""
+    asked = ["record", name, "-o", str(output), "--connect", daemon.web, *words]
+    with started(*asked, folder=output.parent) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == f"waiting for {name}\n"
+        yield process
+
+
 def test_record_waits_and_downloads(daemon: Daemon, tmp_path: Path) -> None:
     """`record` asked for before the stream is there: it says so, keeps the next run to its end, writes its file."""
     output = tmp_path / "out.mp4"
-    words = ["record", "cli/later", "-o", str(output), "--connect", daemon.web]
-    with started(*words, folder=tmp_path) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline() == "waiting for cli/later\n"
+    with recorder(daemon, "cli/later", output) as process:
         await_wishes(daemon)
         with LatentPublisher(daemon.broker, stream="cli/later", latent_format="sd1") as publisher:
             for step, latents in enumerate(moving_latents(4)):
@@ -239,10 +246,7 @@ def test_record_waits_and_downloads(daemon: Daemon, tmp_path: Path) -> None:
 def test_record_keeps_the_last_frame_alone_and_no_more(daemon: Daemon, tmp_path: Path) -> None:
     """--mode last writes a file of the run's last frame; --mode off ends what is kept, and writes no file."""
     output = tmp_path / "last.mp4"
-    words = ["record", "cli/last", "--connect", daemon.web]
-    with started(*words, "-o", str(output), "--mode", "last", folder=tmp_path) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline() == "waiting for cli/last\n"
+    with recorder(daemon, "cli/last", output, "--mode", "last") as process:
         with LatentPublisher(daemon.broker, stream="cli/last", latent_format="sd1") as publisher:
             for step, latents in enumerate(moving_latents(4)):
                 publisher.publish(latents, step=step)
@@ -276,9 +280,7 @@ def test_record_of_a_name_that_has_ended_means_its_next_run(daemon: Daemon, tmp_
     """What an earlier run recorded is not taken for the answer."""
     output = tmp_path / "out.mp4"
     publish_run(daemon, "cli/again", frames=2)
-    with started("record", "cli/again", "-o", str(output), "--connect", daemon.web, folder=tmp_path) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline() == "waiting for cli/again\n"
+    with recorder(daemon, "cli/again", output) as process:
         publish_run(daemon, "cli/again", frames=5)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -295,9 +297,7 @@ def test_record_of_a_run_that_was_recorded_before(daemon: Daemon, tmp_path: Path
         assert publisher.wait_until_acked(30), publisher.error
         run("record", "cli/twice", "--mode", "off", "--connect", daemon.web, folder=tmp_path)
         assert daemon.recording(publisher.run)["frames"] == 2
-        with started("record", "cli/twice", "-o", str(output), "--connect", daemon.web, folder=tmp_path) as process:
-            assert process.stderr is not None
-            assert process.stderr.readline() == "waiting for cli/twice\n"
+        with recorder(daemon, "cli/twice", output) as process:
             wait_for(lambda: publisher._outbox.mode == "all", of="the sampler's hearing of it")
             for step in range(2, 6):
                 publisher.publish(latents[step], step=step)
@@ -364,10 +364,7 @@ def test_record_passes_over_an_older_run_that_nobody_can_decode(daemon: Daemon, 
 
     wait_for(waits, of="the one that waits")
     output = tmp_path / "now.mp4"
-    words = ["record", "cli/stuck", "-o", str(output), "--connect", daemon.web]
-    with started(*words, folder=tmp_path) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline() == "waiting for cli/stuck\n"
+    with recorder(daemon, "cli/stuck", output) as process:
         await_wishes(daemon)
         with LatentPublisher(daemon.broker, stream="cli/stuck", latent_format="sd1") as publisher:
             publisher.publish(moving_latents(1)[0], step=0)
@@ -570,9 +567,7 @@ def test_health(daemon: Daemon, tmp_path: Path) -> None:
 def test_ctrl_c_of_record_says_that_the_daemon_goes_on(daemon: Daemon, tmp_path: Path) -> None:
     """Leaving `record` exits with 130 and leaves no file."""
     output = tmp_path / "left.mp4"
-    with started("record", "cli/left", "-o", str(output), "--connect", daemon.web, folder=tmp_path) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline() == "waiting for cli/left\n"
+    with recorder(daemon, "cli/left", output) as process:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 130

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
@@ -25,6 +25,10 @@ MAX_MEMORIES: Final = 4096  # that one HELLO holds
 MAX_SIZES: Final = 256  # of live views that are remembered
 BESIDE_NANO: Final = 0.25  # of decoder.max_job_s
 AGAIN_S: Final = 10.0  # so soon a choice that is not the best is measured again, then after twice that
+
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,16 +155,11 @@ class Engines:
                 engine = view.engine if view is not None else self.open(latent_format, "auto", is_fast=True)
                 reason = view.reason if view is not None else engine.reason
                 # what was chosen stays, and is measured when there may be memory again
-                return self._keep(key, _View(engine, reason, AGAIN_S, self._clock_s() + AGAIN_S))
+                view = _keep(self._views, key, _View(engine, reason, AGAIN_S, self._clock_s() + AGAIN_S))
+                return view.engine, view.reason
             is_best = engine is self.open(latent_format, "auto", is_fast=True)
             wait_s = float("inf") if is_best else AGAIN_S if view is None else 2 * view.wait_s
-            return self._keep(key, _View(engine, reason, wait_s, self._clock_s() + wait_s))
-        return view.engine, view.reason
-
-    def _keep(self, key: tuple[str, Shape], view: _View) -> tuple[Engine, str]:
-        self._views[key] = view
-        if len(self._views) > MAX_SIZES:
-            del self._views[next(iter(self._views))]
+            view = _keep(self._views, key, _View(engine, reason, wait_s, self._clock_s() + wait_s))
         return view.engine, view.reason
 
     def _measured(self, latent_format: str, shape: Shape) -> tuple[Engine, str]:
@@ -187,9 +186,7 @@ class Engines:
         known = self._probed.get(key)
         if known is None or now_s >= known.until_s or enough_s < known.seconds <= known.enough_s:
             seconds = seconds_a_picture(engine, probe, enough_s=enough_s, budget_bytes=self.budget_bytes)
-            known = self._probed[key] = _Probe(seconds, enough_s, now_s + AGAIN_S)
-            if len(self._probed) > MAX_SIZES:
-                del self._probed[next(iter(self._probed))]
+            known = _keep(self._probed, key, _Probe(seconds, enough_s, now_s + AGAIN_S))
         return known.seconds * larger
 
     def _most_s(self, engines: list[Engine]) -> list[float]:
@@ -214,3 +211,11 @@ def _is_same(one: Engine, other: Engine) -> bool:
 
 def _facts(engine: Engine) -> tuple[object, ...]:
     return engine.latent_format, engine.decoder, engine.dtype, engine.is_float8
+
+
+def _keep(kept: dict[K, V], key: K, value: V) -> V:
+    """Remember it, and of all the newest MAX_SIZES."""
+    kept[key] = value
+    if len(kept) > MAX_SIZES:
+        del kept[next(iter(kept))]
+    return value
