@@ -32,6 +32,7 @@ NAME_RULE: Final = (
     f"up to 4 parts joined by '/', each of at most {MAX_PART_CHARS} letters, digits, '.', '_', '-', "
     "the first of them a letter or digit"
 )
+MAX_LATENTS_AT_ONCE: Final = 8  # of one frame: a worker decodes more in slices, and others' between them
 _NAME_PART = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_PART_CHARS - 1}}}"
 _NAME = re.compile(rf"{_NAME_PART}(?:/{_NAME_PART}){{0,3}}(?:~[0-9]{{1,4}})?")
 _RUN = re.compile(r"[0-9a-f]{16}")
@@ -54,6 +55,11 @@ def name_of_one(stream: str, place: int) -> str:
 def is_run_id(text: str) -> bool:
     """Whether `text` is a run: 16 lower-case hex digits."""
     return _RUN.fullmatch(text) is not None
+
+
+def is_sliced(kind: Kind, shape: tuple[int, ...]) -> bool:
+    """Whether a frame of so many latents, (..., C, h, w), is decoded in slices: it would hold others up for long."""
+    return kind == "clip" or math.prod(shape[:-3]) > MAX_LATENTS_AT_ONCE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

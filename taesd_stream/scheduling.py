@@ -2,7 +2,8 @@
 
 Rules: a stream stays on the worker that has its encoder and its temporal memory; another one gets the history along.
 Frames of one latent format, shape and dtype go together, of every run one before any has two; what waited longest goes
-first, live pictures a little before recordings; no job is longer than `max_job_s`, but of clips, which workers cut.
+first, live pictures a little before recordings; no job is longer than `max_job_s`, but of clips and of dozens of
+latents at once, which workers cut.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Candidate:
     since_ns: when it began to wait. worker: the only one that may take it (it holds the encoder), None: any.
     is_suspect: a job with it has failed: it goes alone, so that a second failure tells whose fault it is.
     attempt: of its recording, or of a `live` run's order: an answer about another one is late.
-    is_clip: a whole video, which a worker decodes in slices: no other kind waits for it in its job.
+    is_sliced: a whole video or dozens of latents, which a worker decodes in slices: nothing else waits in its job.
     memory: the worker that holds the memory of the `live` run up to this frame. history_bytes: what goes along to a
     worker that does not; 0 where nothing is needed. is_repeat: shown already, once more for a late viewer.
     """
@@ -41,7 +42,7 @@ class Candidate:
     since_ns: int
     worker: bytes | None = None
     is_suspect: bool = False
-    is_clip: bool = False
+    is_sliced: bool = False
     attempt: int = 0
     memory: bytes | None = None
     history_bytes: int = 0
@@ -99,12 +100,12 @@ def next_job(candidates: Iterable[Candidate], limits: WorkerLimits) -> tuple[Can
         return ()
     if mine[0].is_suspect:
         return (mine[0],)
-    group, is_clip = mine[0].group, mine[0].is_clip
+    group, is_sliced = mine[0].group, mine[0].is_sliced
     passed_over: set[str] = set()  # runs whose later frames must not overtake
     turns: Counter[str] = Counter()
     in_turn: list[tuple[int, int]] = []
     for place, one in enumerate(mine):
-        if one.group != group or one.is_clip != is_clip or one.is_suspect or one.run in passed_over:
+        if one.group != group or one.is_sliced != is_sliced or one.is_suspect or one.run in passed_over:
             passed_over.add(one.run)
             continue
         in_turn.append((turns[one.run], place))

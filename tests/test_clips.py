@@ -1,4 +1,4 @@
-"""Clips cut in time: a long one is decoded in slices, other streams' jobs between them, with the same pictures."""
+"""Long jobs cut in time: clips and dozens of latents in slices, others' jobs between them, with the same pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from taesd_stream import LatentPublisher
 from taesd_stream.config import load_config
-from taesd_stream.frames import Packet
+from taesd_stream.frames import MAX_LATENTS_AT_ONCE, Kind, Packet
 from taesd_stream.messages import Job, Progress
 from taesd_stream.models import build_decoder
 from taesd_stream_workers.worker.degrading import Pace
@@ -28,7 +28,7 @@ from tests.golden_messages import JOB_ITEM
 from tests.page_socket import PageSocket
 from tests.pictures import decode_h264, psnr_db
 
-T, SIZE = 7, (3, 5)
+T, SIZE = MAX_LATENTS_AT_ONCE + 1, (3, 5)
 LONG_T = 17
 LONGEST_S = "decoder.max_job_s=0.000001"  # no slice is as short: each is one latent
 
@@ -49,11 +49,11 @@ def latents_of(length: int, channels: int = 16) -> NDArray[np.float16]:
     return noise.half().numpy()
 
 
-def job_of(latent_format: str, latents: NDArray[np.float16], number: int = 1) -> Job:
-    """A clip for viewers and for a file."""
-    item = replace(JOB_ITEM, kind="clip", shape=latents.shape, dtype="float16", renditions=("live", "record"))
+def job_of(latent_format: str, latents: NDArray[np.float16], kind: Kind = "clip") -> Job:
+    """A frame for viewers and for a file."""
+    item = replace(JOB_ITEM, kind=kind, index=0, shape=latents.shape, dtype="float16", renditions=("live", "record"))
     return Job(
-        job=number,
+        job=1,
         latent_format=latent_format,
         items=(item,),
         packets_to="tcp://127.0.0.1:9",
@@ -91,13 +91,25 @@ class Decoded:
         return {(one.rendition, one.index): bytes(one.payload) for one in sent}
 
 
-@pytest.mark.parametrize(("latent_format", "channels", "pictures"), [("wan2_1", 16, 4 * T - 3), ("sd1", 4, T)])
-def test_a_clip_in_slices_gives_the_same_bytes(weights: Path, latent_format: str, channels: int, pictures: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "latent_format", "channels", "pictures"),
+    [
+        ("clip", "wan2_1", 16, 4 * T - 3),
+        ("clip", "sd1", 4, T),
+        ("live", "wan2_1", 16, 4 * T - 3),
+        ("live", "sd1", 4, T),
+        ("steps", "wan2_1", 16, 1),
+        ("steps", "sd1", 4, 1),
+    ],
+)
+def test_in_slices_the_bytes_are_the_same(
+    weights: Path, kind: Kind, latent_format: str, channels: int, pictures: int
+) -> None:
     """One latent at a time, or all but the first at once: viewers and file get the same packets, bit for bit."""
     latents = latents_of(T, channels)
     cut, whole = Decoded(weights, LONGEST_S), Decoded(weights, "decoder.max_job_s=10")
     for one in (cut, whole):
-        one.work(job_of(latent_format, latents))
+        one.work(job_of(latent_format, latents, kind))
     expected = [(rendition, index) for rendition in ("live", "record") for index in range(pictures)]
     assert sorted(cut.packets()) == expected
     assert cut.packets() == whole.packets()
@@ -121,29 +133,30 @@ def daemon_of_slices(tmp_path: Path, weights: Path) -> Iterator[Daemon]:
         yield one
 
 
-def test_beside_a_long_clip_other_streams_go_on(daemon_of_slices: Daemon, weights: Path) -> None:
-    """Between the first and the last picture of a clip another stream shows many; the clip is as if alone."""
+@pytest.mark.parametrize("kind", ["clip", "live"])
+def test_beside_a_long_job_other_streams_go_on(daemon_of_slices: Daemon, weights: Path, kind: Kind) -> None:
+    """Between its first and its last picture another stream shows many; its own are as if alone."""
     daemon, latents = daemon_of_slices, latents_of(LONG_T)
     alone = Decoded(weights)
-    alone.work(job_of("wan2_1", latents))
+    alone.work(job_of("wan2_1", latents, kind))
     expected = {index: payload for (rendition, index), payload in alone.packets().items() if rendition == "live"}
     small = np.zeros((4, 2, 2), np.float32)
     with (
-        LatentPublisher(daemon.broker, stream="clip", latent_format="wan2_1", kind="clip", fps=16) as clip,
+        LatentPublisher(daemon.broker, stream="long", latent_format="wan2_1", kind=kind, fps=16) as long,
         LatentPublisher(daemon.broker, stream="beside", latent_format="sd1") as beside,
         PageSocket(daemon) as page,
     ):
-        page.watch({"clip": "live", "beside": "live"})
+        page.watch({"long": "live", "beside": "live"})
         wait_for(lambda: all(row["viewers"] for row in daemon.streams().values()) and len(daemon.streams()) == 2)
         beside.publish(small, step=0)
         assert page.picture(60)[0]["stream"] == "beside"
-        clip.publish(latents, step=0)
+        long.publish(latents, step=0)
         got: dict[int, bytes] = {}
         between = 0
         beside.publish(small, step=0)
         while len(got) < len(expected):
             header, payload = page.picture(60)
-            if header["stream"] == "clip":
+            if header["stream"] == "long":
                 got[header["index"]] = payload
             else:
                 between += bool(got)

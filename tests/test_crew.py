@@ -17,7 +17,7 @@ PEER = b"one"
 DEADLINE_S = 0.3
 
 
-def item(seq: int, *, is_clip: bool = False, is_suspect: bool = False, run: str = "00000000000000aa") -> Candidate:
+def item(seq: int, *, is_sliced: bool = False, is_suspect: bool = False, run: str = "00000000000000aa") -> Candidate:
     """A frame to decode."""
     return Candidate(
         run=run,
@@ -26,7 +26,7 @@ def item(seq: int, *, is_clip: bool = False, is_suspect: bool = False, run: str 
         renditions=("record",),
         nbytes=512,
         since_ns=0,
-        is_clip=is_clip,
+        is_sliced=is_sliced,
         is_suspect=is_suspect,
     )
 
@@ -148,26 +148,26 @@ def test_what_goes_beside_what_a_worker_holds(credits_: int, held: list[str], ta
 
 def named(name: str) -> Candidate:
     """A frame of that sort, of a run of its own."""
-    return item(0, is_clip="clip" in name, is_suspect="suspect" in name, run=name)
+    return item(0, is_sliced="clip" in name, is_suspect="suspect" in name, run=name)
 
 
-@pytest.mark.parametrize("is_clip", [False, True])
-def test_what_follows_a_suspected_frame_does_not_overtake_it(crew: Crew, *, is_clip: bool) -> None:
+@pytest.mark.parametrize("is_sliced", [False, True])
+def test_what_follows_a_suspected_frame_does_not_overtake_it(crew: Crew, *, is_sliced: bool) -> None:
     """While it waits for the other kind to be done, no later frame of its run goes; what came before it does."""
     crew.hello(PEER, WorkerHello(device="cpu", credits=4))
-    crew.assign(worker_of(crew), (named("other" if is_clip else "clip"),))
-    offered = [item(seq, is_clip=is_clip, is_suspect=seq == 1) for seq in (2, 0, 1)]
+    crew.assign(worker_of(crew), (named("other" if is_sliced else "clip"),))
+    offered = [item(seq, is_sliced=is_sliced, is_suspect=seq == 1) for seq in (2, 0, 1)]
     assert [one.seq for one in worker_of(crew).takes_beside(offered)] == [0]
 
 
-@pytest.mark.parametrize("is_clip", [False, True])
-def test_a_suspected_frame_gets_its_turn(crew: Crew, *, is_clip: bool) -> None:
+@pytest.mark.parametrize("is_sliced", [False, True])
+def test_a_suspected_frame_gets_its_turn(crew: Crew, *, is_sliced: bool) -> None:
     """Where it is the oldest nothing more of the other kind is given: else it would wait for as long as more comes."""
     crew.hello(PEER, WorkerHello(device="cpu", credits=4))
-    crew.assign(worker_of(crew), (named("other" if is_clip else "clip"),))
-    suspect = item(0, is_clip=is_clip, is_suspect=True)
-    later = [item(1, is_clip=one, run=f"later {one}") for one in (False, True)]
-    assert list(worker_of(crew).takes_beside([*later, suspect])) == [one for one in later if one.is_clip == is_clip]
+    crew.assign(worker_of(crew), (named("other" if is_sliced else "clip"),))
+    suspect = item(0, is_sliced=is_sliced, is_suspect=True)
+    later = [item(1, is_sliced=one, run=f"later {one}") for one in (False, True)]
+    assert list(worker_of(crew).takes_beside([*later, suspect])) == [one for one in later if one.is_sliced == is_sliced]
     for job in list(worker_of(crew).jobs):
         crew.finish(PEER, job)
     assert suspect in worker_of(crew).takes_beside([*later, suspect])
@@ -175,8 +175,8 @@ def test_a_suspected_frame_gets_its_turn(crew: Crew, *, is_clip: bool) -> None:
 
 def test_a_dead_worker_may_have_been_at_two_jobs(crew: Crew) -> None:
     """Between a clip's slices it takes others up: its oldest clip and its oldest other job, of whatever place, are."""
-    for number, is_clip in enumerate([False, False, True, True]):
-        crew.assign(worker_of(crew), (item(number, is_clip=is_clip),))
+    for number, is_sliced in enumerate([False, False, True, True]):
+        crew.assign(worker_of(crew), (item(number, is_sliced=is_sliced),))
     assert sorted(job.items[0].seq for job in worker_of(crew).at_hand()) == [0, 2]
 
 
@@ -196,7 +196,7 @@ def test_two_jobs_at_once_are_not_counted_twice(crew: Crew) -> None:
 
 def test_between_slices_nothing_is_learned_of_what_a_job_takes(crew: Crew) -> None:
     """A clip and other jobs take turns: how far apart they end says nothing; behind the clip it does again."""
-    clip = crew.assign(worker_of(crew), (item(0, is_clip=True),))
+    clip = crew.assign(worker_of(crew), (item(0, is_sliced=True),))
     others = [crew.assign(worker_of(crew), (item(seq),)) for seq in range(1, 4)]
     for job in (others[0], others[1], clip):
         assert crew.finish(PEER, job, ms=1.0) is not None

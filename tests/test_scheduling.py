@@ -44,7 +44,7 @@ def run_candidates(draw: st.DrawFn, run: str) -> list[Candidate]:
     worker = draw(st.sampled_from([None, *WORKERS]))
     record_since = draw(st.integers(0, 1000)) * MS
     groups = draw(st.lists(st.sampled_from(GROUPS), max_size=5))
-    is_clip = draw(st.booleans())
+    is_sliced = draw(st.booleans())
     found = [
         Candidate(
             run=run,
@@ -55,14 +55,14 @@ def run_candidates(draw: st.DrawFn, run: str) -> list[Candidate]:
             since_ns=record_since,
             worker=worker,
             is_suspect=draw(st.integers(0, 9)) == 0,
-            is_clip=is_clip,
+            is_sliced=is_sliced,
         )
         for seq, group in enumerate(groups)
     ]
     if draw(st.booleans()):
         group = draw(st.sampled_from(GROUPS))
         since = draw(st.integers(0, 1000)) * MS
-        found.append(candidate(run, 100, group=group, since_ns=since, worker=worker, is_clip=is_clip))
+        found.append(candidate(run, 100, group=group, since_ns=since, worker=worker, is_sliced=is_sliced))
     return found
 
 
@@ -85,7 +85,7 @@ any_limits = st.builds(
 def test_a_job_is_one_that_the_worker_can_take(offered: list[Candidate], worker: WorkerLimits) -> None:
     """A job is of one group, all clips or none, within its bounds where it has several items, none of them twice."""
     job = next_job(offered, worker)
-    assert len({(one.group, one.is_clip) for one in job}) <= 1
+    assert len({(one.group, one.is_sliced) for one in job}) <= 1
     assert len(job) <= worker.max_batch_size
     assert len(set(job)) == len(job)
     assert set(job) <= set(offered)
@@ -223,7 +223,7 @@ def test_every_run_has_its_first_before_any_has_its_second(offered: list[Candida
     mine = [one for one in offered if one.worker in (None, worker.worker)]
     firsts = [min((one for one in mine if one.run == run), key=lambda one: (one.due_ns, one.seq)) for run in runs(mine)]
     left_out = [one for one in firsts if one.run not in counts]
-    alike = [one for one in left_out if (one.group, one.is_clip) == (job[0].group, job[0].is_clip)]
+    alike = [one for one in left_out if (one.group, one.is_sliced) == (job[0].group, job[0].is_sliced)]
     assert all(one.is_suspect for one in alike)
 
 

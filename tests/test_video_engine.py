@@ -116,8 +116,22 @@ def test_parts_of_one_run_in_a_job_go_in_order(engine: VideoEngine, decoder: Vid
 def test_a_long_part_is_cut_in_time(engine: VideoEngine, decoder: VideoDecoder) -> None:
     """A part that is over the budget alone is decoded step by step, with the same frames."""
     latents = latents_of(4)
-    (one,) = shown(engine, LivePart(run="a", index=0, latents=latents), budget_bytes=1)
-    torch.testing.assert_close(one.frames, alone(decoder, latents), atol=1e-5, rtol=0)
+    slices = shown(engine, LivePart(run="a", index=0, latents=latents), budget_bytes=1)
+    assert [(one.first, one.latents) for one in slices] == [(0, 1), (1, 1), (5, 1), (9, 1)]
+    frames = torch.cat([one.frames for one in slices])
+    torch.testing.assert_close(frames, alone(decoder, latents), atol=1e-5, rtol=0)
+
+
+def test_parts_together_are_cut_by_what_they_hold(engine: VideoEngine, decoder: VideoDecoder) -> None:
+    """Of two streams a slice of at most four latents holds two of each, with the frames of each alone."""
+    latents = [latents_of(5, seed) for seed in range(2)]
+    parts = [LivePart(run=str(seed), index=0, latents=one) for seed, one in enumerate(latents)]
+    slices = list(engine.decode_live(parts, budget_bytes=PLENTY, most=lambda: 4))
+    assert [[one.latents for one in each] for each in slices] == [[2, 2], [2, 2], [1, 1]]
+    for one, *of_stream in zip(latents, *slices, strict=True):
+        frames = torch.cat([each.frames for each in of_stream])
+        torch.testing.assert_close(frames, alone(decoder, one), atol=1e-5, rtol=0)
+    assert engine.memories.next_indices() == {"0": 5, "1": 5}
 
 
 def test_a_stream_that_comes_from_another_worker_is_rebuilt(engine: VideoEngine, decoder: VideoDecoder) -> None:

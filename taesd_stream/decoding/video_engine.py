@@ -41,7 +41,8 @@ class LivePart:
 
 @dataclass(frozen=True, slots=True)
 class LiveFrames:
-    """What one part shows. place: which of the parts; frames: (t', 3, H, W) float32 in [0, 1], on the engine's device.
+    """What one part, or a slice of it, shows. place: which of the parts; frames: (t', 3, H, W) float32 in [0, 1], on
+    the engine's device; first: which frame of the part comes first; latents: how many were decoded for them.
 
     is_approximate: the stream's memory was lost and too little history was there: colours are not yet right.
     """
@@ -49,6 +50,8 @@ class LiveFrames:
     place: int
     frames: Tensor
     is_approximate: bool
+    first: int = 0
+    latents: int = 1
 
 
 class VideoEngine(Engine):
@@ -107,11 +110,13 @@ class VideoEngine(Engine):
         pieces = list(slices(shown, self.bytes_per_step_px * height * width, self._for_tensors(budget_bytes)))
         return self._decode_pieces(latents, cut(pieces, most))
 
-    def decode_live(self, parts: Sequence[LivePart], *, budget_bytes: int) -> Iterator[list[LiveFrames]]:
+    def decode_live(
+        self, parts: Sequence[LivePart], *, budget_bytes: int, most: Most | None = None
+    ) -> Iterator[list[LiveFrames]]:
         """Decode the next latents of live runs together, as many streams at once as the budget allows.
 
-        parts: all of one shape; of one run several, in order, if they follow each other.
-        Returns: what each slice of streams gave; every part comes once, those of a run in order.
+        parts: all of one shape; of one run several, in order, if they follow each other. most: as `decode_clip`.
+        Returns: what each slice gave; those of a part, and of a run, in order.
         Raises: ValueError, before anything is decoded, for a wrong shape, dtype or budget, or NaN.
         """
         for part in parts:
@@ -130,7 +135,7 @@ class VideoEngine(Engine):
             for places in _rounds([part.run for part in parts])
         ]
         steps = list(slices(count, cost, budget_bytes))  # of a stream that is too much even alone
-        return self._decode_rounds(parts, [places for each in rounds for places in each], steps)
+        return self._decode_rounds(parts, [places for each in rounds for places in each], steps, most)
 
     def forget(self, run: str) -> None:
         """Drop the memory of a run. Any thread."""
@@ -150,7 +155,7 @@ class VideoEngine(Engine):
 
     @torch.inference_mode()
     def _decode_rounds(
-        self, parts: Sequence[LivePart], rounds: Sequence[list[int]], steps: Sequence[slice]
+        self, parts: Sequence[LivePart], rounds: Sequence[list[int]], steps: Sequence[slice], most: Most | None
     ) -> Iterator[list[LiveFrames]]:
         for places in rounds:
             streams = [self._stream_before(parts[place]) for place in places]
@@ -159,19 +164,25 @@ class VideoEngine(Engine):
                 yield self._step_fast(self._fast_video, parts, places, streams, latents)
                 continue
             memory = _stack([stream.memory for stream in streams])
-            shown: list[list[Tensor]] = [[] for _ in places]
-            for step in steps if len(places) == 1 else [slice(None)]:
+            first = 0
+            for step in cut(steps if len(places) == 1 else [slice(0, latents.shape[1])], _each(most, len(places))):
                 frames, memory = self._video.step(self._ready(latents[:, step]), memory)
-                for kept, one in zip(shown, frames, strict=True):
-                    kept.append(one.float())
-            results = []
-            for row, (place, stream) in enumerate(zip(places, streams, strict=True)):
-                part = parts[place]
-                after = memory if len(places) == 1 else tuple(tensor[row : row + 1].clone() for tensor in memory)
-                self._keep(part, StreamMemory(after, part.index + len(part.latents), stream.exact_from, stream.size))
-                frames_of_part = torch.cat(shown[row]).contiguous()
-                results.append(LiveFrames(place, frames_of_part, is_approximate=part.index < stream.exact_from))
-            yield results
+                if step.stop == latents.shape[1]:
+                    for row, (place, stream) in enumerate(zip(places, streams, strict=True)):
+                        after = memory if len(places) == 1 else tuple(one[row : row + 1].clone() for one in memory)
+                        next_index = parts[place].index + step.stop
+                        self._keep(parts[place], StreamMemory(after, next_index, stream.exact_from, stream.size))
+                yield [
+                    LiveFrames(
+                        place,
+                        mine.float().contiguous(),
+                        is_approximate=parts[place].index < stream.exact_from,
+                        first=first,
+                        latents=step.stop - step.start,
+                    )
+                    for place, stream, mine in zip(places, streams, frames, strict=True)
+                ]
+                first += len(frames[0])
 
     def _step_fast(
         self,
@@ -225,6 +236,11 @@ def _stack(memories: Sequence[Memory]) -> Memory:
     if len(memories) == 1:
         return memories[0]
     return tuple(torch.cat(parts) for parts in zip(*memories, strict=True))
+
+
+def _each(most: Most | None, streams: int) -> Most | None:
+    """How many latents of each stream a slice may hold, where all of them are stepped together."""
+    return most if most is None else lambda: most() // streams
 
 
 def _rounds(runs: Sequence[str]) -> list[list[int]]:

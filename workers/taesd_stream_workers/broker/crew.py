@@ -30,9 +30,9 @@ class JobHeld:
     deadline_s: float
 
     @property
-    def is_clip(self) -> bool:
-        """Whether it is of whole videos: decoded in slices, between which its worker takes up other jobs."""
-        return self.items[0].is_clip
+    def is_sliced(self) -> bool:
+        """Whether it is decoded in slices, between which its worker takes up other jobs."""
+        return self.items[0].is_sliced
 
     @property
     def is_suspect(self) -> bool:
@@ -78,34 +78,34 @@ class Worker:
     def takes_beside(self, offered: Sequence[Candidate]) -> Sequence[Candidate]:
         """Those that may go to it beside what it holds, in order of service.
 
-        Its last credit is never a clip's: other streams' jobs go between the slices. Where a frame is suspected, clips
-        and others do not mix, for a death would not tell whose fault it was. While the oldest waits for that, nothing
+        Its last credit is never a sliced job's: other streams' jobs go between the slices. Where a frame is suspected,
+        the two do not mix, for a death would not tell whose fault it was. While the oldest waits for that, nothing
         more of what it waits for is given; and what follows a frame that waits does not overtake it in its run.
         """
-        clips = sum(job.is_clip for job in self.jobs.values())
-        others = len(self.jobs) - clips
+        sliced = sum(job.is_sliced for job in self.jobs.values())
+        others = len(self.jobs) - sliced
         is_suspect = any(job.is_suspect for job in self.jobs.values())
-        if not clips and not is_suspect and not any(one.is_suspect for one in offered):
+        if not sliced and not is_suspect and not any(one.is_suspect for one in offered):
             return offered
         oldest = first_due(offered, self.id)
         waits = oldest if oldest is not None and oldest.is_suspect else None
-        takes_clips = clips < max(1, self.hello.credits - 1) and not (others and is_suspect)
-        takes_clips &= not (clips and waits is not None and not waits.is_clip)
-        takes_others = not (clips and is_suspect) and not (others and waits is not None and waits.is_clip)
+        takes_sliced = sliced < max(1, self.hello.credits - 1) and not (others and is_suspect)
+        takes_sliced &= not (sliced and waits is not None and not waits.is_sliced)
+        takes_others = not (sliced and is_suspect) and not (others and waits is not None and waits.is_sliced)
         found: list[Candidate] = []
         waiting: set[str] = set()  # runs
         for one in sorted(offered, key=order_of_service):
-            may_go = takes_clips if one.is_clip else takes_others
-            if one.run in waiting or not may_go or (one.is_suspect and (others if one.is_clip else clips)):
+            may_go = takes_sliced if one.is_sliced else takes_others
+            if one.run in waiting or not may_go or (one.is_suspect and (others if one.is_sliced else sliced)):
                 waiting.add(one.run)
             else:
                 found.append(one)
         return found
 
     def at_hand(self) -> list[JobHeld]:
-        """What it may be working on: its oldest clip, its oldest other job. What waits behind does no harm."""
+        """What it may be working on: its oldest sliced job, its oldest other one. What waits behind does no harm."""
         held = [*self.overdue.values(), *self.jobs.values()]
-        return list({job.is_clip: job for job in reversed(held)}.values())
+        return list({job.is_sliced: job for job in reversed(held)}.values())
 
     def renew(self) -> None:
         """It works: what waits behind the job at hand has all its time before it, and is not late before that one."""
@@ -181,8 +181,8 @@ class Crew:
             worker.departures.passed(now_s)
             return None
         worker.frames += len(held.items)
-        is_alone = not held.is_clip and not any(job.is_clip for job in worker.jobs.values())  # else slices took turns
-        if ms is not None and is_alone:
+        took_turns = held.is_sliced or any(job.is_sliced for job in worker.jobs.values())
+        if ms is not None and not took_turns:
             worker.departures.done(held.latent_format, max(1, held.nbytes), given_s=held.given_s, now_s=now_s)
         else:  # the time of a failed one is not the next one's
             worker.departures.passed(now_s)

@@ -9,7 +9,7 @@ from typing import Final
 import msgpack
 
 from taesd_stream.config import FilmMode
-from taesd_stream.frames import Demand, LatentFrame, RecordMode, Rendition, RunState, StreamInfo
+from taesd_stream.frames import Demand, LatentFrame, RecordMode, Rendition, RunState, StreamInfo, is_sliced
 from taesd_stream.latent_log import RunLog
 from taesd_stream.messages import End, History
 from taesd_stream.scheduling import Candidate
@@ -262,7 +262,7 @@ class Run:
             since_ns=max(since_ns, not_before_ns),
             worker=self.worker,
             is_suspect=frame.seq in self.troubles.failures,
-            is_clip=self.info.kind == "clip",
+            is_sliced=is_sliced(self.info.kind, frame.shape),
             attempt=self._attempt(is_record=is_record),
             memory=memory,
             history_bytes=self._history_bytes(frame),

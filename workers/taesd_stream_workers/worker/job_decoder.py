@@ -35,7 +35,7 @@ MAX_ENCODERS: Final = 4096  # that one HELLO names
 class JobDecoder:
     """A device and its thread; an EncodePool takes what it decodes.
 
-    Other jobs go between the slices of a clip.
+    Other jobs go between the slices of a long one.
     lanes: where pictures are encoded.
     pass_on: called in any thread with PROGRESS, with (endpoint, packet), and with a JobRun that is over.
     engines: what decodes.
@@ -118,7 +118,7 @@ class JobDecoder:
         return tuple((*self._outlet.pool.runs(), *self._outlet.coding.runs())[-MAX_ENCODERS:])
 
     def close(self) -> None:
-        """Finish the job at hand, or of a clip the slice, then join the threads; the rest is for another worker."""
+        """Finish the job at hand, or of a long one the slice, then join the threads; the rest is for another worker."""
         self._turns.close()
         self._thread.join()
         self._stager.close()
@@ -141,14 +141,14 @@ class JobDecoder:
                 self._outlet.part_done(run)
 
     def _go_on(self, run: JobRun) -> bool:
-        """Decode the next slice of a clip, or the whole of another job. Returns whether the job is over."""
+        """Decode the next slice of a long job, or the whole of another. Returns whether the job is over."""
         run.goes_on()
         if run.slices is None:
             run.slices = self._slices.of(run)
         try:
             for _ in run.slices:
                 self._slice_since_s = time.monotonic()
-                if run.is_clip:
+                if run.is_sliced:
                     run.pauses()
                     return False
         except NoDecoderError as error:

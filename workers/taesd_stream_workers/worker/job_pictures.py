@@ -46,11 +46,11 @@ class Shown:
     """What one slice shows: RGB, (3,H,W) in [0, 1] a picture; or, all of one size, their planes for video at once.
 
     planes: (n, H*3//2, W) uint8 I420 on the engine's device; size: width and height as shown.
-    latents: how many the slice decoded; 0: of `live` runs, which are never cut in time.
+    latents: how many the slice decoded.
     """
 
     pictures: Sequence[Picture]
-    latents: int = 0
+    latents: int
     rgb: Sequence[Tensor] = ()
     planes: Tensor | None = None
     size: tuple[int, int] = (0, 0)
@@ -117,7 +117,7 @@ def pictures_of(
 ) -> Iterator[Shown]:
     """Decode entries, all of one latent format and shape; one answer a slice, the pictures of an item in order.
 
-    most: as `planes_of`, of all but `live` items. histories: by place, the latents (k,C,h,w) before those of a `live`
+    most: as `planes_of`. histories: by place, the latents (k,C,h,w) before those of a `live`
     item, where they came along.
     """
     if not isinstance(engine, VideoEngine):
@@ -129,7 +129,7 @@ def pictures_of(
     for entry in entries:
         if entry[1].kind == "clip":
             yield from _clip(engine, entry, budget_bytes, most)
-    yield from _live(engine, [entry for entry in entries if entry[1].kind == "live"], budget_bytes, histories)
+    yield from _live(engine, [entry for entry in entries if entry[1].kind == "live"], budget_bytes, histories, most)
 
 
 def _pictures_of_stills(engine: Engine, entry: Entry) -> list[Picture]:
@@ -180,20 +180,26 @@ def _clip(engine: VideoEngine, entry: Entry, budget_bytes: int, most: Most | Non
 
 
 def _live(
-    engine: VideoEngine, entries: Sequence[Entry], budget_bytes: int, histories: Mapping[int, Tensor]
+    engine: VideoEngine,
+    entries: Sequence[Entry],
+    budget_bytes: int,
+    histories: Mapping[int, Tensor],
+    most: Most | None,
 ) -> Iterator[Shown]:
     parts = [
         LivePart(run=item.run, index=item.index, latents=rows.latents, history=histories.get(place))
         for place, item, rows in entries
     ]
-    for results in engine.decode_live(parts, budget_bytes=budget_bytes):
+    for results in engine.decode_live(parts, budget_bytes=budget_bytes, most=most):
         pictures: list[Picture] = []
         for result in results:
-            place, item, _ = entries[result.place]
-            first = engine.frames_before(item.index)
-            count, approximate = len(result.frames), result.is_approximate
+            place, item, rows = entries[result.place]
+            before = engine.frames_before(item.index)
+            count = engine.frames_before(item.index + len(rows)) - before
+            approximate = result.is_approximate
             pictures += [
-                Picture(place, index, count, picture_pts(first + index, item.fps), is_approximate=approximate)
-                for index in range(count)
+                Picture(place, index, count, picture_pts(before + index, item.fps), is_approximate=approximate)
+                for index in range(result.first, result.first + len(result.frames))
             ]
-        yield Shown(pictures, rgb=[frame for result in results for frame in result.frames])
+        latents = sum(result.latents for result in results)
+        yield Shown(pictures, latents, rgb=[frame for result in results for frame in result.frames])

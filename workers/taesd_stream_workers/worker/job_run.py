@@ -9,6 +9,7 @@ from concurrent.futures import Future
 
 from torch import Tensor
 
+from taesd_stream.frames import is_sliced
 from taesd_stream.messages import Degraded, Failed, Job, JobItem
 from taesd_stream_workers.worker.staging import Staged
 
@@ -33,9 +34,14 @@ class JobRun:
         self._lock = threading.Lock()
 
     @property
-    def is_clip(self) -> bool:
-        """Whether it is of whole videos: long, and decoded in slices. They share no job with others."""
-        return self.job.items[0].kind == "clip"
+    def is_sliced(self) -> bool:
+        """Whether it is long, and decoded in slices. Such items share no job with others."""
+        return is_sliced(self.job.items[0].kind, self.job.items[0].shape)
+
+    @property
+    def runs(self) -> set[str]:
+        """Whose frames they are."""
+        return {item.run for item in self.job.items}
 
     def take_staged(self) -> Staged:
         """Its latents; waits for them, and lets go of them. Raises: as `Stager.stage` says."""

@@ -33,7 +33,7 @@ Wanted: TypeAlias = tuple[JobItem, Rows, Any]  # an item, its latents (n,C,h,w),
 class JobSlices:
     """The work of jobs, slice by slice; used by the thread that owns the device.
 
-    A clip is decoded in slices of at most `decoder.max_job_s`, as far as was measured.
+    A long job is decoded in slices of at most `decoder.max_job_s`, as far as was measured.
     is_waited_for: whether another job waits for the device.
     """
 
@@ -214,7 +214,7 @@ class JobSlices:
         others: list[Entry] = []
         for place, (item, rows, wanted) in enumerate(mine):
             (straight if self._is_straight(engine, item, rows, wanted) else others).append((place, item, rows))
-        most = self._most(engine, mine) if run.is_clip else None
+        most = self._most(run, engine, mine)
         sources = [
             planes_of(engine, straight, budget_bytes, most) if straight else iter(()),
             pictures_of(engine, others, budget_bytes, histories, most) if others else iter(()),
@@ -231,17 +231,23 @@ class JobSlices:
             yield [kept_places[one.place] for one in shown.pictures if one.index == one.count - 1]
             started_s = time.monotonic()
 
-    def _most(self, engine: Engine, mine: list[Wanted]) -> Most:
-        """How many latents of a clip the next slice may hold."""
+    def _most(self, run: JobRun, engine: Engine, mine: list[Wanted]) -> Most | None:
+        """How many latents of a long job the next slice may hold; None: of others, and of images on a GPU, any."""
+        if not run.is_sliced or not self._is_paced(engine):
+            return None
         cells = _cells_of(mine)
         return lambda: self._pace.latents_within(_pace_of(engine), cells, self._config.decoder.max_job_s)
 
     def _measure(self, run: JobRun, engine: Engine, cells: int, started_s: float) -> None:
-        """A slice is done. An engine has one pace: a network of videos does other work for what is no clip."""
-        if run.is_clip and self._device.type == "cuda":
+        """A slice is done. An engine has one pace: a network of videos does other work for what is not sliced."""
+        if run.is_sliced and self._is_paced(engine) and self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # what is launched is not yet decoded
-        if run.is_clip or not isinstance(engine, VideoEngine):
+        if run.is_sliced or not isinstance(engine, VideoEngine):
             self._pace.measured(_pace_of(engine), cells, time.monotonic() - started_s)
+
+    def _is_paced(self, engine: Engine) -> bool:
+        """Whether slices go by time: a GPU is done with dozens of images before graphs of odd sizes are captured."""
+        return isinstance(engine, VideoEngine) or self._device.type == "cpu"
 
     def _is_straight(self, engine: Engine, item: JobItem, rows: Rows, wanted: Any) -> bool:
         height, width = engine.picture_size(rows.batch)
