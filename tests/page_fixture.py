@@ -86,7 +86,7 @@ class Viewer:
     watch: dict[str, str] = field(default_factory=dict)
     credits: set[tuple[str, str]] = field(default_factory=set)
     keys_wanted: set[str] = field(default_factory=set)
-    finished: str = ""  # recordings, as they were told last
+    finished: dict[str, Json] = field(default_factory=dict)  # recordings, as they were told last
 
 
 @dataclass
@@ -154,12 +154,13 @@ class PageHost:
     # --- the server's side ---
 
     def state_message(self, viewer: Viewer) -> Json:
-        """As a daemon tells it: finished recordings where they have changed since this page was told."""
+        """As a daemon tells it: finished recordings that have changed since this page was told, and which are gone."""
         message = {"type": "state"} | {key: getattr(self, key) for key in ("streams", "stats", "alerts")}
-        finished = [row for row in self.recordings if row["state"] == "finished"]
+        finished = {row["id"]: dict(row) for row in self.recordings if row["state"] == "finished"}
         message["growing"] = [row for row in self.recordings if row["state"] != "finished"]
-        before, viewer.finished = viewer.finished, json.dumps(finished)
-        return message if viewer.finished == before else message | {"recordings": finished}
+        before, viewer.finished = viewer.finished, finished
+        message["recordings"] = [row for row in finished.values() if row != before.get(row["id"])]
+        return message | {"gone": list(before.keys() - finished.keys())}
 
     async def offer(self, viewer: Viewer, name: str) -> None:
         rendition = viewer.watch.get(name)

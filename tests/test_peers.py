@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,13 @@ def test_record_and_stop_through_the_first(farm: ThreeDaemons) -> None:
     about = farm.first.json(f"/api/v1/runs/{publisher.run}")
     assert [one["id"] for one in about["recordings"]] == about["stream"]["files"] == [row["id"]]
     farm.first.json(f"/api/v1/recordings/{row['id']}", method="DELETE")
-    wait_for(lambda: not farm.second.json("/api/v1/recordings")["recordings"], of="its end")
+    for daemon in (farm.second, farm.first):
+        wait_for(partial(is_not_listed, daemon, publisher.run), of="its end")
+
+
+def is_not_listed(daemon: Daemon, run: str) -> bool:
+    """Whether a daemon lists no recording of a run."""
+    return all(row["run"] != run for row in daemon.json("/api/v1/recordings")["recordings"])
 
 
 @pytest.mark.slow

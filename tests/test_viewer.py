@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 import time
 from collections import deque
@@ -30,6 +31,7 @@ from taesd_stream_workers.streamer.inbox import INBOX_BYTES, Inbox
 from taesd_stream_workers.streamer.latency import Latency
 from taesd_stream_workers.streamer.newest_runs import NewestRuns
 from taesd_stream_workers.streamer.viewer import Viewer, to_message, unpack_picture
+from taesd_stream_workers.streamer.web.finished_rows import MAX_TOLD, FinishedRows, News, Told
 from taesd_stream_workers.streamer.web.peers import Peers
 from tests.daemon import Daemon, wait_for
 from tests.golden_messages import OTHER_RUN, PACKET, RUN
@@ -609,21 +611,55 @@ def test_a_picture_that_had_to_go_is_asked_for_again(monkeypatch: pytest.MonkeyP
     ]
 
 
-def test_finished_recordings_are_written_out_once_for_all_pages() -> None:
-    """The JSON of those that are finished is made anew when one came or went, not for one that grows."""
+def told(known: Told | None, news: News) -> tuple[list[str], list[str]]:
+    """Ids of the rows that are said, and of those that are gone."""
+    said = json.loads(f"{{{news.fields.removeprefix(', ')}}}")
+    assert all(json.loads(news.known[row["id"]]) == row for row in said.get("recordings", ()))
+    assert set(news.known) == {*(known or ()), *(row["id"] for row in said.get("recordings", ()))} - {
+        *said.get("gone", ())
+    }
+    return [row["id"] for row in said.get("recordings", ())], said.get("gone", [])
+
+
+def test_pages_are_told_what_is_new_of_finished_recordings() -> None:
+    """Each row once, changed ones again, some at a time, those that went; and those that know the same share it."""
+    rows = FinishedRows()
+    rows.take({"id": str(number), "frames": 1} for number in range(MAX_TOLD + 1))
+    first = rows.news(None)
+    assert rows.news(None) is first
+    assert told(None, first) == ([str(number) for number in range(MAX_TOLD)], [])
+    assert first.is_more
+    second = rows.news(first.known)
+    assert told(first.known, second) == ([str(MAX_TOLD)], [])
+    assert not second.is_more
+    assert rows.news(second.known) == News("", second.known, is_more=False)
+    rows.take({"id": str(number), "frames": 1 + (number == 3)} for number in range(1, MAX_TOLD + 1))
+    assert told(second.known, rows.news(second.known)) == (["3"], ["0"])
+    late = rows.news(first.known)
+    assert told(first.known, late) == (["3", str(MAX_TOLD)], ["0"])
+    assert late.known is rows.news(second.known).known
+
+
+def test_nothing_finished_is_said_too() -> None:
+    """A page that knows nothing is told that there is nothing."""
+    assert FinishedRows().news(None) == News(', "recordings": []', {}, is_more=False)
+
+
+def test_what_grows_is_no_news_of_what_is_finished() -> None:
+    """A state has all that grows; the finished ones are told when one came or went."""
     hub = Hub(Latency(), lambda _message: None)
     peers = Peers(hub)
-    assert json.loads(peers.finished_json()) == []
-    a, b = ({"id": one, "state": "finished"} for one in "ab")
-    hub.recordings = [a]
-    text = peers.finished_json()
-    assert [row["id"] for row in json.loads(text)] == ["a"]
-    for frames in range(2):
-        hub.recordings = [{"id": "c", "state": "recording", "frames": frames}, dict(a)]
-        assert peers.finished_json() is text
-        assert [row["frames"] for row in peers.growing()] == [frames]
-    hub.recordings = [b]
-    assert [row["id"] for row in json.loads(peers.finished_json())] == ["b"]
+    known: Told | None = None
+    for finished, frames, expected in (("a", 1, ["a"]), ("a", 2, None), ("b", 3, ["b"]), ("", 4, None)):
+        facts = {"run": RUN, "last_seq": 0}
+        growing = {"id": "c", "state": "recording", "frames": frames} | facts
+        hub.recordings = [growing, *({"id": one, "state": "finished"} | facts for one in finished)]
+        hub.changes += 1
+        text, news = peers.state_json(known)
+        known, state = news.known, json.loads(text)
+        assert [row["frames"] for row in state["growing"]] == [frames]
+        assert ([row["id"] for row in state["recordings"]] if "recordings" in state else None) == expected
+        assert sorted(known) == sorted(finished)
 
 
 def test_a_page_is_told_finished_recordings_when_they_change(daemon: Daemon) -> None:
@@ -639,6 +675,30 @@ def test_a_page_is_told_finished_recordings_when_they_change(daemon: Daemon) -> 
             pass
         (new,) = (row for row in page.state["recordings"] if row["id"] not in before)
         assert (new["run"], new["state"], new["daemon"]) == (publisher.run, "finished", None)
+
+
+def test_hundreds_of_recordings_come_in_parts(tmp_path: Path) -> None:
+    """A page knows all of them after a few states, none of which is long; one that is deleted is gone for it too."""
+    with Daemon(tmp_path, "recording.film=off") as daemon:
+        with LatentPublisher(daemon.broker, stream="one", latent_format="sd1", record="all") as publisher:
+            publisher.publish(np.zeros((4, 8, 8), np.float32), step=0)
+        row = daemon.recording(publisher.run)
+        (path,) = daemon.recordings_folder.rglob("*.mp4")
+        names = {f"{number:03}" for number in range(MAX_TOLD + 50)}
+        for name in names:
+            os.link(path, daemon.recordings_folder / f"{name}.mp4")
+        wait_for(lambda: len(daemon.json("/api/v1/recordings")["recordings"]) == len(names) + 1, of="all of them")
+        with PageSocket(daemon) as page:
+            known: set[str] = set()
+            while known != {row["id"], *names}:
+                rows = page.next_state().get("recordings", [])
+                assert len(rows) <= MAX_TOLD
+                assert known.isdisjoint(one["id"] for one in rows)
+                known |= {one["id"] for one in rows}
+            daemon.json("/api/v1/recordings/007", method="DELETE")
+            while "gone" not in page.next_state():
+                assert "recordings" not in page.state
+            assert page.state["gone"] == ["007"]
 
 
 def test_stamps_never_go_back() -> None:

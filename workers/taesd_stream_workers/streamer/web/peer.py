@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 OWN_HEADER: Final = "x-taesd-stream-own"  # whoever asks with it gets what is this daemon's own, nothing of its peers
 FOLLOWS: Final = "all"  # the header's value on the socket that follows the state, and watches nothing
 PICTURES: Final = "pictures"  # the header's value on a page's socket that needs no state
-MAX_STATE_BYTES: Final = 64 << 20  # a thousand streams and ten thousand recordings are about 10 MiB
+MAX_STATE_BYTES: Final = 64 << 20  # a thousand streams are about 1 MiB, and what their meta holds
+MAX_FINISHED: Final = 100_000  # recordings that are remembered of a peer, about 100 MB
 PING_S: Final = 1.0
 SILENT_S: Final = 5.0  # a peer answers the protocol's own pings within this time, or its connection is over
 WAITS_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0)  # between attempts to connect
@@ -90,7 +91,8 @@ class _Told(BaseModel):
 
     streams: list[_Stream]
     growing: list[_Recording] = []
-    recordings: list[_Recording] | None = None
+    recordings: list[_Recording] = []
+    gone: list[str] = []
     alerts: list[_Alert]
     stats: _Stats
 
@@ -127,7 +129,7 @@ class Peer:
         self.bearer = {"authorization": f"Bearer {token}"} if token else {}
         self.streams: list[Row] = []
         self.recordings: list[Row] = []
-        self._finished: list[Row] = []  # of them, as they were told last
+        self._finished: dict[str, Row] = {}  # of them, as they were told last
         self.alerts: list[dict[str, str]] = []
         self.stats: dict[str, Any] = {}
         self.error: str | None = None
@@ -211,17 +213,20 @@ class Peer:
             for row in state["streams"]
             if is_stream_name(row["name"])
         ]
-        if state.get("recordings") is not None:  # else they are as before
-            self._finished = self._recordings_of(state["recordings"])
-        self.recordings = self._recordings_of(state.get("growing")) + self._finished
+        for one in state.get("gone", ()):
+            self._finished.pop(self.our_id(one), None)
+        self._finished |= {row["id"]: row for row in self._recordings_of(state.get("recordings", ()))}
+        if len(self._finished) > MAX_FINISHED:
+            raise PeerError(f"lists more than {MAX_FINISHED} recordings")
+        self.recordings = [*self._recordings_of(state.get("growing", ())), *self._finished.values()]
         self.alerts = [{"code": one["code"], "text": f"{self.name}: {one['text']}"} for one in state["alerts"]]
         self.stats = state["stats"]
         if not self.is_here:
             logger.info("peer_here url=%s", self.url)
         self.is_here, self.error = True, None
 
-    def _recordings_of(self, rows: list[Row] | None) -> list[Row]:
-        return [{**_NO_RECORDING, **row, "daemon": self.url, "id": self.our_id(row["id"])} for row in rows or ()]
+    def _recordings_of(self, rows: Iterable[Row]) -> list[Row]:
+        return [{**_NO_RECORDING, **row, "daemon": self.url, "id": self.our_id(row["id"])} for row in rows]
 
     def films_in(self, answer: bytes) -> list[Row]:
         """The rows of its GET /api/v1/films. Raises: ValueError, RecursionError for what is none."""
@@ -235,7 +240,7 @@ class Peer:
             logger.warning("peer_away url=%s reason=%s", self.url, text)
         self.is_here, self.error = False, text
         self.streams = [_lost(row) for row in self.streams]
-        self.recordings, self._finished, self.alerts, self.stats = [], [], [], {}
+        self.recordings, self._finished, self.alerts, self.stats = [], {}, [], {}
 
     def _explained(self, error: Exception) -> str:
         if isinstance(error, InvalidStatus) and error.response.status_code in (401, 403):

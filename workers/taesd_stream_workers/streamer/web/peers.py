@@ -15,6 +15,7 @@ from taesd_stream.config import Config
 from taesd_stream_workers.role.web_token import peer_tokens
 from taesd_stream_workers.streamer.hub import Hub
 from taesd_stream_workers.streamer.viewer import Viewer
+from taesd_stream_workers.streamer.web.finished_rows import FinishedRows, News, Told
 from taesd_stream_workers.streamer.web.peer import ALIVE, MAX_STATE_BYTES, OWN_HEADER, Peer, PeerError, Row, body_of
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Peers:
         self._hub = hub
         self._peers = peers
         self._viewers: set[Viewer] = set()
-        self._finished: tuple[list[Row], str] = ([], "[]")  # the rows that it was made of, and the text
+        self._finished = FinishedRows()
         self._changes = 0
         self._state: tuple[tuple[int, int], float, str] = ((-1, 0), 0.0, "")  # of which changes, when, the text
         self.own = Peers(hub) if peers else self
@@ -134,20 +135,18 @@ class Peers:
         """Those that are not finished."""
         return _told(row for row in self._recordings() if row["state"] != "finished")
 
-    def state_json(self) -> str:
-        """What pages are told but the finished recordings, as JSON: made once for all that ask at the same time."""
+    def state_json(self, known: Told | None) -> tuple[str, News]:
+        """What a page is told, as JSON, and in it what it does not know yet of the finished recordings.
+
+        Made once for all that ask at the same time.
+        """
         changes, now_s = (self._hub.changes, self._changes), time.monotonic()
         if changes != self._state[0] or now_s - self._state[1] >= STATE_S:  # an alert comes by time alone
             told = {"type": "state", "streams": self.streams(), "stats": self.stats(), "alerts": self.alerts()}
             self._state = changes, now_s, json.dumps(told | {"growing": self.growing()})
-        return self._state[2]
-
-    def finished_json(self) -> str:
-        """Those that are, as JSON: the same object until one comes or goes, for there may be thousands."""
-        rows = [row for row in self._recordings() if row["state"] == "finished"]
-        if rows != self._finished[0]:
-            self._finished = rows, json.dumps(_told(rows))
-        return self._finished[1]
+            self._finished.take(row for row in self._recordings() if row["state"] == "finished")
+        news = self._finished.news(known)
+        return f"{self._state[2][:-1]}{news.fields}}}", news
 
     def _recordings(self) -> Iterator[Row]:
         yield from self._hub.recordings

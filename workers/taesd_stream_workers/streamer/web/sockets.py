@@ -6,7 +6,6 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any, Final
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -16,6 +15,7 @@ from taesd_stream.frames import Rendition, is_stream_name
 from taesd_stream_workers.streamer import finite_json
 from taesd_stream_workers.streamer.hub import Hub
 from taesd_stream_workers.streamer.viewer import Viewer, to_message
+from taesd_stream_workers.streamer.web.finished_rows import News, Told
 from taesd_stream_workers.streamer.web.page_links import PageLinks
 from taesd_stream_workers.streamer.web.peer import FOLLOWS, MAX_NUMBER, OWN_HEADER, PICTURES
 from taesd_stream_workers.streamer.web.peers import DAEMON, STATE_S, Peers
@@ -49,7 +49,7 @@ async def serve_page(socket: WebSocket, *, hub: Hub, peers: Peers, page_version:
     links = PageLinks(hub, peers, viewer, send_theirs)
     hello = {"type": "hello", "version": __version__, "daemon": DAEMON, "page": page_version}
     reader = asyncio.create_task(_read(socket, hub, viewer, links))
-    state = None if socket.headers.get(OWN_HEADER) == PICTURES else partial(_state, peers)
+    state = None if socket.headers.get(OWN_HEADER) == PICTURES else peers.state_json
     try:
         await socket.send_text(json.dumps(hello))
         await _send(socket, hub, viewer, links, reader, state)
@@ -68,13 +68,14 @@ async def _send(
     viewer: Viewer,
     links: PageLinks,
     reader: asyncio.Task[None],
-    state: Callable[[str], tuple[str, str]] | None,
+    state: Callable[[Told | None], tuple[str, News]] | None,
 ) -> None:
     """serve: Packet -> viewer; when full, `live` drops to its next keyframe, whole pictures to the newest.
 
-    state: as `_state`; None for who wants pictures alone.
+    state: `Peers.state_json`; None for who wants pictures alone.
     """
-    next_state_s, finished = 0.0, ""
+    next_state_s = 0.0
+    known: Told | None = None
     while not reader.done():
         now = time.monotonic()
         if viewer.is_state_dirty and now >= next_state_s:
@@ -82,7 +83,9 @@ async def _send(
             next_state_s = now + STATE_S
             await links.spread()
             if state is not None:
-                text, finished = state(finished)
+                text, news = state(known)
+                known = news.known
+                viewer.is_state_dirty = news.is_more
                 await _in_time(socket.send_text(text))
         for packet, streamed_ns in viewer.take():
             await _in_time(socket.send_bytes(to_message(packet, streamed_ns)))
@@ -95,12 +98,6 @@ async def _in_time(sending: Awaitable[None]) -> None:
     """Raises: TimeoutError when the page stalls; and what `sending` raises."""
     async with asyncio.timeout(STALLED_S):  # wait_for of Python 3.11 can swallow a cancellation
         await sending
-
-
-def _state(peers: Peers, known: str) -> tuple[str, str]:
-    """The message, and `Peers.finished_json`, which it tells as `recordings` unless it is `known` from the last one."""
-    text, finished = peers.state_json(), peers.finished_json()
-    return text if finished is known else f'{text[:-1]}, "recordings": {finished}}}', finished
 
 
 async def _read(socket: WebSocket, hub: Hub, viewer: Viewer, links: PageLinks) -> None:

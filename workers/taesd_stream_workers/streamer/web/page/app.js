@@ -17,7 +17,7 @@ import { SHOWS, Streams } from "./streams.js"
 import { Wall } from "./wall.js"
 
 const LOOK_MS = 250 // how often text follows the pictures
-const HIDDEN_MS = 5000 // a page in the background stops its pictures after this long
+const HIDDEN_MS = 5000 // a hidden page stops its pictures after this long
 const { host } = location
 
 const streams = new Streams()
@@ -26,7 +26,8 @@ const actions = new Actions(notices, () => changed())
 const link = new Link(notices, () => tell({ do: "retry" }))
 const nowhere = { name: null, id: null, run: null, seq: null }
 const view = { kind: "wall", ...nowhere, scroll: 0, depth: 0 }
-let daemon = { growing: [], recordings: [], alerts: [], stats: null }
+let daemon = { growing: [], alerts: [], stats: null }
+let finished = new Map() // recordings, by id
 let paused = false
 let asleep = false
 let rendition = "VideoDecoder" in self ? "live" : "jpeg"
@@ -43,7 +44,7 @@ const compare = new Compare({ tell, moved: (hash) => history.replaceState(null, 
 let picked = null // the run that waits for another to be compared with
 const list = new RecordingList((id) => actions.remove(recordings().find((recording) => recording.id === id)))
 
-const recordings = () => [...daemon.growing, ...daemon.recordings].filter(({ id }) => !actions.removed.has(id))
+const recordings = () => [...daemon.growing, ...finished.values()].filter(({ id }) => !actions.removed.has(id))
 
 /** how: what to record; whether to stop at once. */
 function act(kind, subject, how) {
@@ -89,6 +90,7 @@ function take(message) {
   switch (message.type) {
     case "hello":
       link.hello(message)
+      finished = new Map()
       return tellFacts()
     case "state": return takeState(message)
     case "closed": return link.closed(message)
@@ -109,7 +111,9 @@ function takeState(state) {
   const news = streams.take(state.streams)
   const { first } = link
   link.first = false
-  daemon = { ...daemon, ...state } // what is not told has not changed
+  daemon = { ...daemon, ...state }
+  for (const row of state.recordings ?? []) finished.set(row.id, row)
+  for (const id of state.gone ?? []) finished.delete(id)
   if (first && !location.hash && streams.size === 1) history.replaceState(null, "", `#/s/${streams.keys().next().value}`)
   if (!first) notices.announce(news)
   if (before !== streams.size || news.started.length || news.ended.length) wall.update()
@@ -243,7 +247,7 @@ function openStream() {
   watch()
 }
 
-/** A name that the daemon does not know, or no longer: the newest run that films and recordings remember stands there. */
+/** A name that the daemon does not know: the newest run that films and recordings remember stands there. */
 async function openForgotten(name) {
   stage.openUnknown(name)
   const answer = await fetch("/api/v1/films").catch(() => null)
@@ -382,12 +386,12 @@ listenToKeys({
   walk: (how, by) => (view.kind === "compare" ? compare : stage).scrubber[how](by),
   act,
 })
-/** By ordinary requests: the wall stands before its socket does, also where time stands still. */
+/** The wall stands before its socket does, also where time stands still. */
 async function begin() {
   try {
     const whats = view.kind === "wall" ? ["streams"] : ["streams", "recordings"]
     const answers = await Promise.all(whats.map((what) => fetch(`/api/v1/${what}`)))
-    const [{ streams }, { recordings = [] } = {}] = await Promise.all(answers.map((answer) => answer.json()))
+    const [{ streams }, { recordings } = {}] = await Promise.all(answers.map((answer) => answer.json()))
     if (link.first && streams) takeState({ ...daemon, streams, recordings })
   } catch {
     // Nobody answers: the socket says so, and tries again.

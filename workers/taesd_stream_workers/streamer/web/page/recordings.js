@@ -33,7 +33,7 @@ export class RecordingList {
     this.lookForFilms()
   }
 
-  /** The films of runs that nobody recorded: asked for when the list is looked at. */
+  /** The films of runs that nobody recorded. */
   async lookForFilms() {
     const answer = await fetch("/api/v1/films").catch(() => null)
     const films = answer?.ok ? (await answer.json()).films : []
@@ -46,7 +46,7 @@ export class RecordingList {
     put($("#films"), { hidden: !links.length })
   }
 
-  /** The newest comes first. There may be thousands, four times a second. */
+  /** The newest comes first. There may be thousands. */
   update(recordings) {
     this.recordings = recordings
     const shown = recordings.toSorted((a, b) => b.started - a.started).slice(0, this.most)
