@@ -13,7 +13,7 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 import platformdirs
@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -48,7 +49,7 @@ class BrokerConfig(_Section):
 
     bind: str = "tcp://127.0.0.1:5760"
     """Where samplers connect. Port 0 takes a free one. Past loopback, security.keys_folder guards it."""
-    workers_bind: str = AUTO
+    workers_bind: str = Field(default=AUTO, min_length=1)
     """Where decode workers and the streamer connect; "auto" is a socket file of this daemon's own."""
     idle_interval_s: float = Field(default=2.0, ge=0.01, le=60)
     """While nobody watches a stream, one frame this often is kept ready for a late viewer."""
@@ -68,7 +69,7 @@ class BrokerConfig(_Section):
     """Most messages a second that are taken of all samplers; whose comes too many is told, and rests for 10 s."""
     max_client_messages_s: int = Field(default=10_000, ge=10)
     """The same, of one key or, without keys, one connection. HELLO counts as one for each of its runs, too."""
-    log_folder: str = AUTO
+    log_folder: str = Field(default=AUTO, min_length=1)
     """Folder of the latent log; "auto" is .latents in the recording folder."""
     log_max_bytes: int = Field(default=0, ge=0)
     """Most bytes of latents that wait to be recorded; 0 is half of what the disk has free at start."""
@@ -116,7 +117,7 @@ class DecoderConfig(_Section):
 class StreamerConfig(_Section):
     """From the decode workers to viewers and files."""
 
-    packets_bind: str = AUTO
+    packets_bind: str = Field(default=AUTO, min_length=1)
     """Where decode workers push their packets; "auto" is a socket file of this daemon's own."""
     live_max_px: int = Field(default=1280, ge=64, le=8192)
     """Long side of a live picture; larger frames are scaled down. Recordings keep their size."""
@@ -129,9 +130,9 @@ class WebConfig(_Section):
 
     bind: str = "127.0.0.1:8765"
     """Address of the page, host:port. Port 0 takes a free one. One that others can reach asks for a token."""
-    hosts: list[str] = []
+    hosts: Annotated[list[str], NoDecode] = []
     """Other names by which people reach the page, as a proxy's; with any, the page asks for a token."""
-    token_file: str = AUTO
+    token_file: str = Field(default=AUTO, min_length=1)
     """File of the token, made where there is none; "auto" is taesd-stream/web-token in the user's state folder."""
     max_viewers: int = Field(default=200, ge=1, le=100_000)
     """Most pages and players at once; more are told to come later."""
@@ -139,14 +140,16 @@ class WebConfig(_Section):
     @field_validator("hosts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        """`--set web.hosts=a,b` is a list too."""
-        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+        """Of `--set` and the environment: a,b or ["a", "b"]."""
+        if not isinstance(value, str) or value.lstrip().startswith("["):
+            return json.loads(value) if isinstance(value, str) else value
+        return [name.strip() for name in value.split(",") if name.strip()]
 
 
 class RecordingConfig(_Section):
     """What is kept, and where."""
 
-    folder: str = AUTO
+    folder: str = Field(default=AUTO, min_length=1)
     """Folder of recordings; "auto" is taesd-stream in the user's Videos folder."""
     name: str = DEFAULT_NAME
     """Name of a recording's file in the folder, of {stream}, {run}, {started} and Python's formats; / makes folders."""
@@ -340,7 +343,7 @@ def load_config(file: Path | None = None, sets: Sequence[str] = (), values: Mapp
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
     except SettingsError as error:
-        raise ConfigError(f"environment: {error}: expected {ENV_PREFIX}SECTION__KEY=value, or JSON") from error
+        raise ConfigError(_explain_environment(error)) from error
     return Config.model_construct(**{name: getattr(loaded, name) for name in Config.model_fields})
 
 
@@ -382,6 +385,17 @@ def _refuse_unknown_variables() -> None:
 
 def _keys() -> list[tuple[str, str]]:
     return [(name, key) for name, section in SECTIONS.items() for key in section.model_fields]
+
+
+def _explain_environment(error: SettingsError) -> str:
+    """Pydantic names a field alone: here are the variable and what it holds."""
+    fields = {f"{ENV_PREFIX}{name}".upper(): name for name in (*SECTIONS, *TABLES)}
+    for variable, value in os.environ.items():
+        name = fields.get(variable.upper(), "")
+        if f'"{name}"' in str(error):
+            way = f"JSON, or {ENV_PREFIX}{name.upper()}__KEY=value" if name in SECTIONS else "JSON, a list of objects"
+            return f"{variable}: expected {way}, got {value!r}"
+    return f"environment: {error}: expected {ENV_PREFIX}SECTION__KEY=value, or JSON"
 
 
 def _explain(item: Any) -> str:

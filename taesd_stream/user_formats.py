@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -51,11 +51,14 @@ def find_user_format(name: str, weights_folder: Path | None = None) -> UserForma
     Names come from publishers: they are compared with the files that are there, and never become a path.
     Raises: WeightsError for a file of that name that says it is a format and is none that can be used.
     """
+    found = (read_user_format(path) for path in format_files(name, weights_folder))
+    return next(filter(None, found), None)
+
+
+def format_files(name: str, weights_folder: Path | None = None) -> Iterator[Path]:
+    """The files that may be a fitted format of that name, in order; as `find_user_format` compares them."""
     for folder in filter(None, (weights_folder, user_formats_folder())):
-        for path in sorted(folder.glob("*.safetensors")):
-            if path.stem == name and (found := read_user_format(path)) is not None:
-                return found
-    return None
+        yield from (path for path in sorted(folder.glob("*.safetensors")) if path.stem == name)
 
 
 def known_format(name: str, weights_folder: Path | None = None) -> LatentFormat:

@@ -25,6 +25,8 @@ from taesd_stream import LatentPublisher
 from taesd_stream.demo_sampler import load_clip
 from taesd_stream.frames import Kind
 from taesd_stream.models import build_decoder
+from taesd_stream_workers.commands.files import pictures_of
+from taesd_stream_workers.offline.latent_files import Row, format_of
 from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.page_socket import await_wishes
@@ -192,6 +194,22 @@ def test_kinds_and_grids(
     assert row["kind"] == expected_kind
     assert picture.shape[0] * picture.shape[1] >= expected_size[0] * expected_size[1]
     assert (picture.shape == (64, 64, 3)) == ("--batch" not in words)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "shape", "pictures"),
+    [
+        ("sd1", "steps", (4, 8, 8), 1),
+        ("sd1", "clip", (21, 4, 8, 8), 21),
+        ("wan2_1", "steps", (16, 8, 8), 1),
+        ("wan2_1", "live", (16, 8, 8), 4),
+        ("wan2_1", "live", (3, 16, 8, 8), 12),
+        ("wan2_1", "clip", (21, 16, 8, 8), 84),
+    ],
+)
+def test_fps_is_of_pictures(name: str, kind: Kind, shape: tuple[int, ...], pictures: int) -> None:
+    """Of video a row is published when its pictures have been shown: a latent is several."""
+    assert pictures_of(Row(torch.zeros(shape), 0, None), kind, format_of(name)) == pictures
 
 
 def test_loop_goes_on_until_ctrl_c(daemon: Daemon, tmp_path: Path) -> None:

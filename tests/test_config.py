@@ -108,6 +108,29 @@ def test_a_wrong_rule(tmp_path: Path) -> None:
     assert refusal(file=write(tmp_path, '[[rules]]\nrecord = "all"\n')).startswith("rules.0.stream: ")
 
 
+@pytest.mark.parametrize("text", ["a.org,b", "a.org, b ,", '["a.org", "b"]'])
+def test_hosts_are_said_alike_everywhere(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By commas or as JSON, by --set and by the environment."""
+    assert load_config(sets=[f"web.hosts={text}"]).web.hosts == ["a.org", "b"]
+    monkeypatch.setenv("TAESD_STREAM_WEB__HOSTS", text)
+    assert load_config().web.hosts == ["a.org", "b"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("WEIGHTS", "/w", "TAESD_STREAM_WEIGHTS: expected JSON, or TAESD_STREAM_WEIGHTS__KEY=value, got '/w'"),
+        ("RULES", "x", "TAESD_STREAM_RULES: expected JSON, a list of objects, got 'x'"),
+        ("RECORDING__FOLDER", "", "recording.folder: String should have at least 1 character, got ''"),
+        ("BROKER__LOG_FOLDER", "", "broker.log_folder: String should have at least 1 character, got ''"),
+    ],
+)
+def test_a_wrong_variable_is_named(variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what it holds; an empty one never means the folder where the daemon was started."""
+    monkeypatch.setenv(f"TAESD_STREAM_{variable}", value)
+    assert refusal() == message
+
+
 def test_a_rule_beats_the_sampler_and_a_person_beats_the_rule(tmp_path: Path) -> None:
     """A rule keeps a stream whose program said "off"; RECORD off, said before the stream opens, beats both."""
     rules = '[{"stream": "kept/*", "record": "all"}]'
@@ -198,7 +221,7 @@ def test_a_variable_that_was_meant_as_a_key(name: str, monkeypatch: pytest.Monke
 def test_a_variable_that_is_no_section(monkeypatch: pytest.MonkeyPatch) -> None:
     """A section's variable that holds no JSON is refused in words, not by a traceback."""
     monkeypatch.setenv("TAESD_STREAM_WEB", "{oops")
-    assert "web" in refusal()
+    assert "TAESD_STREAM_WEB: " in refusal()
 
 
 def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -102,8 +103,14 @@ def test_a_video_format_names_the_weights_that_it_lacks() -> None:
 
 def test_broken_weights_are_the_reason_for_the_projection(weights: Path) -> None:
     """Weights that are cut short or belong to another family are not used, and the reason names the file."""
+    buffer = io.BytesIO()
+    torch.save({"1.weight": torch.zeros(2)}, buffer, _use_new_zipfile_serialization=False)
+    legacy = buffer.getvalue()
     (weights / "taesd_decoder.pth").write_bytes(b"PK\x03\x04")
     assert "taesd_decoder.pth: cannot be read" in open_engine("sd1", weights_folder=weights).reason
+    for length in range(1, 400, 7):  # torch's reader raises IndexError, struct.error and more
+        (weights / "taesd_decoder.pth").write_bytes(legacy[:length])
+        assert not open_engine("sd1", weights_folder=weights).is_full
     (weights / "taesd_decoder.pth").write_bytes((weights / "taef2_decoder.pth").read_bytes())
     engine = open_engine("sd1", weights_folder=weights)
     assert "taesd_decoder.pth: weights do not fit taesd decoder" in engine.reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 from taesd_stream import LatentPublisher
 from taesd_stream.config import load_config
+from taesd_stream.decoding.choice import NoDecoderError
 from taesd_stream.decoding.keeping_up import best_that_keeps_up, probe_of
 from taesd_stream.decoding.stream_memories import StreamMemory
 from taesd_stream.decoding.video_engine import VideoEngine
@@ -127,6 +129,42 @@ def test_a_choice_that_is_not_the_best_is_measured_again(weights: Path, caplog: 
         now_s[0] = at_s
         best.of_view("flux2", "auto", SHAPE)
     assert sum(record.message.startswith("view_chosen") for record in caplog.records) == 1
+
+
+def test_weights_that_come_later_are_taken(tmp_path: Path, weights: Path) -> None:
+    """Engines are opened anew within 10 s where weights came or changed; where they went, what is open stays."""
+    now_s, name = [0.0], "taef2_decoder.safetensors"
+    one = engines(tmp_path, EVERYTHING_S, clock_s=lambda: now_s[0])
+    assert {one.of_view("flux2", "auto", SHAPE).decoder, one.of_recordings("flux2").decoder} == {"nano"}
+    shutil.copy(weights / name, tmp_path / name)
+    now_s[0] = 9.9
+    assert one.of_recordings("flux2").decoder == "nano"
+    now_s[0] = 10
+    view, kept = one.of_view("flux2", "auto", SHAPE), one.of_recordings("flux2")
+    assert (view.decoder, kept.decoder, one.told()["flux2"]["decoder"]) == ("taef2", "taef2", "taef2")
+    assert all(key[0] in (view, kept) or key[0].decoder != "nano" for key in one._probed)
+    (tmp_path / name).write_bytes(b"cut")
+    now_s[0] = 20
+    assert one.of_recordings("flux2").decoder == "nano"
+    shutil.copy(weights / name, tmp_path / name)
+    now_s[0] = 30
+    again = one.of_recordings("flux2")
+    assert again.decoder == "taef2"
+    (tmp_path / name).unlink()
+    now_s[0] = 40
+    assert one.of_recordings("flux2") is again
+
+
+def test_a_weights_folder_that_went_is_no_decoder(tmp_path: Path) -> None:
+    """So that what is kept waits in the log; once it is back there is one."""
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    one = engines(folder)
+    folder.rmdir()
+    with pytest.raises(NoDecoderError, match=r"No decoder for sd1: weights.folder: .*gone is not a folder"):
+        one.of_recordings("sd1")
+    folder.mkdir()
+    assert one.of_recordings("sd1").decoder == "linear"
 
 
 def test_an_engine_with_several_names_sheds_once(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
@@ -21,7 +22,7 @@ from taesd_stream.models.nano import NanoDecoder, has_nano_decoder, nano_decoder
 from taesd_stream.models.tiny_rgba import RGBA_FAMILY, OverWhite
 from taesd_stream.models.tiny_video import VideoDecoder
 from taesd_stream.models.user_decoder import user_decoder
-from taesd_stream.user_formats import UserFormat, find_user_format
+from taesd_stream.user_formats import UserFormat, find_user_format, format_files
 
 Choice: TypeAlias = Literal["auto", "tiny", "nano", "linear"]
 Kind: TypeAlias = Literal["tiny", "nano", "linear"]
@@ -67,6 +68,21 @@ def open_engine(
             refusals.append(found)
     said = [] if choice in ("auto", "tiny") else [f"decoder.choice is {choice}"]
     raise NoDecoderError(f"No decoder for {latent_format}: {', and '.join(said + refusals)}")
+
+
+def decoder_files(latent_format: str, weights_folder: Path | None) -> list[tuple[Path, int, int]]:
+    """The files that a format's decoders would be read from, when each was written (ns), and its bytes.
+
+    Raises: WeightsError if `weights_folder` is no folder.
+    """
+    known = LATENT_FORMATS.get(latent_format)
+    weights = None if known is None or known.decoder is None else find_weights(known.decoder, weights_folder)
+    found = []
+    for path in (*([] if weights is None else [weights]), *format_files(latent_format, weights_folder)):
+        with contextlib.suppress(OSError):  # it went meanwhile
+            facts = path.stat()
+            found.append((path, facts.st_mtime_ns, facts.st_size))
+    return found
 
 
 def _why(kind: Kind, choice: Choice, refusals: list[str]) -> str:

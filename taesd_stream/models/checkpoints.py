@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import platformdirs
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,7 +26,7 @@ _DIFFUSERS_FILE: Final = "diffusion_pytorch_model.safetensors"  # both parts in 
 
 
 def weights_cache() -> Path:
-    """Our own folder for weights that were fetched, beside the user's other caches; it may not exist."""
+    """Our own folder for weights, beside the user's other caches, for whoever puts some there; it may not exist."""
     return platformdirs.user_cache_path("taesd-stream", appauthor=False) / "weights"
 
 
@@ -108,7 +107,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _read(path: Path) -> Any:
     """Whatever the file holds.
 
-    Raises: WeightsError with the path and the reason.
+    Raises: WeightsError with the path and the reason; MemoryError.
     """
     try:
         if path.suffix == ".safetensors":
@@ -119,6 +118,8 @@ def _read(path: Path) -> Any:
     except (pickle.UnpicklingError, EOFError) as error:
         # torch's own text advises to load it without the check: not what to tell about a file from the internet.
         raise WeightsError(f"{path}: not a file of plain tensors, or cut short") from error
-    except (OSError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file torch's reader raises whatever it stumbles over
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise WeightsError(f"{path}: cannot be read: {reason[:200]}") from error

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from taesd_stream.errors import WeightsError
+from taesd_stream.models.checkpoints import read_tensors
 from taesd_stream.models.linear import FactorProjection, ShuffleProjection
 from taesd_stream.models.nano import NanoDecoder, is_nano, layout_of, with_current_names
 from taesd_stream.models.strict_loading import first_difference
@@ -18,9 +18,11 @@ def user_decoder(fitted: UserFormat) -> nn.Module:
 
     Raises: WeightsError for tensors that are no decoder of its format.
     """
-    with safe_open(fitted.path, framework="pt") as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 it is no dict
+    state = read_tensors(fitted.path)
     known = fitted.format
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise WeightsError(f"{fitted.path}: {key} is {tensor.dtype}, expected floating point")
     if not state:
         return FactorProjection(known)
     with torch.device("meta"):  # no memory before the file is known to fill it

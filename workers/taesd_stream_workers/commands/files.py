@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from taesd_stream.config import Config
     from taesd_stream.decoding.engine import Engine
     from taesd_stream.frames import Kind, StreamInfo
+    from taesd_stream.latent_formats import LatentFormat
     from taesd_stream.publisher import LatentPublisher
     from taesd_stream_workers.offline.latent_files import LogRows, Row
 
@@ -58,7 +60,10 @@ def publish(
     ] = None,
     record: Annotated[RecordWord | None, typer.Option(help="What the daemon keeps.")] = None,
     fps: Annotated[
-        float | None, typer.Option(min=0.01, max=1000, help="Rows a second; else as fast as they are kept.")
+        float | None,
+        typer.Option(
+            min=0.01, max=1000, help="Rows a second, of video its pictures a second; else as fast as they are kept."
+        ),
     ] = None,
     loop: Annotated[bool, typer.Option("--loop", help="Begin again at the end, until Ctrl-C.")] = False,
     batch: Annotated[bool, typer.Option("--batch", help="The first axis is a grid of pictures, not time.")] = False,
@@ -72,17 +77,19 @@ def publish(
 
     Example: taesd-stream publish latents.safetensors --latent-format flux2 --record all --fps 8
     """
+    from taesd_stream.config import load_config
     from taesd_stream.daemons import addresses_of
     from taesd_stream.publisher import LatentPublisher, keys_in
     from taesd_stream_workers.commands.broker_probe import greet_any_broker
-    from taesd_stream_workers.offline.latent_files import info_of_log
+    from taesd_stream_workers.offline.latent_files import format_of, info_of_log
 
     info = info_of_log(file)
     name = _format_name(file, latent_format, info)
     if info is not None and record is None:
         record = "last" if info.record == "last" else "all"  # they are in a log because they were to be kept
     word: Kind = kind or (info.kind if info else "steps")
-    rows = _rows(file, name, word, info, is_batch=batch)
+    known = format_of(name, load_config().weights_folder)
+    rows = _rows(file, known, word, info, is_batch=batch)
     if stream is not None:
         check_stream_name(stream, "--stream")
     own_keys = keys_in(keys)
@@ -100,8 +107,13 @@ def publish(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    pause_s = 0.0 if fps is None else (len(next(iter(rows)).latents) if word == "clip" else 1) / fps
+    pause_s = 0.0 if fps is None else pictures_of(next(iter(rows)), word, known) / fps
     _publish_rows(publisher, rows, word, pause_s, is_loop=loop)
+
+
+def pictures_of(row: Row, kind: Kind, known: LatentFormat) -> int:
+    """How many pictures a row is shown as, but for those that a video's first latent hides."""
+    return 1 if kind == "steps" else math.prod(row.latents.shape[:-3]) * (known.temporal_factor or 1)
 
 
 def _format_name(file: Path, asked: str | None, info: StreamInfo | None) -> str:
@@ -112,11 +124,11 @@ def _format_name(file: Path, asked: str | None, info: StreamInfo | None) -> str:
     return name
 
 
-def _rows(file: Path, name: str, kind: Kind, info: StreamInfo | None, *, is_batch: bool) -> list[Row] | LogRows:
-    from taesd_stream.config import load_config
-    from taesd_stream_workers.offline.latent_files import LogRows, format_of, load_latents, rows_of
+def _rows(
+    file: Path, known: LatentFormat, kind: Kind, info: StreamInfo | None, *, is_batch: bool
+) -> list[Row] | LogRows:
+    from taesd_stream_workers.offline.latent_files import LogRows, load_latents, rows_of
 
-    known = format_of(name, load_config().weights_folder)
     if info is not None:
         log = LogRows(file, known, kind)
         say_damaged(file, log.damaged_bytes)
@@ -226,12 +238,19 @@ def decode(
 
 
 def open_best_engine(latent_format: str, config: Config) -> Engine:
-    """The decoder that the configuration chooses for a format, in full precision. Raises: ConfigError for none."""
+    """The decoder that the configuration chooses for a format, in full precision. Raises: ConfigError for none.
+
+    torch computes on `decoder.threads` from here on.
+    """
+    import torch
+
     from taesd_stream.decoding.choice import NoDecoderError, open_engine
     from taesd_stream_workers.start_checks import check_start
     from taesd_stream_workers.worker.devices import choose_device
 
     check_start(config, ["worker"])
+    if config.decoder.threads:
+        torch.set_num_threads(config.decoder.threads)
     device, _ = choose_device(config.decoder.device.partition(",")[0], config.decoder.min_free_bytes)
     folder, choice = config.weights_folder, config.decoder.choice
     try:

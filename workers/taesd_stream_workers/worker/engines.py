@@ -12,11 +12,12 @@ from typing import Any, Final, TypeVar
 import torch
 
 from taesd_stream.config import Config, DecoderChoice
-from taesd_stream.decoding.choice import NoDecoderError, open_engine
+from taesd_stream.decoding.choice import NoDecoderError, decoder_files, open_engine
 from taesd_stream.decoding.engine import Engine
 from taesd_stream.decoding.keeping_up import Shape, best_that_keeps_up, probe_of, seconds_a_picture
 from taesd_stream.decoding.slicing import decode_budget
 from taesd_stream.decoding.video_engine import VideoEngine
+from taesd_stream.errors import WeightsError
 from taesd_stream_workers.worker.degrading import CHEAPER, is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ MAX_MEMORIES: Final = 4096  # that one HELLO holds
 MAX_SIZES: Final = 256  # of live views that are remembered
 BESIDE_NANO: Final = 0.25  # of decoder.max_job_s
 AGAIN_S: Final = 10.0  # so soon a choice that is not the best is measured again, then after twice that
-
+LOOK_S: Final = 10.0  # so often the weights of a format are looked for
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -69,6 +70,7 @@ class Engines:
         self._views: dict[tuple[str, Shape], _View] = {}
         self._probed: dict[tuple[Engine, Shape], _Probe] = {}
         self._told: dict[str, tuple[Engine, str]] = {}  # by format: what shows it, else what records it
+        self._files: dict[str, tuple[float, list[Any]]] = {}  # by format: when they were looked for, what was there
 
     def told(self) -> dict[str, dict[str, Any]]:
         """What decodes each latent format, and why: the live view's engine, else the recordings'."""
@@ -81,7 +83,7 @@ class Engines:
                 "decoder": engine.decoder,
                 "reason": reason,
                 "is_full": engine.is_full,
-                "history": history[latent_format],
+                "history": history.get(latent_format, engine.history),
             }
             for latent_format, (engine, reason) in told.items()
         }
@@ -124,17 +126,21 @@ class Engines:
         return engine
 
     def open(self, latent_format: str, choice: DecoderChoice, *, is_fast: bool) -> Engine:
-        """An engine as `choice.open_engine` gives it, once. Raises: NoDecoderError."""
+        """An engine as `choice.open_engine` gives it, till its files change. Raises: NoDecoderError."""
         key = (latent_format, choice, is_fast)
+        self._look_for_files(latent_format)
         if key not in self._opened:
-            engine = open_engine(
-                latent_format,
-                weights_folder=self._weights_folder,
-                choice=choice,
-                device=self._device,
-                is_fast=is_fast,
-                is_float8=is_fast and self._decoder.float8,
-            )
+            try:
+                engine = open_engine(
+                    latent_format,
+                    weights_folder=self._weights_folder,
+                    choice=choice,
+                    device=self._device,
+                    is_fast=is_fast,
+                    is_float8=is_fast and self._decoder.float8,
+                )
+            except WeightsError as error:  # the folder went: what is kept waits for it
+                raise NoDecoderError(f"No decoder for {latent_format}: {error}") from error
             same = next((one for one in self._opened.values() if _is_same(one, engine)), engine)
             self._opened[key] = same
             if same is engine:
@@ -142,8 +148,26 @@ class Engines:
                 logger.info("engine_opened %s %s", what, engine.reason)
         return self._opened[key]
 
+    def _look_for_files(self, latent_format: str) -> None:
+        """Close a format's engines where other weights are there than they were opened with, as after a fetch."""
+        looked_s, before = self._files.get(latent_format, (float("-inf"), []))
+        now_s = self._clock_s()
+        if now_s < looked_s + LOOK_S:
+            return
+        try:
+            files = decoder_files(latent_format, self._weights_folder)
+        except WeightsError:
+            files = []
+        _keep(self._files, latent_format, (now_s, files or before))
+        if files and files != before:
+            self._told.pop(latent_format, None)
+            self._opened = {key: one for key, one in self._opened.items() if key[0] != latent_format}
+            self._views = {key: one for key, one in self._views.items() if key[0] != latent_format}
+            self._probed = {key: one for key, one in self._probed.items() if key[0].latent_format != latent_format}
+
     def _automatic(self, latent_format: str, shape: Shape) -> tuple[Engine, str]:
         """The best one that keeps up with a live view of that shape, and why."""
+        self._look_for_files(latent_format)
         key = (latent_format, shape)
         view = self._views.get(key)
         if view is None or self._clock_s() >= view.until_s:
