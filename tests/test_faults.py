@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +52,30 @@ def assert_whole(daemon: Daemon, run: str) -> None:
     pictures = decode_file(daemon.file(recording["id"]))
     greys = [float(np.mean(picture)) for picture in pictures]
     assert greys == pytest.approx([shade(step)[0] for step in range(FRAMES)], abs=1.4)
+
+
+def test_a_person_s_off_outlives_the_broker(tmp_path: Path) -> None:
+    """A rule records the run that comes back to the next broker, till that hears what somebody said, a moment later."""
+    rules = '[{"stream": "kept", "record": "all"}]'
+    with (
+        Daemon(tmp_path, environment={"TAESD_STREAM_RULES": rules}) as daemon,
+        LatentPublisher(daemon.broker, stream="kept", latent_format="sd1") as publisher,
+    ):
+
+        def row() -> dict[str, Any]:
+            return daemon.streams().get("kept") or {"record": None, "step": None, "state": None}
+
+        publisher.publish(sd1_latents_of(shade(0)), step=0)
+        wait_for(lambda: row()["record"] == "all", of="the rule")
+        daemon.json("/api/v1/streams/kept/record", method="POST", body={"mode": "off"})
+        wait_for(lambda: row()["record"] == "off", of="the wish")
+        daemon.recording(publisher.run)
+        os.kill(daemon.pid_of("broker"), signal.SIGKILL)
+        wait_for(daemon.is_ready, 60, of="another broker")
+        wait_for(lambda: row()["state"] == "live", 60, of="the run")
+        publisher.publish(sd1_latents_of(shade(1)), step=1)
+        wait_for(lambda: row()["step"] == 1, of="its next step")
+        wait_for(lambda: row()["record"] == "off", of="the wish, heard again")
 
 
 @pytest.mark.parametrize("role", ["broker", "worker 0", "streamer"])

@@ -1,4 +1,4 @@
-"""What people asked to record: said again to a broker that was killed before it could act on it."""
+"""What people asked to record: said again to a broker that was restarted, which knows it of runs with a log alone."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class _Wish:
     asked_s: float
     said_s: float
     broker: object  # which one was told: its process, as STATE names it
+    run: str | None = None  # that it holds for, once a broker has heard it
 
 
 class RecordWishes:
@@ -41,16 +42,20 @@ class RecordWishes:
         self._tell_broker(Record(stream=stream, mode=mode))
 
     def on_state(self, state: State) -> None:
-        """The broker's newest STATE: say again what another one was told, forget what it acts on."""
+        """The broker's newest STATE: say again what another one was told, forget what is over."""
         now_s, broker = self._clock_s(), _broker_of(state)
         rows = {row["name"]: row for row in state.streams}
         for stream, wish in list(self._wishes.items()):
             row = rows.get(stream)
             is_alive = row is not None and row["state"] not in END_REASONS
-            if wish.broker != broker:
+            if row is not None and wish.run is not None and (row["run"] != wish.run or not is_alive):
+                del self._wishes[stream]
+            elif wish.broker != broker:
                 wish.broker, wish.said_s = broker, now_s
                 self._tell_broker(Record(stream=stream, mode=wish.mode))
-            elif (is_alive and now_s - wish.said_s > SETTLED_S) or now_s - wish.asked_s > KEPT_S:
+            elif row is not None and is_alive and now_s - wish.said_s > SETTLED_S:
+                wish.run = row["run"]
+            elif wish.run is None and now_s - wish.asked_s > KEPT_S:
                 del self._wishes[stream]
 
 
