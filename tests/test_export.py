@@ -275,6 +275,15 @@ def test_ctrl_c_leaves_no_half_file(tmp_path: Path) -> None:
         (["export", "{file}", "-o", "{}/out.mp4", "--codec", "vp9"], "vp9 goes into .webm or .mkv"),
         (["export", "{file}", "-o", "{}/out.mp4", "--codec", "mpeg"], "codec mpeg: expected one of h264"),
         (["export", "{file}", "-o", "{}/out.gif", "--quality", "5"], "gif has no quality to choose"),
+        (["export", "{file}", "-o", "{}/out.webm", "--quality", "100"], "--quality 100: libvpx-vp9 takes crf from 0 "),
+        (
+            ["export", "{file}", "-o", "{}/out.mp4", "--quality", "52"],
+            "--quality 52: libx264 takes crf from 0 (best) to 51",
+        ),
+        (
+            ["export", "{file}", "-o", "{}/out.webp", "--quality", "101"],
+            "libwebp_anim takes quality from 100 (best) to 0",
+        ),
         (["export", "{file}", "-o", "{}/no/out.mp4"], "there is no folder"),
         (["export", "{file}", "-o", "{file}"], "is the file that is read"),
         (["export", "{}/text.mp4", "-o", "{}/out.mp4"], "text.mp4: cannot be read as a recording"),
@@ -292,6 +301,27 @@ def test_what_cannot_be_done_is_one_line(words: list[str], text: str, recorded: 
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("out*"))
     assert recorded.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", [name for name, codec in CODECS.items() if codec.quality is not None])
+def test_each_quality_of_a_codec_is_another(name: str, recorded: Path, tmp_path: Path) -> None:
+    """Both ends of its scale are taken as they are, one step past them is refused with the scale, and no size is."""
+    codec = CODECS[name]
+    assert codec.quality is not None
+    best, worst = codec.quality.best, codec.quality.worst
+    noise = np.random.default_rng(1).integers(0, 255, (64, 96, 3), np.uint8)
+    nbytes = []
+    for quality in (best, worst):
+        output = tmp_path / f"{quality}{codec.suffixes[0]}"
+        with ExportFile(output, codec, SUMMARY, quality) as target:
+            for place in range(3):
+                target.add(av.VideoFrame.from_ndarray(np.roll(noise, place), "rgb24"), place * 9000)
+        nbytes.append(output.stat().st_size)
+    assert nbytes[0] > 2 * nbytes[1]
+    step = 1 if worst > best else -1
+    for quality in (best - step, worst + step):
+        with pytest.raises(ExportError, match=rf"--quality {quality}: .* from {best} \(best\) to {worst} \(smallest"):
+            ExportFile(tmp_path / f"out{codec.suffixes[0]}", codec, SUMMARY, quality)
 
 
 def test_a_growing_recording_is_not_harmed_by_its_copy(tmp_path: Path) -> None:

@@ -234,8 +234,9 @@ def broken_pair(folder: Path, latents: Any, size: tuple[int, int]) -> Path:
             (80, 96),
             r"wrong\.png: expected 96x80 pixels for 12x10 cells of 8.*80x96",
         ),
-        (np.zeros((120, 6), np.float32), (96, 80), r"expected latents \(C, h, w\) in floating point, got \(120, 6\)"),
-        (np.zeros((6, 10, 12), np.int64), (96, 80), r"in floating point, got \(6, 10, 12\) torch\.int64"),
+        (np.zeros((120, 6), np.float32), (96, 80), r"expected latents \(C, h, w\), got shape \(120, 6\)"),
+        (np.zeros((6, 10, 12), np.int64), (96, 80), r"wrong\.npy: expected floating point latents, got torch\.int64"),
+        (np.zeros((6, 0, 12), np.float32), (96, 80), r"expected latents \(C, h, w\), got shape \(6, 0, 12\)"),
         (np.full((6, 10, 12), np.nan, np.float32), (96, 80), r"wrong\.npy: holds NaN or infinity"),
     ],
 )

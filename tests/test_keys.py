@@ -539,6 +539,19 @@ def test_a_name_is_used_once_and_is_no_path(name: str, tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("place", ["file", "file/keys", "dangling", "x" * 300])
+def test_a_folder_that_cannot_be_made_is_one_line(place: str, tmp_path: Path) -> None:
+    """A file, below a file, a link to nowhere, a name too long: named, with the option, and exit code 2."""
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "keys")
+    done = run_cli(tmp_path, "keys", "new", "laptop", "--set", f"security.keys_folder={tmp_path / place}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert re.search(
+        r"keys cannot be (written|read): .*; name another folder with --set security.keys_folder=DIR", done.stderr
+    )
+    assert str(tmp_path / place) in done.stderr or place == "file/keys"
+
+
 def test_revoking_what_is_not_there_says_so(tmp_path: Path) -> None:
     """A slip of the pen must not pass for a key that was revoked."""
     make_client(tmp_path, "laptop", "samplers")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from taesd_stream_workers.offline.latent_files import (
     rows_of,
     rows_of_log,
 )
+from tests.commands import run_command
+from tests.daemon import clean_environment
 
 SD1 = LATENT_FORMATS["sd1"]
 RUN = "00112233445566aa"
@@ -203,9 +207,14 @@ def test_a_broken_file_is_one_line(suffix: str, content: bytes, tmp_path: Path) 
     ("latents", "expected"),
     [
         (torch.zeros(3, 5, 6, 8), r"sd1 has 4 channels, the file has \(3, 5, 6, 8\)"),
-        (torch.zeros(2, 2, 4, 6, 8), "expected latents of 3 to 5 axes"),
+        (torch.zeros(2, 5, 4, 6, 8), r"expected one video, a batch axis of 1, got shape \(2, 5, 4, 6, 8\); save each"),
         (torch.zeros(6, 8), "expected latents of 3 to 5 axes"),
-        (torch.zeros(3, 4, 6, 8, dtype=torch.int64), "expected floating point latents, got torch.int64"),
+        (torch.zeros(3, 4, 6, 8, dtype=torch.int64), "expected floating point latents, got torch.int64; save them as"),
+        (torch.zeros(3, 4, 6, 8, dtype=torch.float8_e4m3fn), "got torch.float8_e4m3fn; save them as one of float16, "),
+        (torch.zeros(3, 4, 6, 8, dtype=torch.complex64), "expected floating point latents, got torch.complex64"),
+        (torch.zeros(3, 4, 6, 8).to_sparse(), "expected a dense tensor, got a sparse_coo one; save a dense copy"),
+        (torch.zeros(3, 4, 6, 8, device="meta"), r"shape \(3, 4, 6, 8\) is 2304 bytes, it holds 0; save"),
+        (torch.zeros(1).expand(10**6, 4, 512, 512), "is 4194304000000 bytes, it holds 4; save latents.contiguous"),
         (torch.zeros(0, 4, 6, 8), "holds no latents"),
         (torch.full((3, 4, 6, 8), float("nan")), "3 of 3 frames hold NaN or infinity, the first is 0"),
     ],
@@ -214,6 +223,51 @@ def test_what_cannot_be_latents_of_the_format(latents: Tensor, expected: str, tm
     """Wrong channels, axes, dtype, no frames, NaN: each says what was expected and what came."""
     with pytest.raises(ConfigError, match=expected):
         load_latents(save(tmp_path / "file.pth", latents), SD1)
+
+
+def test_float8_in_safetensors_is_named(tmp_path: Path) -> None:
+    """torch looks for NaN in no such values: the dtype is said before it is asked to."""
+    path = save(tmp_path / "file.safetensors", some_latents(3, 4, 6, 8).to(torch.float8_e5m2))
+    environment = clean_environment(tmp_path)
+    done = run_command("decode", path, "--latent-format", "sd1", "-o", tmp_path / "a.mp4", environment=environment)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "got torch.float8_e5m2; save them as one of float16, bfloat16, float32, float64" in done.stderr
+
+
+def test_a_parameter_is_latents_too(tmp_path: Path) -> None:
+    """Saved as something to train, they want no gradient here."""
+    latents = some_latents(3, 4, 6, 8)
+    loaded = load_latents(save(tmp_path / "file.pth", torch.nn.Parameter(latents)), SD1)
+    assert torch.equal(loaded, latents)
+    assert not loaded.requires_grad
+
+
+@pytest.mark.parametrize("frames", [10**6, 10**18])
+def test_an_array_that_claims_more_than_memory_is_one_line(frames: int, tmp_path: Path) -> None:
+    """Of a header alone nothing is made."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({frames}, 4, 512, 512), }}".ljust(117) + "\n"
+    (tmp_path / "file.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + header.encode() + bytes(100))
+    with pytest.raises(ConfigError, match=r"file\.npy: (is damaged, or larger than this machine's|cannot be read: )"):
+        load_latents(tmp_path / "file.npy", SD1)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_damaged_pth_is_one_line(is_old: bool, tmp_path: Path) -> None:
+    """Whatever torch's reader stumbles over in either of its formats, and raises: never another error than ours."""
+    torch.save({"latents": some_latents(3, 4, 6, 8)}, tmp_path / "whole.pth", _use_new_zipfile_serialization=not is_old)
+    whole, refused = (tmp_path / "whole.pth").read_bytes(), []
+    for seed in range(300):
+        chance = random.Random(seed)  # noqa: S311
+        data = bytearray(whole[: chance.choice((len(whole), chance.randrange(len(whole))))])
+        for _ in range(chance.randint(1, 8)):
+            data[chance.randrange(min(len(data), 600))] = chance.randrange(256)
+        (tmp_path / "file.pth").write_bytes(data)
+        try:
+            load_latents(tmp_path / "file.pth", SD1)
+        except ConfigError as error:
+            refused.append(str(error))
+    assert len(refused) > 100
+    assert all(text.startswith(f"{tmp_path / 'file.pth'}: ") and "\n" not in text for text in refused)
 
 
 def test_one_bad_frame_is_named(tmp_path: Path) -> None:

@@ -33,13 +33,27 @@ class ExportError(TaesdStreamError):
 
 
 @dataclass(frozen=True, slots=True)
+class Quality:
+    """The option of an encoder that trades size for truth: its value where none is asked, its best and its worst one.
+
+    They are the encoders' own, as measured: past them libx264 takes the nearest in silence, the others open with an
+    error that names no option, and of libsvtav1 crf 0 is none at all: it takes its own default.
+    """
+
+    option: str
+    usual: int
+    best: int
+    worst: int
+
+
+@dataclass(frozen=True, slots=True)
 class Codec:
-    """How pictures are coded. quality: the option that trades size for truth, and its value where none is asked."""
+    """How pictures are coded. quality: None where there is nothing to choose."""
 
     encoder: str
     pix_fmt: str
     suffixes: tuple[str, ...]
-    quality: tuple[str, int] | None = None
+    quality: Quality | None = None
     options: Mapping[str, str] = field(default_factory=lambda: _NO_OPTIONS)
     tag: str | None = None
     is_rgb: bool = False
@@ -48,18 +62,22 @@ class Codec:
 
 
 CODECS: Final[Mapping[str, Codec]] = {
-    "h264": Codec("libx264", "yuv420p", (".mp4", ".mkv", ".mov"), ("crf", 18), {"preset": "medium"}),
+    "h264": Codec(
+        "libx264", "yuv420p", (".mp4", ".mkv", ".mov"), Quality("crf", 18, 0, 51), {"preset": "medium"}
+    ),
     # Apple's players take HEVC only under this tag. No B frames: of fewer than three pictures libx265 makes up the dts.
     "h265": Codec(
-        "libx265", "yuv420p", (".mp4", ".mkv", ".mov"), ("crf", 20),
+        "libx265", "yuv420p", (".mp4", ".mkv", ".mov"), Quality("crf", 20, 0, 51),
         {"preset": "medium", "x265-params": "log-level=error:bframes=0"}, "hvc1",
     ),
-    "av1": Codec("libsvtav1", "yuv420p", (".mp4", ".mkv", ".webm"), ("crf", 28), {"preset": "8"}, max_rate=240),
-    "vp9": Codec("libvpx-vp9", "yuv420p", (".webm", ".mkv"), ("crf", 24), {"b": "0", "row-mt": "1"}),
+    "av1": Codec(
+        "libsvtav1", "yuv420p", (".mp4", ".mkv", ".webm"), Quality("crf", 28, 1, 63), {"preset": "8"}, max_rate=240
+    ),
+    "vp9": Codec("libvpx-vp9", "yuv420p", (".webm", ".mkv"), Quality("crf", 24, 0, 63), {"b": "0", "row-mt": "1"}),
     "lossless": Codec("ffv1", "bgr0", (".mkv",), None, {"level": "3", "slicecrc": "1"}, is_rgb=True),
     # from RGB: WebP's own YUV is BT.601
     "webp": Codec(
-        "libwebp_anim", "bgra", (".webp",), ("quality", 80), is_rgb=True, time_base=Fraction(1, 1000)
+        "libwebp_anim", "bgra", (".webp",), Quality("quality", 80, 100, 0), is_rgb=True, time_base=Fraction(1, 1000)
     ),
     "gif": Codec("gif", "pal8", (".gif",), is_rgb=True, time_base=Fraction(1, 100)),
 }  # fmt: skip
@@ -89,25 +107,35 @@ def codec_for(path: Path, name: str | None) -> Codec:
     return codec
 
 
+def _check_quality(path: Path, codec: Codec, asked: int) -> None:
+    """Raises: ExportError for a quality that is not on the codec's scale, or where it has none."""
+    scale = codec.quality
+    if scale is None:
+        raise ExportError(f"{path}: {codec.encoder} has no quality to choose")
+    if not min(scale.best, scale.worst) <= asked <= max(scale.best, scale.worst):
+        expected = f"{scale.option} from {scale.best} (best) to {scale.worst} (smallest file)"
+        raise ExportError(f"--quality {asked}: {codec.encoder} takes {expected}")
+
+
 class ExportFile:
     """A `with` block that writes `path`; when it raises, or no picture came, nothing is left."""
 
     def __init__(
         self, path: Path, codec: Codec, summary: Mapping[str, Any], quality: int | None = None, fps: float | None = None
     ) -> None:
-        """summary: as `tags_of` takes it. quality: of the codec's own scale. Raises: ExportError where it has none.
+        """summary: as `tags_of` takes it. quality: of the codec's own scale. Raises: ExportError for none of it.
 
         fps: pictures a second, on average: what Matroska and WebM say of themselves (a default duration), and how long
         the last picture stands; None: nobody knows. The times of the pictures are what `add` is told.
         """
-        if quality is not None and codec.quality is None:
-            raise ExportError(f"{path}: {codec.encoder} has no quality to choose")
+        if quality is not None:
+            _check_quality(path, codec, quality)
         self._path, self._codec = path, codec
         self._part = path.with_name(path.name + MAKING_SUFFIX)
         self._tags = tags_of(summary)
         self._options = dict(codec.options)
         if codec.quality is not None:
-            self._options[codec.quality[0]] = str(codec.quality[1] if quality is None else quality)
+            self._options[codec.quality.option] = str(codec.quality.usual if quality is None else quality)
         self._rate = Fraction(CLOCK_HZ, PROVISIONAL_TICKS)  # a guess for rate control
         if fps is not None:
             self._rate = Fraction(min(max(fps, _MIN_RATE), codec.max_rate)).limit_denominator(1001)

@@ -13,8 +13,8 @@ from taesd_stream.training.distillation import Batch
 class PairedLatents:
     """Cuts of pairs; the network is told the statistics of the whole latent that a cut comes from.
 
-    pairs: latents (C, h, w) and the picture (3, h * factor, w * factor) in [0, 1] each. cells: side of a cut, at most.
-    pixels: of one batch, all its cuts together.
+    pairs: latents (C, h, w) and the picture (3, h * factor, w * factor) uint8 each, a quarter of the bytes of floats.
+    cells: side of a cut, at most. pixels: of one batch, all its cuts together.
     """
 
     def __init__(
@@ -51,4 +51,4 @@ class PairedLatents:
         top, left = (int(torch.randint(length - side + 1, (), generator=generator)) for length in latents.shape[-2:])
         rows, columns = slice(top, top + side), slice(left, left + side)
         pixels = picture[:, top * factor : (top + side) * factor, left * factor : (left + side) * factor]
-        return latents[:, rows, columns], pixels, latents
+        return latents[:, rows, columns], pixels.float() / 255, latents

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _STEP: Final = 0.75  # from one size of a picture to the next smaller one
-_LARGEST: Final = 1152  # short side; larger pictures are scaled down
+PYRAMID: Final = 1 / (1 - _STEP**2)  # bytes of all sizes of a picture, for each of its largest
+LARGEST_PX: Final = 1152  # short side; larger pictures are scaled down
 _BLURRED: Final = 0.1  # share of the crops: a sampler's early estimates look so
 _COLOURED: Final = 0.5
 
@@ -67,6 +68,13 @@ class PicturePool:
         return crop.flip(-1) if _integer(2, generator) else crop
 
 
+def shrunk(picture: Tensor) -> Tensor:
+    """A picture (3, H, W) uint8, at most as large as a pool takes it: who reads many need not hold more of each."""
+    height, width = picture.shape[-2:]
+    scale = min(1.0, LARGEST_PX / min(height, width))
+    return _resized(picture, round(height * scale), round(width * scale))
+
+
 def _integer(end: int, generator: torch.Generator) -> int:
     return int(torch.randint(end, (), generator=generator))
 
@@ -74,7 +82,7 @@ def _integer(end: int, generator: torch.Generator) -> int:
 def _pyramid(picture: Tensor, smallest: int) -> list[Tensor]:
     """The picture at every scale whose short side is at least `smallest`, the largest first."""
     height, width = picture.shape[-2:]
-    scale = min(1.0, _LARGEST / min(height, width))
+    scale = min(1.0, LARGEST_PX / min(height, width))
     levels = []
     while scale * min(height, width) >= smallest:
         levels.append(_resized(picture, round(height * scale), round(width * scale)))

@@ -28,7 +28,7 @@ def distill(
         Path | None, typer.Option(metavar="FILE", help="An encoder's file, or the folder of a saved AutoencoderTiny.")
     ] = None,
     family: Annotated[
-        str, typer.Option(metavar="NAME", help="The family of the encoder's file, as taesdxl, taef2.")
+        str, typer.Option(metavar="NAME", help="The image family of the encoder's file, as taesdxl, taef2.")
     ] = "",
     folder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the file goes; else where every daemon of yours looks.")
@@ -49,7 +49,8 @@ def distill(
 
     from taesd_stream.training.distillation import Settings
     from taesd_stream.user_formats import check_format_name, user_formats_folder
-    from taesd_stream_workers.offline.distilling import distil, from_pairs, from_pictures, measure, save
+    from taesd_stream_workers.offline.distilling import distil, measure, save
+    from taesd_stream_workers.offline.material import from_pairs, from_pictures
     from taesd_stream_workers.worker.devices import choose_device
 
     check_format_name(name)
@@ -67,6 +68,8 @@ def distill(
     checkpoint = path.with_name(f"{name}.distilling.safetensors")
     with _until_interrupted() as is_stopped, _progress(steps) as on_step:
         say(f"{material.count} pictures to train on, {len(material.held_out)} held out; {where} ({why})")
+        for note in material.notes:
+            say(note)
         training = distil(material, Settings(steps=steps), where, checkpoint, is_stopped=is_stopped, on_step=on_step)
     if not training.is_over:
         say(f"stopped after {training.done} of {steps} steps, kept in {checkpoint}; the same command goes on")

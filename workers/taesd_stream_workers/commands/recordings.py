@@ -109,7 +109,10 @@ def export(
     codec: Annotated[
         str | None, typer.Option(help="h264, h265, av1, vp9, lossless, webp, gif; else what suits the name.")
     ] = None,
-    quality: Annotated[int | None, typer.Option(min=0, max=100, help="On the codec's own scale, as crf.")] = None,
+    quality: Annotated[
+        int | None,
+        typer.Option(help="crf of h264, h265 (0 best to 51), vp9 (0 to 63), av1 (1 to 63); of webp 100 best to 0."),
+    ] = None,
     fps: Annotated[
         float | None, typer.Option(min=0.01, max=1000, help="Pictures a second; else each has the time it came at.")
     ] = None,

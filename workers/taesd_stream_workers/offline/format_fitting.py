@@ -36,15 +36,18 @@ class Pair:
 
     def read(self) -> tuple[Tensor, Tensor]:
         """(1, C, h, w) float32 latents and the (1, 3, H, W) picture in [0, 1]. Raises: ConfigError."""
+        return self.read_latents().unsqueeze(0), read_picture(self.picture).unsqueeze(0)
+
+    def read_latents(self) -> Tensor:
+        """(C, h, w) float32, finite. Raises: ConfigError."""
         latents = load_tensor(self.latents)
         if latents.ndim == 4 and len(latents) == 1:
             latents = latents[0]
-        if latents.ndim != 3 or not latents.is_floating_point():
-            given = f"{tuple(latents.shape)} {latents.dtype}"
-            raise ConfigError(f"{self.latents}: expected latents (C, h, w) in floating point, got {given}")
+        if latents.ndim != 3 or not latents.numel():
+            raise ConfigError(f"{self.latents}: expected latents (C, h, w), got shape {tuple(latents.shape)}")
         if not latents.isfinite().all():
             raise ConfigError(f"{self.latents}: holds NaN or infinity")
-        return latents.float().unsqueeze(0), read_picture(self.picture).unsqueeze(0)
+        return latents.float()
 
 
 @dataclass(slots=True)
@@ -109,6 +112,11 @@ def find_pairs(folder: Path) -> list[Pair]:
 
 def read_picture(path: Path) -> Tensor:
     """(3, H, W) in [0, 1]. Raises: ConfigError for a file that is no picture."""
+    return read_pixels(path).float() / 255
+
+
+def read_pixels(path: Path) -> Tensor:
+    """(3, H, W) uint8. Raises: ConfigError for a file that is no picture."""
     try:
         with av.open(path) as container:
             frame = next(container.decode(video=0))
@@ -116,7 +124,7 @@ def read_picture(path: Path) -> Tensor:
             pixels = frame.to_ndarray(format="rgb24", src_colorspace="ITU601")
     except (av.FFmpegError, OSError, IndexError, StopIteration) as error:
         raise ConfigError(f"{path}: is no picture that can be read: {error or type(error).__name__}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def fit_format(name: str, pairs: Sequence[Pair], track: Track) -> Fit:

@@ -6,6 +6,7 @@ Nothing in a file is executed: no pickle is read that holds more than plain tens
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,17 +58,23 @@ def load_latents(path: Path, known: LatentFormat) -> Tensor:
 def load_tensor(path: Path) -> Tensor:
     """The latents of a file as they were saved, any axes.
 
-    Raises: ConfigError for a file that cannot be read, or holds no one tensor.
+    Raises: ConfigError for a file that cannot be read, or holds no one tensor of plain floating point values.
     """
     _check_name(path)
     try:
-        return _read(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's remarks on kinds of tensors help no user of ours
+            tensor = _read(path)
     except (pickle.UnpicklingError, EOFError) as error:
         # torch's own text advises to load it without the check: not what to tell about a file from outside.
         raise ConfigError(f"{path}: not a file of plain tensors, or cut short") from error
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
+    except MemoryError as error:
+        raise ConfigError(f"{path}: is damaged, or larger than this machine's memory: {error}") from error
+    except Exception as error:  # of a damaged file torch's reader raises whatever it stumbles over
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{path}: cannot be read: {reason[:300]}") from error
+    _check_plain(tensor, path)
+    return tensor.detach()  # saved as a parameter it would want a gradient
 
 
 def rows_of(latents: Tensor, kind: Kind, *, is_batch: bool) -> list[Row]:
@@ -191,15 +198,33 @@ def _stacked(log: Path) -> Tensor:
     return torch.cat(frames)
 
 
+def _check_plain(tensor: Tensor, path: Path) -> None:
+    """Before any value is looked at: torch computes with no others. Raises: ConfigError."""
+    import torch
+
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "a nested" if tensor.is_nested else f"a {str(tensor.layout).removeprefix('torch.')}"
+        raise ConfigError(f"{path}: expected a dense tensor, got {kind} one; save a dense copy")
+    usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if tensor.dtype not in usual:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in usual)
+        raise ConfigError(f"{path}: expected floating point latents, got {tensor.dtype}; save them as one of {names}")
+    needed, held = tensor.nbytes, 0 if tensor.is_meta else tensor.untyped_storage().nbytes()
+    if needed > held:  # a small file may claim terabytes
+        fault = f"its shape {tuple(tensor.shape)} is {needed} bytes, it holds {held}"
+        raise ConfigError(f"{path}: expected every value, but {fault}; save latents.contiguous()")
+
+
 def _time_first(tensor: Tensor, known: LatentFormat, path: Path) -> Tensor:
-    if not tensor.is_floating_point():
-        raise ConfigError(f"{path}: expected floating point latents, got {tensor.dtype}")
     # with its batch axis it is as a sampler held it: where as many frames as channels leave it open, the format tells
     is_turned = tensor.ndim == 5 and tensor.shape[1] == tensor.shape[2] and known.layouts[:1] == ("frames_third",)
     if tensor.ndim == 5 and tensor.shape[0] == 1:
         tensor = tensor[0]
     if tensor.ndim == 3:
         tensor = tensor.unsqueeze(0)
+    if tensor.ndim == 5:
+        way_out = "save each video in a file of its own"
+        raise ConfigError(f"{path}: expected one video, a batch axis of 1, got shape {tuple(tensor.shape)}; {way_out}")
     if tensor.ndim != 4:
         raise ConfigError(f"{path}: expected latents of 3 to 5 axes, got shape {tuple(tensor.shape)}")
     channels = {known.channels, known.patchified_channels}

@@ -12,6 +12,8 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -44,13 +46,30 @@ class Client:
 def make_client(folder: Path, name: str, purpose: Purpose) -> Path:
     """Make a client's pair, allow it, and, the first time, make the daemon's own.
 
-    Returns: the folder that the client needs. Raises: ConfigError for a name that is none, or is in use.
+    Returns: the folder that the client needs. Raises: ConfigError for a name that is none, or is in use, and for a
+    folder that cannot be written.
     """
     if _NAME.fullmatch(name) is None:
         raise ConfigError(f"{name}: cannot name a key: up to 64 letters, digits, '.', '_', '-'")
     taken = next((client for client in clients_in(folder) if client.name == name), None)
     if taken is not None:
         raise ConfigError(f"{name}: there is such a key already: `taesd-stream keys revoke {name}` first")
+    with _named_faults(folder, "written"):
+        return _make_files(folder, name, purpose)
+
+
+@contextmanager
+def _named_faults(folder: Path, what: str) -> Iterator[None]:
+    """Of a folder that is a file, lies on a disk for reading only, or on a full one. Raises: ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        fault = f"{error.filename or folder}: {error.strerror or error}"
+        way_out = "name another folder with --set security.keys_folder=DIR"
+        raise ConfigError(f"keys cannot be {what}: {fault}; {way_out}") from error
+
+
+def _make_files(folder: Path, name: str, purpose: Purpose) -> Path:
     for part in (folder, *(folder / purpose for purpose in PURPOSES), folder / "issued"):
         part.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not (folder / SERVER_KEY).exists():
@@ -73,8 +92,9 @@ def revoke(folder: Path, name: str) -> None:
     found = [file for _, file in _files_in(folder) if file.stem == name]  # unread: another file may be broken
     if not found:
         raise ConfigError(f"{name}: there is no such key in {folder}; `taesd-stream keys list` shows them")
-    for file in found:
-        file.unlink(missing_ok=True)
+    with _named_faults(folder, "revoked"):
+        for file in found:
+            file.unlink(missing_ok=True)
     shutil.rmtree(folder / "issued" / name, ignore_errors=True)
 
 
@@ -84,7 +104,8 @@ def clients_in(folder: Path) -> list[Client]:
 
 
 def _files_in(folder: Path) -> list[tuple[Purpose, Path]]:
-    return [(purpose, file) for purpose in PURPOSES for file in sorted((folder / purpose).glob(f"*{_SUFFIX}"))]
+    with _named_faults(folder, "read"):
+        return [(purpose, file) for purpose in PURPOSES for file in sorted((folder / purpose).glob(f"*{_SUFFIX}"))]
 
 
 def _read_client(purpose: Purpose, file: Path) -> Client:
