@@ -101,12 +101,35 @@ def test_the_autoscaler_reads_what_the_daemon_tells() -> None:
     assert ("Deployment", scaled["scaleTargetRef"]["name"]) in resources
     trigger = scaled["triggers"][0]
     assert ("TriggerAuthentication", trigger["authenticationRef"]["name"]) in resources
-    found = re.fullmatch(r"http://([a-z-]+):(\d+)(/api/v1/workers)", trigger["metadata"]["url"])
+    found = re.fullmatch(r"http://(([a-z-]+)\.taesd-stream\.svc):(\d+)/api/v1/workers", trigger["metadata"]["url"])
     assert found is not None
-    service = resources["Service", found[1]]["spec"]
-    assert int(found[2]) in [port["port"] for port in service["ports"]]
+    service = resources["Service", found[2]]["spec"]
+    assert int(found[3]) in [port["port"] for port in service["ports"]]
     assert found[1] in load_config(ROOT / "configs" / "cluster.toml").web.hosts
     assert trigger["metadata"]["valueLocation"] == "desired_workers"
+
+
+def test_units_make_the_folders_that_they_demand() -> None:
+    """What must be there at the start is a state folder of every unit; and no unit that decodes loses its GPU."""
+    config = load_config(ROOT / "configs" / "service.toml")
+    services = [unit for unit in UNITS if unit.suffix == ".service"]
+    assert services
+    for unit in services:
+        text = unit.read_text()
+        found = re.search(r"^StateDirectory=(.*)$", text, re.M)
+        assert found is not None
+        assert config.weights_folder in [Path("/var/lib") / folder for folder in found[1].split()]
+        assert "PrivateDevices=yes" in text or "ProtectClock=yes" not in text
+
+
+def test_a_mount_opens_no_secret() -> None:
+    """The kubelet does not give the group the token that the streamer made, which it would refuse then."""
+    pods = [
+        one["spec"]["template"]["spec"]
+        for one in documents(DEPLOY / "kubernetes" / "daemon.yaml")
+        if "template" in one["spec"]
+    ]
+    assert [pod["securityContext"]["fsGroupChangePolicy"] for pod in pods] == ["OnRootMismatch"]
 
 
 def test_the_recipe_is_a_shell_script() -> None:

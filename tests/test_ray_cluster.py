@@ -18,6 +18,7 @@ import pytest
 from taesd_stream import LatentPublisher
 from taesd_stream.latent_formats import LATENT_FORMATS
 from taesd_stream.scaling import LOW_FOR_S
+from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.pictures import decode_file
 from tests.processes import lives
@@ -162,6 +163,36 @@ def test_a_worker_that_is_killed_is_back_and_no_frame_is_lost(tmp_path: Path, cl
         ray_command(cluster, "down")
         assert json.loads(ray_command(cluster, "status"))["workers"] == []
         wait_for(lambda: not lives(second["pid"]), of="the end of the last worker")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--broker", "tcp://10.0.0.1:5761"], "broker.workers_bind"),
+        (["--broker", "tcp://127.0.0.1:5761", "--set", "weights.folder=w"], "weights.folder = w: expected an absolute"),
+    ],
+)
+def test_what_every_worker_would_refuse_is_not_placed(words: list[str], message: str, tmp_path: Path) -> None:
+    """Others' addresses without keys, and folders that Ray would look for elsewhere, end the command at once."""
+    done = run_command("ray", "up", *words, "--connect", "http://127.0.0.1:1", environment=clean_environment(tmp_path))
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+@pytest.mark.faults
+def test_a_worker_that_refuses_its_settings_says_so(tmp_path: Path, cluster: Any) -> None:
+    """It is not started again and again: `ray status` has the reason."""
+
+    def refusals() -> list[str]:
+        rows = json.loads(ray_command(cluster, "status"))["workers"]
+        return [row["refusal"] for row in rows if "refusal" in row]
+
+    with WorkerlessDaemon(tmp_path) as daemon:
+        up(cluster, daemon, "--min", "1", "--max", "1", "--set", f"weights.folder={tmp_path / 'nowhere'}")
+        (refusal,) = wait_for(refusals, MOVE_S, of="the refusal")
+        assert f"weights.folder = {tmp_path / 'nowhere'}" in refusal
+        assert refusals() == [refusal]
+        ray_command(cluster, "down")
 
 
 @pytest.mark.slow

@@ -67,10 +67,11 @@ class WorkerActor:
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def facts(self) -> dict[str, Any]:
-        """Whether the worker is ready, its process, its node, its device."""
+        """Whether the worker is ready, its process, its node, its device; `refusal`: why it would not start."""
         process = self._role.process
         node = _ray().get_runtime_context().get_node_id()
-        return {"ready": self._role.is_ready, "pid": process.pid if process else None, "node": node} | self._role.facts
+        facts = {"ready": self._role.is_ready, "pid": process.pid if process else None, "node": node}
+        return facts | self._role.facts | ({"refusal": self._role.refusal} if self._role.refusal else {})
 
     def drain(self) -> None:
         """No new jobs; what is decoded is passed on; then the worker has ended."""
@@ -81,13 +82,16 @@ class WorkerActor:
     def _watch(self) -> None:
         process = self._role.process
         assert process is not None
-        while process.poll() is None:
+        is_over = False
+        while not is_over:
+            is_over = process.poll() is not None  # what it said before is read once more
             try:
                 role, pid, report = self._reports.get(timeout=0.5)
             except queue.Empty:
                 continue
             role.take(pid, report)
-        if not self._is_drained:
+            is_over = False
+        if not self._is_drained and not self._role.refusal:  # what it would not have, it would not have again
             os._exit(DEAD_CHILD_EXIT)  # Ray sees a dead actor, and starts it again, elsewhere if need be
 
 
@@ -191,6 +195,11 @@ def stop_worker(name: str) -> None:
         if isinstance(error, ValueError):
             return
     _ray().kill(actor, no_restart=True)
+
+
+def want_nothing() -> None:
+    """Ray's autoscaler keeps nodes for what was asked of it last, until something else is."""
+    _ray().autoscaler.sdk.request_resources(bundles=[])
 
 
 def stop_controller() -> None:

@@ -50,10 +50,15 @@ def up(
     """
     from taesd_stream.config import load_config
     from taesd_stream_workers.daemon_client import DaemonClient
+    from taesd_stream_workers.role.addresses import workers_address
 
     if least > most:
         raise ConfigError(f"--min {least}: more than --max {most}")
     loaded = load_config(config, [*sets, f"broker.workers_bind={broker}"])
+    workers_address(loaded)  # what every worker would refuse
+    for key, folder in (("security.keys_folder", loaded.keys_folder), ("weights.folder", loaded.weights_folder)):
+        if folder is not None and not folder.is_absolute():
+            raise ConfigError(f"{key} = {folder}: expected an absolute path, for workers start in a folder of Ray's")
     DaemonClient(connect).desired_workers()  # now rather than in a log on some node
     ray_cluster = _join(cluster)
     ray_cluster.place(
@@ -91,6 +96,7 @@ def down(cluster: ClusterOption = "auto") -> None:
     for name in reversed(ray_cluster.worker_names()):
         say(f"draining {name}")
         ray_cluster.stop_worker(name)
+    ray_cluster.want_nothing()
 
 
 def _join(cluster: str) -> ModuleType:
