@@ -30,7 +30,6 @@ from taesd_stream_workers.streamer.hub import MAX_KEYFRAMES, MAX_LEFT, Hub
 from taesd_stream_workers.streamer.inbox import INBOX_BYTES, Inbox
 from taesd_stream_workers.streamer.latency import Latency
 from taesd_stream_workers.streamer.newest_runs import NewestRuns
-from taesd_stream_workers.streamer.record_wishes import RecordWishes
 from taesd_stream_workers.streamer.viewer import Viewer, to_message, unpack_picture
 from taesd_stream_workers.streamer.web.finished_rows import MAX_TOLD, FinishedRows, News, Told
 from taesd_stream_workers.streamer.web.peers import Peers
@@ -393,39 +392,6 @@ def test_record_pressed_while_the_broker_is_away_is_told_it(streamer: LoneStream
         streamer.json(f"/api/v1/streams/{record.stream}/record", method="POST", body={"mode": "all"})
     streamer.come()
     assert [streamer.next(Record) for _ in pressed] == pressed
-
-
-def test_a_wish_holds_for_its_run_through_restarts() -> None:
-    """Each broker that comes is told it, however long ago it was heard, till the run ends or another begins."""
-    now_s, said = [0.0], deque[Record]()
-    wishes = RecordWishes(said.append, lambda: now_s[0])
-    first, second, third = (replace(state(1), stats={"pid": pid}) for pid in (1, 2, 3))
-    wishes.add(STREAM, "off", first)
-    assert said.pop() == Record(stream=STREAM, mode="off")
-    for now_s[0] in (0.5, 1.5, 5000.0, 10_000.0):
-        wishes.on_state(first)
-    assert not said
-    wishes.on_state(replace(second, streams=[]))  # its sampler has not come back yet
-    assert said.pop() == Record(stream=STREAM, mode="off")
-    for now_s[0] in (10_000.5, 20_000.0):
-        wishes.on_state(second)
-    wishes.on_state(replace(second, streams=[{**second.streams[0], "run": OTHER_RUN}]))
-    wishes.on_state(third)
-    assert not said
-
-
-def test_a_wish_ends_with_its_run() -> None:
-    """What a person said of a run that is over is no word on the next one."""
-    now_s, said = [0.0], deque[Record]()
-    wishes = RecordWishes(said.append, lambda: now_s[0])
-    first, second = (replace(state(1), stats={"pid": pid}) for pid in (1, 2))
-    wishes.add(STREAM, "all", first)
-    for now_s[0] in (0.5, 1.5):
-        wishes.on_state(first)
-    wishes.on_state(replace(first, streams=[{**first.streams[0], "state": "done"}]))
-    said.clear()
-    wishes.on_state(second)
-    assert not said
 
 
 @pytest.mark.faults
