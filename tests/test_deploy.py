@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from taesd_stream.config import load_config
+from taesd_stream_workers.start_checks import ROLES as START_ROLES
+from taesd_stream_workers.start_checks import check_start
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -120,6 +122,30 @@ def test_units_make_the_folders_that_they_demand() -> None:
         assert found is not None
         assert config.weights_folder in [Path("/var/lib") / folder for folder in found[1].split()]
         assert "PrivateDevices=yes" in text or "ProtectClock=yes" not in text
+
+
+def test_every_unit_starts_with_the_folders_that_it_makes(tmp_path: Path) -> None:
+    """With a unit's state folders, and nothing else, its role's start finds nothing wrong with service.toml."""
+    text = (ROOT / "configs" / "service.toml").read_text().replace("/var/lib", str(tmp_path))
+    for unit in (unit for unit in UNITS if unit.suffix == ".service"):
+        (role,) = re.findall(r"^ExecStart=\S+ (\w+)", unit.read_text(), re.M)
+        (state,) = re.findall(r"^StateDirectory=(.*)$", unit.read_text(), re.M)
+        folder = tmp_path / unit.name
+        for name in state.split():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(text.replace(str(tmp_path), str(folder)))
+        config = load_config(folder / "config.toml", ["broker.bind=tcp://127.0.0.1:0", "web.bind=127.0.0.1:0"])
+        check_start(config, START_ROLES if role == "up" else [role])
+
+
+def test_the_recipe_makes_what_the_manifests_name() -> None:
+    """Each secret, list and image of the manifests is made by a line of docs/running.md, under the same name."""
+    document = (ROOT / "docs" / "running.md").read_text()
+    made = set(re.findall(r"create (?:secret generic|configmap) ([\w-]+)", document))
+    text = "".join(path.read_text() for path in CLUSTER)
+    named = set(re.findall(r"(?:secretName|configMap: {name|token, name): ([\w-]+)", text))
+    assert named == made
+    assert set(re.findall(r"image: (\S+)", text)) <= set(re.findall(r"docker build .* -t (\S+)", document))
 
 
 def test_a_mount_opens_no_secret() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +27,8 @@ from taesd_stream_workers.streamer.web.sockets import MAX_TEXT_BYTES
 from tests.commands import run_command
 from tests.daemon import COMMAND, Daemon, clean_environment, wait_for
 from tests.pictures import sd1_latents_of
+
+STRANGER = 64321  # a user's number that nobody has
 
 
 class Answer:
@@ -340,6 +345,34 @@ def test_a_token_that_others_can_read_is_refused(mode: int, tmp_path: Path) -> N
     path.chmod(mode)
     with pytest.raises(ConfigError, match=f"chmod 600 {path}"):
         load_token(config_with(path))
+
+
+def test_a_token_that_root_gives_to_our_group_is_taken(tmp_path: Path) -> None:
+    """The rule of keys: a Secret of Kubernetes is root's, readable for our group; one for all, or to be written, is
+    refused."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file to another user's group")
+    with tempfile.TemporaryDirectory() as name:  # one that another user can reach
+        Path(name).chmod(0o755)
+        path = Path(name) / "token"
+        path.write_text("x" * 40)
+        os.chown(path, 0, STRANGER)
+        become = f"import os; os.setgroups([]); os.setgid({STRANGER}); os.setuid({STRANGER})"
+        imports = (
+            "from taesd_stream.config import load_config; from taesd_stream_workers.role.web_token import load_token"
+        )
+        read = f"print(load_token(load_config(sets=['web.token_file={path}', 'web.bind=0.0.0.0:0'])))"
+
+        def read_as_stranger(mode: int) -> str:
+            path.chmod(mode)
+            done = subprocess.run(
+                [sys.executable, "-c", f"{imports}; {become}; {read}"], capture_output=True, text=True, check=False
+            )
+            return done.stdout or done.stderr
+
+        assert read_as_stranger(0o440) == "x" * 40 + "\n"
+        assert f"chmod 600 {path}" in read_as_stranger(0o444)
+        assert f"chmod 600 {path}" in read_as_stranger(0o460)
 
 
 @pytest.mark.parametrize("content", [b"", b"short\n", b"\xff" * 40, "ü".encode() * 40, b"a b\x00" * 20])

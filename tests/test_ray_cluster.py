@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,20 @@ def decoding(daemon: Daemon) -> set[int]:
     return {int(worker["id"].split(":")[2]) for worker in daemon.json("/api/v1/workers")["workers"]}
 
 
+def refusals(cluster: Any) -> list[str]:
+    """Why workers refused their settings, of `ray status`."""
+    rows: list[dict[str, Any]] = json.loads(ray_command(cluster, "status"))["workers"]
+    return [row["refusal"] for row in rows if "refusal" in row]
+
+
+def asked_of_autoscaler(cluster: Any) -> list[dict[str, float]]:
+    """What Ray's autoscaler was asked for last; it holds until something else is."""
+    gcs = pytest.importorskip("ray._raylet").GcsClient(address=cluster.address)  # its stubs lack the name
+    text = gcs.internal_kv_get(b"autoscaler_resource_request", None)
+    asked: list[dict[str, float]] = json.loads(text or "[]")
+    return asked
+
+
 class KeptRun:
     """A sampler that keeps every frame, some a second, until told to end."""
 
@@ -170,6 +185,10 @@ def test_a_worker_that_is_killed_is_back_and_no_frame_is_lost(tmp_path: Path, cl
     [
         (["--broker", "tcp://10.0.0.1:5761"], "broker.workers_bind"),
         (["--broker", "tcp://127.0.0.1:5761", "--set", "weights.folder=w"], "weights.folder = w: expected an absolute"),
+        (
+            ["--broker", "tcp://10.0.0.1:5761", "--set", "security.keys_folder=k"],
+            "security.keys_folder = k: expected an",
+        ),
     ],
 )
 def test_what_every_worker_would_refuse_is_not_placed(words: list[str], message: str, tmp_path: Path) -> None:
@@ -179,19 +198,49 @@ def test_what_every_worker_would_refuse_is_not_placed(words: list[str], message:
     assert message in done.stderr
 
 
+def test_workers_may_go_without_keys_by_a_word(tmp_path: Path) -> None:
+    """`--insecure`, which the refusal names, is an option here too: the command comes as far as the daemon."""
+    words = ("--broker", "tcp://10.0.0.1:5761", "--insecure", "--connect", "http://127.0.0.1:1")
+    done = run_command("ray", "up", *words, environment=clean_environment(tmp_path))
+    assert (done.returncode, "127.0.0.1:1" in done.stderr) == (69, True), done.stderr
+
+
 @pytest.mark.faults
+@pytest.mark.timeout(300)
 def test_a_worker_that_refuses_its_settings_says_so(tmp_path: Path, cluster: Any) -> None:
-    """It is not started again and again: `ray status` has the reason."""
-
-    def refusals() -> list[str]:
-        rows = json.loads(ray_command(cluster, "status"))["workers"]
-        return [row["refusal"] for row in rows if "refusal" in row]
-
+    """It is not started again and again: `ray status` has the reason, the next `ray up` puts another in its place, and
+    after `ray down` the autoscaler is asked for nothing."""
+    folder = tmp_path / "later"
+    words = ("--min", "1", "--max", "1", "--set", f"weights.folder={folder}")
     with WorkerlessDaemon(tmp_path) as daemon:
-        up(cluster, daemon, "--min", "1", "--max", "1", "--set", f"weights.folder={tmp_path / 'nowhere'}")
-        (refusal,) = wait_for(refusals, MOVE_S, of="the refusal")
-        assert f"weights.folder = {tmp_path / 'nowhere'}" in refusal
-        assert refusals() == [refusal]
+        up(cluster, daemon, *words)
+        (refusal,) = wait_for(lambda: refusals(cluster), MOVE_S, of="the refusal")
+        assert f"weights.folder = {folder}" in refusal
+        assert refusals(cluster) == [refusal]
+        folder.mkdir()
+        up(cluster, daemon, *words)
+        wait_for(lambda: placed(cluster), MOVE_S, of="a worker that is ready")
+        assert refusals(cluster) == []
+        assert len(wait_for(lambda: asked_of_autoscaler(cluster), of="what the controller asks for")) == 1
+        ray_command(cluster, "down")
+        assert asked_of_autoscaler(cluster) == []
+
+
+@pytest.mark.faults
+def test_a_node_of_another_version_is_not_tried_for_ever(tmp_path: Path, cluster: Any) -> None:
+    """A key that the node's package has not is a refusal too, of the one actor that was made: it is not made anew."""
+    place = (
+        "import ray, sys; from taesd_stream_workers import ray_cluster as r;"
+        "ray.init(address=sys.argv[1], namespace=r.NAMESPACE, log_to_driver=False, logging_level='ERROR');"
+        "r.place(r.Plan(web=sys.argv[2], values={'decoder': {'of_a_later_version': 1}}, min_workers=1, max_workers=1,"
+        "gpus_per_worker=0.0, cpus_per_worker=1.0))"
+    )
+    with WorkerlessDaemon(tmp_path) as daemon:
+        subprocess.run([sys.executable, "-c", place, cluster.address, daemon.web], check=True)
+        (refusal,) = wait_for(lambda: refusals(cluster), MOVE_S, of="the refusal")
+        assert "of_a_later_version" in refusal
+        wait_for(lambda: asked_of_autoscaler(cluster), of="a round of the controller")
+        assert refusals(cluster) == [refusal]
         ray_command(cluster, "down")
 
 

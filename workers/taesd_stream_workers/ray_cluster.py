@@ -6,6 +6,7 @@ stops only the placing. Needs the extra `ray`, and this package on every node.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from taesd_stream.config import load_config
-from taesd_stream.errors import TaesdStreamError
+from taesd_stream.errors import ConfigError, TaesdStreamError
 from taesd_stream_workers.daemon_client import DaemonClient
 from taesd_stream_workers.role.process import Reports, Role
+from taesd_stream_workers.supervisor import LAST_WORDS_S, USAGE_EXIT
 
 logger = logging.getLogger(__name__)
 
@@ -57,42 +59,60 @@ class Plan:
 
 
 class WorkerActor:
-    """One decode worker, as a child process of the actor: it ends with the actor, and the actor ends with it."""
+    """One decode worker, as a child process of the actor: it ends with the actor, and the actor ends with it.
+
+    Not so where the settings are refused: they would be again. Then the actor stays, says why, and holds its place.
+    """
 
     def __init__(self, values: dict[str, Any]) -> None:
-        self._role = Role("worker", "worker", load_config(values=values))
         self._reports: Reports = queue.SimpleQueue()
         self._is_drained = False
+        self._refusal = ""
+        self._role: Role | None = None
+        try:
+            self._role = Role("worker", "worker", load_config(values=values))
+        except ConfigError as error:  # this node has another version of the package; an actor that died came anew
+            self._refusal = str(error)
+            return
         self._role.spawn([], self._reports)
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        threading.Thread(target=self._watch, args=(self._role,), name="watch", daemon=True).start()
 
     def facts(self) -> dict[str, Any]:
         """Whether the worker is ready, its process, its node, its device; `refusal`: why it would not start."""
-        process = self._role.process
         node = _ray().get_runtime_context().get_node_id()
-        facts = {"ready": self._role.is_ready, "pid": process.pid if process else None, "node": node}
-        return facts | self._role.facts | ({"refusal": self._role.refusal} if self._role.refusal else {})
+        if self._role is None or self._refusal:
+            return {"ready": False, "pid": None, "node": node, "refusal": self._refusal}
+        process = self._role.process
+        return {"ready": self._role.is_ready, "pid": process.pid if process else None, "node": node} | self._role.facts
 
     def drain(self) -> None:
         """No new jobs; what is decoded is passed on; then the worker has ended."""
+        if self._role is None:
+            return
         self._is_drained = True
         self._role.ask_to_stop()
         self._role.wait_or_kill(time.monotonic() + DRAIN_S)
 
-    def _watch(self) -> None:
-        process = self._role.process
+    def _watch(self, role: Role) -> None:
+        process, listener = role.process, role.listener
         assert process is not None
-        is_over = False
-        while not is_over:
-            is_over = process.poll() is not None  # what it said before is read once more
-            try:
-                role, pid, report = self._reports.get(timeout=0.5)
-            except queue.Empty:
-                continue
-            role.take(pid, report)
-            is_over = False
-        if not self._is_drained and not self._role.refusal:  # what it would not have, it would not have again
+        assert listener is not None
+        while process.poll() is None:
+            self._take_reports(timeout_s=0.5)
+        listener.join(LAST_WORDS_S)
+        self._take_reports(timeout_s=0.0)
+        if process.returncode == USAGE_EXIT:
+            self._refusal = role.refusal or f"exit code {USAGE_EXIT}; the actor's log on its node says why"
+        elif not self._is_drained:
             os._exit(DEAD_CHILD_EXIT)  # Ray sees a dead actor, and starts it again, elsewhere if need be
+
+    def _take_reports(self, timeout_s: float) -> None:
+        """Wait for a report, then take all that are there."""
+        with contextlib.suppress(queue.Empty):
+            role, pid, report = self._reports.get(timeout=timeout_s)
+            while True:
+                role.take(pid, report)
+                role, pid, report = self._reports.get_nowait()
 
 
 class Controller:
@@ -155,9 +175,13 @@ class Controller:
 def place(plan: Plan) -> Any:
     """Start the controller in the cluster that `ray.init` has joined, in place of one with another plan.
 
-    The workers that are there stay, and go on with the configuration that they were started with.
+    The workers that are there stay, and go on with the configuration that they were started with. Those that refused
+    theirs go: the new one may mend it.
     """
     stop_controller()
+    for name, facts in worker_facts().items():
+        if "refusal" in facts:
+            stop_worker(name)
     return _remote(Controller, CONTROLLER, num_cpus=0).remote(plan)
 
 

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from taesd_stream.errors import ConfigError, UnreachableError
-from taesd_stream_workers.commands.options import ConfigOption, SetOption, WebOption, say
+from taesd_stream_workers.commands.options import (
+    ConfigOption,
+    InsecureOption,
+    SetOption,
+    WebOption,
+    said_insecure,
+    say,
+)
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -43,6 +50,7 @@ def up(
     cluster: ClusterOption = "auto",
     config: ConfigOption = None,
     sets: SetOption = [],  # noqa: B006 typer copies it
+    insecure: InsecureOption = False,
 ) -> None:
     """Place decode workers, and a controller that follows the load. They stay when this command has ended.
 
@@ -54,7 +62,7 @@ def up(
 
     if least > most:
         raise ConfigError(f"--min {least}: more than --max {most}")
-    loaded = load_config(config, [*sets, f"broker.workers_bind={broker}"])
+    loaded = load_config(config, said_insecure([*sets, f"broker.workers_bind={broker}"], insecure))
     workers_address(loaded)  # what every worker would refuse
     for key, folder in (("security.keys_folder", loaded.keys_folder), ("weights.folder", loaded.weights_folder)):
         if folder is not None and not folder.is_absolute():
@@ -73,7 +81,8 @@ def up(
         )
     )
     _wait(lambda: len(ray_cluster.worker_names()) >= least, f"{least} workers placed")
-    say(f"Placed {len(ray_cluster.worker_names())} of at most {most}; `taesd-stream ray down` takes them away.")
+    count = len(ray_cluster.worker_names())
+    say(f"Placed {count} of at most {most}. `taesd-stream ray status` says how they are, `ray down` takes them away.")
 
 
 def status(cluster: ClusterOption = "auto") -> None:
@@ -93,10 +102,12 @@ def down(cluster: ClusterOption = "auto") -> None:
     """
     ray_cluster = _join(cluster)
     ray_cluster.stop_controller()
-    for name in reversed(ray_cluster.worker_names()):
-        say(f"draining {name}")
-        ray_cluster.stop_worker(name)
-    ray_cluster.want_nothing()
+    try:
+        for name in reversed(ray_cluster.worker_names()):
+            say(f"draining {name}")
+            ray_cluster.stop_worker(name)
+    finally:  # Ctrl-C while one drains must not keep the autoscaler's nodes
+        ray_cluster.want_nothing()
 
 
 def _join(cluster: str) -> ModuleType:
