@@ -122,6 +122,8 @@ class DeviceTensor(TensorSnapshot):
         return data
 
     def to_number(self, value: Any) -> float | None:
+        if self._stream is None:  # not CUDA's
+            return number_of(value)
         with self._torch.cuda.stream(self._stream):  # the thread's own would wait for all that the sampler has queued
             return number_of(value)
 

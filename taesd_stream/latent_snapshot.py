@@ -49,8 +49,8 @@ class Snapshot(Protocol):
 
 def is_tensor(value: object) -> bool:
     """Whether `value` is a torch tensor, told without importing torch."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
+    tensor = getattr(sys.modules.get("torch"), "Tensor", None)  # None too while another thread imports it
+    return tensor is not None and isinstance(value, tensor)
 
 
 def is_on_device(value: object) -> bool:

@@ -117,6 +117,7 @@ class LatentPublisher:
         self._holes = 0  # publishes that were to be kept and failed
         self._early_holes = 0  # that failed before the broker said whether they are kept
         self._first_hole = ""
+        self._unacked: str | None = None  # what the last wait for acks was in vain for
         self._is_closed = False
         self._outbox = Outbox(info, ring_bytes=RING_BYTES, log_folder=own_log_folder())
         self._link = PublisherLink(Daemons(addresses, stream, monotonic()), info, self._outbox, keys)
@@ -159,11 +160,11 @@ class LatentPublisher:
 
         The broker's complaint, or a publish's: of one that was to be kept until the end, else until the next good one.
         """
-        return self._link.error or self._outbox.error or self._hole or self._fault
+        return self._link.error or self._outbox.error or self._hole or self._fault or self._unacked
 
     @property
     def fault(self) -> str | None:
-        """Why the last publish was not taken; None where it was, or none was wanted."""
+        """Why the last publish that was wanted was not taken; None where it was."""
         return self._fault
 
     def publish(
@@ -225,7 +226,10 @@ class LatentPublisher:
         Returns: True when it has (at once when nothing is kept); False on time out, refusal, or where a publish that
             was to be kept failed (`error` has the text).
         """
-        return self._pid == os.getpid() and self._link.wait_until_acked(timeout_s) and self._hole is None
+        seconds = _seconds(timeout_s)
+        is_acked = self._pid == os.getpid() and self._link.wait_until_acked(seconds) and self._hole is None
+        self._unacked = None if is_acked else f"{self.address}: not all that is kept was acked within {seconds:g} s"
+        return is_acked
 
     def close(self, timeout_s: float = CLOSE_S, *, reason: EndReason = "done", text: str = "") -> None:
         """End the run: send what is kept, then END. What is not acked by then goes to a log file, and it says where."""
@@ -233,9 +237,10 @@ class LatentPublisher:
             return
         if reason not in END_REASONS:
             raise ValueError(f"reason: expected one of {', '.join(END_REASONS)}, got {reason!r}")
+        seconds = _seconds(timeout_s)
         self._is_closed = True
         self._forgotten.detach()
-        self._link.end_soon(timeout_s, reason, text)
+        self._link.end_soon(seconds, reason, text)
         self._link.join()
 
     def __enter__(self) -> LatentPublisher:
@@ -293,7 +298,7 @@ def keys_in(folder: str | os.PathLike[str] | None) -> Keys | None:
 def _checked_keys(folder: str | os.PathLike[str] | None) -> Keys | None:
     try:
         return keys_in(folder)
-    except (ConfigError, OSError) as error:
+    except (ConfigError, OSError, RuntimeError) as error:  # the last of a home folder that nobody has
         raise ValueError(f"keys_folder: {error}") from error
 
 
@@ -344,8 +349,10 @@ def _check_travels(info: StreamInfo) -> None:
 
 def _plain(value: Any) -> Any:
     """Numbers and texts stay; what JSON has no form for becomes text."""
-    if value is None or isinstance(value, bool | str):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return _text(value)
     if isinstance(value, int):
         return value if -(1 << 63) <= value < 1 << 64 else str(value)  # msgpack's own bounds; a seed may be larger
     if isinstance(value, float):
@@ -353,8 +360,23 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return str(value)
+        return {_text(str(key)): _plain(item) for key, item in value.items()}
+    return _text(str(value))
+
+
+def _text(value: str) -> str:
+    """As UTF-8 takes it: of a command line or half an emoji there may be single surrogates."""
+    return value.encode("utf-8", "replace").decode()
+
+
+def _seconds(timeout_s: SupportsFloat) -> float:
+    try:
+        seconds = float(timeout_s)
+    except TypeError:
+        seconds = math.nan
+    if math.isnan(seconds):
+        raise ValueError(f"timeout_s: expected seconds, got {timeout_s!r}")
+    return seconds
 
 
 def _checked_numbers(step: Any, total_steps: Any, sigma: Any) -> tuple[int, int | None, Any]:

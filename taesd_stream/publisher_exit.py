@@ -24,7 +24,11 @@ def reason_of(error: BaseException | None) -> tuple[EndReason, str]:
     if error is None or (isinstance(error, SystemExit) and not error.code):
         return "done", ""
     is_failed = isinstance(error, Exception | SystemExit)
-    return ("failed" if is_failed else "stopped"), repr(error)[:MAX_TEXT_CHARS]
+    try:
+        text = repr(error)
+    except Exception:  # noqa: BLE001 what ends the program is its own error, and no repr's
+        text = type(error).__name__
+    return ("failed" if is_failed else "stopped"), text[:MAX_TEXT_CHARS]
 
 
 def end_at_exit(link: PublisherLink) -> None:

@@ -98,7 +98,7 @@ class PublisherLink:
 
     def wait_until_acked(self, timeout_s: float) -> bool:
         """Wait until nothing kept is unacked."""
-        outbox = self._outbox
+        outbox, timeout_s = self._outbox, min(timeout_s, threading.TIMEOUT_MAX)
         with outbox.changed:
             self._waiting += 1
             self.wakes.wake()
@@ -125,7 +125,8 @@ class PublisherLink:
 
     def join(self) -> None:
         """Wait for the end that end_soon() asked for."""
-        self._thread.join(max(0.0, self._give_up_s - time.monotonic()) + JOIN_SPARE_S)
+        left_s = max(0.0, self._give_up_s - time.monotonic()) + JOIN_SPARE_S
+        self._thread.join(min(left_s, threading.TIMEOUT_MAX))
 
     # --- side thread ---
 

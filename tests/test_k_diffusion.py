@@ -61,6 +61,17 @@ def test_what_is_sent_is_denoised(knows_sigmas: bool, peer: BrokerPeer, beside: 
     torch.testing.assert_close(last, result)
 
 
+def test_what_cannot_be_shown_does_not_end_the_sampler(peer: BrokerPeer, caplog: pytest.LogCaptureFixture) -> None:
+    """A sampler that says no `denoised`, or a step that is no number, goes on; the log says it once."""
+    with LatentPublisher(peer.address, stream="k", latent_format="sd1") as publisher:
+        callback = preview_callback(publisher, sigmas=SIGMAS)
+        for info in ({"i": 0}, {"i": None}, {}):
+            callback(info)
+        publisher.close(0.0)
+    said = [record.message for record in caplog.records if record.message.startswith("sampler_not_shown")]
+    assert said == ["sampler_not_shown stream=k error=KeyError('denoised') (said once; the run goes on)"]
+
+
 def test_stop_ends_the_sampler(peer: BrokerPeer, beside: ThreadPoolExecutor) -> None:
     """Where it is asked for, Stop on the page raises out of the sampler; else it is not offered."""
 

@@ -308,6 +308,7 @@ def test_a_torn_log_gives_what_is_whole(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     assert len(load_latents(path, SD1)) == 2
     rows = LogRows(path, SD1, "steps")
+    assert rows.dtype == "float32"  # in which it is published again
     assert len(rows) == 2
     assert rows.damaged_bytes > 0
     path.write_bytes(path.read_bytes()[:20])

@@ -575,13 +575,13 @@ def test_integrations_take_several_too(farm: list[BrokerPeer], hasty: None) -> N
     assert link.endswith(f"#/s/{run}/0")
     one.frame(0)
     one.ack(run, 0)
-    publisher = _films[tuple(addresses), "a"].publisher
+    publisher = _films[tuple(addresses), "a", os.getpid()].publisher
     assert publisher.wait_until_acked(10)
     one.close()
     info = continued_at(two, run)
     assert sample(100).endswith(f"#/s/{info.run}/1")
     assert two.frame(1).run == info.run
-    del _films[tuple(addresses), "a"]
+    del _films[tuple(addresses), "a", os.getpid()]
     publisher.close(0.0)
 
 

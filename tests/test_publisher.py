@@ -165,6 +165,57 @@ def test_a_later_write_does_not_show(peer: BrokerPeer, open_run: Any) -> None:
         peer.ack(publisher.run, step)
 
 
+def test_a_wait_in_vain_says_what_for(open_run: Any, peer: BrokerPeer) -> None:
+    """What no broker acks is named with the time; a timeout that is none is refused before anything changes."""
+    publisher = open_run(record="all")
+    publisher.publish(LATENTS, step=0)
+    assert not publisher.wait_until_acked(0.01)
+    assert publisher.error == f"{publisher.address}: not all that is kept was acked within 0.01 s"
+    for wait in (publisher.wait_until_acked, publisher.close):
+        for timeout_s in (None, float("nan")):
+            with pytest.raises(ValueError, match="timeout_s: expected seconds, got"):
+                wait(timeout_s)
+    peer.opened()
+    peer.ack(publisher.run, peer.frame(0).seq)
+    assert publisher.wait_until_acked(float("inf"))
+    assert publisher.error is None
+
+
+def test_an_end_without_a_limit_waits_for_the_broker(open_run: Any, peer: BrokerPeer) -> None:
+    """`close(inf)` ends when the END is acked."""
+    publisher = open_run()
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(publisher.close, float("inf"))
+        assert peer.finish().reason == "done"
+        closing.result(20)
+
+
+def test_meta_with_half_a_character_travels(open_run: Any, peer: BrokerPeer) -> None:
+    """A single surrogate, as of a command line that is no UTF-8, becomes a question mark."""
+    open_run(meta={"prompt": "a\udcff", "\ud83d": 1})
+    meta = peer.opened().meta
+    assert (meta["prompt"], meta["?"]) == ("a?", 1)
+
+
+def test_an_error_that_cannot_be_said_ends_its_run_too(open_run: Any, peer: BrokerPeer) -> None:
+    """An exception whose repr() fails is the one that leaves the block, and its type's name is what people read."""
+
+    class MuteError(Exception):
+        def __repr__(self) -> str:
+            raise RuntimeError("no words")
+
+    def sample() -> None:
+        with open_run() as publisher:
+            publisher.publish(LATENTS, step=0)
+            raise MuteError
+
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(peer.finish)
+        with pytest.raises(MuteError):
+            sample()
+        assert (ended.result(20).reason, ended.result().text) == ("failed", "MuteError")
+
+
 @pytest.mark.parametrize("sigma", [float("nan"), float("inf"), np.float32("nan")])
 def test_a_sigma_that_is_no_number_is_left_out(peer: BrokerPeer, open_run: Any, sigma: float) -> None:
     """NaN and infinity as sigma: the picture is shown, without a noise level."""

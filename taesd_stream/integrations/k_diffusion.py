@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sized
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from taesd_stream.publisher import LatentPublisher
+
+logger = logging.getLogger(__name__)
 
 
 class SamplingStopped(Exception):
@@ -23,12 +26,24 @@ def preview_callback(
     caught around the sampler.
     """
 
-    def callback(info: dict[str, Any]) -> None:
+    is_said = False
+
+    def show(info: dict[str, Any]) -> None:
         step = int(info["i"])
         total = None if sigmas is None else len(sigmas) - 1
         is_last = total is not None and step >= total - 1
         if publisher.wanted or is_last:
             publisher.publish(info["denoised"], step=step, total_steps=total, sigma=info.get("sigma"))
+
+    def callback(info: dict[str, Any]) -> None:
+        nonlocal is_said
+        try:
+            show(info)
+        except Exception as error:  # noqa: BLE001 the run is worth more than its preview
+            if not is_said:
+                fields = (publisher.stream, error)
+                logger.warning("sampler_not_shown stream=%s error=%r (said once; the run goes on)", *fields)
+            is_said = True
         if can_stop and publisher.stopped:
             raise SamplingStopped(publisher.stream)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -21,7 +22,8 @@ class _Film:
     samples: int = 0
 
 
-_films: Final[dict[tuple[tuple[str, ...], str], _Film]] = {}  # by address and stream; they end with the program
+# by address, stream and process, for a forked child's are its own; they end with the program
+_films: Final[dict[tuple[tuple[str, ...], str, int], _Film]] = {}
 
 
 def publish_sample(
@@ -45,12 +47,13 @@ def publish_sample(
         link is to the run of now, which a sample leaves whose daemon is gone before it has it.
     page: the address at which people reach the page. Of a sample that was not taken (the log says why) the link is to
         the one before.
-    Raises: ValueError for a bad name or format, at the first call.
+    Raises: ValueError for a bad name of the stream, at the first call. What format there is the daemon knows: the page
+        says `No decoder for NAME`.
     """
     from taesd_stream.daemons import addresses_of
     from taesd_stream.publisher import LatentPublisher
 
-    key = (addresses_of(address), stream)
+    key = (addresses_of(address), stream, os.getpid())
     if key not in _films:
         publisher = LatentPublisher(
             address,

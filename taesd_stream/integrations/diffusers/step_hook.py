@@ -72,7 +72,8 @@ class StepHook:
             if not self._is_listening:
                 return result
             if name == "step":
-                self._on_step(signature.bind(*args, **kwargs).arguments, result)
+                # not signature.bind: what somebody wrapped step() in may take more
+                self._on_step(dict(zip(signature.parameters, args, strict=False)) | kwargs, result)
             else:
                 self._on_begin()
             return result

@@ -81,7 +81,7 @@ def publish(
     from taesd_stream.daemons import addresses_of
     from taesd_stream.publisher import LatentPublisher, keys_in
     from taesd_stream_workers.commands.broker_probe import greet_any_broker
-    from taesd_stream_workers.offline.latent_files import format_of, info_of_log
+    from taesd_stream_workers.offline.latent_files import LogRows, format_of, info_of_log
 
     info = info_of_log(file)
     name = _format_name(file, latent_format, info)
@@ -103,6 +103,7 @@ def publish(
             fps=fps or (info.fps if info else None),
             record=record,
             meta={**(info.meta if info else {}), "file": file.name},
+            wire_dtype=rows.dtype if isinstance(rows, LogRows) else None,  # as its sampler wanted it
             keys_folder=keys,
         )
     except ValueError as error:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from taesd_stream.errors import ConfigError
-from taesd_stream.frames import Kind, LatentFrame, StreamInfo
+from taesd_stream.frames import Kind, LatentFrame, StreamInfo, WireDtype
 from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LatentFormat, magnitude_of
 from taesd_stream.latent_log import Damaged, read_run
 
@@ -109,10 +109,12 @@ class LogRows:
     def __init__(self, path: Path, known: LatentFormat, kind: Kind) -> None:
         """Look at each once. Raises: ConfigError for a file without any, or with one that is none of the format."""
         self._path, self._count, self.damaged_bytes = path, 0, 0
+        self.dtype: WireDtype | None = None  # of the first
         try:
             for message in read_run(path):
                 if isinstance(message, LatentFrame):
                     known.check_shape(kind, message.shape)
+                    self.dtype = self.dtype or message.dtype
                     self._count += 1
                 elif isinstance(message, Damaged):
                     self.damaged_bytes += message.nbytes
