@@ -141,8 +141,10 @@ class WebConfig(_Section):
     @classmethod
     def _split(cls, value: object) -> object:
         """Of `--set` and the environment: a,b or ["a", "b"]."""
-        if not isinstance(value, str) or value.lstrip().startswith("["):
-            return json.loads(value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return json.loads(value)
         return [name.strip() for name in value.split(",") if name.strip()]
 
 

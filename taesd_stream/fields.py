@@ -39,6 +39,11 @@ def quoted(value: Any, limit: int = 60) -> str:
     return _QUOTES.repr(value)[:limit]
 
 
+def as_utf8(value: str) -> str:
+    """A text as UTF-8 takes it: of a command line, or of half an emoji, there may be single surrogates."""
+    return value.encode("utf-8", "replace").decode()
+
+
 def _power(limit: int) -> str:
     is_power = limit > 4096 and limit & (limit - 1) == 0
     return f"2^{limit.bit_length() - 1}" if is_power else str(limit)

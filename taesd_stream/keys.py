@@ -76,7 +76,7 @@ def load_keys(folder: Path) -> Keys:
 def read_pair(file: Path) -> tuple[bytes, bytes]:
     """Public and secret key of a file that nobody else may read. Raises: ConfigError."""
     rows = _read(file)
-    if os.name == "posix" and (mode := file.stat().st_mode & too_open(file)):
+    if mode := open_to_others(file):
         raise ConfigError(f"{file}: others can read this secret (mode {mode:03o} for them): chmod 600 {file}")
     secret = rows.get(b"secret")
     if secret is None or zmq.curve_public(secret) != rows.get(b"public"):
@@ -92,10 +92,16 @@ def read_public(file: Path) -> bytes:
     return public
 
 
-def too_open(file: Path) -> int:
-    """Bits that a secret must not have. One that root gives us by our group, as Kubernetes does, is no one else's."""
-    is_given = file.stat().st_uid == 0 and os.geteuid() != 0
-    return 0o037 if is_given else 0o077
+def open_to_others(file: Path) -> int:
+    """Bits of a secret's mode that it must not have; 0 is well. Raises: OSError.
+
+    What root gives us by our group, as Kubernetes does, is no one else's.
+    """
+    if os.name != "posix":
+        return 0
+    facts = file.stat()
+    is_given = facts.st_uid == 0 and os.geteuid() != 0
+    return facts.st_mode & (0o037 if is_given else 0o077)
 
 
 def _read(file: Path) -> dict[bytes, bytes]:

@@ -20,7 +20,7 @@ from taesd_stream import message_fields, wire
 from taesd_stream.current_run import continued
 from taesd_stream.daemons import Addresses, Daemons, addresses_of
 from taesd_stream.errors import ConfigError, WireError
-from taesd_stream.fields import MAX_NUMBER, quoted
+from taesd_stream.fields import MAX_NUMBER, as_utf8, quoted
 from taesd_stream.frames import (
     DTYPE_BYTES,
     END_REASONS,
@@ -352,7 +352,7 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        return _text(value)
+        return as_utf8(value)
     if isinstance(value, int):
         return value if -(1 << 63) <= value < 1 << 64 else str(value)  # msgpack's own bounds; a seed may be larger
     if isinstance(value, float):
@@ -360,13 +360,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {_text(str(key)): _plain(item) for key, item in value.items()}
-    return _text(str(value))
-
-
-def _text(value: str) -> str:
-    """As UTF-8 takes it: of a command line or half an emoji there may be single surrogates."""
-    return value.encode("utf-8", "replace").decode()
+        return {as_utf8(str(key)): _plain(item) for key, item in value.items()}
+    return as_utf8(str(value))
 
 
 def _seconds(timeout_s: SupportsFloat) -> float:

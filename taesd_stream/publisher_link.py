@@ -19,6 +19,7 @@ from taesd_stream import wire
 from taesd_stream.current_run import CurrentRun
 from taesd_stream.daemons import Daemons
 from taesd_stream.errors import WireError
+from taesd_stream.fields import as_utf8
 from taesd_stream.frames import EndReason, StreamInfo
 from taesd_stream.keys import Keys
 from taesd_stream.latent_log import LogError
@@ -112,7 +113,7 @@ class PublisherLink:
         """Send what is left, then END, and stop the thread; do not wait for it."""
         if self._end is None:
             self._give_up_s = time.monotonic() + timeout_s
-            text = text.encode("utf-8", "replace").decode()[:MAX_TEXT_CHARS]  # text from outside may be no UTF-8
+            text = as_utf8(text)[:MAX_TEXT_CHARS]
             said: EndReason = "stopped" if self.is_stopped else reason
             self._end = End(run=self.run.first.run, last_seq=self._outbox.close(), reason=said, text=text)
             self.wakes.wake()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import inspect
 import signal
@@ -24,6 +25,7 @@ from taesd_stream import LatentPublisher
 from taesd_stream.frames import LatentFrame, StreamInfo
 from taesd_stream.integrations.diffusers import PreviewCallback, preview
 from taesd_stream.integrations.diffusers.schedulers import Schedule
+from taesd_stream.integrations.diffusers.step_hook import StepHook
 from taesd_stream.latent_formats import LATENT_FORMATS
 from taesd_stream.media.finished import read_summary
 from taesd_stream.messages import End, StopRun
@@ -546,3 +548,24 @@ def test_a_flow_from_a_noise_level_of_80() -> None:
     sample = clean + 80 * noise
     result = scheduler.step(noise, scheduler.timesteps[0], sample, return_dict=False)
     assert torch.allclose(Schedule(scheduler).x0(0, output=noise, sample=sample, result=result), clean, atol=1e-4)
+
+
+def test_a_step_that_somebody_wrapped_may_take_more() -> None:
+    """What a wrapper's caller says beside step()'s own arguments is told with them, and raises nothing."""
+    scheduler: Any = diffusers.EulerDiscreteScheduler()  # type: ignore[no-untyped-call]
+    original, told = scheduler.step, list[dict[str, Any]]()
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, strength: float, **kwargs: Any) -> Any:
+        assert strength == 0.5
+        return original(*args, **kwargs)
+
+    scheduler.step = wrapper
+    hook = StepHook(scheduler, on_begin=lambda: None, on_step=lambda arguments, _: told.append(arguments))
+    hook.attach()
+    scheduler.set_timesteps(2)
+    latents = torch.zeros(1, 4, 2, 2)
+    scheduler.step(latents, scheduler.timesteps[0], sample=latents, strength=0.5)
+    assert [set(one) for one in told] == [{"model_output", "timestep", "sample", "strength"}]
+    hook.detach()
+    assert scheduler.step is wrapper

@@ -28,17 +28,14 @@ def preview_callback(
 
     is_said = False
 
-    def show(info: dict[str, Any]) -> None:
-        step = int(info["i"])
-        total = None if sigmas is None else len(sigmas) - 1
-        is_last = total is not None and step >= total - 1
-        if publisher.wanted or is_last:
-            publisher.publish(info["denoised"], step=step, total_steps=total, sigma=info.get("sigma"))
-
     def callback(info: dict[str, Any]) -> None:
         nonlocal is_said
         try:
-            show(info)
+            step = int(info["i"])
+            total = None if sigmas is None else len(sigmas) - 1
+            is_last = total is not None and step >= total - 1
+            if publisher.wanted or is_last:
+                publisher.publish(info["denoised"], step=step, total_steps=total, sigma=info.get("sigma"))
         except Exception as error:  # noqa: BLE001 the run is worth more than its preview
             if not is_said:
                 fields = (publisher.stream, error)

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import av
 
+from taesd_stream.fields import as_utf8
 from taesd_stream.frames import CLOCK_HZ, is_run_id, is_stream_name
 from taesd_stream.media.fragments import FileIndex, read_index, table
 from taesd_stream.media.growing_file import FINISHED_SUFFIX, PART_SUFFIX, free_name, sync_folder
@@ -181,7 +182,7 @@ def tags_of(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _text(value: str) -> str:
-    return value.replace("\0", " ").encode(errors="replace").decode()
+    return as_utf8(value.replace("\0", " "))
 
 
 def _force_to_disk(path: Path) -> None:

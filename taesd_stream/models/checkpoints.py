@@ -98,25 +98,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     path: `.safetensors`, or a `torch.save` file, which is read with `weights_only`: nothing in it is executed.
     Raises: WeightsError with the path and the reason.
     """
-    state = _read(path)
+    state = read_saved(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path}: holds {type(state).__name__}, not named tensors")
     return {str(key): value for key, value in state.items()}
 
 
-def _read(path: Path) -> Any:
-    """Whatever the file holds.
+def read_saved(path: Path) -> Any:
+    """Whatever a `.safetensors` or `torch.save` file holds. Nothing in it is executed.
 
     Raises: WeightsError with the path and the reason; MemoryError.
     """
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch's remarks on pickle versions help no user of ours
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError) as error:
-        # torch's own text advises to load it without the check: not what to tell about a file from the internet.
+        # torch's own text advises to load it without the check: not what to tell about a file from outside.
         raise WeightsError(f"{path}: not a file of plain tensors, or cut short") from error
     except MemoryError:
         raise

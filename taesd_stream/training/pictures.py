@@ -70,9 +70,7 @@ class PicturePool:
 
 def shrunk(picture: Tensor) -> Tensor:
     """A picture (3, H, W) uint8, at most as large as a pool takes it: who reads many need not hold more of each."""
-    height, width = picture.shape[-2:]
-    scale = min(1.0, LARGEST_PX / min(height, width))
-    return _resized(picture, round(height * scale), round(width * scale))
+    return _scaled(picture, _largest_scale(picture))
 
 
 def _integer(end: int, generator: torch.Generator) -> int:
@@ -81,13 +79,21 @@ def _integer(end: int, generator: torch.Generator) -> int:
 
 def _pyramid(picture: Tensor, smallest: int) -> list[Tensor]:
     """The picture at every scale whose short side is at least `smallest`, the largest first."""
-    height, width = picture.shape[-2:]
-    scale = min(1.0, LARGEST_PX / min(height, width))
+    scale = _largest_scale(picture)
     levels = []
-    while scale * min(height, width) >= smallest:
-        levels.append(_resized(picture, round(height * scale), round(width * scale)))
+    while scale * min(picture.shape[-2:]) >= smallest:
+        levels.append(_scaled(picture, scale))
         scale *= _STEP
     return levels
+
+
+def _largest_scale(picture: Tensor) -> float:
+    return min(1.0, LARGEST_PX / min(picture.shape[-2:]))
+
+
+def _scaled(picture: Tensor, scale: float) -> Tensor:
+    height, width = picture.shape[-2:]
+    return _resized(picture, round(height * scale), round(width * scale))
 
 
 def _resized(picture: Tensor, height: int, width: int) -> Tensor:

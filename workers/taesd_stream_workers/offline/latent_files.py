@@ -5,8 +5,6 @@ Nothing in a file is executed: no pickle is read that holds more than plain tens
 
 from __future__ import annotations
 
-import pickle
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from taesd_stream.errors import ConfigError
+from taesd_stream.errors import ConfigError, WeightsError
 from taesd_stream.frames import Kind, LatentFrame, StreamInfo, WireDtype
 from taesd_stream.latent_formats import DEFAULT_MAGNITUDE, LatentFormat, magnitude_of
 from taesd_stream.latent_log import Damaged, read_run
@@ -62,15 +60,12 @@ def load_tensor(path: Path) -> Tensor:
     """
     _check_name(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch's remarks on kinds of tensors help no user of ours
-            tensor = _read(path)
-    except (pickle.UnpicklingError, EOFError) as error:
-        # torch's own text advises to load it without the check: not what to tell about a file from outside.
-        raise ConfigError(f"{path}: not a file of plain tensors, or cut short") from error
+        tensor = _read(path)
+    except WeightsError as error:  # of tensors that were saved, which say so themselves
+        raise ConfigError(str(error)) from error
     except MemoryError as error:
         raise ConfigError(f"{path}: is damaged, or larger than this machine's memory: {error}") from error
-    except Exception as error:  # of a damaged file torch's reader raises whatever it stumbles over
+    except Exception as error:  # of a damaged file a reader raises whatever it stumbles over
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{path}: cannot be read: {reason[:300]}") from error
     _check_plain(tensor, path)
@@ -153,6 +148,8 @@ def _check_name(path: Path) -> None:
 def _read(path: Path) -> Tensor:
     import torch
 
+    from taesd_stream.models.checkpoints import read_saved
+
     suffix = path.suffix.lower()
     if suffix == ".npy":
         with path.open("rb") as file:
@@ -160,15 +157,7 @@ def _read(path: Path) -> Tensor:
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
     if suffix == LOG_SUFFIX:
         return _stacked(path)
-    if suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return _pick(load_file(path))
-        except SafetensorError as error:
-            raise ValueError(str(error)) from error
-    return _pick(torch.load(path, map_location="cpu", weights_only=True))
+    return _pick(read_saved(path))
 
 
 def _pick(loaded: Any) -> Tensor:

@@ -12,7 +12,7 @@ import platformdirs
 
 from taesd_stream.config import AUTO, Config
 from taesd_stream.errors import ConfigError
-from taesd_stream.keys import too_open
+from taesd_stream.keys import open_to_others
 from taesd_stream_workers.role.addresses import is_loopback, web_address
 
 MIN_CHARACTERS: Final = 16
@@ -77,11 +77,11 @@ def _make_if_absent(path: Path) -> None:
 def _read(path: Path, key: str, way_out: str) -> str:
     """The token in a file. key: that names it in the configuration. way_out: from a token that is none."""
     try:
-        facts, token = path.stat(), path.read_text(encoding="utf-8").strip()
+        is_open, token = open_to_others(path), path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{key} = {path}: {error}; choose another file") from error
-    if os.name != "nt" and facts.st_mode & too_open(path):
-        mode = stat.S_IMODE(facts.st_mode)
+    if is_open:
+        mode = stat.S_IMODE(path.stat().st_mode)
         raise ConfigError(f"{key} = {path}: others can read it (mode {mode:04o}): chmod 600 {path}")
     if len(token) < MIN_CHARACTERS or not token.isascii() or not token.isprintable():
         raise ConfigError(f"{key} = {path}: expected at least {MIN_CHARACTERS} letters and digits; {way_out}")

@@ -117,8 +117,8 @@ def pictures_of(
 ) -> Iterator[Shown]:
     """Decode entries, all of one latent format and shape; one answer a slice, the pictures of an item in order.
 
-    most: as `planes_of`. histories: by place, the latents (k,C,h,w) before those of a `live`
-    item, where they came along.
+    most: as `planes_of`. histories: by place, the latents (k,C,h,w) before those of a `live` item, where they came
+    along.
     """
     if not isinstance(engine, VideoEngine):
         yield from _stills(engine, entries, budget_bytes, most)

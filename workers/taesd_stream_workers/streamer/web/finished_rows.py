@@ -13,6 +13,11 @@ MAX_TOLD: Final = 200  # of one message, about 140 KB: over a slow line pictures
 Told: TypeAlias = Mapping[str, str]  # by id: a row as JSON
 
 
+def with_daemon(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the daemon that it is of: a peer's says it, ours is none."""
+    return {"daemon": None, **row}
+
+
 @dataclass(frozen=True, slots=True)
 class News:
     """What is said beside a state. fields: of its JSON object, each behind a comma; known: what is told by then."""
@@ -36,7 +41,7 @@ class FinishedRows:
         if by_id != self._rows:
             before, texts = self._rows, self._now
             self._now = {
-                one: texts[one] if before.get(one) == row else json.dumps({"daemon": None, **row})
+                one: texts[one] if before.get(one) == row else json.dumps(with_daemon(row))
                 for one, row in by_id.items()
             }
             self._rows, self._last = by_id, None

@@ -15,7 +15,7 @@ from taesd_stream.config import Config
 from taesd_stream_workers.role.web_token import peer_tokens
 from taesd_stream_workers.streamer.hub import Hub
 from taesd_stream_workers.streamer.viewer import Viewer
-from taesd_stream_workers.streamer.web.finished_rows import FinishedRows, News, Told
+from taesd_stream_workers.streamer.web.finished_rows import FinishedRows, News, Told, with_daemon
 from taesd_stream_workers.streamer.web.peer import ALIVE, MAX_STATE_BYTES, OWN_HEADER, Peer, PeerError, Row, body_of
 
 if TYPE_CHECKING:
@@ -218,8 +218,7 @@ class Peers:
 
 
 def _told(rows: Iterable[Row]) -> list[Row]:
-    """Rows with the daemon that each is of: a peer's says it, ours is none."""
-    return [{"daemon": None, **row} for row in rows]
+    return [with_daemon(row) for row in rows]
 
 
 def _rank(row: Row) -> tuple[bool, float]:
