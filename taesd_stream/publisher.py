@@ -117,7 +117,6 @@ class LatentPublisher:
         self._holes = 0  # publishes that were to be kept and failed
         self._early_holes = 0  # that failed before the broker said whether they are kept
         self._first_hole = ""
-        self._unacked: str | None = None  # what the last wait for acks was in vain for
         self._is_closed = False
         self._outbox = Outbox(info, ring_bytes=RING_BYTES, log_folder=own_log_folder())
         self._link = PublisherLink(Daemons(addresses, stream, monotonic()), info, self._outbox, keys)
@@ -160,7 +159,7 @@ class LatentPublisher:
 
         The broker's complaint, or a publish's: of one that was to be kept until the end, else until the next good one.
         """
-        return self._link.error or self._outbox.error or self._hole or self._fault or self._unacked
+        return self._link.error or self._outbox.error or self._hole or self._fault
 
     @property
     def fault(self) -> str | None:
@@ -223,13 +222,12 @@ class LatentPublisher:
     def wait_until_acked(self, timeout_s: float) -> bool:
         """Wait until the daemon's log has every kept frame, so that this program may exit.
 
-        Returns: True when it has (at once when nothing is kept); False on time out, refusal, or where a publish that
-            was to be kept failed (`error` has the text).
+        Returns: True when it has (at once when nothing is kept); False on time out, or on refusal or where a publish
+            that was to be kept failed (`error` has the text).
+        Raises: ValueError for a time that is none.
         """
         seconds = _seconds(timeout_s)
-        is_acked = self._pid == os.getpid() and self._link.wait_until_acked(seconds) and self._hole is None
-        self._unacked = None if is_acked else f"{self.address}: not all that is kept was acked within {seconds:g} s"
-        return is_acked
+        return self._pid == os.getpid() and self._link.wait_until_acked(seconds) and self._hole is None
 
     def close(self, timeout_s: float = CLOSE_S, *, reason: EndReason = "done", text: str = "") -> None:
         """End the run: send what is kept, then END. What is not acked by then goes to a log file, and it says where."""

@@ -165,12 +165,11 @@ def test_a_later_write_does_not_show(peer: BrokerPeer, open_run: Any) -> None:
         peer.ack(publisher.run, step)
 
 
-def test_a_wait_in_vain_says_what_for(open_run: Any, peer: BrokerPeer) -> None:
-    """What no broker acks is named with the time; a timeout that is none is refused before anything changes."""
+def test_a_timeout_is_a_number_of_seconds(open_run: Any, peer: BrokerPeer) -> None:
+    """One that is none is refused before anything changes; without a limit it lasts until the ack."""
     publisher = open_run(record="all")
     publisher.publish(LATENTS, step=0)
     assert not publisher.wait_until_acked(0.01)
-    assert publisher.error == f"{publisher.address}: not all that is kept was acked within 0.01 s"
     for wait in (publisher.wait_until_acked, publisher.close):
         for timeout_s in (None, float("nan")):
             with pytest.raises(ValueError, match="timeout_s: expected seconds, got"):
